@@ -1,0 +1,3 @@
+"""Subspaces of learned representations: find, measure, project, map, learn."""
+
+__version__ = "0.1.0"
