@@ -1,0 +1,99 @@
+"""Principal angles between subspaces given by orthonormal bases, and the distances and overlaps built on them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+
+def _check_pair(a: Tensor, b: Tensor) -> None:
+    if a.shape[-2] != b.shape[-2]:
+        raise ValueError(f"b: the subspaces live in different dimensions, {a.shape[-2]} and {b.shape[-2]}")
+
+
+def principal_vectors(
+    a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b d q"]
+) -> tuple[Inexact[Tensor, "*b d k"], Inexact[Tensor, "*b d k"], Float[Tensor, "*b k"]]:
+    """Principal vectors in each subspace, and the principal angles (radians, ascending), k = min(p, q).
+
+    Angles are accurate near 0 and near pi/2: cosines come from an SVD of a'b, and where a cosine is large the sine is
+    measured instead, as the distance of the principal vector from the other subspace (Bjorck & Golub, 1973).
+    """
+    _check_pair(a, b)
+    left, cosines, right = torch.linalg.svd(a.mH @ b, full_matrices=False)
+    u, v = a @ left, b @ right.mH
+    cosines = cosines.clamp(0, 1)
+    # Within a cluster of cosines near one the SVD mixes vectors whose angles differ, so the small angles are taken
+    # from a second SVD, of the residual of b's principal vectors outside a.
+    near = cosines > math.sqrt(0.5)
+    residual = v - a @ (a.mH @ v)
+    residual = torch.where(near.unsqueeze(-2), residual, torch.zeros_like(residual))
+    _, sines, turn = torch.linalg.svd(residual, full_matrices=False)
+    sines = sines.flip(-1)
+    k = cosines.shape[-1]
+    count = near.sum(-1, keepdim=True)
+    index = torch.arange(k, device=a.device)
+    # `sines` ascending now has k - count zeros (the masked columns) in front; they are rolled to the back.
+    shift = (index + (k - count)) % k
+    small = torch.gather(sines, -1, shift.expand(cosines.shape))
+    angles = torch.where(near, torch.asin(small.clamp(0, 1)), torch.acos(cosines))
+    order = turn.mH.flip(-1)
+    rotation = torch.gather(order, -1, shift.expand(cosines.shape).unsqueeze(-2).expand(order.shape))
+    v_small = v @ rotation.to(v.dtype)
+    v = torch.where(near.unsqueeze(-2), v_small, v)
+    projected = a @ (a.mH @ v)
+    norm = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
+    u = torch.where(near.unsqueeze(-2), projected / norm.clamp_min(torch.finfo(angles.dtype).tiny), u)
+    return u, v, angles
+
+
+def principal_angles(a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b d q"]) -> Float[Tensor, "*b k"]:
+    """Principal angles (radians, ascending, k = min(p, q)) between the spans of two orthonormal bases."""
+    return principal_vectors(a, b)[2]
+
+
+_METRICS = ("geodesic", "chordal", "projection", "spectral", "procrustes", "fubini-study", "binet-cauchy", "maximum")
+
+
+def subspace_distance(a: Tensor, b: Tensor, *, metric: str = "geodesic") -> Float[Tensor, "*b"]:
+    """Distance between two subspaces from their principal angles t.
+
+    "geodesic": |t|_2 · "chordal": |sin t|_2 · "projection": |P_a - P_b|_F, also for unequal dimensions ·
+    "spectral": |P_a - P_b|_2 · "procrustes": 2 |sin(t/2)|_2 · "fubini-study": acos prod cos t ·
+    "binet-cauchy": sqrt(1 - prod cos^2 t) · "maximum": largest t. (Ye & Lim, 2016.)
+    """
+    if metric not in _METRICS:
+        raise ValueError(f"metric: unknown {metric!r}; known: {', '.join(_METRICS)}")
+    angles = principal_angles(a, b)
+    difference = abs(a.shape[-1] - b.shape[-1])
+    if metric == "geodesic":
+        return torch.linalg.vector_norm(angles, dim=-1)
+    if metric == "chordal":
+        return torch.linalg.vector_norm(angles.sin(), dim=-1)
+    if metric == "projection":
+        return (2 * angles.sin().square().sum(-1) + difference).sqrt()
+    if metric == "spectral":
+        return torch.ones_like(angles[..., -1]) if difference else angles[..., -1].sin()
+    if metric == "procrustes":
+        return 2 * torch.linalg.vector_norm((angles / 2).sin(), dim=-1)
+    if metric == "fubini-study":
+        return torch.acos(angles.cos().prod(-1).clamp(0, 1))
+    if metric == "binet-cauchy":
+        return (1 - angles.cos().square().prod(-1)).clamp_min(0).sqrt()
+    return angles[..., -1]
+
+
+def subspace_overlap(a: Tensor, b: Tensor) -> Float[Tensor, "*b"]:
+    """Overlap |a'b|_F^2 / min(p, q) in [0, 1]; its mean over random subspaces is `expected_overlap`."""
+    _check_pair(a, b)
+    return (a.mH @ b).abs().square().sum((-2, -1)) / min(a.shape[-1], b.shape[-1])
+
+
+def expected_overlap(p: int, q: int, d: int) -> float:
+    """Mean overlap of two independent random subspaces of dimensions p and q in d dimensions, max(p, q)/d."""
+    if not (1 <= p <= d and 1 <= q <= d):
+        raise ValueError(f"p, q: must lie in [1, {d}], got {p} and {q}")
+    return max(p, q) / d

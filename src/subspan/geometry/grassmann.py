@@ -1,0 +1,139 @@
+"""The Grassmann manifold in orthonormal bases (*b, d, k): tangents, geodesics, transport, means.
+
+Geodesics and transport follow Edelman, Arias & Smith (1998).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Inexact
+from torch import Tensor
+
+
+def orthonormalize(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
+    """Orthonormal basis of the columns by QR with a positive diagonal, so the result is unique and continuous."""
+    if x.shape[-1] > x.shape[-2]:
+        raise ValueError(f"x: {x.shape[-1]} columns cannot be independent in {x.shape[-2]} dimensions")
+    q, r = torch.linalg.qr(x)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    magnitude = diagonal.abs()
+    phase = torch.where(magnitude > 0, diagonal / torch.where(magnitude > 0, magnitude, 1), torch.ones_like(diagonal))
+    return q * phase.unsqueeze(-2)
+
+
+def polar(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
+    """Nearest matrix with orthonormal columns (polar factor) in the Frobenius norm."""
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return u @ vh
+
+
+def random_basis(
+    d: int,
+    k: int,
+    *,
+    batch: tuple[int, ...] = (),
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Uniform (Haar) orthonormal basis (*batch, d, k)."""
+    if not 1 <= k <= d:
+        raise ValueError(f"k: must lie in [1, {d}], got {k}")
+    device = generator.device if generator is not None and device is None else device
+    return orthonormalize(torch.randn(*batch, d, k, generator=generator, dtype=dtype, device=device))
+
+
+def tangent_projection(basis: Inexact[Tensor, "*b d k"], x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
+    """Horizontal part of `x` at `basis`: what changes the span, not only the basis."""
+    return x - basis @ (basis.mH @ x)
+
+
+def geodesic(
+    basis: Inexact[Tensor, "*b d k"], tangent: Inexact[Tensor, "*b d k"], t: float = 1.0
+) -> Inexact[Tensor, "*b d k"]:
+    """Point at time `t` on the geodesic from `basis` with horizontal velocity `tangent` (the exponential map)."""
+    u, s, vh = torch.linalg.svd(tangent, full_matrices=False)
+    cosine, sine = (s * t).cos().unsqueeze(-2), (s * t).sin().unsqueeze(-2)
+    moved = (basis @ vh.mH) * cosine + u * sine
+    return orthonormalize(moved @ vh)
+
+
+def logarithm(basis: Inexact[Tensor, "*b d k"], target: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
+    """Horizontal tangent at `basis` whose geodesic reaches the span of `target` at time 1.
+
+    Stable for all principal angles below pi/2 and returns one of the minimal tangents at pi/2
+    (Bendokat, Zimmermann & Absil, 2024).
+    """
+    if basis.shape[-2:] != target.shape[-2:]:
+        raise ValueError(f"target: expected shape {tuple(basis.shape[-2:])}, got {tuple(target.shape[-2:])}")
+    q, _, rh = torch.linalg.svd(target.mH @ basis, full_matrices=False)
+    aligned = target @ (q @ rh)
+    u, sine, vh = torch.linalg.svd(tangent_projection(basis, aligned), full_matrices=False)
+    # The cosines follow from the same right vectors, so the angle is right at both ends of [0, pi/2].
+    cosine = torch.linalg.vector_norm(basis.mH @ aligned @ vh.mH, dim=-2)
+    return (u * torch.atan2(sine, cosine).unsqueeze(-2)) @ vh
+
+
+def parallel_transport(
+    basis: Inexact[Tensor, "*b d k"],
+    direction: Inexact[Tensor, "*b d k"],
+    x: Inexact[Tensor, "*b d k"],
+    t: float = 1.0,
+) -> Inexact[Tensor, "*b d k"]:
+    """Transport the horizontal `x` along the geodesic from `basis` in `direction`, to time `t`.
+
+    The result is horizontal at `geodesic(basis, direction, t)` expressed in the un-rotated frame of that geodesic.
+    """
+    u, s, vh = torch.linalg.svd(direction, full_matrices=False)
+    inner = u.mH @ x
+    turned = -(basis @ vh.mH) @ ((s * t).sin().unsqueeze(-1) * inner) + u @ ((s * t).cos().unsqueeze(-1) * inner)
+    return turned + x - u @ inner
+
+
+def chordal_mean(
+    bases: Inexact[Tensor, "m d p"],
+    k: int | None = None,
+    *,
+    weights: Float[Tensor, " m"] | None = None,
+    spectra: Float[Tensor, "m p"] | None = None,
+) -> tuple[Inexact[Tensor, "d k"], Float[Tensor, " k"]]:
+    """Extrinsic mean: top eigenvectors of sum_j w_j U_j L_j U_j', in factored form; also their eigenvalues.
+
+    `spectra` (default all ones) weighs the directions inside each subspace. No d x d matrix is built.
+    """
+    m, d, p = bases.shape
+    k = p if k is None else k
+    if not 1 <= k <= min(d, m * p):
+        raise ValueError(f"k: must lie in [1, {min(d, m * p)}], got {k}")
+    scale = torch.ones(m, p, dtype=bases.real.dtype, device=bases.device) if spectra is None else spectra
+    if weights is not None:
+        if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+            raise ValueError("weights: must be non-negative with a positive sum")
+        scale = scale * (weights / weights.sum()).unsqueeze(-1)
+    else:
+        scale = scale / m
+    stacked = (bases * scale.sqrt().unsqueeze(-2)).movedim(0, 1).reshape(d, m * p)
+    u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
+    return u[:, :k], s[:k].square()
+
+
+def karcher_mean(
+    bases: Inexact[Tensor, "m d k"],
+    *,
+    weights: Float[Tensor, " m"] | None = None,
+    tolerance: float = 1e-10,
+    max_iterations: int = 200,
+) -> Inexact[Tensor, "d k"]:
+    """Intrinsic (Frechet) mean by Riemannian gradient steps from the chordal mean.
+
+    Raises ValueError when it does not settle, which happens for subspaces spread beyond a geodesic ball.
+    """
+    mean, _ = chordal_mean(bases, bases.shape[-1], weights=weights)
+    w = torch.ones(bases.shape[0], dtype=bases.real.dtype, device=bases.device) if weights is None else weights
+    w = (w / w.sum()).reshape(-1, 1, 1)
+    for _ in range(max_iterations):
+        step = (w * logarithm(mean.expand_as(bases), bases)).sum(0)
+        mean = geodesic(mean, tangent_projection(mean, step))
+        if float(torch.linalg.matrix_norm(step)) < tolerance * bases.shape[-1]:
+            return mean
+    raise ValueError(f"bases: the mean did not settle in {max_iterations} steps; the subspaces are too far apart")

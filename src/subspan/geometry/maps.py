@@ -1,0 +1,350 @@
+"""Affine maps between spaces, and their closed forms from means and covariances.
+
+Every estimator here takes second moments, not rows: `JointMoments` in `subspan.statistics` supplies them in one pass.
+Rows are observations; a map sends a row x to `x @ matrix.T + bias`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .arrays import as_tensor
+from .extras import require
+from .files import atomic_write
+from .subspace import Subspace
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """An affine map from a source space (d_in) to a target space (d_out): x -> matrix x + bias."""
+
+    matrix: Float[Tensor, "d_out d_in"]
+    bias: Float[Tensor, " d_out"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2:
+            raise ValueError(f"matrix: expected shape (d_out, d_in), got {tuple(self.matrix.shape)}")
+        if self.bias is not None and self.bias.shape != self.matrix.shape[:1]:
+            raise ValueError(f"bias: expected shape ({self.matrix.shape[0]},), got {tuple(self.bias.shape)}")
+        for name, value in (("matrix", self.matrix), ("bias", self.bias)):
+            if value is not None and not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name}: contains NaN or infinity")
+
+    @classmethod
+    def identity(cls, d: int, *, dtype: torch.dtype = torch.float64) -> AffineMap:
+        """The identity on R^d."""
+        return cls(torch.eye(d, dtype=dtype))
+
+    def map(self, x: Any) -> Float[Tensor, "*n d_out"]:
+        """Map rows x (…, d_in) to (…, d_out), in the dtype of x."""
+        rows = as_tensor(x, "x")
+        if rows.shape[-1:] != self.matrix.shape[1:]:
+            raise ValueError(f"x: expected {self.matrix.shape[1]} columns, got shape {tuple(rows.shape)}")
+        if self.bias is None:
+            return rows @ self.matrix.to(rows).mT
+        flat = torch.addmm(self.bias.to(rows), rows.reshape(-1, rows.shape[-1]), self.matrix.to(rows).mT)
+        return flat.reshape(*rows.shape[:-1], -1)
+
+    def inverse(self) -> AffineMap:
+        """Inverse map; for unequal dimensions the least-squares (pseudo) inverse."""
+        inverse = torch.linalg.pinv(self.matrix)
+        return AffineMap(inverse, None if self.bias is None else -(inverse @ self.bias))
+
+    def __matmul__(self, other: AffineMap) -> AffineMap:
+        """Composition: (self @ other).map(x) = self.map(other.map(x))."""
+        if self.matrix.shape[1] != other.matrix.shape[0]:
+            raise ValueError(f"other: maps into {other.matrix.shape[0]} dimensions, {self.matrix.shape[1]} are needed")
+        bias = self.bias
+        if other.bias is not None:
+            moved = self.matrix @ other.bias
+            bias = moved if bias is None else moved + bias
+        return AffineMap(self.matrix @ other.matrix, bias)
+
+    @property
+    def orthogonality_defect(self) -> float:
+        """Frobenius norm of W'W - I (or WW' - I for fewer rows than columns)."""
+        w = self.matrix
+        gram = w.mT @ w if w.shape[0] >= w.shape[1] else w @ w.mT
+        return float(torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], dtype=w.dtype, device=w.device)))
+
+    def to(self, *args: Any, **kwargs: Any) -> AffineMap:
+        """Move to a device or dtype, like `Tensor.to`."""
+        bias = None if self.bias is None else self.bias.to(*args, **kwargs)
+        return AffineMap(self.matrix.to(*args, **kwargs), bias)
+
+    def to_module(self) -> nn.Linear:
+        """The same map as a torch Linear layer."""
+        d_out, d_in = self.matrix.shape
+        layer = nn.Linear(d_in, d_out, bias=self.bias is not None, device=self.matrix.device, dtype=self.matrix.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(self.matrix)
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        return layer
+
+    def to_faiss(self) -> Any:
+        """The same map as a faiss LinearTransform, for an IndexPreTransform (extra: index)."""
+        faiss: Any = require("faiss", extra="index")
+        d_out, d_in = self.matrix.shape
+        transform = faiss.LinearTransform(d_in, d_out, self.bias is not None)
+        faiss.copy_array_to_vector(self.matrix.float().cpu().contiguous().numpy().ravel(), transform.A)
+        if self.bias is not None:
+            faiss.copy_array_to_vector(self.bias.float().cpu().numpy(), transform.b)
+        transform.is_trained = True
+        transform.set_is_orthonormal()
+        return transform
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        arrays = {"matrix": self.matrix.contiguous().cpu()}
+        if self.bias is not None:
+            arrays["bias"] = self.bias.contiguous().cpu()
+        with atomic_write(path) as temporary:
+            save_file(arrays, temporary, metadata={"subspan": json.dumps({"kind": "affine-map"})})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> AffineMap:
+        """Read a file written by `save`. Raises ValueError when it is not one."""
+        try:
+            with safe_open(path, framework="pt") as stored:
+                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
+        if facts.get("kind") != "affine-map" or "matrix" not in arrays:
+            raise ValueError(f"path: {os.fspath(path)!r} holds no affine map")
+        return cls(arrays["matrix"], arrays.get("bias"))
+
+
+def _through_means(matrix: Tensor, mean_x: Tensor | None, mean_y: Tensor | None) -> AffineMap:
+    if mean_x is None or mean_y is None:
+        return AffineMap(matrix)
+    return AffineMap(matrix, mean_y - matrix @ mean_x)
+
+
+def procrustes(
+    cov_xy: Float[Tensor, "d_x d_y"],
+    *,
+    mean_x: Tensor | None = None,
+    mean_y: Tensor | None = None,
+    cov_xx: Float[Tensor, "d_x d_x"] | None = None,
+    determinant: int | None = None,
+) -> AffineMap:
+    """Orthogonal map (or isometry between unequal dimensions) from x to y with the least squared error.
+
+    With `cov_xx` a common scale is fitted too. `determinant` = +1 or -1 fixes the sign (square maps only).
+    Source: Schonemann (1966).
+    """
+    u, s, vh = torch.linalg.svd(cov_xy.mT, full_matrices=False)
+    if determinant is not None:
+        if determinant not in (1, -1) or cov_xy.shape[0] != cov_xy.shape[1]:
+            raise ValueError("determinant: takes +1 or -1, and needs equal dimensions")
+        sign = torch.ones_like(s)
+        sign[-1] = determinant * torch.linalg.det(u) * torch.linalg.det(vh)
+        u, s = u * sign.sign(), s * sign.sign()
+    matrix = u @ vh
+    if cov_xx is not None:
+        # Between unequal dimensions only the part of x that survives the map counts against the scale.
+        denominator = torch.einsum("ij,jk,ik->", matrix, cov_xx, matrix)
+        matrix = matrix * (s.sum() / denominator)
+    return _through_means(matrix, mean_x, mean_y)
+
+
+def ridge(
+    cov_xx: Float[Tensor, "d_x d_x"],
+    cov_xy: Float[Tensor, "d_x d_y"],
+    *,
+    alpha: float = 1e-3,
+    mean_x: Tensor | None = None,
+    mean_y: Tensor | None = None,
+) -> AffineMap:
+    """Ridge regression from x to y; `alpha` is relative to the mean variance of x (tr cov_xx / d_x)."""
+    if alpha < 0:
+        raise ValueError(f"alpha: must be >= 0, got {alpha}")
+    d = cov_xx.shape[0]
+    penalty = alpha * cov_xx.diagonal().sum() / d
+    regular = cov_xx + penalty * torch.eye(d, dtype=cov_xx.dtype, device=cov_xx.device)
+    factor, failed = torch.linalg.cholesky_ex(regular)
+    if int(failed):
+        matrix = (torch.linalg.pinv(regular, hermitian=True) @ cov_xy).mT
+    else:
+        matrix = torch.cholesky_solve(cov_xy, factor).mT
+    return _through_means(matrix, mean_x, mean_y)
+
+
+def oas_shrinkage(covariance: Float[Tensor, "d d"], count: float) -> float:
+    """Weight in [0, 1] of the scaled identity by oracle approximating shrinkage (Chen et al., 2010)."""
+    d = covariance.shape[0]
+    trace = float(covariance.diagonal().sum())
+    square = float(covariance.square().sum())
+    top = (1 - 2 / d) * square + trace**2
+    bottom = (count + 1 - 2 / d) * (square - trace**2 / d)
+    return 1.0 if bottom <= 0 else float(min(1.0, top / bottom))
+
+
+def shrink_covariance(covariance: Float[Tensor, "d d"], weight: float) -> Float[Tensor, "d d"]:
+    """(1 - weight) covariance + weight (tr covariance / d) I."""
+    if not 0 <= weight <= 1:
+        raise ValueError(f"shrinkage: must lie in [0, 1], got {weight}")
+    d = covariance.shape[0]
+    eye = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+    return (1 - weight) * covariance + weight * covariance.diagonal().sum() / d * eye
+
+
+def inverse_sqrt(covariance: Float[Tensor, "d d"], *, tolerance: float = 1e-12) -> Float[Tensor, "d d"]:
+    """Symmetric inverse square root on the range of the covariance; smaller eigenvalues map to zero."""
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > tolerance * values[-1].clamp_min(0)
+    scale = torch.where(kept, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), torch.zeros_like(values))
+    return (vectors * scale) @ vectors.mT
+
+
+def whitening(
+    covariance: Float[Tensor, "d d"],
+    mean: Float[Tensor, " d"] | None = None,
+    *,
+    method: str = "zca",
+    shrinkage: float = 0.0,
+    tolerance: float = 1e-12,
+) -> AffineMap:
+    """Map to unit covariance: "zca" (symmetric), "pca" (rotated to the axes, by variance) or "cholesky"."""
+    regular = shrink_covariance(covariance, shrinkage)
+    if method == "zca":
+        matrix = inverse_sqrt(regular, tolerance=tolerance)
+    elif method == "pca":
+        values, vectors = torch.linalg.eigh(regular)
+        values, vectors = values.flip(-1), vectors.flip(-1)
+        kept = values > tolerance * values[0]
+        matrix = vectors[:, kept].mT / values[kept].sqrt().unsqueeze(-1)
+    elif method == "cholesky":
+        factor, failed = torch.linalg.cholesky_ex(regular)
+        if int(failed):
+            raise ValueError("covariance: is not positive definite; use shrinkage > 0 or method='zca'")
+        matrix = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
+    else:
+        raise ValueError(f"method: expected 'zca', 'pca' or 'cholesky', got {method!r}")
+    return _through_means(matrix, mean, None if mean is None else mean.new_zeros(matrix.shape[0]))
+
+
+def gaussian_transport(
+    cov_x: Float[Tensor, "d d"],
+    cov_y: Float[Tensor, "d d"],
+    *,
+    mean_x: Tensor | None = None,
+    mean_y: Tensor | None = None,
+    method: str = "coral",
+    tolerance: float = 1e-12,
+) -> AffineMap:
+    """Map that gives x the mean and covariance of y: "coral" (whiten-colour) or "optimal" (least movement)."""
+    values, vectors = torch.linalg.eigh(cov_y)
+    root_y = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+    if method == "coral":
+        matrix = root_y @ inverse_sqrt(cov_x, tolerance=tolerance)
+    elif method == "optimal":
+        values, vectors = torch.linalg.eigh(cov_x)
+        root_x = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
+        inner_values, inner_vectors = torch.linalg.eigh(root_x @ cov_y @ root_x)
+        inner = (inner_vectors * inner_values.clamp_min(0).sqrt()) @ inner_vectors.mT
+        inverse = inverse_sqrt(cov_x, tolerance=tolerance)
+        matrix = inverse @ inner @ inverse
+    else:
+        raise ValueError(f"method: expected 'coral' or 'optimal', got {method!r}")
+    return _through_means(matrix, mean_x, mean_y)
+
+
+@dataclass(frozen=True)
+class CanonicalCorrelation:
+    """Canonical directions of two spaces: columns with unit variance and cross-correlation diag(correlations)."""
+
+    x_directions: Float[Tensor, "d_x k"]
+    y_directions: Float[Tensor, "d_y k"]
+    correlations: Float[Tensor, " k"]
+    mean_x: Float[Tensor, " d_x"]
+    mean_y: Float[Tensor, " d_y"]
+    shrinkage: tuple[float, float] = (0.0, 0.0)
+
+    def transform_x(self, x: Any) -> Float[Tensor, "n k"]:
+        """Canonical variables of rows x (n, d_x)."""
+        rows = as_tensor(x, "x")
+        return (rows - self.mean_x.to(rows)) @ self.x_directions.to(rows)
+
+    def transform_y(self, y: Any) -> Float[Tensor, "n k"]:
+        """Canonical variables of rows y (n, d_y)."""
+        rows = as_tensor(y, "y")
+        return (rows - self.mean_y.to(rows)) @ self.y_directions.to(rows)
+
+    def truncate(self, k: int) -> CanonicalCorrelation:
+        """The first k pairs."""
+        return dataclasses.replace(
+            self,
+            x_directions=self.x_directions[:, :k],
+            y_directions=self.y_directions[:, :k],
+            correlations=self.correlations[:k],
+        )
+
+    def subspaces(self) -> tuple[Subspace, Subspace]:
+        """Spans of the directions in x and in y (Euclidean orthonormal bases, centred at the means)."""
+        return (
+            Subspace.span(self.x_directions, center=self.mean_x),
+            Subspace.span(self.y_directions, center=self.mean_y),
+        )
+
+    def shared_dimensions(self, threshold: float = 0.5) -> int:
+        """Number of pairs with a correlation above `threshold`."""
+        return int((self.correlations > threshold).sum())
+
+
+def cca(
+    cov_xx: Float[Tensor, "d_x d_x"],
+    cov_xy: Float[Tensor, "d_x d_y"],
+    cov_yy: Float[Tensor, "d_y d_y"],
+    *,
+    count: float,
+    mean_x: Tensor | None = None,
+    mean_y: Tensor | None = None,
+    k: int | None = None,
+    shrinkage: float | str = "oas",
+) -> CanonicalCorrelation:
+    """Canonical correlation analysis from covariances; shrinkage "oas" (default) or a weight in [0, 1] for both."""
+    if isinstance(shrinkage, str):
+        if shrinkage != "oas":
+            raise ValueError(f"shrinkage: expected 'oas' or a number in [0, 1], got {shrinkage!r}")
+        weights = (oas_shrinkage(cov_xx, count), oas_shrinkage(cov_yy, count))
+    else:
+        weights = (float(shrinkage), float(shrinkage))
+    white_x = inverse_sqrt(shrink_covariance(cov_xx, weights[0]))
+    white_y = inverse_sqrt(shrink_covariance(cov_yy, weights[1]))
+    u, s, vh = torch.linalg.svd(white_x @ cov_xy @ white_y, full_matrices=False)
+    k = len(s) if k is None else k
+    if not 1 <= k <= len(s):
+        raise ValueError(f"k: must lie in [1, {len(s)}], got {k}")
+    return CanonicalCorrelation(
+        white_x @ u[:, :k],
+        white_y @ vh.mT[:, :k],
+        s[:k].clamp(0, 1),
+        cov_xx.new_zeros(len(cov_xx)) if mean_x is None else mean_x,
+        cov_yy.new_zeros(len(cov_yy)) if mean_y is None else mean_y,
+        weights,
+    )
+
+
+def linear_cka(
+    cov_xx: Float[Tensor, "d_x d_x"], cov_xy: Float[Tensor, "d_x d_y"], cov_yy: Float[Tensor, "d_y d_y"]
+) -> float:
+    """Linear centred kernel alignment in [0, 1] from covariances (Kornblith et al., 2019)."""
+    norm = torch.linalg.matrix_norm(cov_xx) * torch.linalg.matrix_norm(cov_yy)
+    if not float(norm) > 0:
+        raise ValueError("cov_xx, cov_yy: one of them is zero, so the alignment is not defined")
+    return float(torch.linalg.matrix_norm(cov_xy).square() / norm)

@@ -1,0 +1,174 @@
+"""Rank rules: how many directions a spectrum supports.
+
+A rule is called with the descending variances of a sample (squared singular values over the degrees of freedom), the
+number of rows and the ambient dimension, and returns an int. `rank=` arguments everywhere take an int, a float in
+(0, 1], a name, or a rule.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from . import random_matrix
+
+
+@runtime_checkable
+class RankRule(Protocol):
+    """Anything that turns a spectrum into a number of directions."""
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return the rank for `variances` (descending, length min(n, d) or d) of `n` rows in `d` dimensions."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedRank:
+    """Always `k` directions, capped at what the data spans (with a warning)."""
+
+    k: int
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return k, or the number of available directions when that is smaller."""
+        available = int(min(len(variances), d))
+        if self.k > available:
+            warnings.warn(f"rank={self.k} is more than the {available} directions available; using {available}")
+        return min(self.k, available)
+
+
+@dataclass(frozen=True)
+class EnergyRank:
+    """Smallest k whose variances make up at least `ratio` of the total."""
+
+    ratio: float = 0.99
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"rank: an explained-variance ratio must lie in (0, 1], got {self.ratio}")
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return the smallest k with cumulative share >= ratio."""
+        values = np.clip(variances, 0, None)
+        if values.sum() <= 0:
+            raise ValueError("x: the total variance is zero (constant rows); there is no direction to keep")
+        share = np.cumsum(values) / values.sum()
+        return int(min(np.searchsorted(share, self.ratio, side="left") + 1, len(values)))
+
+
+@dataclass(frozen=True)
+class MarchenkoPastur:
+    """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
+
+    `sigma2`: "median" (estimated from the bulk) or a known noise variance. `confidence`: None for the bare edge, or
+    e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest answer (0 lets the caller see that nothing stands out).
+    """
+
+    sigma2: float | str = "median"
+    confidence: float | None = None
+    minimum: int = 1
+
+    def noise(self, variances: np.ndarray, n: int, d: int) -> float:
+        """Return the noise variance used for the edge."""
+        if isinstance(self.sigma2, str):
+            if self.sigma2 != "median":
+                raise ValueError(f"sigma2: expected 'median' or a number, got {self.sigma2!r}")
+            return random_matrix.noise_variance(variances, n, d)
+        return float(self.sigma2)
+
+    def edge(self, variances: np.ndarray, n: int, d: int) -> float:
+        """Return the eigenvalue above which a direction counts."""
+        return random_matrix.spike_edge(n, d, self.noise(variances, n, d), confidence=self.confidence)
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return the number of variances above the edge, at least `minimum`."""
+        return max(self.minimum, int((np.asarray(variances) > self.edge(variances, n, d)).sum()))
+
+
+@dataclass(frozen=True)
+class GavishDonoho:
+    """Optimal singular-value hard threshold (Gavish & Donoho, 2014).
+
+    `noise`: None for unknown noise (median rule) or the standard deviation of the noise. Where the median singular
+    value is zero (duplicated or rank-deficient rows) the rule falls back to 90 % of the energy, with a warning.
+    """
+
+    noise: float | None = None
+    minimum: int = 1
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return the number of singular values above the threshold, at least `minimum`."""
+        small, large = min(n, d), max(n, d)
+        singular = np.sqrt(np.clip(np.asarray(variances, dtype=float)[:small], 0, None))
+        singular = np.pad(singular, (0, small - len(singular)))
+        if singular.max(initial=0.0) <= 0:
+            raise ValueError("x: the total variance is zero (constant rows); there is no direction to keep")
+        if self.noise is not None:
+            # `variances` are squared singular values over n, so the threshold is divided by sqrt(n) too.
+            cut = random_matrix.gavish_donoho_lambda(small / large) * np.sqrt(large / n) * self.noise
+        else:
+            median = float(np.median(singular))
+            if median <= singular[0] * 1e-7:
+                warnings.warn("the median singular value is zero (repeated rows?); using 90 % of the energy instead")
+                return max(self.minimum, EnergyRank(0.9)(np.asarray(variances), n, d))
+            cut = random_matrix.gavish_donoho_omega(small / large) * median
+        return max(self.minimum, int((singular > cut).sum()))
+
+
+@dataclass(frozen=True)
+class EffectiveRank:
+    """Effective rank exp(entropy of the spectrum), rounded to the nearest integer."""
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return round(exp(entropy)), at least 1."""
+        values = np.clip(np.asarray(variances, dtype=float), 0, None)
+        if values.sum() <= 0:
+            raise ValueError("x: the total variance is zero (constant rows); there is no direction to keep")
+        p = values[values > 0] / values.sum()
+        return max(1, int(np.rint(np.exp(-(p * np.log(p)).sum()))))
+
+
+@dataclass(frozen=True)
+class Elbow:
+    """Elbow by profile likelihood: two groups of eigenvalues with one variance (Zhu & Ghodsi, 2006)."""
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return the split with the largest profile likelihood."""
+        values = np.asarray(variances, dtype=float)[: min(n, d)]
+        count = len(values)
+        if count < 3:
+            return max(1, count - 1)
+        ones = np.arange(1, count)
+        head, head2 = np.cumsum(values)[:-1], np.cumsum(values**2)[:-1]
+        tail, tail2 = values.sum() - head, (values**2).sum() - head2
+        spread = (head2 - head**2 / ones) + (tail2 - tail**2 / (count - ones))
+        return int(ones[np.argmin(spread)])
+
+
+_NAMED = {
+    "marchenko-pastur": MarchenkoPastur(),
+    "gavish-donoho": GavishDonoho(),
+    "effective": EffectiveRank(),
+    "elbow": Elbow(),
+}
+
+
+def rank_rule(rank: int | float | str | RankRule) -> RankRule:
+    """Turn a `rank=` argument into a rule: int, float in (0, 1] (explained variance), name, or a rule itself."""
+    if isinstance(rank, str):
+        if rank not in _NAMED:
+            raise ValueError(f"rank: unknown rule {rank!r}; known: {', '.join(_NAMED)}")
+        return _NAMED[rank]
+    if isinstance(rank, bool):
+        raise TypeError("rank: expected an int, a float in (0, 1], a name or a rule, got a bool")
+    if isinstance(rank, int | np.integer):
+        if rank < 1:
+            raise ValueError(f"rank: must be at least 1, got {rank}")
+        return FixedRank(int(rank))
+    if isinstance(rank, float | np.floating):
+        return EnergyRank(float(rank))
+    if isinstance(rank, RankRule):
+        return rank
+    raise TypeError(f"rank: expected an int, a float in (0, 1], a name or a rule, got {type(rank).__name__}")

@@ -1,0 +1,60 @@
+"""Numbers that describe a spectrum: effective rank, participation ratio, power law, coding rate."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def _distribution(variances: Tensor) -> Tensor:
+    clipped = variances.clamp_min(0)
+    total = clipped.sum(-1, keepdim=True)
+    if bool((total <= 0).any()):
+        raise ValueError("variances: the total variance is zero")
+    return clipped / total
+
+
+def von_neumann_entropy(variances: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+    """Entropy (nats) of the spectrum scaled to sum to one, -sum p log p."""
+    return torch.special.entr(_distribution(variances)).sum(-1)
+
+
+def effective_rank(variances: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+    """Effective rank exp(von Neumann entropy): k equal variances give k (Roy & Vetterli, 2007)."""
+    return von_neumann_entropy(variances).exp()
+
+
+def participation_ratio(variances: Float[Tensor, "*b d"]) -> Float[Tensor, "*b"]:
+    """Participation ratio (sum v)^2 / sum v^2."""
+    return 1 / _distribution(variances).square().sum(-1)
+
+
+def explained_ratio(variances: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """Cumulative share of the total variance, for variances in descending order."""
+    return _distribution(variances).cumsum(-1)
+
+
+def power_law_exponent(
+    variances: Float[Tensor, " d"], *, first: int = 1, last: int | None = None
+) -> Float[Tensor, ""]:
+    """Exponent a of variance_i ~ i^-a by least squares in log-log over ranks `first`..`last` (1-based, inclusive)."""
+    last = variances.numel() if last is None else min(last, variances.numel())
+    ranks = torch.arange(1, variances.numel() + 1, dtype=torch.float64, device=variances.device)[first - 1 : last]
+    values = variances.double()[first - 1 : last]
+    kept = values > 0
+    if int(kept.sum()) < 2:
+        raise ValueError("variances: a power law needs at least two positive values in the range")
+    x, y = ranks[kept].log(), values[kept].log()
+    x = x - x.mean()
+    return -(x * (y - y.mean())).sum() / x.square().sum()
+
+
+def coding_rate(z: Float[Tensor, "*b n d"], *, epsilon: float = 0.5) -> Float[Tensor, "*b"]:
+    """Coding rate 1/2 logdet(I + d/(n eps^2) Z'Z), in nats, in the smaller Gram matrix (Ma et al., 2007)."""
+    if epsilon <= 0:
+        raise ValueError(f"epsilon: must be positive, got {epsilon}")
+    n, d = z.shape[-2:]
+    gram = z.mT @ z if d <= n else z @ z.mT
+    eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
+    return 0.5 * torch.linalg.slogdet(eye + gram * (d / (n * epsilon**2)))[1]

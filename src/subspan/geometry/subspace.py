@@ -1,0 +1,407 @@
+"""`Subspace`: an ordered orthonormal basis with its centre and spectrum, and everything one does with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Inexact
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .angles import principal_angles, subspace_distance, subspace_overlap
+from .arrays import as_tensor, check_finite
+from .files import atomic_write
+from .grassmann import orthonormalize, polar, random_basis
+from .rank import RankRule, rank_rule
+
+_ARRAYS = ("basis", "center", "variances", "residual_variance", "spectrum")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """An affine or linear subspace with ordered principal directions.
+
+    basis (*b, d, k): orthonormal columns, strongest first where variances are known.
+    center (*b, d) or None: the point it passes through; None means the origin.
+    variances (*b, k) or None: variance of the data along each direction.
+    residual_variance (*b,) or None: mean variance per discarded dimension (PPCA's noise).
+    spectrum (*b, m) or None: all variances of the fit, descending, m = min(n, d) or d.
+    count: number of rows behind the fit, None where the subspace was given.
+    """
+
+    basis: Inexact[Tensor, "*b d k"]
+    center: Inexact[Tensor, "*b d"] | None = None
+    variances: Float[Tensor, "*b k"] | None = None
+    residual_variance: Float[Tensor, "*b"] | None = None
+    spectrum: Float[Tensor, "*b m"] | None = None
+    count: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.basis.ndim < 2:
+            raise ValueError(f"basis: expected shape (..., d, k), got {tuple(self.basis.shape)}")
+        d, k = self.basis.shape[-2:]
+        if not 1 <= k <= d:
+            raise ValueError(f"basis: k must lie in [1, d], got k = {k} and d = {d}")
+        defect = self.basis.mH @ self.basis - torch.eye(k, dtype=self.basis.dtype, device=self.basis.device)
+        # `not <=` also catches NaN, which compares false with everything.
+        tolerance = 100 * torch.finfo(self.basis.dtype).eps * max(1.0, k**0.5)
+        if not float(defect.abs().max()) <= tolerance:
+            raise ValueError("basis: the columns are not orthonormal; use Subspace.span to orthonormalise vectors")
+
+    # ------------------------------------------------------------------ construction
+
+    @classmethod
+    def span(cls, vectors: Any, *, center: Any = None, tolerance: float | None = None) -> Subspace:
+        """Subspace spanned by the columns of `vectors` (*b, d, m); dependent columns are dropped (unbatched).
+
+        Raises ValueError when all columns are zero or a batch holds subspaces of unequal dimension.
+        """
+        x = check_finite(as_tensor(vectors, "vectors"), "vectors")
+        if x.ndim < 2:
+            raise ValueError(f"vectors: expected shape (..., d, m), got {tuple(x.shape)}")
+        c = None if center is None else as_tensor(center, "center").to(x)
+        u, s, _ = torch.linalg.svd(x, full_matrices=False)
+        cut = torch.finfo(s.dtype).eps * max(x.shape[-2:]) if tolerance is None else tolerance
+        ranks = (s > cut * s[..., :1]).sum(-1)
+        k = int(ranks.max())
+        if k == 0 or int(ranks.min()) != k:
+            raise ValueError(f"vectors: must span subspaces of one dimension >= 1, got ranks {ranks.flatten().tolist()}")
+        if k == x.shape[-1]:
+            u = orthonormalize(x)  # keeps the order of independent vectors, which an SVD does not
+        return cls(u[..., :k], center=c)
+
+    @classmethod
+    def random(
+        cls,
+        d: int,
+        k: int,
+        *,
+        batch: tuple[int, ...] = (),
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> Subspace:
+        """Uniformly random k-dimensional subspace of R^d."""
+        return cls(random_basis(d, k, batch=batch, generator=generator, dtype=dtype))
+
+    @classmethod
+    def from_covariance(
+        cls,
+        covariance: Inexact[Tensor, "d d"],
+        *,
+        mean: Inexact[Tensor, " d"] | None = None,
+        count: float,
+        rank: int | float | str | RankRule = 0.99,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """Leading eigenvectors of a covariance (or second moment, with mean=None) estimated from `count` rows."""
+        values, vectors = torch.linalg.eigh(covariance)
+        return cls._from_spectrum(vectors.flip(-1), values.flip(-1).clamp_min(0), mean, count, rank, dtype)
+
+    @classmethod
+    def fit(
+        cls,
+        x: Any,
+        *,
+        rank: int | float | str | RankRule = 0.99,
+        center: bool = True,
+    ) -> Subspace:
+        """Principal subspace of the rows of `x` (n, d), computed in float64, returned in the dtype of `x`.
+
+        `rank`: int, float in (0, 1] = explained variance, rule name or rule. `center`: subtract the mean first.
+        Uses the smaller of the two Gram matrices, so n < d costs O(n^2 d). For data larger than memory use
+        `Moments`. Raises ValueError for non-finite or constant rows.
+        """
+        rows = as_tensor(x, "x", ndim=2)
+        check_finite(rows, "x")
+        n, d = rows.shape
+        if n < 2:
+            raise ValueError(f"x: needs at least 2 rows, got {n}")
+        wide = rows.to(torch.complex128 if rows.is_complex() else torch.float64)
+        mean = wide.mean(0) if center else None
+        wide = wide - mean if mean is not None else wide
+        degrees = n - 1 if center else n
+        if n >= d:
+            values, vectors = torch.linalg.eigh(wide.mT @ wide.conj() / degrees)
+            vectors, values = vectors.flip(-1), values.flip(-1).clamp_min(0)
+        else:
+            _, s, vh = torch.linalg.svd(wide, full_matrices=False)
+            vectors, values = vh.mT, s.square() / degrees
+        return cls._from_spectrum(vectors, values, mean, float(n), rank, rows.dtype)
+
+    @classmethod
+    def _from_spectrum(
+        cls,
+        vectors: Tensor,
+        values: Tensor,
+        mean: Tensor | None,
+        count: float,
+        rank: int | float | str | RankRule,
+        dtype: torch.dtype | None,
+    ) -> Subspace:
+        d = vectors.shape[-2]
+        available = int(min(d, max(1, count - (mean is not None))))
+        total = float(values.sum())
+        scale = float(mean.abs().square().sum()) if mean is not None else 0.0
+        if not total > 1e-28 * scale or total == 0:
+            raise ValueError("x: the total variance is zero (constant rows); there is no direction to keep")
+        k = rank_rule(rank)(values[:available].cpu().numpy(), max(1, round(count)), d)
+        if not 1 <= k <= d:
+            raise ValueError(f"rank: the rule returned {k}, outside [1, {d}]")
+        dtype = vectors.dtype if dtype is None else dtype
+        real = torch.empty(0, dtype=dtype).real.dtype
+        rest = values[k:].sum() / (d - k) if k < d else values.new_zeros(())
+        return cls(
+            basis=vectors[:, :k].to(dtype).contiguous(),
+            center=None if mean is None else mean.to(dtype),
+            variances=values[:k].to(real),
+            residual_variance=rest.to(real),
+            spectrum=values.to(real),
+            count=float(count),
+        )
+
+    # ------------------------------------------------------------------ description
+
+    @property
+    def dim(self) -> int:
+        """Dimension k."""
+        return self.basis.shape[-1]
+
+    @property
+    def ambient_dim(self) -> int:
+        """Ambient dimension d."""
+        return self.basis.shape[-2]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading dimensions."""
+        return tuple(self.basis.shape[:-2])
+
+    @property
+    def projector(self) -> Inexact[Tensor, "*b d d"]:
+        """The orthogonal projector as a matrix (d x d: for small d and for checks)."""
+        return self.basis @ self.basis.mH
+
+    @property
+    def explained_ratio(self) -> Float[Tensor, "*b"]:
+        """Share of the total variance inside the subspace."""
+        spectrum, variances = self._need("spectrum"), self._need("variances")
+        return variances.sum(-1) / spectrum.sum(-1)
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Divisor between squared singular values and variances: count - 1 when centred, else count."""
+        if self.count is None:
+            raise ValueError("subspace: it was not fitted to rows, so it has no count")
+        return self.count - 1 if self.center is not None else self.count
+
+    def __repr__(self) -> str:
+        batch = f", batch={self.batch_shape}" if self.batch_shape else ""
+        ratio = f", explained={float(self.explained_ratio):.4f}" if self.spectrum is not None and not batch else ""
+        return f"Subspace(dim={self.dim}, ambient_dim={self.ambient_dim}{batch}{ratio}, dtype={self.basis.dtype})"
+
+    def _need(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"subspace: it has no {name}; it was given, not fitted")
+        return value
+
+    # ------------------------------------------------------------------ vectors
+
+    def _rows(self, x: Any) -> Tensor:
+        rows = as_tensor(x, "x")
+        if rows.shape[-1:] != (self.ambient_dim,):
+            raise ValueError(f"x: expected {self.ambient_dim} columns, got shape {tuple(rows.shape)}")
+        # Half precision is for storage; sums over d need more digits.
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.to(torch.float32)
+        dtype = torch.promote_types(rows.dtype, self.basis.dtype)
+        if rows.device != self.basis.device:
+            raise ValueError(f"x: is on {rows.device}, the subspace on {self.basis.device}; move one with .to(...)")
+        return rows.to(dtype)
+
+    def _centered(self, rows: Tensor) -> Tensor:
+        return rows if self.center is None else rows - self.center.unsqueeze(-2).to(rows.dtype)
+
+    def coordinates(self, x: Any) -> Inexact[Tensor, "*b n k"]:
+        """Coordinates (…, n, k) of rows x (…, n, d) along the directions, from the centre."""
+        rows = self._centered(self._rows(x))
+        return rows @ self.basis.to(rows.dtype).conj()
+
+    def embed(self, z: Any) -> Inexact[Tensor, "*b n d"]:
+        """Points (…, n, d) with coordinates z (…, n, k); the inverse of `coordinates` inside the subspace."""
+        coordinates = as_tensor(z, "z")
+        if coordinates.shape[-1:] != (self.dim,):
+            raise ValueError(f"z: expected {self.dim} columns, got shape {tuple(coordinates.shape)}")
+        points = coordinates @ self.basis.mT.to(coordinates.dtype)
+        return points if self.center is None else points + self.center.unsqueeze(-2).to(points.dtype)
+
+    def project(self, x: Any) -> Inexact[Tensor, "*b n d"]:
+        """Nearest points of the subspace to rows x (…, n, d)."""
+        return self.embed(self.coordinates(x))
+
+    def residual(self, x: Any) -> Inexact[Tensor, "*b n d"]:
+        """What the subspace leaves of rows x (…, n, d): x - project(x)."""
+        rows = self._centered(self._rows(x))
+        basis = self.basis.to(rows.dtype)
+        return rows - (rows @ basis.conj()) @ basis.mT
+
+    def energies(self, x: Any) -> tuple[Inexact[Tensor, "*b n k"], Float[Tensor, "*b n"]]:
+        """Coordinates and squared distance to the subspace in one pass over rows x (…, n, d).
+
+        The distance is |x - c|^2 - |z|^2; rows where that cancels (close to the subspace) are measured directly.
+        """
+        rows = self._centered(self._rows(x))
+        basis = self.basis.to(rows.dtype)
+        z = rows @ basis.conj()
+        norm = rows.abs().square().sum(-1)
+        residual = norm - z.abs().square().sum(-1)
+        close = residual < norm * (1e4 * torch.finfo(norm.dtype).eps)
+        if bool(close.any()):
+            if self.batch_shape:
+                exact = (rows - z @ basis.mT).abs().square().sum(-1)
+                residual = torch.where(close, exact, residual)
+            else:
+                residual[close] = (rows[close] - z[close] @ basis.mT).abs().square().sum(-1)
+        return z, residual
+
+    def residual_energy(self, x: Any) -> Float[Tensor, "*b n"]:
+        """Squared distance (…, n) of rows x (…, n, d) to the subspace."""
+        return self.energies(x)[1]
+
+    def mahalanobis(self, x: Any, *, epsilon: float = 0.0) -> Float[Tensor, "*b n"]:
+        """Squared Mahalanobis distance inside the subspace, sum_i z_i^2 / (variance_i + epsilon)."""
+        variances = self._need("variances")
+        z = self.coordinates(x)
+        return (z.abs().square() / (variances.unsqueeze(-2) + epsilon).to(z.real.dtype)).sum(-1)
+
+    def leverage(self, x: Any) -> Float[Tensor, "*b n"]:
+        """Statistical leverage sum_i z_i^2 / s_i^2 of rows, equal to Mahalanobis over the degrees of freedom."""
+        return self.mahalanobis(x) / self.degrees_of_freedom
+
+    # ------------------------------------------------------------------ algebra
+
+    def complement(self) -> Subspace:
+        """Orthogonal complement (dimension d - k, same centre). Raises ValueError when k = d."""
+        d, k = self.ambient_dim, self.dim
+        if k == d:
+            raise ValueError("subspace: it is the whole space, so its complement is empty")
+        q = torch.linalg.qr(self.basis, mode="complete")[0]
+        return Subspace(q[..., k:], center=self.center)
+
+    def select(self, index: Any) -> Subspace:
+        """Subspace of chosen directions, in the given order (boolean mask or indices), spectrum kept."""
+        chosen = torch.as_tensor(np.asarray(index) if not isinstance(index, Tensor) else index)
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (self.dim,):
+                raise ValueError(f"index: a mask must have {self.dim} entries, got shape {tuple(chosen.shape)}")
+            chosen = chosen.nonzero()[:, 0]
+        chosen = chosen.to(self.basis.device)
+        if chosen.numel() == 0:
+            raise ValueError("index: selects no direction")
+        variances = None if self.variances is None else self.variances[..., chosen]
+        residual = None
+        if self.spectrum is not None and variances is not None:
+            rest = self.ambient_dim - chosen.numel()
+            outside = (self.spectrum.sum(-1) - variances.sum(-1)).clamp_min(0)
+            residual = outside / rest if rest else torch.zeros_like(outside)
+        return dataclasses.replace(
+            self, basis=self.basis[..., chosen], variances=variances, residual_variance=residual
+        )
+
+    def truncate(self, k: int) -> Subspace:
+        """The first k directions."""
+        if not 1 <= k <= self.dim:
+            raise ValueError(f"k: must lie in [1, {self.dim}], got {k}")
+        return self.select(torch.arange(k))
+
+    def split(self, cuts: list[int] | tuple[int, ...]) -> list[Subspace]:
+        """Consecutive blocks of directions, cut before each index of `cuts` (ascending, inside (0, k))."""
+        points = [0, *cuts, self.dim]
+        if any(a >= b for a, b in zip(points, points[1:])):
+            raise ValueError(f"cuts: must ascend strictly inside (0, {self.dim}), got {list(cuts)}")
+        return [self.select(torch.arange(a, b)) for a, b in zip(points, points[1:])]
+
+    def rotate_onto(self, other: Subspace) -> Subspace:
+        """Same subspace, its basis rotated to be as near as possible to that of `other` (same k)."""
+        if self.dim != other.dim:
+            raise ValueError(f"other: expected dimension {self.dim}, got {other.dim}")
+        basis = self.basis @ polar(self.basis.mH @ other.basis)
+        return Subspace(basis, center=self.center, residual_variance=self.residual_variance, count=self.count)
+
+    def union(self, other: Subspace, *, tolerance: float | None = None) -> Subspace:
+        """Sum of the two subspaces (unbatched); directions closer than `tolerance` (sine) count once."""
+        residual = other.basis - self.basis @ (self.basis.mH @ other.basis)
+        u, s, _ = torch.linalg.svd(residual, full_matrices=False)
+        extra = u[:, s > self._tolerance(tolerance)]
+        extra = extra - self.basis @ (self.basis.mH @ extra)
+        if extra.shape[1] == 0:
+            return Subspace(self.basis, center=self.center)
+        return Subspace(torch.cat([self.basis, orthonormalize(extra)], dim=1), center=self.center)
+
+    def intersection(self, other: Subspace, *, tolerance: float | None = None) -> Subspace | None:
+        """Common directions (unbatched): principal angles with sine <= tolerance; None where there is none."""
+        u, s, _ = torch.linalg.svd(self.basis.mH @ (other.basis), full_matrices=False)
+        vectors = self.basis @ u
+        outside = vectors - other.basis @ (other.basis.mH @ vectors)
+        kept = torch.linalg.vector_norm(outside, dim=0) <= self._tolerance(tolerance)
+        return Subspace(orthonormalize(vectors[:, kept]), center=self.center) if bool(kept.any()) else None
+
+    def _tolerance(self, tolerance: float | None) -> float:
+        if self.batch_shape:
+            raise ValueError("subspace: union and intersection take one pair at a time")
+        return float(torch.finfo(self.basis.dtype).eps ** 0.5) if tolerance is None else tolerance
+
+    def angles(self, other: Subspace) -> Float[Tensor, "*b m"]:
+        """Principal angles to `other` (radians, ascending)."""
+        return principal_angles(self.basis, other.basis.to(self.basis.dtype))
+
+    def distance(self, other: Subspace, *, metric: str = "geodesic") -> Float[Tensor, "*b"]:
+        """Distance of the directions to those of `other`; for the metrics see `subspace_distance`."""
+        return subspace_distance(self.basis, other.basis.to(self.basis.dtype), metric=metric)
+
+    def overlap(self, other: Subspace) -> Float[Tensor, "*b"]:
+        """Share of directions in common, |A'B|_F^2 / min(p, q)."""
+        return subspace_overlap(self.basis, other.basis.to(self.basis.dtype))
+
+    # ------------------------------------------------------------------ moving and keeping
+
+    def to(self, *args: Any, **kwargs: Any) -> Subspace:
+        """Move to a device or floating dtype, like `Tensor.to`; the basis is made orthonormal again."""
+        moved = {}
+        for name in _ARRAYS:
+            value = getattr(self, name)
+            moved[name] = None if value is None else value.to(*args, **kwargs)
+        if moved["basis"].dtype != self.basis.dtype:
+            wide = self.basis.to(moved["basis"].device)
+            target = moved["basis"].dtype
+            moved["basis"] = orthonormalize(wide.to(torch.promote_types(target, wide.dtype))).to(target)
+        return Subspace(count=self.count, **moved)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to a safetensors file, whole or not at all."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        metadata = {"subspan": json.dumps({"kind": "subspace", "count": self.count})}
+        with atomic_write(path) as temporary:
+            save_file({k: v.contiguous().cpu() for k, v in arrays.items()}, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Subspace:
+        """Read a file written by `save`. Raises ValueError when it is not one."""
+        try:
+            with safe_open(path, framework="pt") as stored:
+                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
+                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
+        if facts.get("kind") != "subspace" or "basis" not in arrays:
+            raise ValueError(f"path: {os.fspath(path)!r} holds no subspace")
+        return cls(count=facts.get("count"), **arrays)
