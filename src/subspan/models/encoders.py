@@ -1,0 +1,202 @@
+"""One vector a text or an image, from a frozen encoder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subspan.geometry.extras import require
+from subspan.models.capture import call_model, evaluation, iterate_representations, pool_states, to_device_of
+from subspan.models.layers import first_tensor
+from subspan.models.preprocessing import ImagePreprocessing
+
+SentencePool = Literal["mean", "last", "first", "projection"]
+_BATCHES_SORTED_TOGETHER = 16
+
+
+class SentenceEncoder:
+    """Texts → sentence embeddings: masked pooling of the last hidden states, then L2 normalisation.
+
+    model: a transformers encoder or the folder it is saved in (then the tokenizer is read from there too).
+    max_length: in tokens. pool: "mean", "last", "first" over the tokens of the text, or "projection" for the text
+    tower of a model with `get_text_features` (CLIP and kin). layer: take this layer's output (see `layer_names`) and
+    stop there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | os.PathLike[str],
+        tokenizer: Any = None,
+        *,
+        max_length: int = 256,
+        pool: SentencePool = "mean",
+        layer: str | int | None = None,
+        normalize: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if pool not in ("mean", "last", "first", "projection"):
+            raise ValueError(f"pool: 'mean', 'last', 'first' or 'projection', got {pool!r}")
+        if pool == "projection" and layer is not None:
+            raise ValueError("layer: a projection is taken from the whole model, not from a layer")
+        if isinstance(model, nn.Module):
+            if tokenizer is None:
+                raise ValueError("tokenizer: needed beside a loaded model")
+            self.model: Any = model
+            self.tokenizer = tokenizer
+        else:
+            self.model, self.tokenizer = _saved_encoder(Path(model), tokenizer)
+        self.model.eval()
+        if device is not None:
+            self.model.to(device)
+        self.max_length = max_length
+        self.pool: SentencePool = pool
+        self.layer = layer
+        self.normalize = normalize
+
+    def encode(self, texts: Iterable[str], batch_size: int = 64, *, progress: bool = False) -> Float[np.ndarray, "n d"]:
+        """Embeddings, one row a text in the order given. TypeError for an entry that is no str, ValueError for none."""
+        return _stacked(self.iterate(texts, batch_size), texts, "texts", progress)
+
+    def iterate(self, texts: Iterable[str], batch_size: int = 64) -> Iterator[Float[np.ndarray, "b d"]]:
+        """The same as a stream of blocks. Texts of similar length share a batch, so that little is spent on padding."""
+        for start, block in _blocks(texts, batch_size * _BATCHES_SORTED_TOGETHER, "texts"):
+            for offset, text in enumerate(block):
+                if not isinstance(text, str):
+                    raise TypeError(f"texts: entry {start + offset} is {type(text).__name__}, a str is needed")
+            order = sorted(range(len(block)), key=lambda index: -len(block[index]))
+            rows = [
+                self._embed([block[index] for index in order[first : first + batch_size]])
+                for first in range(0, len(block), batch_size)
+            ]
+            sorted_rows = torch.cat(rows).cpu()
+            restored = torch.empty_like(sorted_rows)
+            restored[torch.as_tensor(order)] = sorted_rows
+            yield restored.numpy()
+
+    def _embed(self, texts: list[str]) -> Tensor:
+        batch = dict(
+            self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+        )
+        if self.pool == "projection":
+            with torch.no_grad(), evaluation(self.model):
+                vectors = _pooled_output(self.model.get_text_features(**to_device_of(self.model, batch)))
+        elif self.layer is not None:
+            vectors = next(iterate_representations(self.model, [batch], self.layer, pool=self.pool))
+        else:
+            with torch.no_grad(), evaluation(self.model):
+                batch = to_device_of(self.model, batch)
+                output = self.model(**batch)
+                states = getattr(output, "last_hidden_state", None)
+                states = first_tensor(output) if states is None else states
+                vectors = pool_states(states, batch["attention_mask"], pool=self.pool)
+        vectors = vectors.float()
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+class ImageEncoder:
+    """Images → one vector each, from a frozen vision network.
+
+    layer: whose output is taken, averaged over positions or patches (see `layer_names`; the pass stops there). None:
+    the image tower's projection where the model has `get_image_features` (CLIP and kin), else the model's pooled
+    output. preprocessing: an `ImagePreprocessing`, or any function image → tensor (3, h, w). drop_tokens: leading
+    tokens that are no patches. normalize: L2. forward(model, batch): how to call the model otherwise; it gives (b, d)
+    where layer is None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: ImagePreprocessing | Callable[[Any], Tensor],
+        *,
+        layer: str | int | None = None,
+        drop_tokens: int = 0,
+        normalize: bool = False,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> None:
+        self.model: Any = model.eval()
+        self.preprocessing = preprocessing
+        self.layer = layer
+        self.drop_tokens = drop_tokens
+        self.normalize = normalize
+        self.forward = forward
+
+    def encode(
+        self, images: Iterable[Any], batch_size: int = 32, *, progress: bool = False
+    ) -> Float[np.ndarray, "n d"]:
+        """Vectors, one row an image in the order given. Raises ValueError for no images."""
+        return _stacked(self.iterate(images, batch_size), images, "images", progress)
+
+    def iterate(self, images: Iterable[Any], batch_size: int = 32) -> Iterator[Float[np.ndarray, "b d"]]:
+        """The same as a stream of blocks."""
+        for _, block in _blocks(images, batch_size, "images"):
+            batch = torch.stack([self.preprocessing(image) for image in block])
+            vectors = self._embed(batch).float()
+            yield (F.normalize(vectors, dim=-1) if self.normalize else vectors).cpu().numpy()
+
+    def _embed(self, batch: Tensor) -> Tensor:
+        if self.layer is not None:
+            layer, drop = self.layer, self.drop_tokens
+            return next(iterate_representations(self.model, [batch], layer, drop_tokens=drop, forward=self.forward))
+        with torch.no_grad(), evaluation(self.model):
+            batch = to_device_of(self.model, batch)
+            if self.forward is None and hasattr(self.model, "get_image_features"):
+                return _pooled_output(self.model.get_image_features(pixel_values=batch))
+            vectors = _pooled_output((self.forward or call_model)(self.model, batch))
+        if vectors.ndim != 2:
+            raise ValueError(f"layer: the model gives {tuple(vectors.shape)}, not one vector an image; name a layer")
+        return vectors
+
+
+def _saved_encoder(folder: Path, tokenizer: Any) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder that transformers saved."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model: {str(folder)!r} holds no saved transformers model (no config.json)")
+    transformers = require("transformers", extra="text")
+    model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+    return model, tokenizer or transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _pooled_output(output: Any) -> Tensor:
+    """(b, d) from what a tower returns: a tensor, or a transformers output's pooled entry."""
+    for name in ("image_embeds", "text_embeds", "pooler_output"):
+        value = output.get(name) if isinstance(output, dict) else None
+        if isinstance(value, Tensor):
+            return value.flatten(1)
+    return first_tensor(output)
+
+
+def _blocks(items: Iterable[Any], size: int, name: str) -> Iterator[tuple[int, list[Any]]]:
+    """(index of its first entry, entries) of successive blocks."""
+    if isinstance(items, str | bytes):
+        raise TypeError(f"{name}: an iterable of entries is needed, got a single {type(items).__name__}")
+    if size < 1:
+        raise ValueError(f"batch_size: at least 1, got {size}")
+    stream = iter(items)
+    for start in range(0, 1 << 62, size):
+        block = list(islice(stream, size))
+        if not block:
+            return
+        yield start, block
+
+
+def _stacked(blocks: Iterator[np.ndarray], items: Any, name: str, progress: bool) -> np.ndarray:
+    first = next(blocks, None)
+    if first is None:
+        raise ValueError(f"{name}: at least one entry is needed, got none")
+    total = -(-len(items) // len(first)) if hasattr(items, "__len__") else None
+    every = chain([first], blocks)
+    console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
+    shown = track(every, f"encoding {name}", total=total, console=console, transient=True, disable=hidden)
+    return np.concatenate(list(shown))
