@@ -44,8 +44,14 @@ types: .venv/.installed
 docs: .venv/.installed
 	.venv/bin/mkdocs build --strict --quiet
 
+# In an environment of its own, with nothing but what the wheel declares, and from outside the checkout.
 wheel: .venv/.installed
-	$(UV) build --quiet --wheel --no-build-isolation --python .venv/bin/python --out-dir dist --clear
+	rm -rf dist
+	$(UV) build --quiet --wheel --no-build-isolation --python .venv/bin/python --out-dir dist
+	$(UV) venv --quiet --clear --python .venv/bin/python dist/venv
+	$(UV) pip install --quiet --python dist/venv/bin/python --only-binary :all: --constraint requirements.txt \
+		--constraint requirements-torch$(if $(wildcard .venv/lib/python3*/site-packages/torch-*+cpu.dist-info),-cpu).txt dist/*.whl
+	cd / && '$(CURDIR)/dist/venv/bin/subspan' --version && '$(CURDIR)/dist/venv/bin/subspan' list
 
 # A package added or changed by hand makes the environment older than its folder, so that the pins are put back.
 .venv/.installed: requirements.txt requirements-torch.txt requirements-torch-cpu.txt $(WEIGHTS) pyproject.toml $(PACKAGES)

@@ -70,9 +70,9 @@ def find_uv() -> str:
     """The uv to run, fetched into .tools when there is none."""
     for candidate in (str(TOOLS / "bin/uv"), shutil.which("uv")):
         # Asked for its version, since a version manager's shim may stand on PATH for a uv that is not there.
-        if candidate and shutil.which(candidate):
-            if subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
-                return candidate
+        works = candidate and shutil.which(candidate)
+        if works and subprocess.run([candidate, "--version"], capture_output=True).returncode == 0:
+            return candidate
     print("fetching uv into .tools", file=sys.stderr)
     if subprocess.run([sys.executable, "-m", "venv", "--clear", str(TOOLS)]).returncode:
         sys.exit(f"{sys.executable} cannot make a virtual environment: install its venv module (python3-venv) or uv")
