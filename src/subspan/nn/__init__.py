@@ -1,0 +1,5 @@
+"""Neural building blocks: layers, heads and losses as plain torch modules and functions."""
+
+from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
+
+__all__ = ["ContrastiveLoss", "info_nce", "multi_positive_info_nce"]

@@ -1,0 +1,119 @@
+"""Contrastive loss with any positives and any exclusions per anchor.
+
+InfoNCE (one positive), supervised contrast (a class of positives), CLIP's symmetric form (two modalities) and
+backward-compatible training differ only in the two masks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_LARGEST_SCALE = 100.0
+
+
+def multi_positive_info_nce(
+    logits: Float[Tensor, "n m"],
+    positives: Bool[Tensor, "n m"] | None = None,
+    excluded: Bool[Tensor, "n m"] | None = None,
+    *,
+    rivals: Literal["all", "negatives"] = "all",
+    average: Literal["anchors", "pairs"] = "anchors",
+) -> Float[Tensor, ""]:
+    """Mean of -log softmax of the positives of each anchor (row), in nats.
+
+    logits: similarities over the temperature. positives: None = the diagonal. excluded: pairs that are neither positive
+    nor negative (an anchor with itself, unknown pairs). rivals: what a positive competes with in the denominator, every
+    pair that is not excluded (SupCon's L_out) or the negatives alone (Hydra). average: over anchors, each with equal
+    weight whatever its number of positives, or over all positive pairs. Anchors without a positive do not count.
+    Raises ValueError when no anchor has one, or a pair is both positive and excluded.
+    Source: van den Oord et al. (2018); Khosla et al. (2020); Wu et al. (2024).
+    """
+    if rivals not in ("all", "negatives"):
+        raise ValueError(f"rivals: expected 'all' or 'negatives', got {rivals!r}")
+    if average not in ("anchors", "pairs"):
+        raise ValueError(f"average: expected 'anchors' or 'pairs', got {average!r}")
+    n, m = logits.shape
+    if positives is None:
+        if n != m:
+            raise ValueError(f"positives: needed where anchors and candidates differ in number, got {n} and {m}")
+        positives = torch.eye(n, dtype=torch.bool, device=logits.device)
+    if excluded is not None:
+        if bool((positives & excluded).any()):
+            raise ValueError("excluded: some pairs are both positive and excluded")
+        logits = logits.masked_fill(excluded, -torch.inf)
+    if rivals == "all":
+        log_likelihood = logits.log_softmax(-1)
+    else:
+        negatives = logits.masked_fill(positives, -torch.inf).logsumexp(-1, keepdim=True)
+        log_likelihood = logits - torch.logaddexp(logits, negatives)
+    count = positives.sum(-1)
+    total = log_likelihood.masked_fill(~positives, 0).sum(-1)
+    anchors = count > 0
+    if not bool(anchors.any()):
+        raise ValueError("positives: no anchor has one")
+    if average == "pairs":
+        return -total.sum() / count.sum()
+    return -(total[anchors] / count[anchors]).mean()
+
+
+def info_nce(
+    queries: Float[Tensor, "n d"],
+    keys: Float[Tensor, "m d"],
+    positives: Bool[Tensor, "n m"] | None = None,
+    excluded: Bool[Tensor, "n m"] | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    rivals: Literal["all", "negatives"] = "all",
+    average: Literal["anchors", "pairs"] = "anchors",
+) -> Float[Tensor, ""]:
+    """Multi-positive InfoNCE on the cosines of queries and keys; the masks are those of `multi_positive_info_nce`.
+
+    symmetric: the mean of queries → keys and keys → queries (CLIP; Radford et al., 2021).
+    """
+    if not bool(torch.as_tensor(temperature).detach() > 0):
+        raise ValueError(f"temperature: must be positive, got {temperature}")
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT / temperature
+    forward = multi_positive_info_nce(logits, positives, excluded, rivals=rivals, average=average)
+    if not symmetric:
+        return forward
+    turned = (None if mask is None else mask.mT for mask in (positives, excluded))
+    return (forward + multi_positive_info_nce(logits.mT, *turned, rivals=rivals, average=average)) / 2
+
+
+class ContrastiveLoss(nn.Module):
+    """Symmetric multi-positive InfoNCE with a learnt temperature, which starts at `temperature`.
+
+    The scale 1 / temperature is kept at or below 100, as in CLIP (Radford et al., 2021). learnt=False holds it fixed.
+    """
+
+    def __init__(self, temperature: float = 0.07, *, learnt: bool = True) -> None:
+        super().__init__()
+        if not temperature >= 1 / _LARGEST_SCALE:
+            raise ValueError(f"temperature: must be at least {1 / _LARGEST_SCALE}, got {temperature}")
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=learnt)
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The factor of the cosines, 1 / temperature."""
+        return self.log_scale.exp().clamp_max(_LARGEST_SCALE)
+
+    def forward(
+        self,
+        x: Float[Tensor, "n d"],
+        y: Float[Tensor, "m d"],
+        positives: Bool[Tensor, "n m"] | None = None,
+        excluded: Bool[Tensor, "n m"] | None = None,
+    ) -> Float[Tensor, ""]:
+        """The loss of embeddings of two modalities (or two views)."""
+        return info_nce(x, y, positives, excluded, temperature=1 / self.scale, symmetric=True)
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"scale={float(self.scale):.4g}, learnt={self.log_scale.requires_grad}"
