@@ -1,0 +1,74 @@
+"""Exact nearest neighbours in chunks, and the retrieval numbers built on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..geometry.arrays import check_matrix, normalize_rows
+
+_BLOCK = 1 << 24
+
+
+def nearest(
+    queries: Any,
+    base: Any,
+    k: int,
+    *,
+    metric: str = "l2",
+    exclude_self: bool = False,
+) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """The k nearest rows of `base` (n, d) for each row of `queries` (m, d): values and indices (m, k), best first.
+
+    metric: "l2" (squared distances, ascending), "cosine" or "inner" (similarities, descending). `exclude_self` drops
+    row i of the base for query i (queries is the base, or its first rows). Exact, O(chunk n) memory.
+    """
+    q = check_matrix(queries, "queries")
+    b = check_matrix(base, "base", columns=q.shape[1])
+    if metric not in ("l2", "cosine", "inner"):
+        raise ValueError(f"metric: expected 'l2', 'cosine' or 'inner', got {metric!r}")
+    available = len(b) - int(exclude_self)
+    if not 1 <= k <= available:
+        raise ValueError(f"k: must lie in [1, {available}], got {k}")
+    dtype = torch.promote_types(torch.float32, torch.promote_types(q.dtype, b.dtype))
+    q, b = q.to(dtype), b.to(dtype).to(q.device)
+    if metric == "cosine":
+        q, b = normalize_rows(q), normalize_rows(b)
+    shift = b.mean(0) if metric == "l2" else None
+    if shift is not None:
+        # Distances do not change with the origin, and near it their differences keep their digits.
+        q, b = q - shift, b - shift
+    squares = b.square().sum(-1) if metric == "l2" else None
+    step = max(1, min(len(q), _BLOCK // len(b)))
+    values, indices = q.new_empty(len(q), k), torch.empty(len(q), k, dtype=torch.int64, device=q.device)
+    for start in range(0, len(q), step):
+        part = q[start : start + step]
+        score = part @ b.mT if squares is None else torch.addmm(squares, part, b.mT, alpha=-2)
+        if exclude_self:
+            rows = torch.arange(len(part), device=q.device)
+            score[rows, rows + start] = torch.inf if metric == "l2" else -torch.inf
+        best, found = score.topk(k, dim=1, largest=metric != "l2")
+        if metric == "l2":
+            best = (best + part.square().sum(-1, keepdim=True)).clamp_min(0)
+        values[start : start + step], indices[start : start + step] = best, found
+    return values, indices
+
+
+def recall_at_k(found: Int[Tensor, "m k"], truth: Int[Tensor, "m t"]) -> Float[Tensor, " m"]:
+    """Share of the true neighbours of each query that were found."""
+    if found.shape[0] != truth.shape[0]:
+        raise ValueError(f"found: expected {truth.shape[0]} rows, got {found.shape[0]}")
+    return (found.unsqueeze(1) == truth.unsqueeze(2)).any(-1).double().mean(-1)
+
+
+def knn_overlap(a: Any, b: Any, k: int = 10, *, metric: str = "cosine") -> Float[Tensor, " n"]:
+    """Share of each row's k nearest neighbours that two representations (n, d_a), (n, d_b) have in common."""
+    x, y = check_matrix(a, "a"), check_matrix(b, "b")
+    if len(x) != len(y):
+        raise ValueError(f"b: expected {len(x)} rows, got {len(y)}")
+    first = nearest(x, x, k, metric=metric, exclude_self=True)[1]
+    second = nearest(y, y, k, metric=metric, exclude_self=True)[1]
+    return recall_at_k(second.to(first.device), first)

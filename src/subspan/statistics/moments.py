@@ -1,0 +1,498 @@
+"""Mergeable one-pass first and second moments: `Moments`, `JointMoments`, `GroupedMoments`.
+
+Each is a monoid: `update` with a batch, `+` to merge, `all_reduce` across processes. Every chunk is centred on its own
+mean before its products are formed and chunks are merged pairwise (Chan, Golub & LeVeque, 1983), so a mean that is
+large against the spread costs no digits, and float32 rows may be multiplied in float32 while sums are kept in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Inexact
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..geometry import maps
+from ..geometry.arrays import as_tensor
+from ..geometry.files import atomic_write
+from ..geometry.rank import RankRule
+from ..geometry.subspace import Subspace
+
+_CHUNK_BYTES = 16 << 20
+_PANEL = 256
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add sum_n x_ni conj(x_nj) to `total`, forming only one triangle of blocks."""
+    d = x.shape[1]
+    if d < 2 * _PANEL:
+        total += x.mT @ x.conj()
+        return
+    for start in range(0, d, _PANEL):
+        stop = min(start + _PANEL, d)
+        panel = (x[:, start:stop].mT @ x[:, start:].conj()).to(total.dtype)
+        total[start:stop, start:] += panel
+        total[stop:, start:stop] += panel[:, stop - start :].mH
+
+
+class Moments:
+    """Count, mean and centred second moment of rows in d dimensions, accumulated in `dtype` (default float64).
+
+    Memory O(d^2), one pass, any order of updates and merges to rounding. Complex rows need a complex `dtype`.
+    """
+
+    def __init__(self, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
+        if d < 1:
+            raise ValueError(f"d: must be at least 1, got {d}")
+        self.count = 0.0
+        self.mean: Tensor = torch.zeros(d, dtype=dtype, device=device)
+        self.scatter: Tensor = torch.zeros(d, d, dtype=dtype, device=device)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(d={self.d}, count={self.count:g}, dtype={self.mean.dtype})"
+
+    @property
+    def d(self) -> int:
+        """Dimension of the rows."""
+        return self.mean.shape[0]
+
+    def update(self, batch: Any, weights: Any = None) -> Moments:
+        """Add rows `batch` (n, d), optionally with non-negative `weights` (n,); returns self.
+
+        A batch that is refused (wrong width, NaN, infinity) leaves the moments as they were.
+        """
+        rows = as_tensor(batch, "batch", ndim=2)
+        if rows.shape[1] != self.d:
+            raise ValueError(f"batch: expected {self.d} columns, got {rows.shape[1]}")
+        if rows.is_complex() and not self.mean.is_complex():
+            raise ValueError("batch: complex rows need Moments(d, dtype=torch.complex128)")
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.to(torch.float32)
+        w = None
+        if weights is not None:
+            w = as_tensor(weights, "weights", ndim=1).to(self.mean.real.dtype)
+            if w.shape != rows.shape[:1] or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
+                raise ValueError(f"weights: expected {rows.shape[0]} finite non-negative numbers")
+        if rows.shape[0]:
+            self._merge(*self._batch(rows.to(self.mean.device), None if w is None else w.to(self.mean.device)))
+        return self
+
+    def _batch(self, rows: Tensor, w: Tensor | None) -> tuple[float, Tensor, Tensor]:
+        """Count, mean and scatter of one batch, chunk by chunk."""
+        total = self.mean.dtype
+        step = max(2 * self.d, _CHUNK_BYTES // max(1, rows.element_size() * self.d), 64)
+        scatter = torch.zeros_like(self.scatter)
+        buffer = torch.empty(min(step, rows.shape[0]), self.d, dtype=rows.dtype, device=rows.device)
+        counts, means, offsets = [], [], []
+        for start in range(0, rows.shape[0], step):
+            part = rows[start : start + step]
+            weight = None if w is None else w[start : start + step]
+            count = float(part.shape[0] if weight is None else weight.sum())
+            if count == 0:
+                continue
+            centred = buffer[: part.shape[0]]
+            if weight is None:
+                shift = part.mean(0)
+                torch.sub(part, shift, out=centred)
+                offset = centred.mean(0)
+            else:
+                share = (weight / count).to(rows.real.dtype).unsqueeze(-1)
+                shift = (part * share).sum(0)
+                torch.sub(part, shift, out=centred)
+                offset = (centred * share).sum(0)
+                centred.mul_(weight.sqrt().to(rows.real.dtype).unsqueeze(-1))
+            _add_gram(scatter, centred)
+            counts.append(count)
+            offsets.append(offset.to(total))
+            means.append(shift.to(total) + offset.to(total))
+        if not counts:
+            return 0.0, self.mean, scatter
+        if not bool(torch.isfinite(scatter.diagonal().abs().sum())):
+            return self._widened(rows, w)
+        number = torch.tensor(counts, dtype=total, device=rows.device).unsqueeze(-1)
+        chunk_means, inner = torch.stack(means), torch.stack(offsets)
+        count = float(number.real.sum())
+        mean = (chunk_means * number).sum(0) / count
+        outer = chunk_means - mean
+        # The chunks were centred on their means only to rounding, and their means differ: two rank-few corrections.
+        scatter += (outer * number).mT @ outer.conj() - (inner * number).mT @ inner.conj()
+        return count, mean, scatter
+
+    def _widened(self, rows: Tensor, w: Tensor | None) -> tuple[float, Tensor, Tensor]:
+        bad = (~torch.isfinite(rows)).any(-1)
+        if bool(bad.any()):
+            raise ValueError(
+                f"batch: {int(bad.sum())} of {rows.shape[0]} rows contain NaN or infinity "
+                f"(the first is row {int(bad.nonzero()[0, 0])}); remove or impute them"
+            )
+        if rows.real.dtype == torch.float64:
+            raise ValueError("batch: values are so large that their squares overflow float64; rescale the rows")
+        # Finite float32 rows whose squares overflow float32.
+        return self._batch(rows.to(torch.complex128 if rows.is_complex() else torch.float64), w)
+
+    def _merge(self, count: float, mean: Tensor, scatter: Tensor) -> Moments:
+        if count == 0:
+            return self
+        total = self.count + count
+        delta = mean - self.mean
+        self.scatter = self.scatter + scatter
+        if self.count:
+            self.scatter += torch.outer(delta * (self.count * count / total), delta.conj())
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+        return self
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of the rows of both."""
+        if not isinstance(other, Moments):
+            return NotImplemented
+        if other.d != self.d:
+            raise ValueError(f"other: has dimension {other.d}, expected {self.d}")
+        return self.copy()._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+
+    def copy(self) -> Moments:
+        """Independent copy."""
+        new = Moments.__new__(Moments)
+        new.count, new.mean, new.scatter = self.count, self.mean.clone(), self.scatter.clone()
+        return new
+
+    def all_reduce(self, group: Any = None) -> Moments:
+        """Merge over the processes of a torch.distributed group, in place on every rank; returns self."""
+        import torch.distributed as dist
+
+        facts = torch.cat([self.mean.new_tensor([self.count]), self.mean * self.count])
+        dist.all_reduce(facts, group=group)
+        count = float(facts[0].real)
+        if count == 0:
+            return self
+        mean = facts[1:] / count
+        delta = self.mean - mean
+        scatter = self.scatter.clone().addr_(delta, delta.conj(), alpha=self.count)
+        dist.all_reduce(scatter, group=group)
+        self.count, self.mean, self.scatter = count, mean, scatter
+        return self
+
+    def covariance(self, ddof: int = 1) -> Inexact[Tensor, "d d"]:
+        """Covariance (d, d) with divisor count - ddof."""
+        self._need(ddof + 1)
+        return self.scatter / (self.count - ddof)
+
+    def second_moment(self) -> Inexact[Tensor, "d d"]:
+        """Uncentred second moment E[x x'] (d, d)."""
+        self._need(1)
+        return self.scatter / self.count + torch.outer(self.mean, self.mean.conj())
+
+    @property
+    def total_variance(self) -> float:
+        """Trace of the covariance."""
+        self._need(2)
+        return float(self.scatter.diagonal().real.sum()) / (self.count - 1)
+
+    def _need(self, rows: float) -> None:
+        if self.count < rows:
+            raise ValueError(f"moments: need at least {rows:g} rows, have {self.count:g}")
+
+    def subspace(
+        self,
+        rank: int | float | str | RankRule = 0.99,
+        *,
+        center: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """Principal subspace with its full spectrum; `center=False` takes the uncentred second moment."""
+        matrix = self.covariance() if center else self.second_moment()
+        return Subspace.from_covariance(
+            matrix, mean=self.mean if center else None, count=self.count, rank=rank, dtype=dtype
+        )
+
+    def whitening(self, *, method: str = "zca", shrinkage: float = 0.0) -> maps.AffineMap:
+        """Map that gives the rows zero mean and unit covariance."""
+        return maps.whitening(self.covariance(), self.mean, method=method, shrinkage=shrinkage)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything as tensors, for checkpoints."""
+        return {
+            "count": torch.tensor([self.count], dtype=torch.float64),
+            "mean": self.mean.cpu().contiguous(),
+            "scatter": self.scatter.cpu().contiguous(),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor]) -> Moments:
+        """Moments from what `state` returned. Raises ValueError when the shapes do not fit."""
+        try:
+            count, mean, scatter = float(state["count"][0]), state["mean"], state["scatter"]
+        except KeyError as error:
+            raise ValueError(f"state: lacks {error}") from None
+        if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
+            raise ValueError(f"state: shapes do not fit, mean {tuple(mean.shape)}, scatter {tuple(scatter.shape)}")
+        new = cls.__new__(cls)
+        new.count, new.mean, new.scatter = count, mean, scatter
+        return new
+
+    def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
+        """Write to a safetensors file, whole or not at all; `facts` (JSON values) are stored beside."""
+        with atomic_write(path) as temporary:
+            save_file(self.state(), temporary, metadata={"subspan": json.dumps({"kind": "moments", **facts})})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Moments:
+        """Read a file written by `save`."""
+        return cls.load_with_facts(path)[0]
+
+    @classmethod
+    def load_with_facts(cls, path: str | os.PathLike[str]) -> tuple[Moments, dict[str, Any]]:
+        """Read a file written by `save`, with the facts stored beside. Raises ValueError when it is not one."""
+        try:
+            with safe_open(path, framework="pt") as stored:
+                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
+                state = {name: stored.get_tensor(name) for name in stored.keys()}
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
+        if facts.get("kind") != "moments":
+            raise ValueError(f"path: {os.fspath(path)!r} holds no moments")
+        return cls.from_state(state), facts
+
+
+class JointMoments:
+    """Moments of paired rows (x, y): everything that maps and compares two spaces in closed form needs only these."""
+
+    def __init__(
+        self, d_x: int, d_y: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+    ):
+        if d_x < 1 or d_y < 1:
+            raise ValueError(f"d_x, d_y: must be at least 1, got {d_x} and {d_y}")
+        self.d_x, self.d_y = d_x, d_y
+        self.joint = Moments(d_x + d_y, dtype=dtype, device=device)
+
+    def __repr__(self) -> str:
+        return f"JointMoments(d_x={self.d_x}, d_y={self.d_y}, count={self.count:g})"
+
+    def update(self, x: Any, y: Any, weights: Any = None) -> JointMoments:
+        """Add paired rows x (n, d_x) and y (n, d_y); returns self."""
+        a, b = as_tensor(x, "x", ndim=2), as_tensor(y, "y", ndim=2)
+        if a.shape[1] != self.d_x or b.shape[1] != self.d_y:
+            raise ValueError(f"x, y: expected {self.d_x} and {self.d_y} columns, got {a.shape[1]} and {b.shape[1]}")
+        if a.shape[0] != b.shape[0]:
+            raise ValueError(f"y: expected {a.shape[0]} rows to pair with x, got {b.shape[0]}")
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        self.joint.update(torch.cat([a.to(dtype), b.to(dtype)], dim=1), weights)
+        return self
+
+    def __add__(self, other: JointMoments) -> JointMoments:
+        """Moments of the pairs of both."""
+        if not isinstance(other, JointMoments):
+            return NotImplemented
+        if (other.d_x, other.d_y) != (self.d_x, self.d_y):
+            raise ValueError(f"other: has dimensions {(other.d_x, other.d_y)}, expected {(self.d_x, self.d_y)}")
+        new = JointMoments.__new__(JointMoments)
+        new.d_x, new.d_y, new.joint = self.d_x, self.d_y, self.joint + other.joint
+        return new
+
+    def all_reduce(self, group: Any = None) -> JointMoments:
+        """Merge over the processes of a torch.distributed group, in place on every rank; returns self."""
+        self.joint.all_reduce(group)
+        return self
+
+    @property
+    def count(self) -> float:
+        """Number of pairs."""
+        return self.joint.count
+
+    @property
+    def mean_x(self) -> Inexact[Tensor, " d_x"]:
+        """Mean of x."""
+        return self.joint.mean[: self.d_x]
+
+    @property
+    def mean_y(self) -> Inexact[Tensor, " d_y"]:
+        """Mean of y."""
+        return self.joint.mean[self.d_x :]
+
+    @property
+    def cov_xx(self) -> Inexact[Tensor, "d_x d_x"]:
+        """Covariance of x (divisor count - 1)."""
+        return self.joint.covariance()[: self.d_x, : self.d_x]
+
+    @property
+    def cov_xy(self) -> Inexact[Tensor, "d_x d_y"]:
+        """Cross-covariance of x and y."""
+        return self.joint.covariance()[: self.d_x, self.d_x :]
+
+    @property
+    def cov_yy(self) -> Inexact[Tensor, "d_y d_y"]:
+        """Covariance of y."""
+        return self.joint.covariance()[self.d_x :, self.d_x :]
+
+    def _marginal(self, part: slice) -> Moments:
+        new = Moments.__new__(Moments)
+        new.count, new.mean, new.scatter = self.count, self.joint.mean[part], self.joint.scatter[part, part]
+        return new
+
+    @property
+    def x(self) -> Moments:
+        """Moments of x alone."""
+        return self._marginal(slice(0, self.d_x))
+
+    @property
+    def y(self) -> Moments:
+        """Moments of y alone."""
+        return self._marginal(slice(self.d_x, None))
+
+    def procrustes(self, *, scale: bool = False, determinant: int | None = None) -> maps.AffineMap:
+        """Orthogonal map x -> y through the means, with a common scale when `scale`."""
+        return maps.procrustes(
+            self.cov_xy,
+            mean_x=self.mean_x,
+            mean_y=self.mean_y,
+            cov_xx=self.cov_xx if scale else None,
+            determinant=determinant,
+        )
+
+    def ridge(self, alpha: float = 1e-3) -> maps.AffineMap:
+        """Affine ridge map x -> y; `alpha` is relative to the mean variance of x."""
+        return maps.ridge(self.cov_xx, self.cov_xy, alpha=alpha, mean_x=self.mean_x, mean_y=self.mean_y)
+
+    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> maps.CanonicalCorrelation:
+        """Canonical correlation analysis, shrunk by default."""
+        return maps.cca(
+            self.cov_xx,
+            self.cov_xy,
+            self.cov_yy,
+            count=self.count,
+            mean_x=self.mean_x,
+            mean_y=self.mean_y,
+            k=k,
+            shrinkage=shrinkage,
+        )
+
+    def cka(self) -> float:
+        """Linear centred kernel alignment of x and y."""
+        return maps.linear_cka(self.cov_xx, self.cov_xy, self.cov_yy)
+
+    def local_cka(self, x: Any, y: Any) -> Float[Tensor, "m p"]:
+        """Linear CKA (m, p) after adding the pair (x_i, y_j) for every i, j, by a rank-one update.
+
+        Costs O((m + p) d^2 + m p d) instead of a kernel matrix per pair. Source: Maniparambil et al., 2024.
+        """
+        factor = self.count / (self.count + 1)
+        a = as_tensor(x, "x", ndim=2).to(self.mean_x) - self.mean_x
+        b = as_tensor(y, "y", ndim=2).to(self.mean_y) - self.mean_y
+        degrees = self.count - 1
+        s_xx, s_xy, s_yy = self.cov_xx * degrees, self.cov_xy * degrees, self.cov_yy * degrees
+
+        def norm_squared(s: Tensor, left: Tensor, right: Tensor, inner: Tensor) -> Tensor:
+            quartic = left.square().sum(-1, keepdim=True) * right.square().sum(-1)
+            return s.square().sum() + 2 * factor * inner + factor**2 * quartic
+
+        cross = norm_squared(s_xy, a, b, a @ s_xy @ b.mT)
+        own_x = s_xx.square().sum() + 2 * factor * ((a @ s_xx) * a).sum(-1) + factor**2 * a.square().sum(-1).square()
+        own_y = s_yy.square().sum() + 2 * factor * ((b @ s_yy) * b).sum(-1) + factor**2 * b.square().sum(-1).square()
+        return cross / (own_x.sqrt().unsqueeze(-1) * own_y.sqrt())
+
+
+class GroupedMoments:
+    """One `Moments` a group (class, cluster, layer), with the pooled, within and between parts."""
+
+    def __init__(self, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
+        self._empty = Moments(d, dtype=dtype, device=device)
+        self.by_group: dict[Hashable, Moments] = {}
+
+    def __repr__(self) -> str:
+        return f"GroupedMoments(d={self._empty.d}, groups={len(self.by_group)})"
+
+    def update(self, batch: Any, labels: Any, weights: Any = None) -> GroupedMoments:
+        """Add rows `batch` (n, d) with one label each (any hashable, or a tensor/array of them); returns self."""
+        rows = as_tensor(batch, "batch", ndim=2)
+        names = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        if len(names) != rows.shape[0]:
+            raise ValueError(f"labels: expected {rows.shape[0]}, got {len(names)}")
+        w = None if weights is None else as_tensor(weights, "weights", ndim=1)
+        index: dict[Hashable, list[int]] = {}
+        for position, name in enumerate(names):
+            index.setdefault(name, []).append(position)
+        added = {}
+        for name, positions in index.items():
+            chosen = torch.as_tensor(positions, device=rows.device)
+            new = self._empty.copy().update(rows[chosen], None if w is None else w[chosen.to(w.device)])
+            added[name] = self.by_group[name] + new if name in self.by_group else new
+        self.by_group.update(added)
+        return self
+
+    def __add__(self, other: GroupedMoments) -> GroupedMoments:
+        """Group-wise union."""
+        if not isinstance(other, GroupedMoments):
+            return NotImplemented
+        new = GroupedMoments(self._empty.d, dtype=self._empty.mean.dtype, device=self._empty.mean.device)
+        for part in (self, other):
+            for name, moments in part.by_group.items():
+                new.by_group[name] = new.by_group[name] + moments if name in new.by_group else moments.copy()
+        return new
+
+    def all_reduce(self, group: Any = None) -> GroupedMoments:
+        """Merge over the processes of a torch.distributed group; ranks may have seen different groups."""
+        import torch.distributed as dist
+
+        seen: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(seen, list(self.by_group), group=group)
+        for name in sorted({name for part in seen for name in part}, key=str):
+            self.by_group.setdefault(name, self._empty.copy()).all_reduce(group)
+        return self
+
+    @property
+    def groups(self) -> list[Hashable]:
+        """Labels seen, sorted (as text where they do not compare)."""
+        try:
+            return sorted(self.by_group)  # pyright: ignore[reportArgumentType]
+        except TypeError:
+            return sorted(self.by_group, key=str)
+
+    @property
+    def counts(self) -> Float[Tensor, " g"]:
+        """Rows a group, in the order of `groups`."""
+        return torch.tensor([self.by_group[name].count for name in self.groups], dtype=torch.float64)
+
+    @property
+    def means(self) -> Inexact[Tensor, "g d"]:
+        """Group means, in the order of `groups`."""
+        return torch.stack([self.by_group[name].mean for name in self.groups])
+
+    def pooled(self) -> Moments:
+        """Moments of all rows together."""
+        total = self._empty.copy()
+        for name in self.groups:
+            total = total + self.by_group[name]
+        return total
+
+    def within(self) -> Inexact[Tensor, "d d"]:
+        """Pooled covariance inside the groups (divisor: rows - groups)."""
+        scatter = torch.stack([self.by_group[name].scatter for name in self.groups]).sum(0)
+        degrees = float(self.counts.sum()) - len(self.by_group)
+        if degrees <= 0:
+            raise ValueError("moments: every group has a single row, so there is no spread inside groups")
+        return scatter / degrees
+
+    def between(self) -> Inexact[Tensor, "d d"]:
+        """Covariance of the group means, weighted by their rows."""
+        counts = self.counts.to(self.means.real.dtype).to(self.means.device)
+        share = counts / counts.sum()
+        centred = self.means - (share.unsqueeze(-1) * self.means).sum(0)
+        return (centred * share.unsqueeze(-1)).mT @ centred.conj()
+
+    def subspaces(self, rank: int | float | str | RankRule = 0.99, *, center: bool = True) -> dict[Hashable, Subspace]:
+        """Principal subspace of each group. Raises ValueError naming a group with too few rows."""
+        found = {}
+        for name in self.groups:
+            try:
+                found[name] = self.by_group[name].subspace(rank, center=center)
+            except ValueError as error:
+                raise ValueError(f"group {name!r}: {error}") from None
+        return found
