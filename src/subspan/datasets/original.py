@@ -1,0 +1,111 @@
+"""Well-known data sets in the formats that their authors publish."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
+)  # fmt: skip
+
+
+def cifar10(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """CIFAR-10 in its binary version (data_batch_1.bin …, test_batch.bin, batches.meta.txt), as distributed.
+
+    x_train (50000, 32, 32, 3) uint8, y_train, x_test (10000, …), y_test, classes.
+    """
+    root = _subfolder(folder, "cifar-10-batches-bin")
+    train = [_cifar_records(root / f"data_batch_{index}.bin", n_labels=1) for index in range(1, 6)]
+    x_test, y_test = _cifar_records(root / "test_batch.bin", n_labels=1)
+    return {
+        "x_train": np.concatenate([x for x, _ in train]),
+        "y_train": np.concatenate([y for _, y in train]),
+        "x_test": x_test,
+        "y_test": y_test,
+        "classes": _class_names(root / "batches.meta.txt"),
+    }
+
+
+def cifar100(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """CIFAR-100's binary version (train.bin, test.bin, fine_label_names.txt), fine labels; keys as `cifar10`."""
+    root = _subfolder(folder, "cifar-100-binary")
+    x_train, y_train = _cifar_records(root / "train.bin", n_labels=2)
+    x_test, y_test = _cifar_records(root / "test.bin", n_labels=2)
+    classes = _class_names(root / "fine_label_names.txt")
+    return {"x_train": x_train, "y_train": y_train, "x_test": x_test, "y_test": y_test, "classes": classes}
+
+
+def mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """MNIST's idx files (train-images-idx3-ubyte …, also .gz): x_train (60000, 28, 28) uint8, y_train, x_test, y_test."""
+    arrays = {}
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        x = read_idx(_present(Path(folder), f"{prefix}-images-idx3-ubyte"))
+        y = read_idx(_present(Path(folder), f"{prefix}-labels-idx1-ubyte"))
+        if len(x) != len(y):
+            raise ValueError(f"folder: {split} has {len(x)} images and {len(y)} labels in {os.fspath(folder)!r}")
+        arrays |= {f"x_{split}": x, f"y_{split}": y}
+    return arrays
+
+
+def fashion_mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Fashion-MNIST in the idx format, as `mnist`, with `classes`."""
+    return mnist(folder) | {"classes": np.array(_FASHION_CLASSES)}
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """An idx file (also .gz). Raises ValueError for a wrong magic number or a size that is not the header's."""
+    source = Path(path)
+    data = _bytes(source)
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
+        raise ValueError(f"path: {str(source)!r} is not an idx file")
+    n_axes = data[3]
+    start = 4 + 4 * n_axes
+    if len(data) < start:
+        raise ValueError(f"path: {str(source)!r} is cut off in its header")
+    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=n_axes, offset=4))
+    dtype = np.dtype(_IDX_TYPES[data[2]])
+    if len(data) - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"path: {str(source)!r} has {len(data) - start} bytes of data, its header declares {shape}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _cifar_records(path: Path, *, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, 32, 32, 3) and the last of the labels of each record."""
+    data = np.frombuffer(_bytes(path), np.uint8)
+    width = n_labels + 3072
+    if not len(data) or len(data) % width:
+        raise ValueError(f"path: {str(path)!r} has {len(data)} bytes, not a multiple of a record's {width}")
+    records = data.reshape(-1, width)
+    images = np.ascontiguousarray(records[:, n_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return images, records[:, n_labels - 1].astype(np.int64)
+
+
+def _class_names(path: Path) -> np.ndarray:
+    return np.array([line.strip() for line in _bytes(path).decode("utf-8").splitlines() if line.strip()])
+
+
+def _subfolder(folder: str | os.PathLike[str], name: str) -> Path:
+    return Path(folder) / name if (Path(folder) / name).is_dir() else Path(folder)
+
+
+def _present(folder: Path, name: str) -> Path:
+    for candidate in (folder / name, folder / f"{name}.gz"):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"folder: {str(folder)!r} has no {name} (or {name}.gz)")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.suffix == ".gz":
+            with gzip.open(path, "rb") as stream:
+                return stream.read()
+        return path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"path: {str(path)!r} cannot be read ({error})") from error

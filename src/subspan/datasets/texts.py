@@ -1,0 +1,269 @@
+"""Texts from JSON lines, CSV and plain text files, and the docstrings of the running Python's standard library."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import gzip
+import io
+import json
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+MAX_UNPACKED_BYTES = 8 * 2**30
+
+_UNCOUNTED_PACKAGES = frozenset(
+    {"__pycache__", "config", "ensurepip", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests",
+     "turtledemo"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts with a label each, or none: `texts[i]`, `labels[i]`."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+def read_texts(
+    path: str | os.PathLike[str],
+    *,
+    column: str | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+) -> Texts:
+    """Read a column of texts from .jsonl, .csv, .tsv (also .gz), or the lines of .txt (also .gz).
+
+    column: needed unless it is called "text" or is the only column of texts. Raises ValueError naming file and line
+    for what is not UTF-8, not JSON, ragged, empty, or no text.
+    """
+    source = Path(path)
+    records = iterate_records(source)
+    texts: list[str] = []
+    labels: list[str] = []
+    for number, record in enumerate(records, start=1):
+        if column is None:
+            column = _text_column(record, source)
+        texts.append(_entry(record, column, source, number))
+        if label_column is not None:
+            value = record.get(label_column)
+            if value is None:
+                raise ValueError(_missing(label_column, record, source, number))
+            labels.append(str(value))
+        if len(texts) == limit:
+            break
+    if not texts:
+        raise ValueError(f"path: {str(source)!r} holds no records")
+    return Texts(tuple(texts), tuple(labels) if label_column is not None else None)
+
+
+def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .csv, .tsv or .txt file (also .gz) one at a time; a line of .txt is {"text": line}."""
+    source = Path(path)
+    suffixes = [suffix.lower() for suffix in source.suffixes]
+    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".txt": _plain_lines, ".csv": _comma, ".tsv": _tab}
+    if kind not in readers:
+        raise ValueError(f"path: {str(source)!r} is not one of {', '.join(readers)} (also .gz)")
+    if not source.is_file():
+        raise ValueError(f"path: {str(source)!r} does not exist")
+    yield from readers[kind](source)
+
+
+@dataclass(frozen=True)
+class Docstring:
+    """A docstring of the standard library: `text`, of what (`module`, `name`, `kind`), and the `code` without it."""
+
+    module: str
+    name: str
+    kind: str
+    text: str
+    code: str
+
+    @property
+    def label(self) -> str:
+        """The top-level module."""
+        return self.module.split(".")[0]
+
+
+def stdlib_docstrings(
+    *, min_length: int = 40, kinds: Sequence[str] = ("module", "class", "function"), folder: Path | None = None
+) -> tuple[Docstring, ...]:
+    """Docstrings of the running Python's standard library, read from its source files without importing them.
+
+    min_length: in characters, shorter ones are left out. Sorted by module and place, so the order is the same each
+    time. folder: another tree of Python sources. Raises ValueError where no source is there.
+    """
+    unknown = set(kinds) - {"module", "class", "function"}
+    if unknown:
+        raise ValueError(f"kinds: of 'module', 'class', 'function', got {sorted(unknown)}")
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    found = tuple(
+        entry
+        for file in _python_files(root)
+        for entry in _docstrings_of(file, root)
+        if entry.kind in kinds and len(entry.text) >= min_length
+    )
+    if not found:
+        raise ValueError(f"folder: no docstrings in the Python sources under {str(root)!r}")
+    return found
+
+
+def code_and_docstrings(*, min_length: int = 40, max_code: int = 4000) -> tuple[tuple[str, str, str], ...]:
+    """(code, docstring, label) of the standard library's functions; the code does not hold the docstring.
+
+    max_code: longer functions, in characters, are left out.
+    """
+    functions = stdlib_docstrings(min_length=min_length, kinds=("function",))
+    return tuple((entry.code, entry.text, entry.label) for entry in functions if 0 < len(entry.code) <= max_code)
+
+
+def _python_files(root: Path) -> list[Path]:
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [
+            name
+            for name in folders
+            if name not in _UNCOUNTED_PACKAGES and not name.startswith((".", "config-", "lib-dynload"))
+        ]
+        files += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
+
+
+def _docstrings_of(file: Path, root: Path) -> Iterator[Docstring]:
+    try:
+        source = file.read_text(encoding="utf-8")
+        tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):
+        return
+    module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+    lines = io.StringIO(source).readlines()
+    stack: list[tuple[ast.AST, str]] = [(tree, "")]
+    while stack:
+        node, name = stack.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                kind = {ast.Module: "module", ast.ClassDef: "class"}.get(type(node), "function")
+                code = "" if kind == "module" else _without_docstring(node, lines)
+                yield Docstring(module, f"{module}{name}", kind, text, code)
+        stack += [
+            (child, f"{name}.{child.name}")
+            for child in reversed(list(ast.iter_child_nodes(node)))
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+
+
+def _without_docstring(node: Any, lines: list[str]) -> str:
+    """Source of a definition whose first statement is its docstring, without that statement."""
+    first = node.body[0]
+    start = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    head = lines[start - 1 : first.lineno - 1]
+    rest = lines[first.end_lineno : node.end_lineno]
+    text = "".join(head + rest)
+    indent = len(text) - len(text.lstrip(" "))
+    return "".join(line[indent:] if line[:indent].isspace() else line for line in text.splitlines(keepends=True))
+
+
+def _text_column(record: dict[str, Any], source: Path) -> str:
+    if isinstance(record.get("text"), str):
+        return "text"
+    texts = [name for name, value in record.items() if isinstance(value, str)]
+    if len(texts) != 1:
+        raise ValueError(f"column: {str(source)!r} has the columns {', '.join(record)}; say which one holds the texts")
+    return texts[0]
+
+
+def _entry(record: dict[str, Any], column: str, source: Path, number: int) -> str:
+    value = record.get(column)
+    if value is None:
+        raise ValueError(_missing(column, record, source, number))
+    if not isinstance(value, str):
+        raise ValueError(f"column: {column!r} of record {number} in {str(source)!r} is {value!r}, not a text")
+    return value
+
+
+def _missing(column: str, record: dict[str, Any], source: Path, number: int) -> str:
+    return f"column: record {number} of {str(source)!r} has no {column!r}; it has {', '.join(map(str, record))}"
+
+
+def _json_lines(source: Path) -> Iterator[dict[str, Any]]:
+    for number, line in _lines(source):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"path: line {number} of {str(source)!r} is not JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"path: line {number} of {str(source)!r} is {type(record).__name__}, an object is needed")
+        yield record
+
+
+def _plain_lines(source: Path) -> Iterator[dict[str, Any]]:
+    for _, line in _lines(source):
+        if line.strip():
+            yield {"text": line.rstrip("\n")}
+
+
+def _comma(source: Path) -> Iterator[dict[str, Any]]:
+    return _separated(source, ",")
+
+
+def _tab(source: Path) -> Iterator[dict[str, Any]]:
+    return _separated(source, "\t")
+
+
+def _separated(source: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    header: list[str] | None = None
+    reader = csv.reader((line for _, line in _lines(source, newline="")), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if not row:
+                continue
+            if header is None:
+                header = row
+                repeated = {name for name in row if row.count(name) > 1}
+                if repeated:
+                    raise ValueError(f"path: {str(source)!r} has several columns called {', '.join(sorted(repeated))}")
+            elif len(row) != len(header):
+                place = f"line {reader.line_num} of {str(source)!r}"
+                raise ValueError(f"path: {place} has {len(row)} fields, the header has {len(header)}")
+            else:
+                yield dict(zip(header, row))
+    except csv.Error as error:
+        raise ValueError(f"path: line {reader.line_num} of {str(source)!r} is not CSV ({error})") from error
+
+
+def _lines(source: Path, newline: str | None = None) -> Iterable[tuple[int, str]]:
+    """(number, line) of a UTF-8 file, unpacked where it ends in .gz, up to a size that no honest file exceeds."""
+    unpacked = 0
+    number = 0
+    with _opened(source, newline) as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                unpacked += len(line)
+                if unpacked > MAX_UNPACKED_BYTES:
+                    raise ValueError(f"path: {str(source)!r} unpacks to over {MAX_UNPACKED_BYTES} characters")
+                yield number, line
+        except UnicodeDecodeError as error:
+            place = f"after line {number} of {str(source)!r}"
+            raise ValueError(f"path: not UTF-8 text {place} (byte {error.object[error.start]:#04x})") from error
+        except (EOFError, OSError) as error:
+            raise ValueError(f"path: {str(source)!r} is broken after line {number} ({error})") from error
+
+
+def _opened(source: Path, newline: str | None) -> IO[str]:
+    if source.suffix.lower() == ".gz":
+        return io.TextIOWrapper(gzip.open(source, "rb"), encoding="utf-8-sig", newline=newline)
+    return source.open(encoding="utf-8-sig", newline=newline)

@@ -1,0 +1,302 @@
+"""Hidden states: which layer, which tokens, the same numbers with and without the rest of the forward pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from subspan.models import capture, find_blocks, iterate_representations, layer_names, pool_states
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+class Convolutional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True)) for _ in range(3))
+        self.dropout = nn.Dropout(0.5)
+        self.reached_the_end = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        self.reached_the_end += 1
+        return self.dropout(x).mean((2, 3))
+
+
+@pytest.fixture
+def convolutional() -> Convolutional:
+    torch.manual_seed(0)
+    return Convolutional()
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, attn_implementation="eager",
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4
+    )
+    return transformers.BertModel(config).eval()
+
+
+@pytest.fixture
+def text_batch() -> dict[str, Tensor]:
+    ids = torch.randint(1, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 2 + [1] * 5])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def n_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+def test_early_exit_gives_the_states_of_the_full_pass_bit_for_bit(
+    llama: nn.Module, text_batch: dict[str, Tensor], layer: int
+) -> None:
+    name = layer_names(llama, layer)[0]
+    with capture(llama, layer) as states:
+        early = states.run(text_batch)[name]
+        full = states.run(text_batch, early_exit=False)[name]
+    assert torch.equal(early, full)
+    if layer >= 0:
+        hidden = llama(**text_batch, output_hidden_states=True).hidden_states
+        assert torch.equal(early, hidden[layer + 1])
+
+
+def test_early_exit_skips_what_comes_after(convolutional: Convolutional) -> None:
+    with capture(convolutional, ["stem", "blocks.1"]) as states:
+        states.run(torch.rand(2, 3, 8, 8))
+        assert convolutional.reached_the_end == 0
+        assert list(states) == ["stem", "blocks.1"]
+        states.run(torch.rand(2, 3, 8, 8), early_exit=False)
+    assert convolutional.reached_the_end == 1
+
+
+def test_a_model_still_gives_its_own_hidden_states_after_an_early_exit(
+    llama: nn.Module, text_batch: dict[str, Tensor]
+) -> None:
+    before = llama(**text_batch, output_hidden_states=True, output_attentions=True)
+    with capture(llama, "model.layers.1") as states:
+        states.run(text_batch)
+    after = llama(**text_batch, output_hidden_states=True, output_attentions=True)
+    assert len(after.hidden_states) == len(before.hidden_states) == 5
+    assert torch.equal(after.logits, before.logits)
+
+
+def test_input_site_is_the_previous_layers_output(bert: nn.Module, text_batch: dict[str, Tensor]) -> None:
+    with capture(bert, "encoder.layer.0") as outputs, capture(bert, "encoder.layer.1", site="input") as inputs:
+        bert(**text_batch)
+    assert torch.equal(outputs["encoder.layer.0"], inputs["encoder.layer.1"])
+
+
+def test_a_tuples_item_can_be_chosen(llama: nn.Module, text_batch: dict[str, Tensor]) -> None:
+    with capture(llama, "model.layers.2.self_attn", item=1) as states:
+        attention = states.run(text_batch)["model.layers.2.self_attn"]
+    assert torch.equal(attention, llama(**text_batch, output_attentions=True).attentions[2])
+
+
+def test_later_in_place_operations_do_not_change_what_was_captured(convolutional: Convolutional) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    (both,) = iterate_representations(convolutional, [images], ["stem.1", "blocks.2"], pool="none")
+    (alone,) = iterate_representations(convolutional, [images], "stem.1", pool="none")
+    assert alone.min() < 0
+    assert torch.equal(both["stem.1"], alone)
+
+
+def test_gradients_flow_through_a_capture(convolutional: Convolutional) -> None:
+    with capture(convolutional, "blocks.0") as states:
+        convolutional(torch.rand(2, 3, 8, 8))
+    states["blocks.0"].sum().backward()
+    assert convolutional.stem[0].weight.grad.abs().sum() > 0
+    assert convolutional.blocks[1][0].weight.grad is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_hook_is_left_after_an_error(convolutional: Convolutional, error: type[BaseException]) -> None:
+    def fails(*_: object) -> None:
+        raise error
+
+    with pytest.raises(error), capture(convolutional, "blocks.*", site="input"):
+        raise error
+    assert n_hooks(convolutional) == 0
+    handle = convolutional.blocks[1].register_forward_hook(fails)
+    with pytest.raises(error):
+        next(iterate_representations(convolutional, [torch.rand(1, 3, 8, 8)], -1))
+    assert n_hooks(convolutional) == 1
+    assert convolutional.training
+    handle.remove()
+
+
+def test_an_abandoned_stream_leaves_no_hooks_and_the_models_own_mode(convolutional: Convolutional) -> None:
+    convolutional.stem.eval()
+    stream = iterate_representations(convolutional, (torch.rand(1, 3, 8, 8) for _ in range(9)), -1)
+    next(stream)
+    assert n_hooks(convolutional) == 0
+    assert convolutional.training
+    assert not convolutional.stem.training
+    assert convolutional.stem[1].num_batches_tracked == 0
+
+
+def test_batches_are_taken_one_at_a_time(convolutional: Convolutional) -> None:
+    drawn = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(5):
+            drawn.append(index)
+            yield torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+
+    for index, states in enumerate(iterate_representations(convolutional, batches(), -1)):
+        assert states.shape == (2, 4)
+        assert drawn == list(range(index + 1))
+
+
+def test_pooling_against_loops(bert: nn.Module, text_batch: dict[str, Tensor]) -> None:
+    layer = "encoder.layer.1"
+    (tokens,) = iterate_representations(bert, [text_batch], layer, pool="none")
+    mask = text_batch["attention_mask"].bool()
+    for pool, reduce in {
+        "mean": lambda rows: rows.mean(0),
+        "sum": lambda rows: rows.sum(0),
+        "first": lambda rows: rows[0],
+        "last": lambda rows: rows[-1],
+    }.items():
+        for drop in (0, 2):
+            (pooled,) = iterate_representations(bert, [text_batch], layer, pool=pool, drop_tokens=drop)
+            expected = torch.stack([reduce(row[kept][drop:]) for row, kept in zip(tokens, mask)])
+            torch.testing.assert_close(pooled, expected)
+    (rows,) = iterate_representations(bert, [text_batch], layer, pool="rows", drop_tokens=1)
+    assert torch.equal(rows, torch.cat([row[kept][1:] for row, kept in zip(tokens, mask)]))
+
+
+def test_a_named_mask_selects_tokens_and_stays_out_of_the_model(bert: nn.Module, text_batch: dict[str, Tensor]) -> None:
+    query = torch.zeros(3, 7, dtype=torch.bool)
+    query[:, 3] = True
+    (named,) = iterate_representations(bert, [{**text_batch, "query": query}], -1, mask="query")
+    (called,) = iterate_representations(bert, [text_batch], -1, mask=lambda batch: query)
+    (tokens,) = iterate_representations(bert, [text_batch], -1, pool="none")
+    assert torch.equal(named, called)
+    torch.testing.assert_close(named, tokens[:, 3])
+
+
+def test_nan_at_a_masked_token_does_not_reach_the_mean() -> None:
+    states = torch.ones(1, 3, 2)
+    states[0, 2] = torch.nan
+    assert torch.equal(pool_states(states, torch.tensor([[1, 1, 0]])), torch.ones(1, 2))
+
+
+def test_half_precision_states_are_summed_in_float32() -> None:
+    states = torch.full((1, 4096, 1), 1.001, dtype=torch.bfloat16)
+    torch.testing.assert_close(pool_states(states), states[:, 0].float())
+
+
+@pytest.mark.parametrize("pool", ["mean", "rows"])
+def test_feature_maps_are_pooled_over_positions(convolutional: Convolutional, pool: str) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    (maps,) = iterate_representations(convolutional, [images], "stem", pool="none")
+    (pooled,) = iterate_representations(convolutional, [images], "stem", pool=pool)
+    expected = maps.mean((2, 3)) if pool == "mean" else maps.movedim(1, -1).reshape(-1, 4)
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_dtype_of_what_is_yielded(convolutional: Convolutional) -> None:
+    model = convolutional.to(torch.bfloat16)
+    images = torch.rand(1, 3, 8, 8).to(torch.bfloat16)
+    assert next(iterate_representations(model, [images], -1)).dtype == torch.float32
+    assert next(iterate_representations(model, [images], -1, pool="none", dtype=None)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (-1, ["encoder.layer.2"]),
+        ("encoder.layer.-2", ["encoder.layer.1"]),
+        ("encoder.layer.*", ["encoder.layer.0", "encoder.layer.1", "encoder.layer.2"]),
+        ("**.query", [f"encoder.layer.{i}.attention.self.query" for i in range(3)]),
+        (re.compile(r"encoder\.layer\.[02]"), ["encoder.layer.0", "encoder.layer.2"]),
+        ([-1, "encoder.layer.2", 0], ["encoder.layer.2", "encoder.layer.0"]),
+    ],
+)
+def test_layers_by_name_index_and_pattern(bert: nn.Module, layers: object, names: list[str]) -> None:
+    assert layer_names(bert, layers) == names
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("encoder.layers.1", "nearest: encoder.layer.1"),
+        ("encoder.layer.7", "nearest: encoder.layer"),
+        (9, "index 9 is out of range, encoder.layer has 3"),
+        ("encoder.layer.-4", "index -4 is out of range"),
+        ("encoder.layer.-1.nothing", "has no layer"),
+        ([], "at least one layer"),
+    ],
+)
+def test_a_wrong_layer_is_named_with_what_is_near(bert: nn.Module, layers: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer_names(bert, layers)
+
+
+def test_an_index_needs_one_list_of_blocks() -> None:
+    two = nn.ModuleDict({side: nn.Sequential(*(nn.TransformerEncoderLayer(4, 2) for _ in range(2))) for side in "ab"})
+    with pytest.raises(ValueError, match=r"several lists of blocks \(a, b\)"):
+        find_blocks(two)
+    with pytest.raises(ValueError, match="no list of like blocks"):
+        find_blocks(nn.Bilinear(2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "median"}, "pool"),
+        ({"drop_tokens": -1}, "drop_tokens"),
+        ({"site": "middle"}, "site"),
+        ({"mask": "query"}, "the batch has no 'query'"),
+        ({"mask": lambda batch: torch.ones(3, 6)}, "mask: shape"),
+        ({"mask": lambda batch: torch.tensor([[1] * 7, [0] * 7, [1] * 7])}, "in sample 1 "),
+    ],
+)
+def test_wrong_options_are_named(bert: nn.Module, text_batch: dict[str, Tensor], options: dict, message: str) -> None:
+    from jaxtyping import TypeCheckError
+
+    with pytest.raises((ValueError, TypeCheckError), match=message):
+        next(iterate_representations(bert, [text_batch], -1, **options))
+    assert n_hooks(bert) == 0
+
+
+def test_a_layer_that_the_pass_does_not_reach_is_an_error(bert: nn.Module) -> None:
+    unused = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
+    unused.forward = lambda x: unused["used"](x)
+    with pytest.raises(ValueError, match="does not reach 'unused'"):
+        next(iterate_representations(unused, [torch.ones(1, 2)], ["used", "unused"]))
+
+
+@pytest.mark.slow
+def test_early_exit_on_the_packaged_language_model_is_bit_equal() -> None:
+    from subspan.datasets import is_installed, load_language_model
+
+    if not is_installed("smollm2"):
+        pytest.skip("the smollm2 weights are not installed: subspan models install smollm2")
+    model, tokenizer = load_language_model(attn_implementation="eager")
+    batch = dict(tokenizer(["Gravity is", "The capital of France is Paris."], return_tensors="pt", padding=True))
+    with torch.no_grad():
+        full = model(**batch, output_hidden_states=True)
+    (early,) = iterate_representations(model, [batch], "model.layers.*", pool="none")
+    for index, states in enumerate(list(early.values())[:-1]):
+        assert torch.equal(states, full.hidden_states[index + 1])
