@@ -7,20 +7,17 @@ Rows are observations; a map sends a row x to `x @ matrix.T + bias`.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .arrays import as_tensor
 from .extras import require
-from .files import atomic_write
+from .files import load_arrays, save_arrays
 from .subspace import Subspace
 
 
@@ -106,25 +103,14 @@ class AffineMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        arrays = {"matrix": self.matrix.contiguous().cpu()}
-        if self.bias is not None:
-            arrays["bias"] = self.bias.contiguous().cpu()
-        with atomic_write(path) as temporary:
-            save_file(arrays, temporary, metadata={"subspan": json.dumps({"kind": "affine-map"})})
+        save_arrays(path, "affine-map", {"matrix": self.matrix} | ({} if self.bias is None else {"bias": self.bias}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AffineMap:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        try:
-            with safe_open(path, framework="pt") as stored:
-                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
-                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
-        if facts.get("kind") != "affine-map" or "matrix" not in arrays:
-            raise ValueError(f"path: {os.fspath(path)!r} holds no affine map")
+        arrays, _ = load_arrays(path, "affine-map")
+        if "matrix" not in arrays:
+            raise ValueError(f"path: {os.fspath(path)!r} holds no matrix")
         return cls(arrays["matrix"], arrays.get("bias"))
 
 

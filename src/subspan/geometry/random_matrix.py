@@ -66,7 +66,7 @@ def mp_cdf(x: Array | float, gamma: float, sigma2: float = 1.0) -> Array:
 def mp_median(gamma: float) -> float:
     """Median of the Marchenko-Pastur law at unit noise (of the nonzero eigenvalues where gamma > 1)."""
     low, high = mp_edges(gamma)
-    return float(optimize.brentq(lambda x: float(mp_cdf(x, gamma)) - 0.5, low, high, xtol=1e-13))
+    return float(optimize.brentq(lambda x: float(mp_cdf(x, gamma)) - 0.5, low, high, xtol=1e-13))  # pyright: ignore[reportArgumentType]
 
 
 def noise_variance(eigenvalues: Array, n: int, d: int, *, refine: int = 10) -> float:
@@ -89,6 +89,33 @@ def noise_variance(eigenvalues: Array, n: int, d: int, *, refine: int = 10) -> f
             break
         spikes, bulk = found, values[found:]
     return sigma2
+
+
+def density_noise_variance(eigenvalues: Array, n: int, d: int, *, bins: int = 50) -> float:
+    """Noise variance whose Marchenko-Pastur density fits the histogram of the bulk best, in least squares.
+
+    Arguments and errors as `noise_variance`, whose answer is where the search starts.
+    """
+    start = noise_variance(eigenvalues, n, d)
+    values = np.sort(np.asarray(eigenvalues, dtype=float))[::-1][: min(n, d)]
+    values = values[values > values.max() * 1e-14]
+    gamma = d / n
+    edges = np.linspace(0.0, 1.5 * mp_edges(gamma, start)[1], bins + 1)
+    width = edges[1]
+    observed = np.histogram(values, edges)[0] / (len(values) * width)
+    # The density over a bin, not at its centre: for gamma = 1 it is infinite at 0.
+    fine = (np.arange(16 * bins) + 0.5) * (width / 16)
+
+    def misfit(log_sigma2: float) -> float:
+        sigma2 = float(np.exp(log_sigma2))
+        density = mp_pdf(fine, gamma, sigma2).reshape(bins, -1).mean(1)
+        noise = (values <= mp_edges(gamma, sigma2)[1]).mean()
+        return float(((observed - noise * density) ** 2).sum())
+
+    grid = np.log(start) + np.linspace(-np.log(2), np.log(2), 81)
+    best = int(np.argmin([misfit(point) for point in grid]))
+    low, high = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    return float(np.exp(optimize.minimize_scalar(misfit, bounds=(low, high), method="bounded").x))
 
 
 def tracy_widom_quantile(probability: float) -> float:

@@ -35,7 +35,9 @@ class FixedRank:
         """Return k, or the number of available directions when that is smaller."""
         available = int(min(len(variances), d))
         if self.k > available:
-            warnings.warn(f"rank={self.k} is more than the {available} directions available; using {available}")
+            warnings.warn(
+                f"rank={self.k} is more than the {available} directions available; using {available}", stacklevel=2
+            )
         return min(self.k, available)
 
 
@@ -62,7 +64,7 @@ class EnergyRank:
 class MarchenkoPastur:
     """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
 
-    `sigma2`: "median" (estimated from the bulk) or a known noise variance. `confidence`: None for the bare edge, or
+    `sigma2`: "median" or "density" (estimated from the bulk) or a known noise variance. `confidence`: None for the bare edge, or
     e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest answer (0 lets the caller see that nothing stands out).
     """
 
@@ -73,8 +75,10 @@ class MarchenkoPastur:
     def noise(self, variances: np.ndarray, n: int, d: int) -> float:
         """Return the noise variance used for the edge."""
         if isinstance(self.sigma2, str):
-            if self.sigma2 != "median":
-                raise ValueError(f"sigma2: expected 'median' or a number, got {self.sigma2!r}")
+            if self.sigma2 not in ("median", "density"):
+                raise ValueError(f"sigma2: expected 'median', 'density' or a number, got {self.sigma2!r}")
+            if self.sigma2 == "density":
+                return random_matrix.density_noise_variance(variances, n, d)
             return random_matrix.noise_variance(variances, n, d)
         return float(self.sigma2)
 
@@ -111,7 +115,9 @@ class GavishDonoho:
         else:
             median = float(np.median(singular))
             if median <= singular[0] * 1e-7:
-                warnings.warn("the median singular value is zero (repeated rows?); using 90 % of the energy instead")
+                warnings.warn(
+                    "the median singular value is zero (repeated rows?); using 90 % of the energy instead", stacklevel=2
+                )
                 return max(self.minimum, EnergyRank(0.9)(np.asarray(variances), n, d))
             cut = random_matrix.gavish_donoho_omega(small / large) * median
         return max(self.minimum, int((singular > cut).sum()))

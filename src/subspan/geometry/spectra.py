@@ -35,9 +35,7 @@ def explained_ratio(variances: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
     return _distribution(variances).cumsum(-1)
 
 
-def power_law_exponent(
-    variances: Float[Tensor, " d"], *, first: int = 1, last: int | None = None
-) -> Float[Tensor, ""]:
+def power_law_exponent(variances: Float[Tensor, " d"], *, first: int = 1, last: int | None = None) -> Float[Tensor, ""]:
     """Exponent a of variance_i ~ i^-a by least squares in log-log over ranks `first`..`last` (1-based, inclusive)."""
     last = variances.numel() if last is None else min(last, variances.numel())
     ranks = torch.arange(1, variances.numel() + 1, dtype=torch.float64, device=variances.device)[first - 1 : last]

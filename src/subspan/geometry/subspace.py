@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Inexact
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .angles import principal_angles, subspace_distance, subspace_overlap
 from .arrays import as_tensor, check_finite
-from .files import atomic_write
+from .files import load_arrays, save_arrays
 from .grassmann import orthonormalize, polar, random_basis
 from .rank import RankRule, rank_rule
 
@@ -72,7 +70,9 @@ class Subspace:
         ranks = (s > cut * s[..., :1]).sum(-1)
         k = int(ranks.max())
         if k == 0 or int(ranks.min()) != k:
-            raise ValueError(f"vectors: must span subspaces of one dimension >= 1, got ranks {ranks.flatten().tolist()}")
+            raise ValueError(
+                f"vectors: must span subspaces of one dimension >= 1, got ranks {ranks.flatten().tolist()}"
+            )
         if k == x.shape[-1]:
             u = orthonormalize(x)  # keeps the order of independent vectors, which an SVD does not
         return cls(u[..., :k], center=c)
@@ -311,9 +311,7 @@ class Subspace:
             rest = self.ambient_dim - chosen.numel()
             outside = (self.spectrum.sum(-1) - variances.sum(-1)).clamp_min(0)
             residual = outside / rest if rest else torch.zeros_like(outside)
-        return dataclasses.replace(
-            self, basis=self.basis[..., chosen], variances=variances, residual_variance=residual
-        )
+        return dataclasses.replace(self, basis=self.basis[..., chosen], variances=variances, residual_variance=residual)
 
     def truncate(self, k: int) -> Subspace:
         """The first k directions."""
@@ -324,9 +322,9 @@ class Subspace:
     def split(self, cuts: list[int] | tuple[int, ...]) -> list[Subspace]:
         """Consecutive blocks of directions, cut before each index of `cuts` (ascending, inside (0, k))."""
         points = [0, *cuts, self.dim]
-        if any(a >= b for a, b in zip(points, points[1:])):
+        if any(a >= b for a, b in pairwise(points)):
             raise ValueError(f"cuts: must ascend strictly inside (0, {self.dim}), got {list(cuts)}")
-        return [self.select(torch.arange(a, b)) for a, b in zip(points, points[1:])]
+        return [self.select(torch.arange(a, b)) for a, b in pairwise(points)]
 
     def rotate_onto(self, other: Subspace) -> Subspace:
         """Same subspace, its basis rotated to be as near as possible to that of `other` (same k)."""
@@ -347,7 +345,7 @@ class Subspace:
 
     def intersection(self, other: Subspace, *, tolerance: float | None = None) -> Subspace | None:
         """Common directions (unbatched): principal angles with sine <= tolerance; None where there is none."""
-        u, s, _ = torch.linalg.svd(self.basis.mH @ (other.basis), full_matrices=False)
+        u = torch.linalg.svd(self.basis.mH @ other.basis, full_matrices=False)[0]
         vectors = self.basis @ u
         outside = vectors - other.basis @ (other.basis.mH @ vectors)
         kept = torch.linalg.vector_norm(outside, dim=0) <= self._tolerance(tolerance)
@@ -386,22 +384,13 @@ class Subspace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
-        metadata = {"subspan": json.dumps({"kind": "subspace", "count": self.count})}
-        with atomic_write(path) as temporary:
-            save_file({k: v.contiguous().cpu() for k, v in arrays.items()}, temporary, metadata=metadata)
+        arrays = {name: value for name in _ARRAYS if (value := getattr(self, name)) is not None}
+        save_arrays(path, "subspace", arrays, count=self.count)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Subspace:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        try:
-            with safe_open(path, framework="pt") as stored:
-                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
-                arrays = {name: stored.get_tensor(name) for name in stored.keys()}
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
-        if facts.get("kind") != "subspace" or "basis" not in arrays:
-            raise ValueError(f"path: {os.fspath(path)!r} holds no subspace")
-        return cls(count=facts.get("count"), **arrays)
+        arrays, facts = load_arrays(path, "subspace")
+        if "basis" not in arrays:
+            raise ValueError(f"path: {os.fspath(path)!r} holds no basis")
+        return cls(count=facts.get("count"), **{name: arrays[name] for name in _ARRAYS if name in arrays})

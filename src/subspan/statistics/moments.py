@@ -7,20 +7,17 @@ large against the spread costs no digits, and float32 rows may be multiplied in 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Hashable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Inexact
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..geometry import maps
 from ..geometry.arrays import as_tensor
-from ..geometry.files import atomic_write
+from ..geometry.files import load_arrays, save_arrays
 from ..geometry.rank import RankRule
 from ..geometry.subspace import Subspace
 
@@ -194,7 +191,7 @@ class Moments:
         self._need(2)
         return float(self.scatter.diagonal().real.sum()) / (self.count - 1)
 
-    def _need(self, rows: float) -> None:
+    def _need(self, rows: int | float) -> None:
         if self.count < rows:
             raise ValueError(f"moments: need at least {rows:g} rows, have {self.count:g}")
 
@@ -238,28 +235,12 @@ class Moments:
 
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
         """Write to a safetensors file, whole or not at all; `facts` (JSON values) are stored beside."""
-        with atomic_write(path) as temporary:
-            save_file(self.state(), temporary, metadata={"subspan": json.dumps({"kind": "moments", **facts})})
+        save_arrays(path, "moments", self.state(), **facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
-        """Read a file written by `save`."""
-        return cls.load_with_facts(path)[0]
-
-    @classmethod
-    def load_with_facts(cls, path: str | os.PathLike[str]) -> tuple[Moments, dict[str, Any]]:
-        """Read a file written by `save`, with the facts stored beside. Raises ValueError when it is not one."""
-        try:
-            with safe_open(path, framework="pt") as stored:
-                facts = json.loads((stored.metadata() or {}).get("subspan", "{}"))
-                state = {name: stored.get_tensor(name) for name in stored.keys()}
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is not a readable safetensors file ({error})") from error
-        if facts.get("kind") != "moments":
-            raise ValueError(f"path: {os.fspath(path)!r} holds no moments")
-        return cls.from_state(state), facts
+        """Read a file written by `save`. Raises ValueError when it is not one."""
+        return cls.from_state(load_arrays(path, "moments")[0])
 
 
 class JointMoments:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..geometry.arrays import as_tensor
 from ..geometry.extras import require
+from ..geometry.files import load_arrays
 from .moments import Moments
 
 
@@ -131,12 +132,14 @@ def fit_moments(
     if is_dask(source):
         return _dask_moments(source, dtype)
     moments: Moments | None = None
+    done = 0
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
-        moments, facts = Moments.load_with_facts(path)
+        state, facts = load_arrays(path, "moments")
+        moments = Moments.from_state(state)
         if "rows" not in facts or facts.get("batch_size") != batch_size:
             raise ValueError(f"checkpoint: {str(path)!r} is not of this run (batch_size={batch_size}); remove it")
-    done = 0 if moments is None else int(facts["rows"])
+        done = int(facts["rows"])
     last = time.monotonic()
     bar = _bar(source, done) if progress else None
     try:

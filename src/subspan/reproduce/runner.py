@@ -1,0 +1,144 @@
+"""Finding, running and recording reproductions."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+from ..geometry.files import atomic_write
+from .protocol import Outcome, Progress, System
+
+SYSTEMS = (
+    System(
+        "subspacead",
+        "Few-shot anomaly detection by the residual to a subspace of patch features",
+        "Lendering, Akdag & Bondarev: SubspaceAD (CVPR 2026, arXiv 2602.23013)",
+        2026,
+        "detect",
+        "SubspaceAD",
+    ),
+    System(
+        "scalselect",
+        "Training-free data selection by leverage on the dominant subspace",
+        "Wu et al.: ScalSelect (arXiv 2602.11636)",
+        2026,
+        "select",
+        "ScalSelect",
+    ),
+    System(
+        "eigenshield",
+        "Filtering embeddings through robust spiked eigenvectors",
+        "Darabi et al.: EigenShield (arXiv 2502.14976)",
+        2025,
+        "edit",
+        "EigenShield",
+    ),
+    System(
+        "realign",
+        "Closed-form alignment of one modality's embeddings to another",
+        "Yu et al.: Modality Gap-Driven Subspace Alignment (arXiv 2602.07026)",
+        2026,
+        "align",
+        "ReAlign",
+    ),
+    System(
+        "sts",
+        "Test-time steering of a zero-shot classifier in the spectrum of its prototypes",
+        "Dafnis & Metaxas: Spectrum-Aware Test-Time Steering (NeurIPS 2025, arXiv 2511.09809)",
+        2025,
+        "edit",
+        "SpectralSteering",
+    ),
+)
+"""Every system with a protocol; the protocol lives in `subspan.reproduce.<name>`."""
+
+_PACKAGES = ("subspan", "torch", "numpy", "scipy", "scikit-learn", "transformers")
+
+
+def find(names: Iterable[str]) -> list[System]:
+    """Systems by name; "all" stands for every one. Raises ValueError for an unknown name."""
+    known = {system.name: system for system in SYSTEMS}
+    wanted: list[System] = []
+    for name in names:
+        if name != "all" and name not in known:
+            raise ValueError(f"name: unknown system {name!r}; known: all, {', '.join(known)}")
+        wanted += [s for s in (SYSTEMS if name == "all" else [known[name]]) if s not in wanted]
+    if not wanted:
+        raise ValueError(f"name: give one or more of: all, {', '.join(known)}")
+    return wanted
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the machine in words."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    found["python"] = platform.python_version()
+    found["machine"] = f"{platform.machine()}, {os.cpu_count()} cores"
+    return found
+
+
+def run(
+    system: System, *, quick: bool = False, seed: int = 0, progress: Progress | None = None, results: Path | None = None
+) -> dict[str, Any]:
+    """Run one protocol and return its record; with `results` it is written there as NAME.json (quick: NAME.quick.json).
+
+    The record holds system, claim, data, model, metric, ours, baselines, bar, holds, seconds and versions, and beside
+    them the checks, tables, notes, seed and whether it was the quick form.
+    """
+    protocol: Callable[..., Outcome] = importlib.import_module(f"subspan.reproduce.{system.name}").protocol
+    started = time.perf_counter()
+    outcome = protocol(quick=quick, seed=seed, progress=progress or _silent)
+    record = {
+        "system": system.name,
+        **outcome.facts(),
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+        "quick": quick,
+        "seed": seed,
+    }
+    if results is not None:
+        results.mkdir(parents=True, exist_ok=True)
+        with atomic_write(results / f"{system.name}{'.quick' if quick else ''}.json") as path:
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return record
+
+
+def _silent(message: str, fraction: float) -> None:
+    """Swallow progress."""
+
+
+def recorded(name: str) -> dict[str, Any] | None:
+    """The record of the full run that came with the package, or None where there is none."""
+    file = resources.files("subspan.reproduce").joinpath("results", f"{name}.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def listing() -> list[dict[str, Any]]:
+    """One entry a system: name, title, paper, year, room, public name and the status of its recorded run."""
+    entries = []
+    for system in SYSTEMS:
+        record = recorded(system.name)
+        status = "not recorded" if record is None else "holds" if record["holds"] else "does not hold"
+        entries.append(
+            {
+                "name": system.name,
+                "title": system.title,
+                "paper": system.paper,
+                "year": system.year,
+                "room": system.room,
+                "public": f"subspan.{system.room}.{system.public}",
+                "status": status,
+            }
+        )
+    return entries
