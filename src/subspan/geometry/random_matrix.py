@@ -94,23 +94,21 @@ def noise_variance(eigenvalues: Array, n: int, d: int, *, refine: int = 10) -> f
 def density_noise_variance(eigenvalues: Array, n: int, d: int, *, bins: int = 50) -> float:
     """Noise variance whose Marchenko-Pastur density fits the histogram of the bulk best, in least squares.
 
-    Arguments and errors as `noise_variance`, whose answer is where the search starts.
+    Arguments and errors as `noise_variance`, whose answer is where the search starts. The histogram is that of the
+    square roots, whose density is bounded for every aspect ratio.
     """
     start = noise_variance(eigenvalues, n, d)
     values = np.sort(np.asarray(eigenvalues, dtype=float))[::-1][: min(n, d)]
-    values = values[values > values.max() * 1e-14]
+    roots = np.sqrt(values[values > values.max() * 1e-14])
     gamma = d / n
-    edges = np.linspace(0.0, 1.5 * mp_edges(gamma, start)[1], bins + 1)
-    width = edges[1]
-    observed = np.histogram(values, edges)[0] / (len(values) * width)
-    # The density over a bin, not at its centre: for gamma = 1 it is infinite at 0.
-    fine = (np.arange(16 * bins) + 0.5) * (width / 16)
+    edges = np.linspace(0.0, np.sqrt(1.5 * mp_edges(gamma, start)[1]), bins + 1)
+    centers = (edges[1:] + edges[:-1]) / 2
+    observed = np.histogram(roots, edges)[0] / (len(roots) * edges[1])
 
     def misfit(log_sigma2: float) -> float:
         sigma2 = float(np.exp(log_sigma2))
-        density = mp_pdf(fine, gamma, sigma2).reshape(bins, -1).mean(1)
-        noise = (values <= mp_edges(gamma, sigma2)[1]).mean()
-        return float(((observed - noise * density) ** 2).sum())
+        noise = (roots**2 <= mp_edges(gamma, sigma2)[1]).mean()
+        return float(((observed - noise * 2 * centers * mp_pdf(centers**2, gamma, sigma2)) ** 2).sum())
 
     grid = np.log(start) + np.linspace(-np.log(2), np.log(2), 81)
     best = int(np.argmin([misfit(point) for point in grid]))

@@ -64,8 +64,9 @@ class EnergyRank:
 class MarchenkoPastur:
     """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
 
-    `sigma2`: "median" or "density" (estimated from the bulk) or a known noise variance. `confidence`: None for the bare edge, or
-    e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest answer (0 lets the caller see that nothing stands out).
+    `sigma2`: "median" or "density" (how it is estimated from the bulk) or a known noise variance. `confidence`: None
+    for the bare edge, or e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest answer (0 lets the caller see that
+    nothing stands out).
     """
 
     sigma2: float | str = "median"
