@@ -33,7 +33,7 @@ def cifar10(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def cifar100(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """CIFAR-100's binary version (train.bin, test.bin, fine_label_names.txt), fine labels; keys as `cifar10`."""
+    """CIFAR-100's binary version (train.bin, test.bin, fine_label_names.txt), fine labels, keys as `cifar10`."""
     root = _subfolder(folder, "cifar-100-binary")
     x_train, y_train = _cifar_records(root / "train.bin", n_labels=2)
     x_test, y_test = _cifar_records(root / "test.bin", n_labels=2)
@@ -42,7 +42,7 @@ def cifar100(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """MNIST's idx files (train-images-idx3-ubyte …, also .gz): x_train (60000, 28, 28) uint8, y_train, x_test, y_test."""
+    """MNIST's idx files (train-images-idx3-ubyte …, also .gz): x_train (n, 28, 28) uint8, y_train, x_test, y_test."""
     arrays = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
         x = read_idx(_present(Path(folder), f"{prefix}-images-idx3-ubyte"))

@@ -1,10 +1,13 @@
 """Hidden representations taken out of torch and transformers models, and changes put back."""
 
+from subspan.models.attention import attended_representation, attended_tokens, block_attention
 from subspan.models.capture import Capture, capture, iterate_representations, pool_states
 from subspan.models.encoders import ImageEncoder, SentenceEncoder
 from subspan.models.features import FeatureGrid, token_grid
+from subspan.models.intervene import intervene
 from subspan.models.layers import find_blocks, layer_names
 from subspan.models.preprocessing import ImagePreprocessing, image_tensor
+from subspan.models.tokens import TokenRoles
 
 __all__ = [
     "Capture",
@@ -12,9 +15,14 @@ __all__ = [
     "ImageEncoder",
     "ImagePreprocessing",
     "SentenceEncoder",
+    "TokenRoles",
+    "attended_representation",
+    "attended_tokens",
+    "block_attention",
     "capture",
     "find_blocks",
     "image_tensor",
+    "intervene",
     "iterate_representations",
     "layer_names",
     "pool_states",

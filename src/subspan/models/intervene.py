@@ -1,0 +1,82 @@
+"""Changes put into a model's hidden states while it runs, and taken out again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from subspan.models.capture import Layout, Site, channels_last
+from subspan.models.layers import Layers, first_tensor, layer_names, replace_first_tensor
+
+Intervention = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def intervene(
+    model: nn.Module,
+    layers: Layers | Mapping[str, Intervention],
+    function: Intervention | None = None,
+    *,
+    site: Site = "output",
+    item: int = 0,
+    layout: Layout = "auto",
+) -> Iterator[nn.Module]:
+    """Within the block the states of `layers` are replaced by `function(states)`; the model is as before after it.
+
+    layers as in `layer_names`, or a mapping from layer to its own function. The function gets vectors along the last
+    axis: (b, t, d), (b, d), or a feature map moved to (b, h, w, d), and returns the same shape; dtype and device are
+    put back to the layer's. site="input" changes what the layer gets. item: the entry of a tuple output. Raises
+    ValueError in the forward pass where the function changes the shape.
+    """
+    if site not in ("output", "input"):
+        raise ValueError(f"site: 'output' or 'input', got {site!r}")
+    functions = _functions(model, layers, function)
+    modules = dict(model.named_modules())
+    with contextlib.ExitStack() as hooks:
+        for name, change in functions.items():
+            replace = _replacing(name, change, item, layout)
+            if site == "output":
+                handle = modules[name].register_forward_hook(lambda _, args, output, replace=replace: replace(output))
+            else:
+                handle = modules[name].register_forward_pre_hook(_on_inputs(replace), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield model
+
+
+def _functions(
+    model: nn.Module, layers: Layers | Mapping[str, Intervention], function: Intervention | None
+) -> dict[str, Intervention]:
+    if isinstance(layers, Mapping):
+        if function is not None:
+            raise ValueError("function: already given for each layer by the mapping")
+        return {name: change for layer, change in layers.items() for name in layer_names(model, layer)}
+    if function is None:
+        raise ValueError("function: needed where layers is not a mapping")
+    return dict.fromkeys(layer_names(model, layers), function)
+
+
+def _replacing(name: str, function: Intervention, item: int, layout: Layout) -> Callable[[object], object]:
+    def replace(value: object) -> object:
+        states = first_tensor(value, item)
+        rows = channels_last(states, layout)
+        changed = function(rows)
+        if not isinstance(changed, Tensor) or changed.shape != rows.shape:
+            shape = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
+            raise ValueError(f"function: at layer {name!r} it must return the shape {tuple(rows.shape)}, got {shape}")
+        if rows is not states:
+            changed = changed.movedim(-1, 1)
+        return replace_first_tensor(value, changed.to(device=states.device, dtype=states.dtype), item)
+
+    return replace
+
+
+def _on_inputs(replace: Callable[[object], object]) -> Callable[..., tuple[Any, Any]]:
+    """A forward pre-hook that replaces the first positional argument, or the first tensor among the keywords."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return (replace(args), kwargs) if args else (args, replace(kwargs))
+
+    return hook
