@@ -1,0 +1,20 @@
+"""Finding what does not belong: anomalies in rows and in images."""
+
+from subspan.detect.foreground import AttentionForeground, NormalityForeground
+from subspan.detect.maps import tail_mean
+from subspan.detect.metrics import aupro, auroc
+from subspan.detect.rotations import RandomRotations
+from subspan.detect.subspacead import AnomalyResult, SubspaceAD, SubspaceDetector, subspace_score
+
+__all__ = [
+    "AnomalyResult",
+    "AttentionForeground",
+    "NormalityForeground",
+    "RandomRotations",
+    "SubspaceAD",
+    "SubspaceDetector",
+    "aupro",
+    "auroc",
+    "subspace_score",
+    "tail_mean",
+]
