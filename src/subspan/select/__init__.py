@@ -1,0 +1,15 @@
+"""Choose a subset of rows or samples that stands for the whole pool."""
+
+from .leverage import LeverageSelector, inclusion_probabilities, rank_rows, select_rows
+from .retention import RetentionCurve, reconstruction_error, retention, retention_curve
+
+__all__ = [
+    "LeverageSelector",
+    "RetentionCurve",
+    "inclusion_probabilities",
+    "rank_rows",
+    "reconstruction_error",
+    "retention",
+    "retention_curve",
+    "select_rows",
+]
