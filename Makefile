@@ -31,6 +31,8 @@ help:
 report: .venv/.installed
 	.venv/bin/subspan report $(ARGS) -o report.html
 
+# One thread a test: the work is small, and threads on a busy machine wait for one another.
+test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
 	.venv/bin/python -m pytest $(ARGS)
 
