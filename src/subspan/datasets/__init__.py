@@ -1,7 +1,7 @@
 """Data and pretrained models: bundled, installed, in a local folder, or in their original formats."""
 
 from subspan.datasets.bundled import BUNDLED
-from subspan.datasets.cache import cache_folder
+from subspan.datasets.cache import cache_entries, cache_folder, cached_features, clear_cache, fingerprint
 from subspan.datasets.images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, open_image
 from subspan.datasets.packages import (
     WEIGHT_PACKAGES,
@@ -14,6 +14,7 @@ from subspan.datasets.packages import (
     model_path,
 )
 from subspan.datasets.shared import SHARED, ImageRecords, data_folder, is_available, load
+from subspan.datasets.tables import FiniteCheck, Table, read_table
 from subspan.datasets.texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
 
 __all__ = [
@@ -22,13 +23,19 @@ __all__ = [
     "WEIGHT_PACKAGES",
     "AnomalyImages",
     "Docstring",
+    "FiniteCheck",
     "ImageCollection",
     "ImageRecords",
+    "Table",
     "Texts",
     "anomaly_folder",
+    "cache_entries",
     "cache_folder",
+    "cached_features",
+    "clear_cache",
     "code_and_docstrings",
     "data_folder",
+    "fingerprint",
     "image_folder",
     "image_preprocessing",
     "install",
@@ -41,6 +48,7 @@ __all__ = [
     "load_sentence_encoder",
     "model_path",
     "open_image",
+    "read_table",
     "read_texts",
     "stdlib_docstrings",
 ]
