@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -183,7 +183,7 @@ def _open_npy(source: Path, column: str | None, names: dict[str, str | None]) ->
     return Table(source, _Array(mapped))
 
 
-def _npy_header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], np.dtype]:
     """(shape, dtype) of an .npy stream, which stands at its data afterwards."""
     try:
         version = np.lib.format.read_magic(stream)
