@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jaxtyping import install_import_hook
 
 # Before anything imports subspan: from here on each call in it is checked against its annotated shapes and dtypes.
-install_import_hook("subspan", "beartype.beartype")
+install_import_hook("subspan", "shape_checking.check")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -15,7 +15,7 @@ def _check_pair(a: Tensor, b: Tensor) -> None:
 
 
 def principal_vectors(
-    a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b d q"]
+    a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b e q"]
 ) -> tuple[Inexact[Tensor, "*b d k"], Inexact[Tensor, "*b d k"], Float[Tensor, "*b k"]]:
     """Principal vectors in each subspace, and the principal angles (radians, ascending), k = min(p, q).
 
@@ -50,7 +50,7 @@ def principal_vectors(
     return u, v, angles
 
 
-def principal_angles(a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b d q"]) -> Float[Tensor, "*b k"]:
+def principal_angles(a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b e q"]) -> Float[Tensor, "*b k"]:
     """Principal angles (radians, ascending, k = min(p, q)) between the spans of two orthonormal bases."""
     return principal_vectors(a, b)[2]
 

@@ -303,7 +303,12 @@ def cca(
     k: int | None = None,
     shrinkage: float | str = "oas",
 ) -> CanonicalCorrelation:
-    """Canonical correlation analysis from covariances; shrinkage "oas" (default) or a weight in [0, 1] for both."""
+    """Canonical correlation analysis from covariances.
+
+    shrinkage: "oas" (default) or a weight in [0, 1] for both sides. The joint covariance is shrunk, so the
+    cross-covariance shrinks with its two sides and correlations stay below one; where the shrinkage is so strong that
+    nothing of the data is left, correlations are zero.
+    """
     if isinstance(shrinkage, str):
         if shrinkage != "oas":
             raise ValueError(f"shrinkage: expected 'oas' or a number in [0, 1], got {shrinkage!r}")
@@ -312,7 +317,8 @@ def cca(
         weights = (float(shrinkage), float(shrinkage))
     white_x = inverse_sqrt(shrink_covariance(cov_xx, weights[0]))
     white_y = inverse_sqrt(shrink_covariance(cov_yy, weights[1]))
-    u, s, vh = torch.linalg.svd(white_x @ cov_xy @ white_y, full_matrices=False)
+    kept = ((1 - weights[0]) * (1 - weights[1])) ** 0.5
+    u, s, vh = torch.linalg.svd(white_x @ cov_xy @ white_y * kept, full_matrices=False)
     k = len(s) if k is None else k
     if not 1 <= k <= len(s):
         raise ValueError(f"k: must lie in [1, {len(s)}], got {k}")

@@ -64,9 +64,9 @@ class EnergyRank:
 class MarchenkoPastur:
     """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
 
-    `sigma2`: "median" or "density" (how it is estimated from the bulk) or a known noise variance. `confidence`: None
-    for the bare edge, or e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest answer (0 lets the caller see that
-    nothing stands out).
+    `sigma2`: how the noise is estimated from the bulk ("median", "trace" or "density", see `random_matrix`) or its
+    known variance. `confidence`: None for the bare edge, or e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest
+    answer (0 lets the caller see that nothing stands out).
     """
 
     sigma2: float | str = "median"
@@ -76,11 +76,11 @@ class MarchenkoPastur:
     def noise(self, variances: np.ndarray, n: int, d: int) -> float:
         """Return the noise variance used for the edge."""
         if isinstance(self.sigma2, str):
-            if self.sigma2 not in ("median", "density"):
-                raise ValueError(f"sigma2: expected 'median', 'density' or a number, got {self.sigma2!r}")
+            if self.sigma2 not in ("median", "trace", "density"):
+                raise ValueError(f"sigma2: expected 'median', 'trace', 'density' or a number, got {self.sigma2!r}")
             if self.sigma2 == "density":
                 return random_matrix.density_noise_variance(variances, n, d)
-            return random_matrix.noise_variance(variances, n, d)
+            return random_matrix.noise_variance(variances, n, d, method=self.sigma2)
         return float(self.sigma2)
 
     def edge(self, variances: np.ndarray, n: int, d: int) -> float:

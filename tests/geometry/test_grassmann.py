@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from subspan.geometry import principal_angles, subspace_distance
+from subspan.geometry.grassmann import (
+    chordal_mean,
+    geodesic,
+    karcher_mean,
+    logarithm,
+    orthonormalize,
+    parallel_transport,
+    polar,
+    random_basis,
+    tangent_projection,
+)
+
+
+@given(d=st.integers(4, 15), k=st.integers(1, 4), seed=st.integers(0, 10**6))
+def test_logarithm_inverts_the_geodesic_and_measures_the_distance(d, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    a, b = random_basis(d, k, generator=generator), random_basis(d, k, generator=generator)
+    tangent = logarithm(a, b)
+    assert float((a.mT @ tangent).abs().max()) < 1e-10
+    torch.testing.assert_close(torch.linalg.matrix_norm(tangent), subspace_distance(a, b), atol=1e-7, rtol=1e-7)
+    assert float(principal_angles(geodesic(a, tangent), b).max()) < 1e-7
+    half = geodesic(a, tangent, 0.5)
+    torch.testing.assert_close(subspace_distance(a, half), subspace_distance(half, b), atol=1e-7, rtol=1e-7)
+
+
+def test_transport_keeps_inner_products_and_carries_the_velocity():
+    generator = torch.Generator().manual_seed(1)
+    base = random_basis(20, 3, generator=generator)
+    velocity = tangent_projection(base, torch.randn(20, 3, generator=generator, dtype=torch.float64)) * 0.2
+    x, y = (tangent_projection(base, torch.randn(20, 3, generator=generator, dtype=torch.float64)) for _ in range(2))
+    u, s, vh = torch.linalg.svd(velocity, full_matrices=False)
+    end = (base @ vh.mT * s.cos() + u * s.sin()) @ vh  # the geodesic's own frame, before orthonormalisation
+    moved = [parallel_transport(base, velocity, v) for v in (x, y)]
+    for v in moved:
+        assert float((end.mT @ v).abs().max()) < 1e-12
+    torch.testing.assert_close((moved[0] * moved[1]).sum(), (x * y).sum())
+    # A geodesic transports its own velocity: the finite-difference derivative at the end.
+    step = 1e-6
+    later = (base @ vh.mT * (s * (1 + step)).cos() + u * (s * (1 + step)).sin()) @ vh
+    torch.testing.assert_close(parallel_transport(base, velocity, velocity), (later - end) / step, atol=1e-5, rtol=0)
+
+
+def test_means_of_points_on_one_geodesic_are_its_middle():
+    generator = torch.Generator().manual_seed(2)
+    base = random_basis(15, 2, generator=generator)
+    velocity = tangent_projection(base, torch.randn(15, 2, generator=generator, dtype=torch.float64)) * 0.1
+    points = torch.stack([geodesic(base, velocity, t) for t in (-1.0, -0.5, 0.5, 1.0)])
+    assert float(principal_angles(karcher_mean(points), base).max()) < 1e-8
+    mean, values = chordal_mean(points)
+    assert float(principal_angles(mean, base).max()) < 1e-8
+    assert float(values.max()) <= 1 + 1e-12
+
+
+def test_chordal_mean_is_the_top_eigenspace_of_the_mean_projector():
+    generator = torch.Generator().manual_seed(4)
+    bases = random_basis(12, 3, batch=(5,), generator=generator)
+    weights = torch.tensor([1.0, 2.0, 0.0, 1.0, 3.0], dtype=torch.float64)
+    spectra = torch.rand(5, 3, generator=generator, dtype=torch.float64)
+    mean, values = chordal_mean(bases, 4, weights=weights, spectra=spectra)
+    dense = sum(w * b @ s.diag() @ b.mT for w, b, s in zip(weights / weights.sum(), bases, spectra, strict=True))
+    exact_values, exact = torch.linalg.eigh(dense)
+    torch.testing.assert_close(values, exact_values.flip(0)[:4])
+    assert float(principal_angles(mean, exact.flip(1)[:, :4]).max()) < 1e-10
+
+
+def test_orthonormalize_is_unique_and_polar_is_nearest():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 10, 4, generator=generator, dtype=torch.float64)
+    q = orthonormalize(x)
+    torch.testing.assert_close(q.mT @ q, torch.eye(4, dtype=torch.float64).expand(3, 4, 4))
+    assert bool(((q.mT @ x).diagonal(dim1=-2, dim2=-1) > 0).all())
+    nearest = polar(x)
+    for other in random_basis(10, 4, batch=(200,), generator=generator):
+        assert float((x[0] - nearest[0]).norm()) <= float((x[0] - other).norm())
+
+
+def test_a_spread_out_mean_and_wide_matrices_are_refused():
+    with pytest.raises(ValueError, match="x: 4 columns cannot be independent in 3"):
+        orthonormalize(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="weights: must be non-negative"):
+        chordal_mean(random_basis(5, 2, batch=(2,)), weights=torch.tensor([-1.0, 2.0], dtype=torch.float64))
