@@ -1,0 +1,900 @@
+"""The command `subspan`: one verb a task, the report, and the reproductions.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 a reproduction's bar does not hold, 2 wrong
+usage or input (one line on stderr, nothing written), 130 stopped with Ctrl-C. Verbs import what they need when called,
+so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from .report.embeddings import Embeddings
+
+    Progress = Callable[[str, float], None]
+
+app = typer.Typer(
+    name="subspan",
+    help="Find, measure, use and map subspaces of learned representations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models = typer.Typer(help="Pretrained models that are installed as packages.", no_args_is_help=True)
+cache = typer.Typer(help="The folder of cached features and converted models.", no_args_is_help=True)
+app.add_typer(models, name="models")
+app.add_typer(cache, name="cache")
+
+_TABLE = typer.Argument(
+    metavar="TABLE|FOLDER",
+    help="Embeddings (.npy, .npz, .safetensors, .parquet, .csv), texts (.txt, .jsonl, or .csv with --text-column), or "
+    "a folder or zip of images. Left out: the docstrings of this Python's standard library.",
+    show_default=False,
+)
+
+Table = Annotated[str | None, _TABLE]
+Labels = Annotated[
+    str | None, typer.Option("--labels", metavar="COLUMN|FILE", help="A label for each row: a column, or a file.")
+]
+Column = Annotated[
+    str | None, typer.Option("--column", help="The column or array with the embeddings, where there are several.")
+]
+TextColumn = Annotated[str | None, typer.Option("--text-column", help="The column of texts to embed.")]
+IdColumn = Annotated[str | None, typer.Option("--id-column", help="The column that names the rows.")]
+SkipNan = Annotated[bool, typer.Option("--skip-nan", help="Leave rows with NaN or infinity out, and say how many.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all sampling.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Rank = Annotated[
+    str,
+    typer.Option(
+        "--rank",
+        help="Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, "
+        "effective, elbow.",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line `arguments` (default: those of the process) and return its exit code."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _one_line_warning
+        try:
+            return int(app(arguments, prog_name="subspan", standalone_mode=False) or 0)
+        except (KeyboardInterrupt, typer.Abort):
+            _say("stopped")
+            return 130
+        except typer.Exit as exit:
+            return exit.exit_code
+        except BrokenPipeError:
+            # The reader of the output has left (`subspan list | head`); Python would complain again when it closes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except Exception as error:
+            if os.environ.get("SUBSPAN_TRACEBACK") or not _is_input_error(error):
+                raise
+            _say(f"error: {_one_line(error)}")
+            return 2
+
+
+def _is_input_error(error: Exception) -> bool:
+    """Whether the user can mend it: usage, values, files, missing extras. The rest is a defect, with its traceback."""
+    return hasattr(error, "format_message") or isinstance(error, ValueError | TypeError | OSError | ImportError)
+
+
+def _one_line(error: Exception) -> str:
+    message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore
+    return " ".join(message.split()) or type(error).__name__
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say(f"warning: {' '.join(str(message).split())}")
+
+
+def _say(message: str) -> None:
+    print(f"subspan: {message}", file=sys.stderr, flush=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"subspan {version('subspan')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", envvar="SUBSPAN_DATA", help="Folder of shared data sets.", show_default=False),
+    ] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find, measure, use and map subspaces of learned representations."""
+    if data is not None:
+        if not data.is_dir():
+            raise ValueError(f"--data: {str(data)!r} is not a folder")
+        os.environ["SUBSPAN_DATA"] = str(data.resolve())
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A progress bar on stderr, or silence where that is no terminal."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=1.0)
+        yield lambda message, fraction: bar.update(task, description=message, completed=fraction)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+def _output(path: Path | None, *suffixes: str) -> None:
+    """Refuse an output that cannot be written before the work is done instead of after it."""
+    if path is None:
+        return
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"-o: {str(path)!r} must end in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"-o: {str(path)!r} is a folder")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"-o: the folder {str(path.parent)!r} does not exist")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"-o: the folder {str(path.parent)!r} cannot be written to")
+
+
+def _rank(text: str) -> int | float | str:
+    """`--rank` as the library takes it."""
+    from .geometry import rank_rule
+
+    try:
+        rank: int | float | str = int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        rank = text
+    rank_rule(rank)
+    return rank
+
+
+def _write(path: Path, text: str) -> None:
+    from .geometry.files import atomic_write
+
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _write_rows(path: Path, columns: dict[str, list[Any]]) -> None:
+    """A table as .csv or .json, whole or not at all."""
+    import csv
+    import io
+
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    if path.suffix.lower() == ".json":
+        _write(path, json.dumps(rows, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+        return
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write(path, stream.getvalue())
+
+
+def _naming(data: Embeddings, rows: Any) -> dict[str, list[Any]]:
+    """The columns that say which rows these are."""
+    columns: dict[str, list[Any]] = {"row": [int(row) for row in rows]}
+    if data.ids is not None:
+        columns["id"] = [str(data.ids[row]) for row in rows]
+    if data.labels is not None:
+        columns["label"] = [str(data.labels[row]) for row in rows]
+    return columns
+
+
+# ---------------------------------------------------------------------- report
+
+
+@app.command()
+def report(
+    table: Table = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="OTHER", help="A second embedding of the same rows: can it replace the first?"),
+    ] = None,
+    labels: Labels = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page to write.")] = Path("report.html"),
+    json_output: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the facts as JSON too (- for stdout).")
+    ] = None,
+    column: Column = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    skip_nan: SkipNan = False,
+    seed: Seed = 0,
+) -> None:
+    """Write one page on what is in a set of embeddings and what can be done with it.
+
+    Examples:
+
+    - `subspan report` (the docstrings of this Python's standard library)
+
+    - `subspan report vectors.npy --labels labels.txt -o report.html`
+
+    - `subspan report old.parquet --against new.parquet --json facts.json`
+
+    - `subspan report photos/`
+
+    - `subspan report reviews.csv --text-column review --labels stars`
+    """
+    _output(output, ".html", ".htm")
+    if json_output is not None and str(json_output) != "-":
+        _output(json_output)
+    from .geometry.files import atomic_write
+    from .report import describe, read_embeddings, render
+
+    with _progress("reading") as progress:
+        data = read_embeddings(
+            table,
+            labels=labels,
+            column=column,
+            text_column=text_column,
+            id_column=id_column,
+            skip_nan=skip_nan,
+            progress=progress,
+        )
+        other = None
+        if against is not None:
+            other = read_embeddings(
+                against, column=column, text_column=text_column, id_column=id_column, progress=progress
+            )
+        facts = describe(data, other, seed=seed, progress=progress)
+        progress("writing the page", 1.0)
+        page = render(facts, data)
+    text = json.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    if json_output is not None and str(json_output) != "-":
+        # Both or neither: the page is renamed into place only when the facts are.
+        with atomic_write(output) as unfinished, atomic_write(json_output) as unfinished_facts:
+            unfinished.write_text(page, encoding="utf-8")
+            unfinished_facts.write_text(text, encoding="utf-8")
+    else:
+        _write(output, page)
+    if json_output is not None and str(json_output) == "-":
+        print(text, end="")
+    else:
+        print(f"{output}: {facts['contents']['rows']} rows × {facts['contents']['columns']} columns")
+
+
+# ---------------------------------------------------------------------- detect
+
+
+@app.command()
+def detect(
+    table: Table = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", metavar="GOOD", help="Normal rows or images to fit to, instead of those that are scored."
+        ),
+    ] = None,
+    rank: Rank = "0.9",
+    labels: Labels = None,
+    by_label: Annotated[
+        bool, typer.Option("--by-label", help="Score each row against the other rows of its own label.")
+    ] = False,
+    top: Annotated[int, typer.Option("--top", min=0, help="How many of the highest scores to print.")] = 10,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write every score: .csv, .json or .npy.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option("--shots", min=1, help="Images: fit to the first so many good ones only.")
+    ] = None,
+    rotations: Annotated[
+        int, typer.Option("--rotations", min=0, help="Images: rotated views of each good one that are fitted to too.")
+    ] = 4,
+    column: Column = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    skip_nan: SkipNan = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Score rows or images by their squared distance to the subspace of normal ones: the higher, the stranger.
+
+    An image folder (or zip) with train/good and test/… (the MVTec AD layout) is scored by patches: fitted to
+    train/good, judged on test, with AUROC where there are defects.
+
+    Examples:
+
+    - `subspan detect vectors.npy -o scores.csv`
+
+    - `subspan detect new.parquet --fit good.parquet --json`
+
+    - `subspan detect vectors.parquet --labels class --by-label`
+
+    - `subspan detect bottle/ --shots 4 --rotations 8`
+    """
+    _output(output, ".csv", ".json", ".npy")
+    ranked = _rank(rank)
+    from .report.inputs import is_anomaly_layout
+
+    if table is not None and is_anomaly_layout(table):
+        if fit is not None or labels is not None or by_label:
+            raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
+        columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
+    else:
+        columns, facts = _detect_in_rows(
+            table, fit, ranked, by_label, labels=labels, column=column, text_column=text_column, id_column=id_column,
+            skip_nan=skip_nan,
+        )  # fmt: skip
+    order = sorted(range(len(columns["score"])), key=lambda row: -columns["score"][row])[:top]
+    facts["top"] = [{name: values[row] for name, values in columns.items()} for row in order]
+    if output is not None:
+        _write_columns(output, columns, "score")
+        facts["output"] = str(output)
+    if as_json:
+        _print_json(facts)
+        return
+    print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items() if name != "top"))
+    _print_table(facts["top"])
+
+
+def _detect_in_rows(
+    table: str | None, fit: str | None, rank: Any, by_label: bool, **reading: Any
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    import numpy as np
+
+    from .detect import SubspaceDetector
+    from .report import read_embeddings
+
+    with _progress("reading") as progress:
+        data = read_embeddings(table, progress=progress, **reading)
+        good = data
+        if fit is not None:
+            if by_label:
+                raise ValueError("--by-label: fits to the rows of each label, so --fit does not apply")
+            good = read_embeddings(fit, progress=progress, **{**reading, "labels": None})
+        if by_label and data.labels is None:
+            raise ValueError("--by-label: needs --labels")
+        names = np.unique(data.labels) if by_label and data.labels is not None else [None]
+        scores, outlying = np.empty(len(data)), np.zeros(len(data), dtype=bool)
+        for step, name in enumerate(names):
+            rows = np.arange(len(data)) if name is None else np.flatnonzero(data.labels == name)
+            if name is not None and len(rows) < 3:
+                raise ValueError(f"--by-label: {name!r} has {len(rows)} rows; a subspace of its own needs at least 3")
+            normal = good.rows if name is None else data.take(rows)
+            detector = SubspaceDetector(rank).fit(normal)
+            for start in range(0, len(rows), 8192):
+                part = rows[start : start + 8192]
+                decision = -detector.decision_function(data.take(part))
+                scores[part] = decision - detector.offset_
+                outlying[part] = decision > 0
+                progress("scoring", (step + (start + len(part)) / len(rows)) / len(names))
+    columns = {
+        **_naming(data, range(len(data))),
+        "score": scores.tolist(),
+        "outlier": outlying.tolist(),
+    }
+    return columns, {"rows": len(data), "fitted_to": len(good), "rank": rank, "outliers": int(outlying.sum())}
+
+
+def _detect_in_images(
+    folder: str, rank: Any, shots: int | None, rotations: int, seed: int
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    import numpy as np
+
+    from .datasets import image_preprocessing, load_model
+    from .datasets.images import anomaly_folder
+    from .detect import RandomRotations, SubspaceAD, aupro, auroc
+    from .models import FeatureGrid, ImagePreprocessing
+
+    found = anomaly_folder(folder)
+    good = found.train[:shots] if shots is not None else found.train
+    with _progress("fitting") as progress:
+        network = "efficientnet-lite0"
+        preprocessing = ImagePreprocessing(**image_preprocessing(network), resize="squash")
+        grid = FeatureGrid(load_model(network), _IMAGE_LAYERS, aggregate="concat", preprocessing=preprocessing)
+        augment = RandomRotations(rotations) if rotations else None
+        detector = SubspaceAD(grid, augment=augment, rank=rank, random_state=seed)
+
+        def watched(images: Any, title: str, first: float) -> Iterator[Any]:
+            for index in range(len(images)):
+                progress(title, first + 0.5 * index / len(images))
+                yield images[index]
+
+        detector.fit(watched(good, "fitting", 0.0))
+        result = detector.predict(watched(found.test, "scoring", 0.5))
+    columns = {
+        "image": list(found.test.names),
+        "type": list(found.test.labels),
+        "score": result.scores.tolist(),
+    }
+    facts: dict[str, Any] = {"images": len(found.test), "fitted_to": len(good), "rank": detector.subspace_.dim}
+    if 0 < found.anomalous.sum() < len(found.anomalous):
+        facts["image_auroc"] = float(auroc(result.scores, found.anomalous))
+        masks = _masks(found, result.maps)
+        pixels, defects = np.stack(list(result.maps)), np.stack(masks)
+        facts["pixel_auroc"] = float(auroc(pixels, defects))
+        facts["aupro"] = float(aupro(pixels, defects))
+    return columns, facts
+
+
+def _masks(found: Any, maps: Any) -> list[Any]:
+    """The defect masks at the size of the score maps."""
+    import numpy as np
+    from PIL import Image
+
+    masks = []
+    for index, scores in enumerate(maps):
+        mask = Image.fromarray(found.mask(index))
+        masks.append(np.asarray(mask.resize(scores.shape[::-1], Image.Resampling.NEAREST)).astype(bool))
+    return masks
+
+
+_IMAGE_LAYERS = ["_blocks.4", "_blocks.10"]
+
+
+def _write_columns(path: Path, columns: dict[str, list[Any]], numbers: str) -> None:
+    """Columns as .csv or .json, or one of them as .npy."""
+    if path.suffix.lower() != ".npy":
+        _write_rows(path, columns)
+        return
+    _write_array(path, columns[numbers])
+
+
+def _write_array(path: Path, values: Any) -> None:
+    import numpy as np
+
+    from .geometry.files import atomic_write
+
+    with atomic_write(path) as unfinished:
+        np.save(unfinished, np.asarray(values), allow_pickle=False)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, value in rows[0].items():
+        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int | float) else "left")
+    for row in rows:
+        table.add_row(*(_short(value) for value in row.values()))
+    Console(markup=False).print(table)
+
+
+# ---------------------------------------------------------------------- select
+
+
+@app.command()
+def select(
+    table: Table = None,
+    size: Annotated[
+        str, typer.Option("-m", "--size", help="How many rows: a number, or a share of all (0.1).")
+    ] = "0.1",
+    method: Annotated[
+        Literal["leverage", "sample", "farthest", "random"],
+        typer.Option(help="Highest leverage, drawn by leverage, farthest first, or random."),
+    ] = "leverage",
+    unique: Annotated[bool, typer.Option("--unique", help="Leave rows out that equal an earlier one.")] = False,
+    rank: Rank = "0.9",
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the chosen rows: .csv, .json, or .npy (row numbers).")
+    ] = None,
+    labels: Labels = None,
+    column: Column = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    skip_nan: SkipNan = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a few rows that stand for all: those that span the main subspace.
+
+    Examples:
+
+    - `subspan select vectors.npy -m 1000 -o chosen.csv`
+
+    - `subspan select pool.parquet -m 0.16 --method sample --json`
+
+    - `subspan select corpus.jsonl --text-column text -m 200 --unique`
+    """
+    _output(output, ".csv", ".json", ".npy")
+    ranked = _rank(rank)
+    import numpy as np
+
+    from .report import read_embeddings
+    from .report.survey import first_copies
+    from .select import LeverageSelector, retention
+    from .select.baselines import k_center, random_rows
+    from .select.leverage import budget
+
+    with _progress("reading") as progress:
+        data = read_embeddings(
+            table, labels=labels, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
+            progress=progress,
+        )  # fmt: skip
+        pool = np.flatnonzero(first_copies(data) == np.arange(len(data))) if unique else np.arange(len(data))
+        rows = data.take(pool)
+        count = budget(_size(size), len(pool))
+        progress("choosing", 0.5)
+        leverage = None
+        if method in ("leverage", "sample"):
+            strategy = "top" if method == "leverage" else "sample"
+            selector = LeverageSelector(count, rank=ranked, strategy=strategy, random_state=seed).fit(rows)
+            chosen, leverage = selector.indices_, selector.scores_
+        elif method == "farthest":
+            chosen = np.sort(k_center(rows, count, random_state=seed))
+        else:
+            chosen = random_rows(len(rows), count, random_state=seed)
+        kept = retention(rows, chosen, ranked)
+    columns = _naming(data, pool[chosen])
+    if leverage is not None:
+        columns["leverage"] = leverage[chosen].tolist()
+    if data.texts is not None:
+        columns["text"] = [data.texts[row] for row in pool[chosen]]
+    facts: dict[str, Any] = {
+        "rows": len(data),
+        "candidates": len(pool),
+        "chosen": len(chosen),
+        "method": method,
+        "retention": kept,
+    }
+    if output is not None:
+        _write_columns(output, columns, "row")
+        facts["output"] = str(output)
+    if as_json:
+        _print_json({**facts, "indices": pool[chosen].tolist()})
+        return
+    print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
+    if output is None:
+        columns.pop("text", None)
+        _print_table([dict(zip(columns, values)) for values in zip(*columns.values())])
+
+
+def _size(text: str) -> int | float:
+    try:
+        return int(text) if text.isdecimal() else float(text)
+    except ValueError:
+        raise ValueError(f"--size: a number of rows or a share is needed, got {text!r}") from None
+
+
+# ---------------------------------------------------------------------- shorten
+
+
+@app.command()
+def shorten(
+    table: Table = None,
+    rank: Rank = "0.95",
+    center: Annotated[
+        bool, typer.Option("--center", help="Subtract the mean first. Without it cosines are kept best.")
+    ] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The shorter vectors, .npy.")] = Path("short.npy"),
+    subspace: Annotated[
+        Path | None, typer.Option("--map", help="Write the subspace too, .safetensors, to shorten new rows with.")
+    ] = None,
+    column: Column = None,
+    text_column: TextColumn = None,
+    skip_nan: SkipNan = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write vectors with fewer columns: the coordinates in the leading principal directions.
+
+    Examples:
+
+    - `subspan shorten vectors.npy --rank 128 -o short.npy --map pca.safetensors`
+
+    - `subspan shorten vectors.parquet --rank marchenko-pastur --center`
+    """
+    _output(output, ".npy")
+    _output(subspace, ".safetensors")
+    ranked = _rank(rank)
+    import numpy as np
+    import torch
+
+    from .geometry.files import atomic_write
+    from .report import read_embeddings
+    from .statistics import Moments
+
+    with _progress("reading") as progress:
+        data = read_embeddings(table, column=column, text_column=text_column, skip_nan=skip_nan, progress=progress)
+        moments = Moments(data.dim)
+        for start, block in data.blocks():
+            moments.update(torch.from_numpy(block))
+            progress("reading", 0.5 * (start + len(block)) / len(data))
+        found = moments.subspace(ranked, center=center)
+        with atomic_write(output) as unfinished:
+            short = np.lib.format.open_memmap(
+                unfinished, mode="w+", dtype=data.take(np.arange(1)).dtype, shape=(len(data), found.dim)
+            )
+            for start, block in data.blocks():
+                short[start : start + len(block)] = found.coordinates(torch.from_numpy(block)).numpy()
+                progress("shortening", 0.5 + 0.5 * (start + len(block)) / len(data))
+            short.flush()
+            if subspace is not None:
+                found.save(subspace)
+    facts = {
+        "rows": len(data),
+        "columns": data.dim,
+        "kept": found.dim,
+        "explained": float(found.explained_ratio),
+        "output": str(output),
+        **({"map": str(subspace)} if subspace is not None else {}),
+    }
+    if as_json:
+        _print_json(facts)
+    else:
+        print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
+
+
+# ---------------------------------------------------------------------- align
+
+
+@app.command()
+def align(
+    source: Annotated[str, typer.Argument(help="Embeddings to map.")],
+    target: Annotated[str, typer.Argument(help="Embeddings of the same rows (realign: of any) to map them to.")],
+    method: Annotated[
+        Literal["procrustes", "scaled", "ridge", "cca", "realign"],
+        typer.Option(help="Rotation, rotation and scale, affine, through the shared directions, or without pairs."),
+    ] = "procrustes",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the map, .safetensors.")] = None,
+    apply: Annotated[Path | None, typer.Option("--apply", help="Write the mapped source rows, .npy.")] = None,
+    column: Column = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a map from one embedding to another, say how well it does on held-out rows, and keep it.
+
+    Examples:
+
+    - `subspan align old.npy new.npy -o map.safetensors`
+
+    - `subspan align old.parquet new.parquet --method ridge --id-column id --json`
+
+    - `subspan align texts.npy images.npy --method realign --apply mapped.npy`
+    """
+    _output(output, ".safetensors")
+    _output(apply, ".npy")
+    import numpy as np
+
+    from .report import read_embeddings
+
+    with _progress("reading") as progress:
+        first, second = (
+            read_embeddings(path, column=column, text_column=text_column, id_column=id_column, progress=progress)
+            for path in (source, target)
+        )
+        if method == "realign":
+            fitted, operator, facts = _align_unpaired(first, second)
+        else:
+            fitted, operator, facts = _align_paired(first, second, method, seed, progress)
+    facts = {"method": method, "source_rows": len(first), "target_rows": len(second), **facts}
+    if output is not None:
+        operator.save(output)
+        facts["output"] = str(output)
+    if apply is not None:
+        _write_array(apply, fitted.transform(np.asarray(first.rows)))
+        facts["applied"] = str(apply)
+    if as_json:
+        _print_json(facts)
+        return
+    held_out = facts.pop("held_out", None)
+    print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items()))
+    if held_out is not None:
+        _print_table(
+            [
+                {
+                    "on held-out rows": name,
+                    "own row first": entry["recall@1"]["value"],
+                    "own row in 10": entry["recall@10"]["value"],
+                    "neighbours kept": entry["neighbours_kept"]["share"],
+                }
+                for name, entry in held_out.items()
+            ]
+        )
+
+
+def _align_paired(
+    first: Embeddings, second: Embeddings, method: str, seed: int, progress: Progress
+) -> tuple[Any, Any, dict[str, Any]]:
+    from .report.comparison import fit_map, paired
+
+    fitted, facts = fit_map(first, paired(first, second), method, seed=seed, progress=progress)
+    return fitted, fitted.map_, facts
+
+
+def _align_unpaired(first: Embeddings, second: Embeddings) -> tuple[Any, Any, dict[str, Any]]:
+    from .align import ReAlign
+
+    fitted = ReAlign()
+    fitted.fit(first.rows, second.rows)
+    facts = {"gap_before": fitted.gap_before_, "gap_after": fitted.gap_after_, "scale": fitted.scale_}
+    return fitted, fitted.as_module(), facts
+
+
+# ---------------------------------------------------------------------- systems
+
+
+@app.command("list")
+def list_systems(as_json: AsJson = False) -> None:
+    """List the systems: name, title, paper, year, room, and how their last recorded reproduction went.
+
+    Examples:
+
+    - `subspan list`
+
+    - `subspan list --json`
+    """
+    from .reproduce import listing
+
+    entries = listing()
+    if as_json:
+        _print_json(entries)
+    else:
+        _print_table([{name: entry[name] for name in ("name", "room", "year", "status", "title")} for entry in entries])
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...|all", help="Systems by name, or all.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller run, under a minute a system.")] = False,
+    results: Annotated[
+        Path | None, typer.Option("--results", metavar="DIR", help="Write each record to a folder as NAME.json.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run systems on real data against their baselines and bars. Exits with 1 where a bar does not hold.
+
+    Examples:
+
+    - `subspan reproduce subspacead --quick`
+
+    - `subspan reproduce all --json > results.json`
+    """
+    from .reproduce import find
+    from .reproduce import run as run_protocol
+
+    if results is not None and results.exists() and not results.is_dir():
+        raise ValueError(f"--results: {str(results)!r} is not a folder")
+    records = []
+    for system in find(names):
+        with _progress(system.name) as progress:
+            records.append(run_protocol(system, quick=quick, seed=seed, progress=progress, results=results))
+        if not as_json:
+            _print_record(records[-1])
+    if as_json:
+        _print_json(records)
+    if not all(record["holds"] for record in records):
+        raise typer.Exit(1)
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    say = Console(markup=False, highlight=False).print
+    say(
+        f"{record['system']}: {'holds' if record['holds'] else 'does not hold'} ({record['seconds']:.0f} s)",
+        style="bold",
+    )
+    for name in ("claim", "data", "model", "bar"):
+        say(f"  {name}: {record[name]}")
+    _print_table(
+        [{"": "ours", record["metric"]: record["ours"]}]
+        + [{"": name, record["metric"]: value} for name, value in record["baselines"].items()]
+    )
+    for check in record["checks"]:
+        mark = "holds" if check["holds"] else "does not hold" + ("" if check["required"] else " (not required)")
+        say(f"  {check['name']}: {_short(check['value'])} ({check['metric']}; {check['bar']}): {mark}")
+    for table in record["tables"]:
+        say(f"  {table['title']}")
+        _print_table([dict(zip(table["columns"], row)) for row in table["rows"]])
+    for note in record["notes"]:
+        say(f"  note: {note}")
+
+
+# ---------------------------------------------------------------------- models and cache
+
+
+@models.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """List the pretrained models, their licences and whether they are installed.
+
+    Example: `subspan models list`
+    """
+    from .datasets import WEIGHT_PACKAGES, is_installed
+
+    entries = [
+        {
+            "name": name,
+            "installed": is_installed(name),
+            "megabytes": package.megabytes,
+            "license": package.license,
+            "title": package.title,
+        }
+        for name, package in WEIGHT_PACKAGES.items()
+    ]
+    if as_json:
+        _print_json(entries)
+    else:
+        _print_table(entries)
+
+
+@models.command("install")
+def install_models(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME...", help="Models; all where none is named.")
+    ] = None,
+) -> None:
+    """Install pretrained models, pinned by hash and without the dependencies that they declare.
+
+    Example: `subspan models install minilm`
+    """
+    from .datasets import WEIGHT_PACKAGES, install
+
+    wanted = names or list(WEIGHT_PACKAGES)
+    try:
+        install(wanted)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    print(f"installed: {', '.join(wanted)}")
+
+
+@cache.command("info")
+def cache_info(as_json: AsJson = False) -> None:
+    """Say where the cache is and what it holds.
+
+    Example: `subspan cache info`
+    """
+    from .datasets.cache import cache_entries, cache_folder
+
+    entries = [
+        {"kind": entry.kind, "megabytes": round(entry.megabytes, 1), "folder": entry.folder.name[:16]}
+        for entry in cache_entries()
+    ]
+    total = round(sum(entry["megabytes"] for entry in entries), 1)
+    if as_json:
+        _print_json({"folder": str(cache_folder()), "megabytes": total, "entries": entries})
+        return
+    print(f"{cache_folder()}: {len(entries)} entries, {total} MB")
+    _print_table(entries)
+
+
+@cache.command("clear")
+def cache_clear(
+    older_than_days: Annotated[
+        float, typer.Option("--older-than", metavar="DAYS", min=0, help="Only entries at least so old.")
+    ] = 0.0,
+) -> None:
+    """Remove cached features and converted models that no process is working on.
+
+    Example: `subspan cache clear --older-than 30`
+    """
+    from .datasets.cache import clear_cache
+
+    print(f"{clear_cache(older_than_days=older_than_days):.1f} MB freed")

@@ -1,0 +1,213 @@
+"""Two embeddings of the same rows: how alike they are, and whether a map between them replaces embedding again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..align import SpaceMap
+from ..geometry import AffineMap, normalize_rows
+from ..solvers.neighbours import nearest, recall_at_k
+from .embeddings import Embeddings, Progress
+from .facts import NEIGHBOURS, mean_interval
+
+METHODS = {"Procrustes": "procrustes", "affine (ridge)": "ridge", "CCA-projected": "cca"}
+RECALL_AT = (1, 10)
+SHARED = 0.5
+ENOUGH_RECALL, ENOUGH_AGREEMENT = 0.95, 0.8
+BRIDGE_RECALL, BRIDGE_AGREEMENT = 0.8, 0.5
+_QUERIES = 1000
+_BASE_ROWS = 50_000
+
+
+def paired(data: Embeddings, other: Embeddings) -> Embeddings:
+    """`other` in the row order of `data`: matched by ids where both have them, else by position.
+
+    Raises ValueError when the rows of the two are not the same.
+    """
+    if data.ids is not None and other.ids is not None:
+        place = {str(name): row for row, name in enumerate(other.ids)}
+        if len(place) != len(other):
+            raise ValueError(f"--against: the ids of {other.name} are not unique")
+        wanted = [str(name) for name in data.ids]
+        missing = [name for name in wanted if name not in place]
+        if missing or len(other) != len(data):
+            example = f"; {missing[0]!r} is missing there" if missing else ""
+            raise ValueError(
+                f"--against: {other.name} has {len(other)} rows, {data.name} {len(data)}, "
+                f"with {len(wanted) - len(missing)} ids in common{example}"
+            )
+        order = np.array([place[name] for name in wanted])
+        if np.array_equal(order, np.arange(len(order))):
+            return other
+        return dataclasses.replace(
+            other, rows=other.rows[order], ids=data.ids, labels=None, texts=data.texts, images=data.images
+        )
+    if len(other) != len(data):
+        raise ValueError(
+            f"--against: {other.name} has {len(other)} rows, {data.name} has {len(data)}; "
+            "the two must embed the same rows in the same order (or both have an id column)"
+        )
+    return other
+
+
+def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress: Progress) -> dict[str, Any]:
+    """Likeness, shared dimensions and maps, fitted on one half of the rows and judged on the other half."""
+    train, held_out = _halves(len(data), seed)
+    joint = SpaceMap().fit(_shown(data, train, progress), other.batches(train)).moments_
+    canonical = joint.cca()
+    source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))
+    correlations = _held_out_correlations(canonical.transform_x(source), canonical.transform_y(target))
+    shared = int((correlations > SHARED).sum())
+    maps: dict[str, AffineMap] = {"Procrustes": joint.procrustes(), "affine (ridge)": joint.ridge()}
+    if shared:
+        maps["CCA-projected"] = SpaceMap("cca", k=shared).fit(data.batches(train), other.batches(train)).map_
+    retrieval, in_common = _retrievals(source, target, maps, seed, progress)
+    return {
+        "source": data.name,
+        "target": other.name,
+        "target_argument": other.argument,
+        "target_columns": other.dim,
+        "rows_fitted": int(train.sum()),
+        "rows_held_out": len(held_out),
+        "queries": min(_QUERIES, len(held_out)),
+        "cka": joint.cka(),
+        "canonical_correlations": correlations.tolist(),
+        "shared_dimensions": {"count": shared, "of": min(data.dim, other.dim), "correlation_above": SHARED},
+        "retrieval": retrieval,
+        "neighbours_in_common": in_common,
+        "verdict": verdict(retrieval),
+    }
+
+
+def fit_map(
+    data: Embeddings, other: Embeddings, method: str, *, seed: int, progress: Progress
+) -> tuple[SpaceMap, dict[str, Any]]:
+    """The map fitted on all rows, and what a map fitted on one half of them does for the other half."""
+    train, held_out = _halves(len(data), seed)
+    half = SpaceMap(method).fit(_shown(data, train, progress), other.batches(train))
+    source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))
+    retrieval, _ = _retrievals(source, target, {method: half.map_}, seed, progress)
+    whole = SpaceMap(method).fit(data.batches(), other.batches())
+    return whole, {"rows_fitted": int(train.sum()), "rows_held_out": len(held_out), "held_out": retrieval}
+
+
+def _halves(n: int, seed: int) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    """A mask of the half to fit to, and (at most _BASE_ROWS) rows of the other."""
+    train = np.zeros(n, dtype=bool)
+    train[np.random.default_rng(seed).permutation(n)[: n // 2]] = True
+    return train, _sample(np.flatnonzero(~train), _BASE_ROWS, seed)
+
+
+def _shown(data: Embeddings, chosen: Bool[np.ndarray, " n"], progress: Progress) -> Iterator[Float[Tensor, "m d"]]:
+    done = 0
+    for batch in data.batches(chosen):
+        yield batch
+        done += len(batch)
+        progress("comparing the two", done / int(chosen.sum()))
+
+
+def _retrievals(
+    source: Float[Tensor, "n d"],
+    target: Float[Tensor, "n e"],
+    maps: dict[str, AffineMap],
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cross-retrieval without a map and with each, and the share of neighbours that the two have in common anyway."""
+    queries = _sample(np.arange(len(source)), _QUERIES, seed)
+    truth = _others(target, target, queries)
+    ways: dict[str, Callable[[], Tensor]] = {"no map": lambda: _fitted_width(source, target.shape[1])}
+    ways |= {name: (lambda fitted=fitted: fitted.map(source)) for name, fitted in maps.items()}
+    retrieval = {}
+    for step, (name, mapped) in enumerate(ways.items()):
+        retrieval[name] = _retrieval(mapped(), target, queries, truth, seed)
+        progress("cross-retrieval", (step + 1) / len(ways))
+    both = recall_at_k(_others(source, source, queries), truth).numpy()
+    return retrieval, {"share": float(both.mean()), "interval": mean_interval(both, seed)}
+
+
+def _held_out_correlations(x: Float[Tensor, "n k"], y: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:
+    """Correlation of each pair of canonical variables on rows that they were not fitted to."""
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    scale = torch.linalg.vector_norm(x, dim=0) * torch.linalg.vector_norm(y, dim=0)
+    return ((x * y).sum(0) / scale.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
+
+
+def _fitted_width(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "n w"]:
+    """Rows cut or padded with zeros to `width`: what an index would see if nobody mapped anything."""
+    return torch.nn.functional.pad(rows, (0, max(0, width - rows.shape[1])))[:, :width]
+
+
+def _sample(index: Int[np.ndarray, " n"], size: int, seed: int) -> Int[np.ndarray, " m"]:
+    if len(index) <= size:
+        return index
+    return np.sort(np.random.default_rng(seed).choice(index, size, replace=False))
+
+
+def _others(
+    space: Float[Tensor, "n d"], base: Float[Tensor, "n d"], queries: Int[np.ndarray, " q"]
+) -> Int[Tensor, "q k"]:
+    """Positions of the nearest other rows of the base, by cosine, for queries from `space`."""
+    chosen = torch.from_numpy(queries)
+    found = nearest(space[chosen], base, min(NEIGHBOURS + 1, len(base)), metric="cosine")[1]
+    own = found == chosen.unsqueeze(1)
+    own[~own.any(1), -1] = True
+    return found[~own].reshape(len(queries), -1)
+
+
+def _retrieval(
+    mapped: Float[Tensor, "n d"],
+    target: Float[Tensor, "n d"],
+    queries: Int[np.ndarray, " q"],
+    truth: Int[Tensor, "q k"],
+    seed: int,
+) -> dict[str, Any]:
+    """Queries of the new encoder in the mapped old index: is the row itself found, and are its true neighbours?"""
+    mapped = normalize_rows(mapped.to(target.dtype))
+    chosen = torch.from_numpy(queries)
+    found = nearest(normalize_rows(target[chosen]), mapped, min(max(RECALL_AT), len(mapped)), metric="inner")[1]
+    facts: dict[str, Any] = {}
+    for k in RECALL_AT:
+        hit = (found[:, :k] == chosen.unsqueeze(1)).any(1).double().numpy()
+        facts[f"recall@{k}"] = {"value": float(hit.mean()), "interval": mean_interval(hit, seed)}
+    kept = recall_at_k(_others(target, mapped, queries), truth).numpy()
+    facts["neighbours_kept"] = {"share": float(kept.mean()), "interval": mean_interval(kept, seed)}
+    return facts
+
+
+def verdict(retrieval: dict[str, Any]) -> dict[str, Any]:
+    """The plain answer to "can I switch encoders without re-embedding?", from the lower ends of the intervals."""
+    best = max(
+        (name for name in retrieval if name != "no map"), key=lambda name: retrieval[name]["neighbours_kept"]["share"]
+    )
+    found, kept = retrieval[best]["recall@10"], retrieval[best]["neighbours_kept"]
+    if found["interval"][0] >= ENOUGH_RECALL and kept["interval"][0] >= ENOUGH_AGREEMENT:
+        answer = "yes"
+        text = "Yes: map the stored vectors and search them with the new encoder."
+    elif found["interval"][0] >= BRIDGE_RECALL and kept["interval"][0] >= BRIDGE_AGREEMENT:
+        answer = "as a bridge"
+        text = "As a bridge only: mapped vectors serve while the rows are embedded anew in the background."
+    else:
+        answer = "no"
+        text = "No: a map between the two loses too much; the rows have to be embedded anew."
+    return {
+        "answer": answer,
+        "map": best,
+        "method": METHODS[best],
+        "text": text,
+        "reason": (
+            f"With the best map ({best}), {found['value']:.0%} of the queries find their own row among the first 10, "
+            f"and {kept['share']:.0%} of the 10 neighbours that embedding everything anew would give are found."
+        ),
+        "bars": {
+            "yes": {"recall@10": ENOUGH_RECALL, "neighbours_kept": ENOUGH_AGREEMENT},
+            "as a bridge": {"recall@10": BRIDGE_RECALL, "neighbours_kept": BRIDGE_AGREEMENT},
+        },
+    }

@@ -1,0 +1,263 @@
+"""Plots of a report as plotly traces, told apart by dash and marker as well as by colour.
+
+Colours are roles ("first", "second", …), which the page turns into the colours of its light or dark theme.
+"""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from typing import Any
+
+Figure = dict[str, Any]
+
+_DASHES = {"first": "solid", "second": "dash", "third": "dot", "fourth": "dashdot"}
+_MARKERS = {"first": "circle", "second": "square", "third": "diamond", "fourth": "triangle-up"}
+
+
+def _line(x: list[Any], y: list[Any], name: str, role: str, *, markers: bool = False, **trace: Any) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "lines+markers" if markers else "lines",
+        "x": x,
+        "y": y,
+        "name": escape(name),
+        "line": {"color": role, "dash": _DASHES[role], "width": 2.5},
+        "marker": {"color": role, "symbol": _MARKERS[role], "size": 9},
+        **trace,
+    }
+
+
+def _steps(edges: list[float], heights: list[float], name: str, role: str) -> dict[str, Any]:
+    """A histogram as an outline: two of them stay readable on top of each other."""
+    return _line([*edges], [*heights, heights[-1]], name, role, fill="tozeroy", fillcolor=f"{role}-faint") | {
+        "line": {"color": role, "dash": _DASHES[role], "width": 2, "shape": "hv"}
+    }
+
+
+def _rule(value: float, text: str, *, axis: str, role: str = "muted", side: str = "left") -> tuple[Figure, Figure]:
+    """A straight line across the plot at `value` of an axis, and its words."""
+    along, across = ("y", "x") if axis == "x" else ("x", "y")
+    shape = {
+        "type": "line",
+        f"{across}0": value,
+        f"{across}1": value,
+        f"{across}ref": across,
+        f"{along}0": 0,
+        f"{along}1": 1,
+        f"{along}ref": "paper",
+        "line": {"color": role, "dash": "dot", "width": 1.5},
+    }
+    words: Figure = {"text": text, "showarrow": False, "font": {"color": "ink", "size": 12}, across: value}
+    words |= {f"{across}ref": across, f"{along}ref": "paper"}
+    words |= (
+        {"y": 1, "yanchor": "top", "xanchor": side}
+        if axis == "x"
+        else {"x": 1, "xanchor": "right", "yanchor": "bottom"}
+    )
+    return shape, words
+
+
+def contents_figure(facts: dict[str, Any]) -> Figure:
+    """Cosines to the nearest neighbour beside cosines of random pairs."""
+    histograms = facts["cosine_histograms"]
+    edges, shares = histograms["edges"], histograms["shares"]
+    return {
+        "data": [
+            _steps(edges, shares["random pair"], "two random rows", "second"),
+            _steps(edges, shares["nearest neighbour"], "a row and its nearest neighbour", "first"),
+        ],
+        "layout": {
+            "xaxis": {"title": {"text": "cosine"}},
+            "yaxis": {"title": {"text": "share of sampled rows"}, "tickformat": ".0%", "rangemode": "tozero"},
+        },
+    }
+
+
+def spectrum_figure(facts: dict[str, Any]) -> Figure:
+    """Variance along each principal direction, with the edge of noise and the ranks."""
+    values = [value for value in facts["variances"] if value > facts["variances"][0] * 1e-10]
+    edge, words = _rule(facts["noise_edge"], "edge of pure noise", axis="y")
+    words["y"] = math.log10(facts["noise_edge"])
+    shapes, annotations = [edge], [words]
+    marked = {"effective": "effective rank", "95% of the variance": "95 % of the variance"}
+    for position, (key, label) in enumerate(marked.items()):
+        rank = facts["ranks"][key]
+        line, text = _rule(rank, f"{label}: {rank}", axis="x", side="right" if rank > len(values) / 3 else "left")
+        text["x"], text["y"] = math.log10(rank), 1 - 0.09 * position
+        shapes.append(line)
+        annotations.append(text)
+    return {
+        "data": [_line(list(range(1, len(values) + 1)), values, "variance", "first")],
+        "layout": {
+            "xaxis": {"title": {"text": "principal direction"}, "type": "log", "dtick": 1},
+            "yaxis": {"title": {"text": "variance"}, "type": "log", "exponentformat": "power", "dtick": 1},
+            "shapes": shapes,
+            "annotations": annotations,
+            "showlegend": False,
+        },
+    }
+
+
+def shortening_figure(facts: dict[str, Any]) -> Figure:
+    """Recall of the true neighbours against dimensions."""
+    names = {"pca": ("PCA", "first"), "prefix": ("first columns as they are", "second")}
+    data = []
+    for key, (name, role) in names.items():
+        curve = facts["curves"][key]
+        data.append(
+            _line(
+                [point["dims"] for point in curve],
+                [point["recall"] for point in curve],
+                name,
+                role,
+                markers=True,
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [point["interval"][1] - point["recall"] for point in curve],
+                    "arrayminus": [point["recall"] - point["interval"][0] for point in curve],
+                    "color": role,
+                    "thickness": 1.5,
+                },
+            )
+        )
+    shape, words = _rule(0.95, "95 %", axis="y")
+    words |= {"x": 0, "xanchor": "left"}
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": {"title": {"text": "dimensions kept"}, "type": "log", "tickvals": _powers(facts)},
+            "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
+            "shapes": [shape],
+            "annotations": [words],
+        },
+    }
+
+
+def _powers(facts: dict[str, Any]) -> list[int]:
+    dims = [point["dims"] for point in facts["curves"]["pca"]]
+    return [k for k in dims if k & (k - 1) == 0] + ([dims[-1]] if dims[-1] & (dims[-1] - 1) else [])
+
+
+def outlier_figure(facts: dict[str, Any]) -> Figure:
+    """How far rows lie from the subspace, and where the fence stands."""
+    histogram = facts["histogram"]
+    shapes, annotations = [], []
+    if facts["fence"] < histogram["edges"][-1]:
+        shape, words = _rule(facts["fence"], "fence ", axis="x", side="right")
+        shapes, annotations = [shape], [words]
+    return {
+        "data": [_steps(histogram["edges"], histogram["counts"], "rows", "first")],
+        "layout": {
+            "xaxis": {"title": {"text": "squared distance to the subspace"}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
+            "shapes": shapes,
+            "annotations": annotations,
+            "showlegend": False,
+        },
+    }
+
+
+def subset_figure(facts: dict[str, Any]) -> Figure:
+    """Share of all rows within a cosine distance of the subset."""
+    roles = {"leverage": "first", "farthest first": "third", "random": "second"}
+    shares = [percent / 100 for percent in range(101)]
+    return {
+        "data": [_line(facts["methods"][name]["distance_curve"], shares, name, role) for name, role in roles.items()],
+        "layout": {
+            "xaxis": {"title": {"text": "cosine distance to the nearest chosen row"}, "rangemode": "tozero"},
+            "yaxis": {"title": {"text": "share of rows within it"}, "tickformat": ".0%", "range": [0, 1.02]},
+        },
+    }
+
+
+def label_figure(facts: dict[str, Any]) -> Figure | None:
+    """Mean principal angle between every two class subspaces."""
+    subspaces = facts["subspaces"]
+    if subspaces is None:
+        return None
+    labels = [escape(label if len(label) <= 18 else label[:17] + "…") for label in subspaces["labels"]]
+    angles = [
+        [None if i == j else round(angle, 1) for j, angle in enumerate(row)]
+        for i, row in enumerate(subspaces["mean_angle"])
+    ]
+    few = len(labels) <= 12
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "z": angles,
+                "x": labels,
+                "y": labels,
+                "colorscale": "sequential",
+                "reversescale": True,
+                "hoverongaps": False,
+                "xgap": 1,
+                "ygap": 1,
+                "hovertemplate": "%{y} and %{x}: %{z}°<extra></extra>",
+                "texttemplate": "%{z:.0f}" if few else "",
+                "colorbar": {"title": {"text": "degrees"}, "thickness": 12, "outlinewidth": 0},
+            }
+        ],
+        "layout": {
+            "yaxis": {"autorange": "reversed", "type": "category", "automargin": True, "tickfont": {"size": 11}},
+            "xaxis": {"type": "category", "tickangle": -90, "automargin": True, "tickfont": {"size": 11}},
+            "height": 560,
+        },
+    }
+
+
+def retrieval_figure(facts: dict[str, Any]) -> Figure:
+    """Cross-retrieval on held-out rows for each map."""
+    measures = {
+        "recall@1": ("finds its own row first", "first", lambda entry: entry["recall@1"]),
+        "recall@10": ("finds its own row in 10", "second", lambda entry: entry["recall@10"]),
+        "neighbours kept": ("keeps its 10 neighbours", "third", lambda entry: entry["neighbours_kept"]),
+    }
+    names = list(facts["retrieval"])[::-1]
+    data = []
+    for position, (text, role, pick) in enumerate(measures.values()):
+        entries = [pick(facts["retrieval"][name]) for name in names]
+        values = [entry.get("value", entry.get("share")) for entry in entries]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "x": values,
+                "y": [row + 0.18 * (1 - position) for row in range(len(names))],
+                "name": text,
+                "marker": {"color": role, "symbol": _MARKERS[role], "size": 11},
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [entry["interval"][1] - value for entry, value in zip(entries, values)],
+                    "arrayminus": [value - entry["interval"][0] for entry, value in zip(entries, values)],
+                    "color": role,
+                    "thickness": 1.5,
+                },
+            }
+        )
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": {"title": {"text": "share of held-out queries"}, "tickformat": ".0%", "range": [-0.03, 1.05]},
+            "yaxis": {"tickvals": list(range(len(names))), "ticktext": names, "automargin": True, "zeroline": False},
+        },
+    }
+
+
+def canonical_figure(facts: dict[str, Any]) -> Figure:
+    """Held-out correlations of the canonical pairs."""
+    correlations = facts["canonical_correlations"]
+    shape, words = _rule(facts["shared_dimensions"]["correlation_above"], "counts as shared", axis="y")
+    return {
+        "data": [_line(list(range(1, len(correlations) + 1)), correlations, "correlation", "first")],
+        "layout": {
+            "xaxis": {"title": {"text": "canonical pair"}},
+            "yaxis": {"title": {"text": "correlation on held-out rows"}, "range": [-0.15, 1.03]},
+            "shapes": [shape],
+            "annotations": [words],
+            "showlegend": False,
+        },
+    }

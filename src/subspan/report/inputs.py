@@ -1,0 +1,257 @@
+"""From what a command line names to rows of numbers: tables are opened, texts and images are embedded."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..datasets.cache import cached_features
+from ..datasets.images import ImageCollection, image_folder
+from ..datasets.packages import image_preprocessing, load_model, load_sentence_encoder
+from ..datasets.tables import read_table
+from ..datasets.texts import read_texts, stdlib_docstrings
+from ..models import ImageEncoder, ImagePreprocessing, SentenceEncoder
+from .embeddings import Embeddings, Progress, silent
+
+IMAGE_MODEL = "efficientnet-lite0"
+TEXT_MODEL = "minilm"
+_MODEL_TITLES = {IMAGE_MODEL: "EfficientNet-Lite0", TEXT_MODEL: "all-MiniLM-L6-v2"}
+_LINES = frozenset({".txt", ".jsonl", ".ndjson"})
+_SEPARATED = frozenset({".csv", ".tsv"})
+
+
+def read_embeddings(
+    argument: str | None,
+    *,
+    labels: str | None = None,
+    column: str | None = None,
+    text_column: str | None = None,
+    id_column: str | None = None,
+    skip_nan: bool = False,
+    progress: Progress = silent,
+) -> Embeddings:
+    """The rows that `argument` names; None stands for the docstrings of the running Python's standard library.
+
+    A table is opened (.npy stays memory-mapped); texts (.txt, .jsonl, or .csv with `text_column`) go through the
+    sentence encoder, a folder or zip of images through the vision network, with the features cached. labels: a column,
+    or a file with one a row (.npy, .txt, .csv, .jsonl). Raises ValueError, in one line, for what cannot be read, and
+    for NaN or infinity unless `skip_nan`.
+    """
+    if argument is None:
+        data = _docstrings(progress)
+        if labels is not None or column is not None or text_column is not None or id_column is not None:
+            raise ValueError("TABLE: options that name columns need a table")
+        return data
+    path = Path(argument)
+    if not path.exists():
+        raise ValueError(f"{argument}: there is no such file or folder")
+    suffix = _suffix(path)
+    label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
+    label_column = None if label_file is not None else labels
+    if path.is_dir() or suffix == ".zip":
+        _refuse(argument, "a folder of images", column=column, text_column=text_column, id_column=id_column)
+        data = _images(path, argument, label_column, progress)
+    elif suffix in _LINES or (suffix in _SEPARATED and text_column is not None and column is None):
+        _refuse(argument, "a file of texts", column=column, id_column=id_column)
+        data = _texts(path, argument, text_column, label_column, progress)
+    else:
+        data = _table(path, argument, column, text_column, id_column, label_column)
+    if label_file is not None:
+        data = dataclasses.replace(data, labels=_label_file(label_file, len(data)), label_name=label_file.stem)
+    if labels is not None:
+        data = dataclasses.replace(data, label_argument=labels)
+    return _finite(data, skip_nan)
+
+
+def is_anomaly_layout(argument: str) -> bool:
+    """Whether a folder or zip archive has train/good and test, as MVTec AD has."""
+    path = Path(argument)
+    if path.is_dir():
+        return (path / "train" / "good").is_dir() and (path / "test").is_dir()
+    if path.is_file() and zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            names = [f"/{name}" for name in archive.namelist()]
+        return any("/train/good/" in name for name in names) and any("/test/" in name for name in names)
+    return False
+
+
+def _suffix(path: Path) -> str:
+    """The suffix in lower case, of `x.csv.gz` the one before .gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
+    return suffixes[-2] if suffixes[-1] == ".gz" and len(suffixes) > 1 else suffixes[-1]
+
+
+def _refuse(argument: str, what: str, **options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: {argument} is {what}, which has no column {value!r}")
+
+
+# ---------------------------------------------------------------------- tables
+
+
+def _table(
+    path: Path,
+    argument: str,
+    column: str | None,
+    text_column: str | None,
+    id_column: str | None,
+    label_column: str | None,
+) -> Embeddings:
+    table = read_table(path, column=column, text_column=text_column, id_column=id_column, label_column=label_column)
+    mapped = path.suffix.lower() == ".npy" and table.values.dtype.kind == "f"
+    rows = np.load(path, mmap_mode="r", allow_pickle=False) if mapped else table.array()
+    n, d = table.shape
+    return Embeddings(
+        rows=rows,
+        name=path.name,
+        argument=argument,
+        source=f"{n} embeddings with {d} dimensions, read from {path.name}.",
+        labels=None if table.labels is None else np.array(table.labels),
+        label_name=label_column or "label",
+        texts=table.texts,
+        ids=table.ids,
+        stored_dtype=str(table.values.dtype),
+    )
+
+
+def _label_file(path: Path, n: int) -> np.ndarray:
+    if path.suffix.lower() == ".npy":
+        try:
+            values = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"--labels: {str(path)!r} cannot be read ({error})") from error
+        if values.ndim != 1 or values.dtype.kind not in "iubUS":
+            raise ValueError(
+                f"--labels: {str(path)!r} holds {values.dtype} of shape {values.shape}, one label a row is needed"
+            )
+        names = values.astype(str)
+    else:
+        names = np.array(read_texts(path).texts)
+    if len(names) != n:
+        raise ValueError(f"--labels: {str(path)!r} has {len(names)} labels for {n} rows")
+    return names
+
+
+def _finite(data: Embeddings, skip: bool) -> Embeddings:
+    """The data when all its rows are finite, or its finite rows where the others may be skipped."""
+    finite = np.concatenate([np.isfinite(block).all(axis=1) for _, block in data.blocks()])
+    if finite.all():
+        return data
+    bad = np.flatnonzero(~finite)
+    if not skip:
+        raise ValueError(
+            f"{data.argument}: {len(bad)} of {len(data)} rows contain NaN or infinity (the first is row {bad[0]}); "
+            "impute them, or leave them out with --skip-nan"
+        )
+    if not finite.any():
+        raise ValueError(f"{data.argument}: all {len(data)} rows contain NaN or infinity")
+    kept = np.flatnonzero(finite)
+    places = kept.tolist()
+    return dataclasses.replace(
+        data,
+        rows=data.take(kept),
+        labels=None if data.labels is None else data.labels[kept],
+        texts=None if data.texts is None else [data.texts[row] for row in places],
+        ids=[data.row_name(row) for row in places],
+        dropped=len(bad),
+    )
+
+
+# ---------------------------------------------------------------------- texts and images
+
+
+def _docstrings(progress: Progress) -> Embeddings:
+    found = stdlib_docstrings()
+    texts = tuple(entry.text for entry in found)
+    python = platform.python_version()
+    return Embeddings(
+        rows=_encoded_texts(texts, progress),
+        name=f"Docstrings of Python {python}",
+        source=f"{len(found)} docstrings of the standard library of Python {python}, embedded with "
+        f"{_MODEL_TITLES[TEXT_MODEL]}; the label is the top-level module.",
+        labels=np.array([entry.label for entry in found]),
+        label_name="module",
+        texts=texts,
+        ids=tuple(entry.name for entry in found),
+    )
+
+
+def _texts(
+    path: Path, argument: str, text_column: str | None, label_column: str | None, progress: Progress
+) -> Embeddings:
+    found = read_texts(path, column=text_column, label_column=label_column)
+    empty = [row for row, text in enumerate(found.texts) if not text.strip()]
+    if empty:
+        raise ValueError(f"{argument}: {len(empty)} of {len(found)} texts are empty (the first is row {empty[0]})")
+    return Embeddings(
+        rows=_encoded_texts(found.texts, progress),
+        name=path.name,
+        argument=argument,
+        source=f"{len(found)} texts of {path.name}, embedded with {_MODEL_TITLES[TEXT_MODEL]}.",
+        labels=None if found.labels is None else np.array(found.labels),
+        label_name=label_column or "label",
+        texts=found.texts,
+    )
+
+
+def _encoded_texts(texts: Sequence[str], progress: Progress) -> np.ndarray:
+    progress("loading the sentence encoder", 0.0)
+    encoder = SentenceEncoder(*load_sentence_encoder(TEXT_MODEL))
+
+    def compute(start: int) -> Iterator[np.ndarray]:
+        return _shown(encoder.iterate(texts[start:]), start, len(texts), "embedding the texts", progress)
+
+    options = {"encoder": "sentence", "pool": encoder.pool, "max_length": encoder.max_length}
+    return cached_features(compute, model=encoder.model, data=list(texts), options=options)
+
+
+def _images(path: Path, argument: str, label_column: str | None, progress: Progress) -> Embeddings:
+    if label_column is not None:
+        raise ValueError(
+            f"--labels: there is no file {label_column!r}; the images of {argument} are labelled by folder"
+        )
+    images = image_folder(path)
+    named = len(set(images.labels)) > 1
+    return Embeddings(
+        rows=_encoded_images(images, progress),
+        name=path.name or str(path),
+        argument=argument,
+        source=f"{len(images)} images of {path.name}, embedded with {_MODEL_TITLES[IMAGE_MODEL]}"
+        + ("; the label is the folder." if named else "."),
+        labels=np.array(images.labels) if named else None,
+        label_name="folder",
+        images=images,
+        ids=tuple(images.names),
+    )
+
+
+def _encoded_images(images: ImageCollection, progress: Progress) -> np.ndarray:
+    progress("loading the vision network", 0.0)
+    preprocessing = image_preprocessing(IMAGE_MODEL)
+    encoder = ImageEncoder(load_model(IMAGE_MODEL), ImagePreprocessing(**preprocessing), forward=_pooled_features)
+
+    def compute(start: int) -> Iterator[np.ndarray]:
+        return _shown(encoder.iterate(images[start:]), start, len(images), "embedding the images", progress)
+
+    return cached_features(compute, model=encoder.model, data=images, options={"encoder": "image", **preprocessing})
+
+
+def _pooled_features(network: Any, batch: Any) -> Any:
+    return network.extract_features(batch).mean((2, 3))
+
+
+def _shown(
+    blocks: Iterable[np.ndarray], start: int, total: int, message: str, progress: Progress
+) -> Iterator[np.ndarray]:
+    done = start
+    for block in blocks:
+        yield block
+        done += len(block)
+        progress(message, done / total)

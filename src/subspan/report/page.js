@@ -1,0 +1,76 @@
+"use strict";
+(() => {
+  const roles = ["ink", "muted", "line", "card", "first", "second", "third", "fourth"];
+  // Cividis runs from dark blue to yellow and keeps its order in grey and for every kind of colour vision.
+  const sequential = "Cividis";
+
+  const theme = () => {
+    const style = getComputedStyle(document.documentElement);
+    return Object.fromEntries(roles.map((role) => [role, style.getPropertyValue(`--${role}`).trim()]));
+  };
+
+  const faint = (colour) => {
+    const [r, g, b] = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+    return `rgba(${r}, ${g}, ${b}, 0.14)`;
+  };
+
+  // Colours in the stored figures are roles; this puts the current theme's colours in their place.
+  const coloured = (value, colours) => {
+    if (Array.isArray(value)) return value.map((entry) => coloured(entry, colours));
+    if (value === null || typeof value !== "object") return value;
+    return Object.fromEntries(
+      Object.entries(value).map(([key, entry]) => {
+        if (key === "color" && entry in colours) return [key, colours[entry]];
+        if (key === "fillcolor") return [key, faint(colours[entry.replace("-faint", "")])];
+        if (key === "colorscale" && entry === "sequential") return [key, sequential];
+        return [key, coloured(entry, colours)];
+      }),
+    );
+  };
+
+  const merged = (base, extra) => {
+    const result = { ...base };
+    for (const [key, value] of Object.entries(extra ?? {})) {
+      const nested = value && typeof value === "object" && !Array.isArray(value) && base[key];
+      result[key] = nested ? merged(base[key], value) : value;
+    }
+    return result;
+  };
+
+  const draw = (plot) => {
+    const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
+    const colours = theme();
+    const narrow = plot.clientWidth < 480;
+    const axis = {
+      gridcolor: colours.line,
+      linecolor: colours.line,
+      zerolinecolor: colours.line,
+      automargin: true,
+      title: { standoff: 8, font: { size: narrow ? 12 : 13 } },
+      fixedrange: true,
+    };
+    const layout = merged(
+      {
+        paper_bgcolor: "rgba(0,0,0,0)",
+        plot_bgcolor: "rgba(0,0,0,0)",
+        font: { family: getComputedStyle(document.body).fontFamily, size: narrow ? 12 : 13, color: colours.ink },
+        margin: { l: narrow ? 48 : 60, r: 16, t: 12, b: 44 },
+        xaxis: axis,
+        yaxis: axis,
+        legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left" },
+        hoverlabel: { bgcolor: colours.card, bordercolor: colours.line, font: { color: colours.ink } },
+        separators: ".\u2009",
+      },
+      coloured(figure.layout, colours),
+    );
+    if (layout.height) plot.style.height = `${narrow ? Math.round(layout.height * 0.8) : layout.height}px`;
+    delete layout.height;
+    if (narrow) for (const entry of layout.annotations ?? []) entry.font = { ...entry.font, size: 11 };
+    return Plotly.react(plot, coloured(figure.data, colours), layout, { displayModeBar: false, responsive: true });
+  };
+
+  const plots = [...document.querySelectorAll(".plot")];
+  const drawAll = () => Promise.all(plots.map(draw));
+  drawAll().then(() => document.documentElement.setAttribute("data-drawn", String(plots.length)));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+})();

@@ -1,0 +1,541 @@
+"""One HTML page that shows the facts of a report, complete in itself: it needs no network and no other file."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shlex
+from collections.abc import Callable
+from html import escape
+from importlib import resources
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from . import figures
+from .embeddings import Embeddings
+
+_THUMBNAIL = 160
+_SNIPPET = 320
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_TITLES = {
+    "contents": "What is in the data",
+    "spectrum": "How many directions it uses",
+    "shortening": "How far it can be shortened",
+    "outliers": "What does not fit",
+    "subset": "A representative few",
+    "labels": "How the labels lie in it",
+    "against": "Beside the other embedding",
+}
+
+
+def render(facts: dict[str, Any], data: Embeddings) -> str:
+    """The page (HTML) for the facts of `describe`; texts and thumbnails of rows are taken from `data`."""
+    sections: dict[str, Callable[[dict[str, Any], Embeddings], str]] = {
+        "contents": _contents,
+        "spectrum": _spectrum,
+        "shortening": _shortening,
+        "outliers": _outliers,
+        "subset": _subset,
+        "labels": _labels,
+        "against": _against,
+    }
+    present = {name: facts[name] for name in sections if facts.get(name) is not None}
+    body = "\n".join(
+        f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{_TITLES[name]}</h2>\n'
+        f"{sections[name](present[name], data)}\n</section>"
+        for name in present
+    )
+    links = "".join(f'<li><a href="#{name}">{_TITLES[name]}</a></li>' for name in present)
+    title = escape(facts["data"]["name"])
+    style = resources.files("subspan.report").joinpath("page.css").read_text(encoding="utf-8")
+    script = resources.files("subspan.report").joinpath("page.js").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{title} · subspan report</title>
+<link rel="icon" href="data:,">
+<style>
+{style}</style>
+</head>
+<body>
+<header>
+<p class="brand">subspan report</p>
+<h1>{title}</h1>
+<p class="source">{escape(facts["data"]["source"])}</p>
+{_tiles(facts)}
+<nav aria-label="Sections"><ul>{links}</ul></nav>
+</header>
+<main>
+{body}
+</main>
+<footer>
+<p>subspan {escape(facts["versions"]["subspan"])} · {escape(facts["created"])} · seed {facts["seed"]} ·
+{facts["seconds"]:.0f} s. The numbers of this page are in it as JSON, in the element with the id <code>facts</code>.</p>
+</footer>
+<script type="application/json" id="facts">{_json(facts)}</script>
+<script>{get_plotlyjs()}</script>
+<script>
+{script}</script>
+</body>
+</html>
+"""
+
+
+# ---------------------------------------------------------------------- pieces
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand inside a script element: no `<` survives, so nothing in a text can end the element."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _figure(name: str, figure: dict[str, Any], caption: str, alternative: str) -> str:
+    return (
+        f"<figure><figcaption>{caption}</figcaption>"
+        f'<div class="plot" data-figure="figure-{name}" role="img" aria-label="{escape(alternative)}"></div>'
+        f'<script type="application/json" id="figure-{name}">{_json(figure)}</script></figure>'
+    )
+
+
+def _table(head: list[str], rows: list[list[str]], *, caption: str = "", numbers_from: int = 1) -> str:
+    """A table of ready HTML cells; columns from `numbers_from` on are right-aligned."""
+
+    def cells(row: list[str], tag: str) -> str:
+        kinds = [' class="number"' if column >= numbers_from else "" for column in range(len(row))]
+        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for cell, kind in zip(row, kinds))
+
+    title = f"<caption>{caption}</caption>" if caption else ""
+    lines = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    top = f"<thead><tr>{cells(head, 'th')}</tr></thead>" if any(head) else ""
+    return f'<div class="wide-scroll"><table>{title}{top}<tbody>{lines}</tbody></table></div>'
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{summary}</summary>{content}</details>"
+
+
+def _command(what: str, command: str) -> str:
+    return f'<p class="command"><span>{what}</span> <code>{escape(command)}</code></p>'
+
+
+def _call(verb: str, data: Embeddings, options: str) -> str:
+    argument = f" {shlex.quote(data.argument)}" if data.argument else ""
+    return f"subspan {verb}{argument} {options}".rstrip()
+
+
+def _cards(entries: list[tuple[int, str]], data: Embeddings) -> str:
+    """Rows with a note each, as thumbnails, texts, or names alone."""
+    kind = "cards pictures" if data.images is not None else "cards"
+    return f'<ul class="{kind}">{"".join(_card(row, note, data) for row, note in entries)}</ul>'
+
+
+def _card(row: int, note: str, data: Embeddings) -> str:
+    picture = "" if data.images is None else f'<img alt="" src="{thumbnail(data.images[row])}">'
+    name, label = data.row_name(row), "" if data.labels is None else str(data.labels[row])
+    label = f" · {escape(label)}" if label and label not in name else ""
+    text = "" if data.texts is None else f"<p>{escape(_snippet(data.texts[row]))}</p>"
+    return f"<li>{picture}<b>{escape(name)}</b><small>{note}{label}</small>{text}</li>"
+
+
+def _snippet(text: str) -> str:
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    short = "\n".join(line for line in lines if line)
+    return short if len(short) <= _SNIPPET else short[: _SNIPPET - 1] + "…"
+
+
+def thumbnail(image: Any) -> str:
+    """A PIL image as a small JPEG in a data address."""
+    small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _count(value: float) -> str:
+    """A whole number with thin spaces between the thousands."""
+    return f"{round(value):,}".replace(",", "\u202f")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.2e}"
+
+
+def _percent(share: float) -> str:
+    """A share in percent; nothing that is less than all is shown as 100 %."""
+    rounded = f"{share:.1%}" if share < 0.1 or share > 0.9 else f"{share:.0%}"
+    text = {"0.0%": "0%", "100.0%": "100%" if share == 1 else "99.9%"}.get(rounded, rounded)
+    return text.replace("%", "\u202f%")
+
+
+def _interval(low: float, high: float, show: Callable[[float], str]) -> str:
+    return f"{show(low)} to {show(high)}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{_count(count)} {one if count == 1 else many}"
+
+
+# ---------------------------------------------------------------------- top
+
+
+def _tiles(facts: dict[str, Any]) -> str:
+    contents, spectrum, short = facts["contents"], facts["spectrum"], facts["shortening"]
+    low, high = spectrum["effective_rank"]["interval"]
+    dims, full = short["smallest"]["pca"]["95%"], contents["columns"]
+    tiles = [
+        (f"{_count(contents['rows'])} × {_count(full)}", "rows and columns"),
+        (
+            _number(spectrum["effective_rank"]["value"]),
+            f"effective rank, 95\u202f% interval {_interval(low, high, _number)}",
+        ),
+        (
+            _count(dims) if dims < full else "none",
+            f"dimensions keep 95\u202f% of the neighbours, of {_count(full)}"
+            if dims < full
+            else "of the dimensions can go if 95\u202f% of the neighbours are to stay",
+        ),
+        (_count(facts["outliers"]["beyond_fence"]), "rows lie far outside the common subspace"),
+    ]
+    if facts.get("labels"):
+        tiles.append(
+            (
+                _percent(facts["labels"]["neighbours_with_same_label"]["share"]),
+                "of the nearest neighbours share the label",
+            )
+        )
+    if facts.get("against"):
+        verdict = facts["against"]["verdict"]["answer"]
+        tiles.append((verdict.capitalize(), "switch encoders without re-embedding?"))
+    items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
+    return f'<ul class="tiles">{items}</ul>'
+
+
+# ---------------------------------------------------------------------- sections
+
+
+def _contents(facts: dict[str, Any], data: Embeddings) -> str:
+    rows, repeated, near = facts["rows"], facts["duplicate_rows"], facts["near_duplicates"]
+    cosine = facts["mean_cosine"]
+    spread = (
+        "the rows use all sides of the space"
+        if abs(cosine) < 0.1
+        else "the rows lean to one side of the space"
+        if cosine < 0.5
+        else "the rows crowd into a narrow cone, so raw cosines tell little apart"
+    )
+    copies = (
+        f"{_plural(repeated, 'row repeats', 'rows repeat')} an earlier one exactly"
+        if repeated
+        else "No row is repeated exactly"
+    )
+    lead = (
+        f"{copies}, and {_percent(near['share_of_sampled_rows'])} of the rows have a near copy (cosine of at least "
+        f"{near['cosine_at_least']}). Two random rows have a cosine of {cosine:.2f} on average: {spread}."
+    )
+    norms = facts["norms"]
+    size = (
+        "all rows have length 1"
+        if facts["unit_norm"]
+        else f"from {_number(norms['min'])} to {_number(norms['max'])}, median {_number(norms['median'])}"
+    )
+    table = _table(
+        ["", ""],
+        [
+            ["Rows × columns", f"{_count(rows)} × {_count(facts['columns'])}"],
+            ["Stored as", f"{escape(facts['dtype'])}, {_number(facts['megabytes'])} MB"],
+            ["Rows equal to an earlier row", _count(repeated)],
+            ["Rows with NaN or infinity, left out", _count(facts["rows_with_nan_left_out"])],
+            ["Rows that are all zeros", _count(facts["zero_rows"])],
+            ["Length of the rows", size],
+            ["Mean cosine of two rows", f"{cosine:.3f}"],
+            ["Share of the energy in the mean", _percent(facts["mean_share_of_energy"])],
+            ["Cosine to the nearest other row, median", f"{facts['cosine_to_nearest']['median']:.3f}"],
+        ],
+    )
+    figure = _figure(
+        "contents",
+        figures.contents_figure(facts),
+        "Cosine of a row with its nearest neighbour, and of two random rows",
+        f"Histograms. Median cosine to the nearest neighbour {facts['cosine_to_nearest']['median']:.2f}, "
+        f"mean cosine of random rows {cosine:.2f}.",
+    )
+    pairs = ""
+    if near["pairs"]:
+        cards = [
+            (row, f"cosine {pair['cosine']:.4f} with {escape(data.row_name(other))}")
+            for pair in near["pairs"]
+            for row, other in [pair["rows"]]
+        ]
+        pairs = _details("Near copies, the closest first", _cards(cards, data))
+    return f'<p class="lead">{lead}</p>{table}{figure}{pairs}' + _command(
+        "Choose rows and leave the copies out:", _call("select", data, "--unique -o kept.csv")
+    )
+
+
+def _spectrum(facts: dict[str, Any], data: Embeddings) -> str:
+    columns, effective = data.dim, facts["effective_rank"]
+    ranks = facts["ranks"]
+    above = ranks["marchenko-pastur"]
+    low, high = effective["interval"]
+    lead = (
+        f"The variance is spread as over {_number(effective['value'])} equal directions "
+        f"(95\u202f% interval {_interval(low, high, _number)}) of the {_count(columns)} there are; "
+        f"{_count(ranks['95% of the variance'])} of them hold 95\u202f% of it, and {_count(above)} stand out from "
+        "noise."
+    )
+    names = {
+        "marchenko-pastur": "Above the noise edge (Marchenko–Pastur)",
+        "gavish-donoho": "Worth keeping for denoising (Gavish–Donoho)",
+        "effective": "Effective rank (entropy of the spectrum)",
+        "elbow": "Elbow (profile likelihood)",
+    }
+    table = _table(
+        ["Rule", "rank"],
+        [[names.get(rule, f"{rule.replace('%', chr(0x202F) + '%')}"), _count(rank)] for rule, rank in ranks.items()],
+    )
+    exponent = facts["power_law_exponent"]
+    slope = f"On a log–log plot the variances fall like rank<sup>−{exponent:.2f}</sup>. " if exponent else ""
+    figure = _figure(
+        "spectrum",
+        figures.spectrum_figure(facts),
+        "Variance along each principal direction, both axes logarithmic",
+        f"A falling line from {_number(facts['variances'][0])}; the noise edge is at {_number(facts['noise_edge'])}.",
+    )
+    note = (
+        f'<p class="note">{slope}The edge is where directions of pure, equal noise would end; the noise level is taken '
+        "from the median of the spectrum, so structure in the tail raises it.</p>"
+    )
+    return f'<p class="lead">{lead}</p>{figure}{note}{_details("Ranks by rule", table)}' + _command(
+        "Keep as many directions as a rule says:", _call("shorten", data, "--rank 0.95 -o short.npy")
+    )
+
+
+def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
+    full, smallest = data.dim, facts["smallest"]
+    dims, prefix = smallest["pca"]["95%"], smallest["prefix"]["95%"]
+    if dims < full:
+        saved = 1 - dims / full
+        lead = (
+            f"PCA to {_count(dims)} of {_count(full)} dimensions keeps 95\u202f% of each row's {facts['k']} nearest "
+            f"neighbours and saves {_percent(saved)} of the size; "
+        )
+    else:
+        lead = f"No smaller PCA on the grid keeps 95\u202f% of each row's {facts['k']} nearest neighbours; "
+    lead += (
+        f"cutting the columns after the first {_count(prefix)} does the same without a map."
+        if prefix < full
+        else "simply cutting columns off does not, so this is no embedding trained to be cut."
+    )
+    itemsize = facts["bytes_per_row"]["itemsize"]
+    by_dims = {point["dims"]: point for point in facts["curves"]["prefix"]}
+    rows = [
+        [
+            _count(point["dims"]),
+            _percent(point["recall"]),
+            _percent(by_dims[point["dims"]]["recall"]),
+            f"{_count(point['dims'] * itemsize)} B",
+        ]
+        for point in facts["curves"]["pca"]
+    ]
+    figure = _figure(
+        "shortening",
+        figures.shortening_figure(facts),
+        f"Share of the true {facts['k']} nearest neighbours found, against dimensions kept (logarithmic)",
+        f"Two rising lines. PCA reaches 95 % at {dims} dimensions, the first columns at {prefix}.",
+    )
+    note = (
+        f'<p class="note">Neighbours by {facts["metric"]}, for {_count(facts["queries"])} sampled rows among '
+        f"{_count(facts['searched_rows'])}; bars are 95\u202f% bootstrap intervals. PCA here keeps the leading "
+        "directions of the uncentred second moment, which preserve inner products.</p>"
+    )
+    table = _table(["Dimensions", "PCA", "first columns", "a row"], rows, numbers_from=0)
+    target = dims if dims < full else max(1, full // 2)
+    return f'<p class="lead">{lead}</p>{figure}{note}{_details("The numbers", table)}' + _command(
+        "Write the shorter vectors and the map:", _call("shorten", data, f"--rank {target} -o short.npy")
+    )
+
+
+def _outliers(facts: dict[str, Any], data: Embeddings) -> str:
+    beyond, count = facts["beyond_fence"], len(data)
+    lead = f"The {_count(facts['rank'])} main directions explain {_percent(facts['explained'])} of the variance; " + (
+        f"{_plural(beyond, 'row lies', 'rows lie')} so far outside them that "
+        f"{'it deserves' if beyond == 1 else 'they deserve'} a look."
+        if beyond
+        else "no row lies strikingly far outside them."
+    )
+    figure = _figure(
+        "outliers",
+        figures.outlier_figure(facts),
+        "Squared distance of the rows to the subspace",
+        f"A histogram with median {_number(facts['scores']['median'])}; the fence is at {_number(facts['fence'])}.",
+    )
+    fence = (
+        '<p class="note">The fence stands three interquartile ranges above the upper quartile; '
+        f"{_percent(beyond / count)} of the rows are beyond it. The rows farthest out:</p>"
+    )
+    cards = _cards(
+        [
+            (
+                entry["row"],
+                f"distance² {_number(entry['score'])}"
+                + (f", {entry['times_median']:.1f} × the median" if entry["times_median"] else ""),
+            )
+            for entry in facts["examples"]
+        ],
+        data,
+    )
+    return f'<p class="lead">{lead}</p>{figure}{fence}{cards}' + _command(
+        "Score every row:", _call("detect", data, f"--rank {facts['rank']} -o scores.csv")
+    )
+
+
+def _subset(facts: dict[str, Any], data: Embeddings) -> str:
+    size, methods = facts["size"], facts["methods"]
+    ours, random = methods["leverage"], methods["random"]
+    lead = (
+        f"{_count(size)} rows chosen by leverage span {_percent(ours['energy_retained'])} of the energy in the "
+        f"{_count(facts['rank'])} main directions, as many random rows {_percent(random['energy_retained'])}"
+    )
+    if ours["labels_met"] is not None:
+        lead += (
+            f"; they meet {_percent(ours['labels_met'])} of the labels, random rows {_percent(random['labels_met'])}"
+        )
+    head = ["Chosen by", "energy kept", "median distance", "95th percentile"]
+    rows = [
+        [
+            escape(name),
+            _percent(entry["energy_retained"]),
+            f"{entry['distance_to_nearest']['median']:.3f}",
+            f"{entry['distance_to_nearest']['p95']:.3f}",
+        ]
+        for name, entry in methods.items()
+    ]
+    if ours["labels_met"] is not None:
+        head.append("labels met")
+        for row, entry in zip(rows, methods.values()):
+            row.append(_percent(entry["labels_met"]))
+    figure = _figure(
+        "subset",
+        figures.subset_figure(facts),
+        "Share of all rows within a distance of the chosen ones: higher covers better",
+        "Rising curves. Median distance to the nearest chosen row: leverage "
+        f"{ours['distance_to_nearest']['median']:.2f}, random {random['distance_to_nearest']['median']:.2f}.",
+    )
+    note = (
+        '<p class="note">Leverage looks for rows that span the space, so it likes the unusual; farthest-first looks '
+        "for rows that leave none alone; random rows follow the crowd (mean of 5 draws). The rows with the highest "
+        "leverage:</p>"
+    )
+    cards = _cards([(entry["row"], f"leverage {entry['leverage']:.3f}") for entry in facts["examples"]], data)
+    return f'<p class="lead">{lead}.</p>{figure}{_table(head, rows)}{note}{cards}' + _command(
+        "Choose rows and write them:", _call("select", data, f"-m {size} -o chosen.csv")
+    )
+
+
+def _labels(facts: dict[str, Any], data: Embeddings) -> str:
+    purity = facts["neighbours_with_same_label"]
+    low, high = purity["interval"]
+    lead = (
+        f"{_percent(purity['share'])} of a row's {purity['k']} nearest neighbours carry its {escape(facts['name'])} "
+        f"(95\u202f% interval {_interval(low, high, _percent)}; chance would give {_percent(purity['chance'])}), and "
+        f"{_percent(facts['variance_between_classes'])} of the variance lies between the class means."
+    )
+    parts = [f'<p class="lead">{lead}</p>']
+    subspaces = facts["subspaces"]
+    figure = figures.label_figure(facts)
+    if figure is not None:
+        alike = subspaces["most_alike"]
+        parts.append(
+            _figure(
+                "labels",
+                figure,
+                f"Mean principal angle between the {subspaces['dim']}-dimensional subspaces of the "
+                f"{len(subspaces['labels'])} largest classes: the smaller, the more alike they vary",
+                f"A heat map. Most alike: {alike[0]['labels'][0]} and {alike[0]['labels'][1]}.",
+            )
+        )
+        parts.append(
+            _table(
+                ["Most alike", "overlap", "smallest angle"],
+                [
+                    [
+                        " and ".join(escape(label) for label in pair["labels"]),
+                        _percent(pair["overlap"]),
+                        f"{pair['smallest_angle']:.0f}°",
+                    ]
+                    for pair in alike
+                ],
+                caption="Share of directions in common; random subspaces of this size would have "
+                f"{_percent(subspaces['overlap_of_random_subspaces'])}",
+            )
+        )
+    if facts["suspects"]:
+        cards = [
+            (entry["row"], f"{entry['votes']} of {purity['k']} neighbours: {escape(entry['neighbours_say'])}")
+            for entry in facts["suspects"]
+        ]
+        asked = f"{_count(facts['suspects_found'])} of {_count(facts['rows_asked'])} sampled rows"
+        parts.append(_details(f"Labels to check: {asked} sit among another class", _cards(cards, data)))
+    classes = [[escape(entry["label"]), _count(entry["rows"])] for entry in facts["largest"]]
+    parts.append(_details(f"The largest of {_count(facts['classes'])} classes", _table(["Class", "rows"], classes)))
+    labels = f"--labels {shlex.quote(data.label_argument)} " if data.label_argument else ""
+    parts.append(
+        _command(
+            "Score each row against the subspace of its own class:",
+            _call("detect", data, f"{labels}--by-label -o scores.csv"),
+        )
+    )
+    return "".join(parts)
+
+
+def _against(facts: dict[str, Any], data: Embeddings) -> str:
+    shared, verdict = facts["shared_dimensions"], facts["verdict"]
+    source, target = escape(facts["source"]), escape(facts["target"])
+    lead = (
+        f"The two agree to {facts['cka']:.2f} by linear CKA (1 is the same up to rotation and scale) and share "
+        f"{_count(shared['count'])} of {_count(shared['of'])} dimensions; "
+        f"{_percent(facts['neighbours_in_common']['share'])} of a row's 10 neighbours are the same in both."
+    )
+    rows = [
+        [
+            escape(name),
+            *(_percent(entry[key]["value"]) for key in ("recall@1", "recall@10")),
+            _percent(entry["neighbours_kept"]["share"]),
+        ]
+        for name, entry in facts["retrieval"].items()
+    ]
+    retrieval = _figure(
+        "retrieval",
+        figures.retrieval_figure(facts),
+        f"Queries of {target} in the mapped rows of {source}, on rows the maps were not fitted to",
+        verdict["reason"],
+    )
+    canonical = _figure(
+        "canonical",
+        figures.canonical_figure(facts),
+        "Correlation of the canonical directions of the two, on held-out rows",
+        f"A falling line; {shared['count']} pairs are above {shared['correlation_above']}.",
+    )
+    bars = verdict["bars"]["yes"]
+    return (
+        f'<p class="lead">{lead}</p>{retrieval}'
+        + _table(["Map", "own row first", "own row in 10", "neighbours kept"], rows)
+        + f'<p class="note">Maps are fitted on {_count(facts["rows_fitted"])} rows; {_count(facts["queries"])} queries '
+        f"are searched among the other {_count(facts['rows_held_out'])}, with 95\u202f% bootstrap intervals.</p>"
+        + canonical
+        + '<div class="verdict"><p><strong>Can I switch encoders without re-embedding? '
+        f"{escape(verdict['text'])}</strong></p>"
+        f"<p>{escape(verdict['reason'])} A yes asks for {_percent(bars['recall@10'])} and "
+        f"{_percent(bars['neighbours_kept'])} at the lower ends of their intervals.</p></div>"
+        + _command(
+            "Fit the map on all rows and keep it:",
+            f"subspan align {shlex.quote(data.argument or 'OLD')} {shlex.quote(facts['target_argument'])} "
+            f"--method {facts['verdict']['method']} -o map.safetensors",
+        )
+    )
