@@ -24,9 +24,11 @@ def is_dask(source: Any) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Whether `source` must be read batch by batch, that is, is no array in memory."""
+    """Whether `source` must be read batch by batch: it is no array in memory, or it is a list of arrays (n, d)."""
+    if isinstance(source, list | tuple):
+        return bool(source) and getattr(source[0], "ndim", 0) == 2
     return isinstance(source, np.memmap | str | os.PathLike) or not (
-        isinstance(source, Tensor) or hasattr(source, "__array__") or isinstance(source, list | tuple)
+        isinstance(source, Tensor) or hasattr(source, "__array__")
     )
 
 
@@ -134,6 +136,9 @@ def fit_moments(
     moments: Moments | None = None
     done = 0
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        for left in path.parent.glob(f".{path.name}.*"):  # what a killed run was writing
+            left.unlink(missing_ok=True)
     if path is not None and path.exists():
         state, facts = load_arrays(path, "moments")
         moments = Moments.from_state(state)

@@ -1,0 +1,61 @@
+import numpy as np
+import pytest
+import torch
+
+from subspan.solvers import knn_overlap, nearest, recall_at_k
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_brute_force(metric, offset):
+    rng = np.random.default_rng(0)
+    base, queries = rng.standard_normal((60, 5)) + offset, rng.standard_normal((9, 5)) + offset
+    if metric == "l2":
+        score = -((queries[:, None] - base[None]) ** 2).sum(-1)
+    elif metric == "inner":
+        score = queries @ base.T
+    else:
+        score = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
+            base / np.linalg.norm(base, axis=1, keepdims=True)
+        ).T
+    order = np.argsort(-score, axis=1)[:, :4]
+    values, found = nearest(queries, base, 4, metric=metric)
+    np.testing.assert_array_equal(found.numpy(), order)
+    best = np.take_along_axis(score, order, 1)
+    np.testing.assert_allclose(values.numpy(), -best if metric == "l2" else best, rtol=1e-8)
+
+
+def test_self_is_excluded_and_recall_counts(monkeypatch):
+    import subspan.solvers.neighbours as module
+
+    monkeypatch.setattr(module, "_BLOCK", 64)  # forces several chunks
+    x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    _, found = nearest(x, x, 3, exclude_self=True)
+    assert not bool((found == torch.arange(40).unsqueeze(-1)).any())
+    _, with_self = nearest(x, x, 4)
+    torch.testing.assert_close(with_self[:, 0], torch.arange(40))
+    torch.testing.assert_close(with_self[:, 1:], found)
+    truth = torch.tensor([[1, 2], [3, 4]])
+    torch.testing.assert_close(
+        recall_at_k(torch.tensor([[2, 9, 1], [9, 4, 8]]), truth), torch.tensor([1.0, 0.5], dtype=torch.float64)
+    )
+
+
+def test_overlap_is_one_under_rotation_and_chance_for_noise():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=generator)
+    q = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    assert float(knn_overlap(x, x @ q, 5).mean()) > 0.999
+    assert float(knn_overlap(x, torch.randn(300, 8, generator=generator), 5).mean()) < 0.06
+
+
+def test_errors():
+    x = torch.zeros(4, 2)
+    with pytest.raises(ValueError, match=r"k: must lie in \[1, 3\], got 4"):
+        nearest(x, x, 4, exclude_self=True)
+    with pytest.raises(ValueError, match="metric"):
+        nearest(x, x, 1, metric="l1")
+    with pytest.raises(ValueError, match="base: expected 2 columns"):
+        nearest(x, torch.zeros(3, 5), 1)
+    with pytest.raises(ValueError, match="b: expected 4 rows"):
+        knn_overlap(x, torch.zeros(3, 2), 1)

@@ -1,0 +1,220 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from subspan.statistics import Moments, batches, fit_moments, is_one_shot, is_stream
+
+
+@pytest.fixture
+def rows():
+    return np.random.default_rng(0).standard_normal((1000, 7)) + 3
+
+
+def test_every_source_gives_the_same_moments(rows, tmp_path):
+    np.save(tmp_path / "x.npy", rows)
+    arrow = pytest.importorskip("pyarrow", reason="Parquet is an optional extra")
+    import pyarrow.parquet as parquet
+
+    table = arrow.table({f"c{i}": rows[:, i] for i in range(7)} | {"name": ["a"] * 1000})
+    parquet.write_table(table, tmp_path / "columns.parquet", row_group_size=128)
+    vectors = arrow.FixedSizeListArray.from_arrays(rows.ravel(), 7)
+    parquet.write_table(arrow.table({"id": range(1000), "v": vectors}), tmp_path / "vectors.parquet")
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.from_numpy(rows), torch.arange(1000)), batch_size=90
+    )
+    sources = [
+        rows,
+        torch.from_numpy(rows),
+        tmp_path / "x.npy",
+        str(tmp_path / "columns.parquet"),
+        tmp_path / "vectors.parquet",
+        np.load(tmp_path / "x.npy", mmap_mode="r"),
+        loader,
+        (rows[i : i + 77] for i in range(0, 1000, 77)),
+        [{"x": torch.from_numpy(rows)}],
+    ]
+    exact = np.cov(rows.T)
+    for source in sources:
+        found = fit_moments(source, batch_size=64)
+        np.testing.assert_allclose(found.covariance().numpy(), exact, rtol=1e-9)
+    assert is_stream(loader)
+    assert is_stream(tmp_path / "x.npy")
+    assert not is_stream(rows)
+    assert is_one_shot(iter([rows]))
+    assert not is_one_shot(loader)
+
+
+def test_skipping_rows_across_batches(rows):
+    for source in (rows, [rows[:300], rows[300:]]):
+        rest = torch.cat(list(batches(source, 128, skip=450)))
+        np.testing.assert_array_equal(rest.numpy(), rows[450:])
+
+
+def test_unreadable_sources_are_named(tmp_path, rows):
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
+    (tmp_path / "x.txt").write_text("1 2 3")
+    for name, message in [
+        ("cut.npy", "not a readable .npy"),
+        ("objects.npy", "not a readable .npy"),
+        ("x.txt", ".txt"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fit_moments(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        fit_moments(tmp_path / "absent.npy")
+    with pytest.raises(ValueError, match="holds no rows"):
+        fit_moments(iter([]))
+    with pytest.raises(TypeError, match="cannot read rows"):
+        fit_moments(3)
+    with pytest.raises(ValueError, match="columns"):
+        fit_moments([rows, rows[:, :3]])
+
+
+WORKER = """
+import sys, time, numpy as np
+from subspan.statistics import fit_moments
+rows = np.load(sys.argv[1], mmap_mode="r")
+def slow():
+    for start in range(0, len(rows), 50):
+        time.sleep(0.004)
+        yield rows[start:start + 50]
+moments = fit_moments(slow(), batch_size=50, checkpoint=sys.argv[2], checkpoint_seconds=0.01)
+moments.save(sys.argv[3])
+"""
+
+
+def test_killed_twenty_times_it_resumes_to_the_same_result(tmp_path):
+    rows = np.random.default_rng(1).standard_normal((20000, 6)) + 100
+    np.save(tmp_path / "x.npy", rows)
+    paths = [str(tmp_path / name) for name in ("x.npy", "part.safetensors", "done.safetensors")]
+    # Children are forked from one process that has torch loaded, so that a kill costs no start-up.
+    killer = """
+import os, random, signal, sys, time
+source, paths = sys.argv[1], sys.argv[2:]
+import numpy, torch, subspan.statistics
+torch.set_num_threads(1)
+random.seed(0)
+kills = 0
+while not os.path.exists(paths[2]):
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["worker", *paths]
+        exec(source)
+        os._exit(0)
+    deadline = time.monotonic() + (random.uniform(0.01, 0.1) if kills < 20 else 120)
+    while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.002)
+    else:
+        if time.monotonic() >= deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+print(kills)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", killer, WORKER, *paths], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) >= 20
+    one = Moments(6)
+    for start in range(0, 20000, 50):
+        one.update(rows[start : start + 50])
+    done = Moments.load(paths[2])
+    assert torch.equal(done.scatter, one.scatter)
+    assert torch.equal(done.mean, one.mean)
+    left = [name for name in os.listdir(tmp_path) if not name.startswith(".done")]
+    assert sorted(left) == ["done.safetensors", "x.npy"]
+
+
+def test_a_foreign_checkpoint_is_refused(tmp_path, rows):
+    Moments(7).update(rows).save(tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="is not of this run"):
+        fit_moments(rows, checkpoint=tmp_path / "c.safetensors")
+
+
+def _reduce(rank, port, path):
+    import torch.distributed as dist
+
+    from subspan.statistics import GroupedMoments
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    rows = torch.from_numpy(np.load(os.path.join(path, "x.npy")))
+    mine = rows[:130] if rank == 0 else rows[130:]
+    Moments(7).update(mine).all_reduce().save(os.path.join(path, f"m{rank}.safetensors"))
+    labels = ["a"] * 130 if rank == 0 else ["b"] * 800 + ["a"] * 70
+    grouped = GroupedMoments(7).update(mine, labels).all_reduce()
+    grouped.pooled().save(os.path.join(path, f"g{rank}.safetensors"))
+    dist.destroy_process_group()
+
+
+def test_all_reduce_over_two_processes(tmp_path, rows):
+    import socket
+
+    np.save(tmp_path / "x.npy", rows)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_reduce, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    exact = np.cov(rows.T)
+    for name in ("m0", "m1", "g0", "g1"):
+        found = Moments.load(tmp_path / f"{name}.safetensors").covariance().numpy()
+        np.testing.assert_allclose(found, exact, rtol=1e-6)
+
+
+def _slow_block(block, path):
+    """Delay each block, so that a worker can be killed while it holds some."""
+    time.sleep(0.2)
+    with open(os.path.join(path, "pids"), "a") as log:
+        log.write(f"{os.getpid()}\n")
+    return block
+
+
+def test_dask_recomputes_what_a_killed_worker_held(tmp_path, rows):
+    distributed = pytest.importorskip("distributed", reason="Dask is an optional extra")
+    import dask.array as da
+
+    big = np.tile(rows, (4, 1)) + np.arange(4000)[:, None] * 1e-3
+    array = da.from_array(big, chunks=(200, 4)).map_blocks(_slow_block, path=str(tmp_path), dtype=float, meta=big[:0])
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, memory_limit="2GiB"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        import threading
+
+        before = {info["pid"] for info in client.run(lambda: {"pid": os.getpid()}).values()}
+        victim = sorted(before)[0]
+
+        def kill():
+            log = tmp_path / "pids"
+            while not (log.exists() and log.read_text().count(str(victim)) >= 3):
+                time.sleep(0.02)
+            os.kill(victim, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        found = fit_moments(array)
+        killer.join(30)
+        after = {info["pid"] for info in client.run(lambda: {"pid": os.getpid()}).values()}
+    assert not killer.is_alive()
+    assert victim not in after
+    executed = (tmp_path / "pids").read_text().split()
+    assert len(set(executed)) >= 2
+    single = Moments(7).update(big)
+    assert found.count == 4000
+    torch.testing.assert_close(found.covariance(), single.covariance(), rtol=1e-6, atol=1e-9)
