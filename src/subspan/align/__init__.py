@@ -1,0 +1,36 @@
+"""Maps between representation spaces: one modality onto another, one encoder onto another."""
+
+from typing import TYPE_CHECKING, Any
+
+from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
+from subspan.align.modality import ModalityMap, ProjectedAffine
+from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
+from subspan.align.realign import ReAlign
+from subspan.align.space_map import SpaceMap
+
+if TYPE_CHECKING:
+    from subspan.align.revision import ReVision, RevisionCollator
+
+__all__ = [
+    "C3",
+    "BlockwiseCovariance",
+    "MeanShift",
+    "ModalityGap",
+    "ModalityMap",
+    "ProjectedAffine",
+    "ReAlign",
+    "ReVision",
+    "RevisionCollator",
+    "SpaceMap",
+    "cosine_divergence",
+    "mixing_rate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """ReVision is a Lightning module; Lightning (extra: train) is imported when it is first asked for."""
+    if name in ("ReVision", "RevisionCollator"):
+        from subspan.align import revision
+
+        return getattr(revision, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

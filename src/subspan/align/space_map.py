@@ -1,0 +1,130 @@
+"""`SpaceMap`: the closed-form maps from one paired representation space to another, as one estimator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from ..geometry.arrays import check_matrix, like
+from ..geometry.maps import AffineMap
+from ..statistics import JointMoments, batches, is_stream
+
+_METHODS = ("procrustes", "scaled", "ridge", "cca")
+
+
+class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
+
+    method: "procrustes", the isometry nearest to the pairs (rotation or reflection; Schönemann, 1966) · "scaled", the
+    same times one factor · "ridge", linear regression with penalty `alpha`, relative to the mean variance of X · "cca",
+    regression through the first `k` canonical pairs (all where None), covariances shrunk by `shrinkage`.
+    One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory.
+    Attributes: map_, an `AffineMap`; moments_, the `JointMoments`; canonical_, the canonical directions (method "cca").
+    """
+
+    def __init__(
+        self,
+        method: Any = "procrustes",
+        alpha: Any = 1e-3,
+        k: Any = None,
+        shrinkage: Any = "oas",
+    ) -> None:
+        self.method = method
+        self.alpha = alpha
+        self.k = k
+        self.shrinkage = shrinkage
+
+    def fit(self, X: Any, Y: Any) -> SpaceMap:
+        """Fit to paired rows. Raises ValueError for NaN, unequal numbers of rows, or fewer than 2."""
+        self.__dict__.pop("moments_", None)
+        return self.partial_fit(X, Y)
+
+    def partial_fit(self, X: Any, Y: Any) -> SpaceMap:
+        """Add paired rows to the statistics and make the map anew."""
+        if self.method not in _METHODS:
+            raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
+        reset = not hasattr(self, "moments_")
+        for x, y in self._pairs(X, Y, reset):
+            if not hasattr(self, "moments_"):
+                self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
+                self.n_features_in_ = x.shape[1]
+            self.moments_.update(x, y)
+        if not hasattr(self, "moments_") or self.moments_.count < 2:
+            raise ValueError("X, Y: need at least 2 pairs (n_samples = 2)")
+        self.map_ = self._closed_form(self.moments_)
+        self._n_features_out = self.map_.matrix.shape[0]
+        return self
+
+    def _pairs(self, X: Any, Y: Any, reset: bool) -> Any:
+        if Y is None:
+            raise ValueError("requires y to be passed, but the target y is None: Y holds the rows paired with X")
+        if getattr(Y, "ndim", 2) == 1 or not any(_is_streamed(rows) for rows in (X, Y)):
+            x, y = validate_data(
+                self, X, Y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
+            )
+            yield check_matrix(x, "X"), check_matrix(y.reshape(len(y), -1).astype(np.float64), "Y")
+            return
+        try:
+            for x, y in zip(batches(X), batches(Y), strict=True):
+                if len(x) != len(y):
+                    raise ValueError(f"Y: expected {len(x)} rows to pair with X, got {len(y)}")
+                yield check_matrix(x, "X"), check_matrix(y, "Y").to(x.device)
+        except ValueError as error:
+            if "zip()" in str(error):
+                raise ValueError("Y: must have as many rows as X, in batches of the same sizes") from error
+            raise
+
+    def _closed_form(self, moments: JointMoments) -> AffineMap:
+        if not float(moments.cov_xx.diagonal().sum()) > 0 or not float(moments.cov_yy.diagonal().sum()) > 0:
+            raise ValueError("X, Y: one of them is constant; there is nothing to map")
+        if self.method in ("procrustes", "scaled"):
+            return moments.procrustes(scale=self.method == "scaled")
+        if self.method == "ridge":
+            return moments.ridge(self.alpha)
+        self.canonical_ = moments.cca(self.k, shrinkage=self.shrinkage)
+        return self._through_canonical(moments)
+
+    def _through_canonical(self, moments: JointMoments) -> AffineMap:
+        """The best linear prediction of y from the k canonical variables of x."""
+        a: Float[Tensor, "d_x k"] = self.canonical_.x_directions
+        variance, covariance = a.mT @ moments.cov_xx @ a, a.mT @ moments.cov_xy
+        matrix = (a @ torch.linalg.solve(variance, covariance)).mT
+        return AffineMap(matrix, moments.mean_y - matrix @ moments.mean_x)
+
+    def transform(self, X: Any) -> Any:
+        """Rows X (n, d_x) in the space of Y (n, d_y); numpy or torch as given."""
+        check_is_fitted(self, "map_")
+        return like(self.map_.to(_device(X)).map(self._rows(X, self.map_.matrix.shape[1])), X)
+
+    def inverse_transform(self, X: Any) -> Any:
+        """Rows X (n, d_y) of the target space back in the source space, by the (pseudo) inverse of the map."""
+        check_is_fitted(self, "map_")
+        rows = check_matrix(np.asarray(X) if not isinstance(X, Tensor) else X, "X", columns=self.map_.matrix.shape[0])
+        return like(self.map_.inverse().to(_device(X)).map(rows), X)
+
+    def _rows(self, X: Any, columns: int) -> Tensor:
+        if not isinstance(X, Tensor):
+            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        return check_matrix(X, "X", columns=columns)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        tags.target_tags.single_output = False
+        return tags
+
+
+def _is_streamed(rows: Any) -> bool:
+    return isinstance(rows, Tensor) or (is_stream(rows) and not issparse(rows))
+
+
+def _device(rows: Any) -> torch.device:
+    return rows.device if isinstance(rows, Tensor) else torch.device("cpu")
