@@ -1,5 +1,17 @@
 """Changing what a model represents or decides, by changing subspaces of its representations."""
 
+from .eigenshield import (
+    EigenShield,
+    NoSpikesError,
+    PairedMoments,
+    RobustSpikes,
+    SpikeFilter,
+    alignment_score,
+    conformal_quantile,
+    energy_score,
+    spectral_score,
+)
+from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
 from .sts import (
     ENSEMBLE_TEMPLATES,
     SINGLE_TEMPLATE,
@@ -17,11 +29,25 @@ __all__ = [
     "ENSEMBLE_TEMPLATES",
     "SINGLE_TEMPLATE",
     "ConfidentAverage",
+    "EigenShield",
+    "NoSpikesError",
+    "PairedMoments",
     "PrototypeShift",
+    "RobustSpikes",
     "STSClassifier",
     "SpectralSteering",
+    "SpikeFilter",
     "SteeringReport",
+    "alignment_score",
+    "conformal_quantile",
+    "energy_score",
+    "gaussian_blur",
+    "jpeg",
     "marginal_entropy",
+    "pgd",
+    "random_noise",
     "select_confident",
+    "spectral_score",
+    "typos",
     "zero_shot_prototypes",
 ]

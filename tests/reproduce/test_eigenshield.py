@@ -1,0 +1,95 @@
+"""The parts of EigenShield's protocol, and the protocol in small."""
+
+import numpy as np
+import pytest
+import torch
+
+from subspan.datasets import is_installed, load_model
+from subspan.edit import SpikeFilter
+from subspan.models.intervene import intervene
+from subspan.reproduce import eigenshield
+from subspan.reproduce.eigenshield import Defence, ImageFeatures, Size
+
+TINY = Size(32, 24, 40, 16, 12, 2, (1 / 255, 2 / 255), 40, 12)
+
+needs_network = pytest.mark.skipif(not is_installed("efficientnet-lite0"), reason="EfficientNet-Lite0 is not installed")
+
+
+@pytest.fixture(scope="module")
+def features():
+    return ImageFeatures().eval()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path))
+
+
+@pytest.fixture
+def without_data(monkeypatch):
+    monkeypatch.delenv("SUBSPAN_DATA", raising=False)
+
+
+@needs_network
+def test_folded_batch_norms_change_nothing(features):
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    plain = load_model("efficientnet-lite0")
+    with torch.no_grad():
+        expected = plain.extract_features((x * 255 - 127) / 128).mean((2, 3))
+        torch.testing.assert_close(features(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("without_data")
+def test_parts_do_not_overlap():
+    pictures = eigenshield._pictures(TINY, seed=0)
+    rows = {part: {image.tobytes() for image in images} for part, images in pictures.images.items()}
+    assert {part: len(images) for part, images in pictures.images.items()} == {
+        "head": 24,
+        "other": 24,
+        "spectrum": 40,
+        "pairs": 16,
+        "tests": 12,
+    }
+    names = list(rows)
+    assert all(not rows[a] & rows[b] for i, a in enumerate(names) for b in names[:i])
+    again = eigenshield._pictures(TINY, seed=0)
+    np.testing.assert_array_equal(again.images["pairs"], pictures.images["pairs"])
+
+
+@needs_network
+@pytest.mark.usefixtures("own_cache", "without_data")
+def test_hook_and_features_agree_and_attacks_get_through(features):
+    pictures = eigenshield._pictures(TINY, seed=0)
+    images, labels = pictures.images["tests"], pictures.labels["tests"]
+    clean = eigenshield._features(features, images, TINY)
+    head = eigenshield._head(clean, labels)
+    basis = torch.linalg.qr(torch.randn(1280, 6, generator=torch.Generator().manual_seed(0))).Q
+    defence = Defence("random", 6, head, filter=SpikeFilter(basis, clean.mean(0)))
+    model = torch.nn.Sequential(features, head)
+    with torch.no_grad(), intervene(model, "0", defence.filter):
+        torch.testing.assert_close(
+            model(eigenshield._pixels(images, TINY)), defence.logits(clean), rtol=1e-3, atol=1e-3
+        )
+    undefended = Defence("none", None, head)
+    attacked = eigenshield._attacked(features, head, images, labels, 8 / 255, TINY, seed=0)
+    assert attacked.shape == (12, 3, 1280)
+    assert undefended.right(clean, labels).float().mean() == 1
+    assert undefended.right(attacked[:, 0], labels).float().mean() < 0.7
+    torch.testing.assert_close(eigenshield._seen(features, images, TINY)[:, 0], clean, rtol=1e-3, atol=1e-4)
+
+
+@needs_network
+@pytest.mark.slow
+@pytest.mark.skipif(not is_installed("minilm"), reason="the sentence encoder is not installed")
+def test_quick_protocol_measures_every_row(own_cache):
+    said = []
+    outcome = eigenshield.protocol(quick=True, seed=0, progress=lambda message, fraction: said.append(fraction))
+    names = [row[0] for row in outcome.tables[0].rows]
+    assert names[0] == "no defence"
+    assert "EigenShield" in names
+    assert len(names) == 8
+    assert all(0 <= cell <= 1 for row in outcome.tables[0].rows for cell in row[2:])
+    same = [row[1] for row in outcome.tables[0].rows if "same k" in row[0] or row[0] == "EigenShield"]
+    assert len(set(same)) == 1
+    assert outcome.holds == (outcome.baselines["no defence"] - outcome.ours >= 0.15)
+    assert said == sorted(said)
