@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from subspan.geometry import Subspace, as_tensor, check_finite, check_matrix, like, normalize_rows
-from subspan.statistics import Moments, batches, fit_moments, is_one_shot, is_stream
+from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
 
 class LeverageSelector(BaseEstimator):
@@ -97,6 +98,7 @@ class LeverageSelector(BaseEstimator):
         if not started:
             self._moments = Moments(rows.shape[1], device=rows.device)
         assert self._moments is not None
+        rows = rows.to(torch.float64)
         self._moments.update(normalize_rows(rows) if self.row_norm else rows)
         self._subspace = None
         return self
@@ -136,17 +138,20 @@ class LeverageSelector(BaseEstimator):
     # ------------------------------------------------------------------ the two passes
 
     def _fit_pool(self, pool: Any) -> None:
-        if isinstance(pool, Tensor) and len(pool) < pool.shape[1] and not self.standardize and not self.row_norm:
+        is_thin = isinstance(pool, Tensor) and len(pool) < pool.shape[1]
+        if is_thin and not self.standardize and not self.row_norm:
             # A thin pool has at most n - 1 directions; its d x d moments would be the larger problem.
             wide = Subspace.fit(pool.to(torch.float64), rank=self.rank, center=self.center)
             self._set(wide, wide.center, None)
             return
-        moments = fit_moments(pool, batch_size=self.batch_size)
+        # In float64 throughout, so that a ranking does not depend on how the pool was cut into batches.
+        wide = pool.astype(np.float64) if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool))
+        moments = fit_moments(wide)
         if not self.row_norm:
             self._use_moments(moments)
             return
         self._mean_and_scale(moments)
-        normalized = fit_moments(self._prepare(rows) for rows in batches(pool, self.batch_size))
+        normalized = fit_moments(self._prepare(rows) for rows in self._batches(pool))
         self._set(normalized.subspace(self.rank, center=False), self.mean_, self.scale_)
 
     def _mean_and_scale(self, moments: Moments) -> None:
@@ -187,8 +192,11 @@ class LeverageSelector(BaseEstimator):
 
     def _score(self, pool: Any) -> Tensor:
         subspace = self.subspace_
-        parts = [subspace.leverage(self._prepare(rows)) for rows in batches(pool, self.batch_size)]
+        parts = [subspace.leverage(self._prepare(rows)) for rows in self._batches(pool)]
         return torch.cat(parts).to(torch.float64)
+
+    def _batches(self, pool: Any) -> Iterator[Tensor]:
+        return batches(pool, self.batch_size)
 
     # ------------------------------------------------------------------ the door
 

@@ -1,0 +1,90 @@
+"""Representations of a pool, kept in shards so that a long pass over it can stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from subspan.geometry.files import atomic_write
+
+_SETTINGS = "settings.json"
+
+
+class Shard(NamedTuple):
+    """Consecutive samples of a pool: their ids, their rows (NaN for a skipped sample), and a digest of the samples."""
+
+    ids: list[str]
+    rows: Float[Tensor, "m d"]
+    digest: str
+
+
+class RepresentationShards:
+    """Shards in a folder, one safetensors file each, or in memory where `folder` is None.
+
+    `settings` (JSON values) say how the rows were made; a folder with other settings is refused with ValueError.
+    Iterating gives the rows without the skipped ones, as often as wanted.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, settings: dict[str, Any]):
+        self.folder = None if folder is None else Path(folder)
+        self._kept: dict[int, Shard] = {}
+        self.count = 0
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / _SETTINGS
+        if not path.exists():
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            return
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"folder: {str(path)!r} is not readable JSON ({error})") from error
+        changed = sorted(key for key in settings.keys() | stored.keys() if settings.get(key) != stored.get(key))
+        if changed:
+            raise ValueError(
+                f"folder: {str(self.folder)!r} was made with another {', '.join(changed)}; choose another folder"
+            )
+
+    def path(self, index: int) -> Path:
+        """File of shard `index`."""
+        assert self.folder is not None
+        return self.folder / f"shard-{index:05d}.safetensors"
+
+    def read(self, index: int) -> Shard | None:
+        """Shard `index`, or None where it is not there or its file is damaged."""
+        if self.folder is None:
+            return self._kept.get(index)
+        try:
+            with safe_open(self.path(index), framework="pt") as stored:
+                facts = json.loads(stored.metadata()["subspan"])
+                return Shard(facts["ids"], stored.get_tensor("rows"), facts["digest"])
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, index: int, shard: Shard) -> None:
+        """Keep shard `index`, whole or not at all."""
+        if self.folder is None:
+            self._kept[index] = shard
+            return
+        facts = json.dumps({"kind": "representations", "ids": shard.ids, "digest": shard.digest})
+        with atomic_write(self.path(index)) as temporary:
+            save_file({"rows": shard.rows.contiguous()}, temporary, metadata={"subspan": facts})
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            shard = self.read(index)
+            if shard is None:
+                raise ValueError(f"folder: shard {index} is missing or damaged; run the extraction again")
+            known = shard.rows[~shard.rows.isnan().any(1)]
+            if len(known):
+                yield known
