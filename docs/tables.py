@@ -1,4 +1,4 @@
-"""Refresh the table of systems in the README from the recorded reproductions (--check: only say whether it is fresh)."""
+"""Refresh the README's table of systems from the recorded reproductions (--check: only say whether it is fresh)."""
 
 import re
 import sys
