@@ -25,7 +25,7 @@ from subspan.geometry.extras import require
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """A package that carries one model's weights."""
+    """A package that carries one model's weights; `code` is the distribution that holds its network, if another."""
 
     name: str
     distribution: str
@@ -37,6 +37,7 @@ class WeightPackage:
     parameters: int
     extra: str
     image_size: int | None = None
+    code: str | None = None
 
     @property
     def module(self) -> str:
@@ -56,6 +57,7 @@ def _efficientnet(index: int, digest: str, megabytes: int, parameters: int, imag
         parameters=parameters,
         extra="vision",
         image_size=image_size,
+        code="efficientnet-lite-pytorch",
     )
 
 
@@ -119,12 +121,13 @@ def install(names: Iterable[str] | None = None) -> None:
     """
     wanted = [weight_package(name) for name in (WEIGHT_PACKAGES if names is None else names)]
     pinned = pinned_requirements()
-    missing = [package.distribution for package in wanted if package.distribution not in pinned]
+    distributions = [name for package in wanted for name in (package.code, package.distribution) if name is not None]
+    missing = [name for name in distributions if name not in pinned]
     if missing:
         raise RuntimeError(f"weights.txt of this installation has no line for {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "weights.txt"
-        requirements.write_text("".join(f"{pinned[package.distribution]}\n" for package in wanted), encoding="utf-8")
+        requirements.write_text("".join(f"{pinned[name]}\n" for name in dict.fromkeys(distributions)), encoding="utf-8")
         command = [*_installer(), "--no-deps", "--require-hashes", "-r", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 MAX_UNPACKED_BYTES = 8 * 2**30
 
@@ -263,7 +263,7 @@ def _lines(source: Path, newline: str | None = None) -> Iterable[tuple[int, str]
             raise ValueError(f"path: {str(source)!r} is broken after line {number} ({error})") from error
 
 
-def _opened(source: Path, newline: str | None) -> IO[str]:
+def _opened(source: Path, newline: str | None) -> io.TextIOWrapper:
     if source.suffix.lower() == ".gz":
         return io.TextIOWrapper(gzip.open(source, "rb"), encoding="utf-8-sig", newline=newline)
     return source.open(encoding="utf-8-sig", newline=newline)
