@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,19 +22,18 @@ def photographs() -> dict[str, np.ndarray]:
     """Photographs of everyday things, colour, (h, w, 3) uint8 of several sizes (scikit-image, scikit-learn)."""
     files = {"astronaut": "astronaut.png", "cat": "chelsea.png", "coffee": "coffee.png", "rocket": "rocket.jpg"}
     found = {name: np.asarray(_skimage_file(file).convert("RGB")) for name, file in files.items()}
-    images = require("sklearn.datasets", extra="vision")
-    return found | {name: images.load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    return found | {name: _scikit_learn().load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
 
 
 def digits() -> dict[str, np.ndarray]:
     """Handwritten digits: x (1797, 8, 8) uint8 with 17 grey levels, y (scikit-learn)."""
-    loaded: Any = require("sklearn.datasets", extra="vision").load_digits()
+    loaded = _scikit_learn().load_digits()
     return {"x": loaded.images.astype(np.uint8), "y": loaded.target}
 
 
 def breast_cancer() -> dict[str, np.ndarray]:
     """Wisconsin diagnostic breast cancer: x (569, 30) float64, y with 1 = benign, feature_names (scikit-learn)."""
-    loaded: Any = require("sklearn.datasets", extra="vision").load_breast_cancer()
+    loaded = _scikit_learn().load_breast_cancer()
     return {"x": loaded.data, "y": loaded.target, "feature_names": np.asarray(loaded.feature_names, dtype=str)}
 
 
@@ -43,6 +43,11 @@ BUNDLED: dict[str, Callable[[], dict[str, np.ndarray]]] = {
     "digits": digits,
     "breast_cancer": breast_cancer,
 }
+
+
+def _scikit_learn() -> Any:
+    """Imported when asked for, because it takes a second."""
+    return importlib.import_module("sklearn.datasets")
 
 
 def _skimage_file(name: str) -> Any:
