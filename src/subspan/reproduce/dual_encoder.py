@@ -6,8 +6,6 @@ heads on two cores the first time, afterwards everything comes from the cache fo
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subspan.datasets import load
-from subspan.datasets.cache import cache_folder, whole_folder
+from subspan.datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
 from subspan.datasets.packages import image_preprocessing, load_model, load_sentence_encoder
 from subspan.datasets.shared import is_available
 from subspan.geometry.extras import require
@@ -69,11 +67,6 @@ class Recipe:
     batch_size: int = 256
     epochs: int = 20
     seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """Digest of all options, which names the cached weights."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -197,10 +190,14 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
         weight_decay=recipe.weight_decay,
     )
     say("training the heads", len(recipe.sources) / (len(recipe.sources) + 1))
-    folder = cache_folder() / "dual-encoder" / recipe.key
+    pairs = [parts["train"] for parts in splits.values()]
+    columns = {side: torch.cat([getattr(part, side) for part in pairs]) for side in ("image", "text")}
+    starts = np.cumsum([0, *(int(part.group.max()) + 1 for part in pairs)]).tolist()
+    columns["group"] = torch.cat([part.group + start for part, start in zip(pairs, starts)])
+    folder = cache_folder() / "dual-encoder" / fingerprint({"recipe": recipe, "pairs": columns})
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
-            _fit_heads(heads, [parts["train"] for parts in splits.values()], recipe)
+            _fit_heads(heads, columns, recipe)
             save_arrays(unfinished / "heads.safetensors", "dual-encoder", heads.state_dict(), **asdict(recipe))
     heads.load_state_dict(load_arrays(folder / "heads.safetensors", "dual-encoder")[0])
     return SharedSpace(recipe, heads.eval().requires_grad_(False), splits)
@@ -264,19 +261,11 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     raw = _read(source, recipe.images_per_source)
     count = [len(captions) for captions in raw.captions]
     captions = tuple(caption for several in raw.captions for caption in several)
-    folder = cache_folder() / "dual-encoder" / f"{source}-{len(raw.images)}-{recipe.image_size}px"
-    with whole_folder(folder) as unfinished:
-        if unfinished is not None:
-            image = image_encoder(recipe.image_size).encode(raw.images)
-            different, place = np.unique(captions, return_inverse=True)
-            text = SentenceEncoder(*load_sentence_encoder()).encode(different.tolist())[place]
-            arrays = {"image": torch.from_numpy(image), "text": torch.from_numpy(text)}
-            save_arrays(unfinished / "features.safetensors", "features", arrays)
-    features, _ = load_arrays(folder / "features.safetensors", "features")
+    image, text = _image_features(raw.images, recipe.image_size), _text_features(captions)
     picture = torch.arange(len(count)).repeat_interleave(torch.tensor(count))
     pairs = Pairs(
-        features["image"][picture],
-        features["text"],
+        image[picture],
+        text,
         torch.tensor(raw.groups)[picture],
         captions,
         tuple(raw.names[i] for i in picture.tolist()),
@@ -285,15 +274,29 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     return {name: pairs.select(part == name) for name in ("train", "fit", "test")}
 
 
-def _fit_heads(heads: DualEncoder, parts: list[Pairs], recipe: Recipe) -> None:
+def _image_features(images: Sequence[Any], size: int) -> Float[Tensor, "n p"]:
+    encoder = image_encoder(size)
+    found = cached_features(
+        lambda start: encoder.iterate(images[start:]),
+        model=encoder.model,
+        data=images,
+        options={"output": "mean of the last feature map", "size": size, "crop_fraction": 1.0},
+    )
+    return torch.from_numpy(np.array(found))
+
+
+def _text_features(captions: tuple[str, ...]) -> Float[Tensor, "n q"]:
+    encoder = SentenceEncoder(*load_sentence_encoder())
+    different, place = np.unique(captions, return_inverse=True)
+    found = cached_features(
+        lambda start: encoder.iterate(different.tolist()[start:]), model=encoder.model, data=different.tolist()
+    )
+    return torch.from_numpy(np.array(found)[place])
+
+
+def _fit_heads(heads: DualEncoder, columns: dict[str, Tensor], recipe: Recipe) -> None:
     lightning = require("lightning", extra="train")
-    offset, groups = 0, []
-    for part in parts:
-        groups.append(part.group + offset)
-        offset += int(part.group.max()) + 1
-    image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
-    heads.set_scales(image, text)
-    columns = {"image": image, "text": text, "group": torch.cat(groups)}
+    heads.set_scales(columns["image"], columns["text"])
 
     def rows(index: list[int]) -> dict[str, Tensor]:
         return {name: values[index] for name, values in columns.items()}
@@ -303,7 +306,7 @@ def _fit_heads(heads: DualEncoder, parts: list[Pairs], recipe: Recipe) -> None:
         for module in heads.modules():
             if isinstance(module, torch.nn.Linear):
                 module.reset_parameters()
-        index: Any = range(len(image))
+        index: Any = range(len(columns["group"]))
         loader = torch.utils.data.DataLoader(index, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=rows)
         trainer = lightning.Trainer(
             max_epochs=recipe.epochs,
