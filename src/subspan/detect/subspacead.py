@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from subspan.detect.foreground import foreground_mask, specular_confidence, suppress_specular
 from subspan.detect.maps import aggregate, smooth, stitch, upsample, window_boxes
 from subspan.detect.rotations import RandomRotations
-from subspan.geometry import Subspace, as_tensor, check_matrix, like
+from subspan.geometry import Subspace, as_tensor, check_matrix, like, normalize_rows
 from subspan.geometry.files import load_arrays, save_arrays
 from subspan.geometry.rank import FixedRank, rank_rule
 from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
@@ -331,6 +331,8 @@ class SubspaceAD(BaseEstimator):
     backbone: a vision network (with `layers`, `aggregate`, `image_size` or `preprocessing` as in `FeatureGrid`), a
     `FeatureGrid`, or any function of a batch (b, 3, s, s) in [0, 1] that returns features (b, h, w, d). Take middle
     layers: for convolutional networks the stages of stride 8 and 16.
+    normalize: scale each patch's features to unit length; not in the paper, whose features end in a LayerNorm's scale,
+    but convolutional ones vary with contrast.
     augment: views of each normal image added to the fit; None where the orientation of the part is what can be wrong.
     rank, distance, drop_k: as in `SubspaceDetector`. mask: None, "normality", "attention", or a function
     (images, features) → foreground (b, h, w); background scores 0 and, with mask_normals, is left out of the fit.
@@ -351,6 +353,7 @@ class SubspaceAD(BaseEstimator):
         layers: Layers | None = None,
         *,
         aggregate: Any = "mean",
+        normalize: Any = False,
         image_size: Any = 224,
         preprocessing: ImagePreprocessing | None = None,
         augment: RandomRotations | None = RandomRotations(30),  # noqa: B008 - frozen
@@ -373,6 +376,7 @@ class SubspaceAD(BaseEstimator):
         self.backbone = backbone
         self.layers = layers
         self.aggregate = aggregate
+        self.normalize = normalize
         self.image_size = image_size
         self.preprocessing = preprocessing
         self.augment = augment
@@ -402,18 +406,29 @@ class SubspaceAD(BaseEstimator):
 
     def _fit(self, images: Iterable[Any], augment: RandomRotations | None) -> SubspaceAD:
         features, mask = self._prepare()
-        self.__dict__.pop("threshold_", None)
         self.n_views_ = 0
-        patches = self._normal_patches(self._views(images, augment), features, mask if self.mask_normals else None)
-        first = next(patches, None)
-        if first is None:
-            raise ValueError("images: at least one normal image is needed, got none")
+        return self._fit_rows(
+            self._normal_patches(self._views(images, augment), features, mask if self.mask_normals else None)
+        )
+
+    def fit_features(self, features: Iterable[Float[Tensor, "b h w d"]]) -> SubspaceAD:
+        """Fit to batches of patch features that were taken from normal images (and views of them) before."""
+        self.n_views_ = 0
 
         def rows() -> Iterator[Tensor]:
-            yield first
-            yield from patches
+            for grid in features:
+                self.n_views_ += len(grid)
+                yield self._scaled(grid).flatten(0, 2)
 
-        self.detector_ = SubspaceDetector(self.rank, distance=self.distance, drop_k=self.drop_k).fit(rows())
+        return self._fit_rows(rows())
+
+    def _fit_rows(self, rows: Iterator[Tensor]) -> SubspaceAD:
+        first = next(rows, None)
+        if first is None:
+            raise ValueError("images: at least one normal image is needed, got none")
+        self.__dict__.pop("threshold_", None)
+        detector = SubspaceDetector(self.rank, distance=self.distance, drop_k=self.drop_k)
+        self.detector_ = detector.fit(chain([first], rows))
         return self
 
     @property
@@ -432,11 +447,20 @@ class SubspaceAD(BaseEstimator):
         """Scores and pixel maps of images. Raises ValueError for none."""
         check_is_fitted(self, "detector_")
         features, mask = self._prepare()
+        batches_of_images = _chunks(self._shown(_each(images)), self.batch_size)
+        return self._result(chain.from_iterable(self._scored(batch, features, mask) for batch in batches_of_images))
+
+    def predict_features(self, features: Iterable[Float[Tensor, "b h w d"]], size: tuple[int, int]) -> AnomalyResult:
+        """The same for batches of patch features that were taken before; maps of `size` (height, width)."""
+        check_is_fitted(self, "detector_")
+        grids = (self.score_patches(grid).float() for grid in features)
+        return self._result(self._read_out([patches], upsample(patches[None], size)[0]) for g in grids for patches in g)
+
+    def _result(self, scored: Iterable[tuple[float, Tensor]]) -> AnomalyResult:
         scores, maps = [], []
-        for batch in _chunks(self._shown(_each(images)), self.batch_size):
-            for score, anomaly_map in self._scored(batch, features, mask):
-                scores.append(score)
-                maps.append(anomaly_map)
+        for score, anomaly_map in scored:
+            scores.append(score)
+            maps.append(anomaly_map.cpu().numpy())
         if not scores:
             raise ValueError("images: at least one image is needed, got none")
         values = np.asarray(scores, dtype=np.float64)
@@ -447,7 +471,10 @@ class SubspaceAD(BaseEstimator):
     def score_patches(self, features: Float[Tensor, "b h w d"]) -> Float[Tensor, "b h w"]:
         """Anomaly scores of patch features that were taken from images before."""
         check_is_fitted(self, "detector_")
-        return self.detector_.anomaly_score(features.flatten(0, 2)).reshape(features.shape[:3])
+        return self.detector_.anomaly_score(self._scaled(features).flatten(0, 2)).reshape(features.shape[:3])
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return normalize_rows(features) if self.normalize else features
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the subspace and the settings to one safetensors file; the network is not stored."""
@@ -552,7 +579,7 @@ class SubspaceAD(BaseEstimator):
             for part in _chunks(pieces, self.batch_size):
                 grid = self._features(part, features)
                 if mask is None:
-                    yield grid.flatten(0, 2)
+                    yield self._scaled(grid).flatten(0, 2)
                     continue
                 foreground = mask(part, grid)
                 empty = ~foreground.flatten(1).any(1)
@@ -561,11 +588,11 @@ class SubspaceAD(BaseEstimator):
                         f"mask: {int(empty.sum())} images have no foreground; all their patches are used",
                         stacklevel=2,
                     )
-                yield grid[foreground | empty[:, None, None]]
+                yield self._scaled(grid[foreground | empty[:, None, None]])
 
     def _scored(
         self, batch: list[Any], features: Callable[[list[Tensor]], Tensor], mask: Any
-    ) -> Iterator[tuple[float, np.ndarray]]:
+    ) -> Iterator[tuple[float, Tensor]]:
         """Score and map of each image of a batch."""
         images = [image_tensor(image) for image in batch]
         pieces, boxes = self._windows(images)
@@ -573,29 +600,25 @@ class SubspaceAD(BaseEstimator):
         for part in _chunks(pieces, self.batch_size):
             grid = self._features(part, features)
             scores = self.score_patches(grid).float()
-            if mask is not None:
-                scores = scores * mask(part, grid)
-            patches.extend(scores)
+            patches.extend(scores if mask is None else scores * mask(part, grid))
         for image, own in zip(images, boxes):
             mine, patches = patches[: len(own)], patches[len(own) :]
-            anomaly_map = self._map(image, mine, own)
-            values = anomaly_map if self.over == "map" else torch.cat([one.flatten() for one in mine])
-            score = aggregate(values.flatten(), self.image_score, tail=self.tail)
-            yield float(score), anomaly_map.cpu().numpy()
+            if self.window is None:
+                whole = upsample(mine[0][None], self._input_size(image))[0]
+            else:
+                parts = [upsample(one[None], (b - t, r - l))[0] for one, (t, l, b, r) in zip(mine, own)]
+                whole = stitch(parts, own, (image.shape[-2], image.shape[-1]))
+            yield self._read_out(mine, whole, image)
 
-    def _map(self, image: Tensor, patches: list[Tensor], boxes: list[tuple[int, int, int, int]]) -> Tensor:
-        if self.window is None:
-            size = self._input_size(image)
-            whole = upsample(patches[0][None], size)[0]
-        else:
-            size = (image.shape[-2], image.shape[-1])
-            parts = [upsample(one[None], (b - t, r - l))[0] for one, (t, l, b, r) in zip(patches, boxes)]
-            whole = stitch(parts, boxes, size)
+    def _read_out(self, patches: list[Tensor], whole: Tensor, image: Tensor | None = None) -> tuple[float, Tensor]:
+        """An image's score and its finished map, from its patch scores and their raw map."""
         anomaly_map = smooth(whole[None], self.blur)[0]
-        if not self.specular:
-            return anomaly_map
-        confidence = upsample(specular_confidence(image)[None], size)[0].to(anomaly_map.device)
-        return suppress_specular(anomaly_map, confidence)
+        if self.specular and image is not None:
+            size = (anomaly_map.shape[-2], anomaly_map.shape[-1])
+            confidence = upsample(specular_confidence(image)[None], size)[0]
+            anomaly_map = suppress_specular(anomaly_map, confidence.to(anomaly_map.device))
+        values = anomaly_map if self.over == "map" else torch.cat([one.flatten() for one in patches])
+        return float(aggregate(values.flatten(), self.image_score, tail=self.tail)), anomaly_map
 
     def _input_size(self, image: Tensor) -> tuple[int, int]:
         preprocessing = self.backbone.preprocessing if isinstance(self.backbone, FeatureGrid) else self.preprocessing
