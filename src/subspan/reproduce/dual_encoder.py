@@ -23,7 +23,7 @@ from subspan.datasets.shared import is_available
 from subspan.geometry.extras import require
 from subspan.geometry.files import load_arrays, save_arrays
 from subspan.models import ImageEncoder, ImagePreprocessing, SentenceEncoder
-from subspan.models.dual_encoder import DualEncoder
+from subspan.nn.dual_encoder import DualEncoder
 from subspan.reproduce.protocol import Progress
 
 TEMPLATES = (

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from subspan.geometry.arrays import normalize_rows
 from subspan.geometry.extras import require
-from subspan.nn import ContrastiveLoss
+from subspan.nn.contrastive import ContrastiveLoss
 
 if TYPE_CHECKING:
     from lightning import LightningModule

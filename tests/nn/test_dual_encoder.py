@@ -7,7 +7,7 @@ pytest.importorskip("lightning", reason="the dual encoder trains with Lightning 
 
 from lightning import Trainer
 
-from subspan.models.dual_encoder import DualEncoder
+from subspan.nn.dual_encoder import DualEncoder
 
 
 def pairs(n: int = 512, seed: int = 0) -> dict[str, torch.Tensor]:
