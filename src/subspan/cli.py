@@ -113,10 +113,11 @@ def _say(message: str) -> None:
     print(f"subspan: {message}", file=sys.stderr, flush=True)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"subspan {version('subspan')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -176,6 +177,13 @@ def _rank(text: str) -> int | float | str:
         rank = text
     rank_rule(rank)
     return rank
+
+
+def _check_rank(rank: int | float | str, data: Embeddings) -> None:
+    most = min(len(data) - 1, data.dim)
+    if isinstance(rank, int) and rank > most:
+        shape = f"{len(data)} rows of {data.dim} columns"
+        raise ValueError(f"--rank: {rank} directions asked for, {shape} span at most {most}")
 
 
 def _write(path: Path, text: str) -> None:
@@ -309,8 +317,14 @@ def detect(
         int | None, typer.Option("--shots", min=1, help="Images: fit to the first so many good ones only.")
     ] = None,
     rotations: Annotated[
-        int, typer.Option("--rotations", min=0, help="Images: rotated views of each good one that are fitted to too.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--rotations",
+            min=0,
+            help="Images: rotated views of each good one to fit to as well (8 for up to 16 good ones, else none).",
+            show_default=False,
+        ),
+    ] = None,
     column: Column = None,
     text_column: TextColumn = None,
     id_column: IdColumn = None,
@@ -375,6 +389,7 @@ def _detect_in_rows(
             good = read_embeddings(fit, progress=progress, **{**reading, "labels": None})
         if by_label and data.labels is None:
             raise ValueError("--by-label: needs --labels")
+        _check_rank(rank, good)
         names = np.unique(data.labels) if by_label and data.labels is not None else [None]
         scores, outlying = np.empty(len(data)), np.zeros(len(data), dtype=bool)
         for step, name in enumerate(names):
@@ -398,7 +413,7 @@ def _detect_in_rows(
 
 
 def _detect_in_images(
-    folder: str, rank: Any, shots: int | None, rotations: int, seed: int
+    folder: str, rank: Any, shots: int | None, rotations: int | None, seed: int
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     import numpy as np
 
@@ -406,14 +421,16 @@ def _detect_in_images(
     from .datasets.images import anomaly_folder
     from .detect import RandomRotations, SubspaceAD, aupro, auroc
     from .models import FeatureGrid, ImagePreprocessing
+    from .reproduce.subspacead import MIDDLE
 
     found = anomaly_folder(folder)
     good = found.train[:shots] if shots is not None else found.train
     with _progress("fitting") as progress:
         network = "efficientnet-lite0"
         preprocessing = ImagePreprocessing(**image_preprocessing(network), resize="squash")
-        grid = FeatureGrid(load_model(network), _IMAGE_LAYERS, aggregate="concat", preprocessing=preprocessing)
-        augment = RandomRotations(rotations) if rotations else None
+        grid = FeatureGrid(load_model(network), MIDDLE, preprocessing=preprocessing)
+        views = (8 if len(good) <= 16 else 0) if rotations is None else rotations
+        augment = RandomRotations(views) if views else None
         detector = SubspaceAD(grid, augment=augment, rank=rank, random_state=seed)
 
         def watched(images: Any, title: str, first: float) -> Iterator[Any]:
@@ -448,9 +465,6 @@ def _masks(found: Any, maps: Any) -> list[Any]:
         mask = Image.fromarray(found.mask(index))
         masks.append(np.asarray(mask.resize(scores.shape[::-1], Image.Resampling.NEAREST)).astype(bool))
     return masks
-
-
-_IMAGE_LAYERS = ["_blocks.4", "_blocks.10"]
 
 
 def _write_columns(path: Path, columns: dict[str, list[Any]], numbers: str) -> None:
@@ -497,8 +511,8 @@ def select(
         str, typer.Option("-m", "--size", help="How many rows: a number, or a share of all (0.1).")
     ] = "0.1",
     method: Annotated[
-        Literal["leverage", "sample", "farthest", "random"],
-        typer.Option(help="Highest leverage, drawn by leverage, farthest first, or random."),
+        Literal["leverage", "sample", "medoids", "farthest", "random"],
+        typer.Option(help="Highest leverage, drawn by leverage, cluster centres, farthest first, or random."),
     ] = "leverage",
     unique: Annotated[bool, typer.Option("--unique", help="Leave rows out that equal an earlier one.")] = False,
     rank: Rank = "0.9",
@@ -530,7 +544,7 @@ def select(
     from .report import read_embeddings
     from .report.survey import first_copies
     from .select import LeverageSelector, retention
-    from .select.baselines import k_center, random_rows
+    from .select.baselines import k_center, k_medoids, random_rows
     from .select.leverage import budget
 
     with _progress("reading") as progress:
@@ -538,6 +552,7 @@ def select(
             table, labels=labels, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
             progress=progress,
         )  # fmt: skip
+        _check_rank(ranked, data)
         pool = np.flatnonzero(first_copies(data) == np.arange(len(data))) if unique else np.arange(len(data))
         rows = data.take(pool)
         count = budget(_size(size), len(pool))
@@ -547,6 +562,8 @@ def select(
             strategy = "top" if method == "leverage" else "sample"
             selector = LeverageSelector(count, rank=ranked, strategy=strategy, random_state=seed).fit(rows)
             chosen, leverage = selector.indices_, selector.scores_
+        elif method == "medoids":
+            chosen = k_medoids(rows, count, random_state=seed)
         elif method == "farthest":
             chosen = np.sort(k_center(rows, count, random_state=seed))
         else:
@@ -626,6 +643,7 @@ def shorten(
         for start, block in data.blocks():
             moments.update(torch.from_numpy(block))
             progress("reading", 0.5 * (start + len(block)) / len(data))
+        _check_rank(ranked, data)
         found = moments.subspace(ranked, center=center)
         with atomic_write(output) as unfinished:
             short = np.lib.format.open_memmap(

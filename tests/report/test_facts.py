@@ -147,16 +147,20 @@ def test_subset_covers_what_it_says(described: dict[str, Any]) -> None:
     assert 0 < subset["methods"]["random"]["energy_retained"] <= 1 + 1e-9
     # The rows chosen farthest first leave no row as far off as random ones do.
     far = {name: entry["distance_to_nearest"]["max"] for name, entry in subset["methods"].items()}
-    assert far["farthest first"] <= far["random"]
+    assert far["farthest"] <= far["random"]
+    middle = {name: entry["distance_to_nearest"]["median"] for name, entry in subset["methods"].items()}
+    assert middle[subset["best"]] == min(middle.values())
+    assert sum(entry["stands_for"] for entry in subset["examples"]) == 600
 
 
 def test_energy_retained_is_the_retention_of_the_selection_room() -> None:
-    from subspan.select import retention
+    from subspan.select import rank_rows, retention
 
     rows = planted_rows(800, 30, 20, noise=0.1)
-    subset = describe(embeddings(rows))["subset"]
-    assert subset["methods"]["leverage"]["energy_retained"] == pytest.approx(
-        retention(rows, np.array(subset["selected"]), 0.9), abs=1e-6
+    data = embeddings(rows)
+    leverage = measure(data, survey(data, progress=silent), progress=silent).leverage
+    assert describe(data)["subset"]["methods"]["leverage"]["energy_retained"] == pytest.approx(
+        retention(rows, rank_rows(leverage)[:16], 0.9), abs=1e-6
     )
 
 

@@ -25,7 +25,7 @@ from ..geometry import (
     rank_rule,
     subspace_overlap,
 )
-from ..select.baselines import k_center, random_rows
+from ..select.baselines import k_center, k_medoids, random_rows
 from ..select.leverage import rank_rows
 from ..solvers.neighbours import nearest, recall_at_k
 from ..statistics import GroupedMoments
@@ -38,7 +38,7 @@ KEPT = (0.9, 0.95, 0.99)
 RESAMPLES = 1000
 _CLASSES_SHOWN = 24
 _CLASS_DIM = 8
-_FARTHEST_AMONG = 10_000
+_CANDIDATES = 10_000
 _RANDOM_DRAWS = 5
 _EXAMPLES = 12
 _RULES = ("marchenko-pastur", "gavish-donoho", "effective", "elbow")
@@ -72,7 +72,7 @@ def describe(
     measured = measure(data, seen, progress=stage("measuring"))
     facts = {
         "data": {"name": data.name, "source": data.source, **data.details},
-        "contents": contents_facts(data, seen),
+        "contents": contents_facts(data, seen, seed=seed),
         "spectrum": spectrum_facts(data, measured, seed=seed),
         "shortening": shortening_facts(data, seen, seed=seed, progress=stage("shortening")),
         "outliers": outlier_facts(measured),
@@ -92,7 +92,7 @@ def describe(
 # ---------------------------------------------------------------------- contents
 
 
-def contents_facts(data: Embeddings, seen: Survey) -> dict[str, Any]:
+def contents_facts(data: Embeddings, seen: Survey, *, seed: int) -> dict[str, Any]:
     """What is there: size, repeated and empty rows, norms, anisotropy, and how near the nearest neighbours are."""
     n, d = data.rows.shape
     copies = seen.first_copy != np.arange(n)
@@ -111,7 +111,9 @@ def contents_facts(data: Embeddings, seen: Survey) -> dict[str, Any]:
         pair = sorted((int(rows[position]), int(others[position])))
         if pair not in [entry["rows"] for entry in pairs]:
             pairs.append({"rows": pair, "cosine": float(similarity[position])})
-    random_pairs = seen.base[seen.queries] * seen.base[np.roll(seen.queries, 1)]
+    # Neighbours in the order of the file are often of one kind, so the partners are drawn.
+    partners = np.random.default_rng(seed).permutation(np.flatnonzero(~seen.zero[seen.base_index]))[: len(seen.queries)]
+    random_pairs = seen.base[seen.queries] * seen.base[partners]
     return {
         "rows": n,
         "columns": d,
@@ -269,40 +271,53 @@ def outlier_facts(measured: Measured) -> dict[str, Any]:
 def subset_facts(
     data: Embeddings, seen: Survey, measured: Measured, *, seed: int, progress: Progress
 ) -> dict[str, Any]:
-    """The rows of highest leverage, and what they cover beside as many random rows."""
+    """A few rows chosen in several ways, what they cover, and the way that leaves half of the rows nearest to one."""
     size = int(np.clip(len(data) // 50, 10, 100))
     rng = np.random.default_rng(seed)
-    ranking = rank_rows(measured.leverage)
-    chosen = np.sort(ranking[:size])
-    # Each step of the farthest-first choice reads every candidate.
-    candidates = np.sort(rng.choice(len(seen.base), min(len(seen.base), _FARTHEST_AMONG), replace=False))
-    farthest = candidates[k_center(seen.base[candidates], size, random_state=seed)]
+    # The first two read every candidate for every row they choose.
+    candidates = np.sort(rng.choice(len(seen.base), min(len(seen.base), _CANDIDATES), replace=False))
+    pool, place = seen.base[candidates], seen.base_index[candidates]
     picks = {
-        "leverage": [chosen],
-        "farthest first": [seen.base_index[farthest]],
+        "medoids": [place[k_medoids(pool, size, random_state=seed)]],
+        "farthest": [place[k_center(pool, size, random_state=seed)]],
+        "leverage": [rank_rows(measured.leverage)[:size]],
         "random": [random_rows(len(data), size, random_state=seed + draw) for draw in range(_RANDOM_DRAWS)],
     }
     methods = {}
     for step, (name, draws) in enumerate(picks.items()):
         methods[name] = _coverage(data, seen, measured.main, draws)
         progress("representative rows", (step + 1) / len(picks))
+    best = min(methods, key=lambda name: methods[name]["distance_to_nearest"]["median"])
+    chosen = np.sort(picks[best][0])
+    nearest_pick = _nearest_picks(data, seen, chosen)[1]
+    stands_for = np.bincount(nearest_pick.numpy(), minlength=size)
     return {
         "size": size,
-        "selected": chosen.tolist(),
         "rank": measured.rank,
         "methods": methods,
-        "examples": [{"row": int(row), "leverage": float(measured.leverage[row])} for row in ranking[:_EXAMPLES]],
+        "best": best,
+        "selected": chosen.tolist(),
+        "examples": [
+            {"row": int(chosen[i]), "stands_for": int(stands_for[i])}
+            for i in np.argsort(-stands_for, kind="stable")[:_EXAMPLES]
+        ],
+        "searched_rows": len(seen.base),
     }
+
+
+def _nearest_picks(data: Embeddings, seen: Survey, index: Int[np.ndarray, " k"]) -> tuple[Tensor, Tensor]:
+    """Cosine of each sampled row with the nearest of the rows `index`, and the position of that one."""
+    picked = normalize_rows(torch.from_numpy(data.take(index)).to(seen.base.dtype))
+    similarity, found = nearest(seen.base, picked, 1, metric="inner")
+    return similarity[:, 0], found[:, 0]
 
 
 def _coverage(data: Embeddings, seen: Survey, main: Subspace, draws: list[Int[np.ndarray, " k"]]) -> dict[str, Any]:
     """Mean over the draws of: energy of the main directions kept, cosine distance to the nearest pick, labels met."""
     retained, met, distances = [], [], []
     for index in draws:
-        rows = torch.from_numpy(data.take(index))
-        retained.append(_retained_energy(rows.double(), main))
-        similarity = nearest(seen.base, normalize_rows(rows.to(seen.base.dtype)), 1, metric="inner")[0][:, 0]
-        distances.append((1 - similarity).clamp_min(0).numpy())
+        retained.append(_retained_energy(torch.from_numpy(data.take(index)).double(), main))
+        distances.append((1 - _nearest_picks(data, seen, index)[0]).clamp_min(0).numpy())
         if data.labels is not None:
             met.append(len(np.unique(data.labels[index])) / len(np.unique(data.labels)))
     apart = np.concatenate(distances)

@@ -11,6 +11,12 @@ from typing import Any
 
 Figure = dict[str, Any]
 
+SUBSET_NAMES = {
+    "medoids": "medoids of clusters",
+    "farthest": "farthest first",
+    "leverage": "highest leverage",
+    "random": "random",
+}
 _DASHES = {"first": "solid", "second": "dash", "third": "dot", "fourth": "dashdot"}
 _MARKERS = {"first": "circle", "second": "square", "third": "diamond", "fourth": "triangle-up"}
 
@@ -48,7 +54,13 @@ def _rule(value: float, text: str, *, axis: str, role: str = "muted", side: str 
         f"{along}ref": "paper",
         "line": {"color": role, "dash": "dot", "width": 1.5},
     }
-    words: Figure = {"text": text, "showarrow": False, "font": {"color": "ink", "size": 12}, across: value}
+    words: Figure = {
+        "text": text,
+        "showarrow": False,
+        "bgcolor": "card",
+        "font": {"color": "ink", "size": 12},
+        across: value,
+    }
     words |= {f"{across}ref": across, f"{along}ref": "paper"}
     words |= (
         {"y": 1, "yanchor": "top", "xanchor": side}
@@ -123,7 +135,6 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
             )
         )
     shape, words = _rule(0.95, "95 %", axis="y")
-    words |= {"x": 0, "xanchor": "left"}
     return {
         "data": data,
         "layout": {
@@ -161,10 +172,12 @@ def outlier_figure(facts: dict[str, Any]) -> Figure:
 
 def subset_figure(facts: dict[str, Any]) -> Figure:
     """Share of all rows within a cosine distance of the subset."""
-    roles = {"leverage": "first", "farthest first": "third", "random": "second"}
     shares = [percent / 100 for percent in range(101)]
     return {
-        "data": [_line(facts["methods"][name]["distance_curve"], shares, name, role) for name, role in roles.items()],
+        "data": [
+            _line(facts["methods"][key]["distance_curve"], shares, name, role)
+            for (key, name), role in zip(SUBSET_NAMES.items(), _DASHES)
+        ],
         "layout": {
             "xaxis": {"title": {"text": "cosine distance to the nearest chosen row"}, "rangemode": "tozero"},
             "yaxis": {"title": {"text": "share of rows within it"}, "tickformat": ".0%", "range": [0, 1.02]},
@@ -201,8 +214,20 @@ def label_figure(facts: dict[str, Any]) -> Figure | None:
             }
         ],
         "layout": {
-            "yaxis": {"autorange": "reversed", "type": "category", "automargin": True, "tickfont": {"size": 11}},
-            "xaxis": {"type": "category", "tickangle": -90, "automargin": True, "tickfont": {"size": 11}},
+            "yaxis": {
+                "showgrid": False,
+                "autorange": "reversed",
+                "type": "category",
+                "automargin": True,
+                "tickfont": {"size": 11},
+            },
+            "xaxis": {
+                "showgrid": False,
+                "type": "category",
+                "tickangle": -90,
+                "automargin": True,
+                "tickfont": {"size": 11},
+            },
             "height": 560,
         },
     }

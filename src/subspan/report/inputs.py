@@ -44,10 +44,9 @@ def read_embeddings(
     for NaN or infinity unless `skip_nan`.
     """
     if argument is None:
-        data = _docstrings(progress)
-        if labels is not None or column is not None or text_column is not None or id_column is not None:
-            raise ValueError("TABLE: options that name columns need a table")
-        return data
+        options = {"labels": labels, "column": column, "text_column": text_column, "id_column": id_column}
+        _refuse("what is left out", "no table", **options)
+        return _docstrings(progress)
     path = Path(argument)
     if not path.exists():
         raise ValueError(f"{argument}: there is no such file or folder")
@@ -90,7 +89,7 @@ def _suffix(path: Path) -> str:
 def _refuse(argument: str, what: str, **options: str | None) -> None:
     for name, value in options.items():
         if value is not None:
-            raise ValueError(f"--{name.replace('_', '-')}: {argument} is {what}, which has no column {value!r}")
+            raise ValueError(f"--{name.replace('_', '-')}: {argument} is {what}, so there is no column {value!r}")
 
 
 # ---------------------------------------------------------------------- tables

@@ -20,7 +20,7 @@
     if (value === null || typeof value !== "object") return value;
     return Object.fromEntries(
       Object.entries(value).map(([key, entry]) => {
-        if (key === "color" && entry in colours) return [key, colours[entry]];
+        if ((key === "color" || key === "bgcolor") && entry in colours) return [key, colours[entry]];
         if (key === "fillcolor") return [key, faint(colours[entry.replace("-faint", "")])];
         if (key === "colorscale" && entry === "sequential") return [key, sequential];
         return [key, coloured(entry, colours)];

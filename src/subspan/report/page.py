@@ -189,7 +189,7 @@ def _tiles(facts: dict[str, Any]) -> str:
     low, high = spectrum["effective_rank"]["interval"]
     dims, full = short["smallest"]["pca"]["95%"], contents["columns"]
     tiles = [
-        (f"{_count(contents['rows'])} × {_count(full)}", "rows and columns"),
+        (_count(contents["rows"]), f"rows of {_count(full)} numbers"),
         (
             _number(spectrum["effective_rank"]["value"]),
             f"effective rank, 95\u202f% interval {_interval(low, high, _number)}",
@@ -396,23 +396,24 @@ def _outliers(facts: dict[str, Any], data: Embeddings) -> str:
 
 
 def _subset(facts: dict[str, Any], data: Embeddings) -> str:
-    size, methods = facts["size"], facts["methods"]
-    ours, random = methods["leverage"], methods["random"]
+    size, methods, best = facts["size"], facts["methods"], facts["best"]
+    ours, random = methods[best], methods["random"]
     lead = (
-        f"{_count(size)} rows chosen by leverage span {_percent(ours['energy_retained'])} of the energy in the "
-        f"{_count(facts['rank'])} main directions, as many random rows {_percent(random['energy_retained'])}"
+        f"Of four ways to choose {_count(size)} rows, “{figures.SUBSET_NAMES[best]}” stands for the others best: half of "
+        f"all rows are within a cosine distance of {ours['distance_to_nearest']['median']:.2f} of one of them"
     )
+    if best != "random":
+        lead += f" (random rows: {random['distance_to_nearest']['median']:.2f})"
+    lead += f", and they span {_percent(ours['energy_retained'])} of the energy in the main directions"
     if ours["labels_met"] is not None:
-        lead += (
-            f"; they meet {_percent(ours['labels_met'])} of the labels, random rows {_percent(random['labels_met'])}"
-        )
-    head = ["Chosen by", "energy kept", "median distance", "95th percentile"]
+        lead += f" and meet {_percent(ours['labels_met'])} of the labels"
+    head = ["Chosen by", "median distance", "95th percentile", "energy kept"]
     rows = [
         [
-            escape(name),
-            _percent(entry["energy_retained"]),
+            figures.SUBSET_NAMES[name],
             f"{entry['distance_to_nearest']['median']:.3f}",
             f"{entry['distance_to_nearest']['p95']:.3f}",
+            _percent(entry["energy_retained"]),
         ]
         for name, entry in methods.items()
     ]
@@ -424,17 +425,20 @@ def _subset(facts: dict[str, Any], data: Embeddings) -> str:
         "subset",
         figures.subset_figure(facts),
         "Share of all rows within a distance of the chosen ones: higher covers better",
-        "Rising curves. Median distance to the nearest chosen row: leverage "
-        f"{ours['distance_to_nearest']['median']:.2f}, random {random['distance_to_nearest']['median']:.2f}.",
+        f"Rising curves. Median distance to the nearest chosen row: {ours['distance_to_nearest']['median']:.2f} for "
+        f"{best}, {random['distance_to_nearest']['median']:.2f} for random rows.",
     )
     note = (
-        '<p class="note">Leverage looks for rows that span the space, so it likes the unusual; farthest-first looks '
-        "for rows that leave none alone; random rows follow the crowd (mean of 5 draws). The rows with the highest "
-        "leverage:</p>"
+        '<p class="note">Medoids sit in the middle of clusters; farthest-first leaves no row alone; the highest '
+        "leverage spans the space and so likes the unusual; random rows follow the crowd (mean of 5 draws). Energy is "
+        f"that of the {_count(facts['rank'])} main directions. The chosen rows that stand for most:</p>"
     )
-    cards = _cards([(entry["row"], f"leverage {entry['leverage']:.3f}") for entry in facts["examples"]], data)
+    cards = _cards(
+        [(entry["row"], f"nearest to {_plural(entry['stands_for'], 'row', 'rows')}") for entry in facts["examples"]],
+        data,
+    )
     return f'<p class="lead">{lead}.</p>{figure}{_table(head, rows)}{note}{cards}' + _command(
-        "Choose rows and write them:", _call("select", data, f"-m {size} -o chosen.csv")
+        "Choose rows and write them:", _call("select", data, f"-m {size} --method {best} -o chosen.csv")
     )
 
 

@@ -1,0 +1,236 @@
+"""The page in a real browser, without a network: drawn, complete, and no wider than a phone."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from subspan.report import Embeddings, describe, render
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+)
+SECTIONS = ["contents", "spectrum", "shortening", "outliers", "subset", "labels", "against"]
+
+
+class Browser:
+    """Chromium over its debugging pipe: JSON messages that end in a zero byte, on descriptors 3 (in) and 4 (out)."""
+
+    def __init__(self, folder: str) -> None:
+        assert CHROMIUM is not None
+        to_browser, self.write_end = os.pipe()
+        self.read_end, from_browser = os.pipe()
+
+        def place() -> None:
+            # First out of the way of 3 and 4, in case the pipes were given these numbers.
+            read, write = os.dup2(to_browser, 103), os.dup2(from_browser, 104)
+            os.dup2(read, 3)
+            os.dup2(write, 4)
+
+        self.process = subprocess.Popen(
+            [CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
+            preexec_fn=place,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(to_browser)
+        os.close(from_browser)
+        self.numbers = itertools.count(1)
+        self.waiting = b""
+        self.events: list[dict[str, Any]] = []
+        self.session: str | None = None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        number = next(self.numbers)
+        message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
+        if self.session is not None:
+            message["sessionId"] = self.session
+        os.write(self.write_end, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._next(time.monotonic() + 120)
+            if answer.get("id") == number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                return answer["result"]
+            self.events.append(answer)
+
+    def _next(self, until: float) -> dict[str, Any]:
+        while b"\0" not in self.waiting:
+            ready, _, _ = select.select([self.read_end], [], [], max(0.0, until - time.monotonic()))
+            part = os.read(self.read_end, 1 << 20) if ready else b""
+            if not part:
+                raise RuntimeError("the browser does not answer")
+            self.waiting += part
+        message, _, self.waiting = self.waiting.partition(b"\0")
+        return json.loads(message)
+
+    def value(self, expression: str) -> Any:
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def show(self, page: Path, width: int, height: int, *, dark: bool = False) -> None:
+        self.events.clear()
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+        self.call("Page.navigate", url=page.as_uri())
+        deadline = time.monotonic() + 120
+        while not self.value("document.documentElement.dataset.drawn ?? ''"):
+            assert time.monotonic() < deadline, "the plots were not drawn"
+            time.sleep(0.1)
+
+    def screenshot(self) -> np.ndarray:
+        image_module = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra vision")
+        data = base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        return np.asarray(image_module.open(io.BytesIO(data)).convert("RGB"))
+
+    def complaints(self) -> list[str]:
+        """Errors and warnings on the console, uncaught exceptions, and every request beside the page itself."""
+        found = []
+        for event in self.events:
+            method, said = event.get("method"), event.get("params", {})
+            if method == "Runtime.exceptionThrown":
+                found.append(json.dumps(said["exceptionDetails"])[:300])
+            elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
+                found.append(json.dumps(said["args"])[:300])
+            elif method == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
+                found.append(said["entry"]["text"])
+            elif method == "Network.requestWillBeSent" and not said["request"]["url"].startswith(
+                ("file:", "data:", "blob:", "about:")
+            ):
+                found.append(f"asks for {said['request']['url']}")
+        return found
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            self.session = None
+            self.call("Browser.close")
+        self.process.kill()
+        self.process.wait()
+        os.close(self.write_end)
+        os.close(self.read_end)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium on this machine to look at the page with")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        running = Browser(folder)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    centres = 3 * rng.normal(size=(14, 24))
+    kinds = rng.integers(0, 14, 400)
+    rows = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 24)) + centres[kinds] + 0.2 * rng.normal(size=(400, 24))
+    long = "a_name_without_any_place_to_break_it_" * 4
+    data = Embeddings(
+        rows=rows,
+        name=f"A table with a long name, {long}",
+        argument=f"{long}.npy",
+        source="Rows that were made for this test.",
+        labels=np.array([f"{long}{kind}" for kind in kinds]),
+        texts=[f"Text {row}: {'words ' * 60}{long}" for row in range(400)],
+    )
+    other = Embeddings(rows=rows @ rng.normal(size=(24, 12)), name="other", argument="other.npy")
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(render(describe(data, other), data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
+def test_page_is_whole_and_fits(browser: Browser, page: Path, width: int, height: int) -> None:
+    browser.show(page, width, height)
+    sections = browser.value("[...document.querySelectorAll('main section')].map(s => [s.id, s.offsetHeight])")
+    assert [name for name, _ in sections] == SECTIONS
+    assert all(tall > 200 for _, tall in sections)
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    # Nothing sticks out, except inside what scrolls by itself.
+    outside = browser.value(
+        "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1"
+        " && !e.closest('.wide-scroll, .plot, details:not([open])')).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert outside == []
+    assert browser.value("document.querySelectorAll('.plot').length") == 8
+    assert browser.value("[...document.querySelectorAll('.plot')].every(p => p.querySelector('.main-svg'))")
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, False), (1280, True)])
+def test_page_is_painted(browser: Browser, page: Path, width: int, dark: bool) -> None:
+    browser.show(page, width, 900, dark=dark)
+    seen = browser.screenshot().astype(float)
+    brightness = seen.mean(2)
+    paper = np.median(brightness)
+    assert (paper < 64) if dark else (paper > 192)
+    # Ink somewhere in every part of the page, and far from the paper's brightness.
+    for part in np.array_split(brightness, 10):
+        assert np.abs(part - paper).max() > 100
+    assert 0.005 < (np.abs(brightness - paper) > 60).mean() < 0.5
+
+
+def test_page_reads_without_colour(browser: Browser, page: Path) -> None:
+    """Text stands out from its background by at least 4.5 to 1 (WCAG AA) in both themes."""
+    measure = """
+    (() => {
+      const lum = ([r, g, b]) => {
+        const f = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+        return 0.2126 * f(r) + 0.7152 * f(g) + 0.0722 * f(b);
+      };
+      const parse = c => c.match(/[\\d.]+/g).map(Number);
+      const background = e => {
+        for (; e; e = e.parentElement) {
+          const c = parse(getComputedStyle(e).backgroundColor);
+          if (c.length < 4 || c[3] === 1) return c;
+        }
+        return [255, 255, 255];
+      };
+      const low = [];
+      for (const e of document.querySelectorAll('body *')) {
+        const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+        if (!own || ['SCRIPT', 'STYLE'].includes(e.tagName) || e.closest('svg')) continue;
+        const [a, b] = [lum(parse(getComputedStyle(e).color)), lum(background(e))].sort((x, y) => y - x);
+        if ((a + 0.05) / (b + 0.05) < 4.5) low.push(e.outerHTML.slice(0, 100));
+      }
+      return low;
+    })()
+    """
+    for dark in (False, True):
+        browser.show(page, 1280, 900, dark=dark)
+        assert browser.value(measure) == []

@@ -1,0 +1,144 @@
+"""The page: complete in itself, safe for any text, and every section there."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from subspan.report import Embeddings, describe, render
+from subspan.report.page import _percent
+
+NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 ☃"
+
+
+class Elements(html.parser.HTMLParser):
+    """Every element with its attributes, and the text of each script."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.open: list[str] = []
+        self.unbalanced: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.unbalanced.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+
+
+@pytest.fixture(scope="module")
+def rendered() -> tuple[str, dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(120, 12))
+    rows[4] = rows[3] * 1.0001
+    data = Embeddings(
+        rows=rows,
+        name=f"table {NASTY}",
+        argument="my table.npy",
+        source=NASTY,
+        labels=np.array([f"{NASTY} {i % 3}" for i in range(120)]),
+        label_name=NASTY,
+        label_argument="la bel",
+        texts=[f"{NASTY} {i}" for i in range(120)],
+        ids=[f"{NASTY} {i}" for i in range(120)],
+    )
+    other = Embeddings(rows=rows @ rng.normal(size=(12, 12)), name=NASTY, argument="new.npy", ids=data.ids)
+    facts = describe(data, other)
+    return render(facts, data), facts
+
+
+def test_every_section_is_there_and_linked(rendered: tuple[str, dict[str, Any]]) -> None:
+    found = Elements(rendered[0])
+    sections = [attributes["id"] for tag, attributes in found.elements if tag == "section"]
+    assert sections == ["contents", "spectrum", "shortening", "outliers", "subset", "labels", "against"]
+    links = [attributes["href"] for tag, attributes in found.elements if tag == "a"]
+    assert links == [f"#{name}" for name in sections]
+    assert found.unbalanced == []
+
+
+def test_each_section_names_a_command(rendered: tuple[str, dict[str, Any]]) -> None:
+    for section in re.findall(r"<section.*?</section>", rendered[0], re.S):
+        assert re.search(r'<p class="command"><span>[^<]+</span> <code>subspan \w+ ', section), section[:200]
+    assert "subspan detect &#x27;my table.npy&#x27; --labels &#x27;la bel&#x27; --by-label" in rendered[0]
+
+
+def test_nothing_is_fetched_from_elsewhere(rendered: tuple[str, dict[str, Any]]) -> None:
+    for tag, attributes in Elements(rendered[0]).elements:
+        for name in ("src", "href", "srcset", "data", "action"):
+            value = attributes.get(name) or ""
+            assert value == "" or value.startswith(("data:", "#")), (tag, name, value)
+    assert "default-src 'none'" in rendered[0]
+
+
+def test_texts_cannot_become_elements(rendered: tuple[str, dict[str, Any]]) -> None:
+    page = rendered[0]
+    found = Elements(page)
+    assert not [attributes for tag, attributes in found.elements if "onerror" in attributes]
+    assert "<script>alert" not in page
+    assert not any(script.strip().startswith("alert") for script in found.scripts)
+
+
+def test_the_facts_are_in_the_page(rendered: tuple[str, dict[str, Any]]) -> None:
+    page, facts = rendered
+    stored = re.search(r'<script type="application/json" id="facts">(.*?)</script>', page, re.S)
+    assert stored is not None
+    assert json.loads(stored.group(1)) == facts
+
+
+def test_figures_differ_by_more_than_colour(rendered: tuple[str, dict[str, Any]]) -> None:
+    figures = re.findall(r'<script type="application/json" id="figure-\w+">(.*?)</script>', rendered[0], re.S)
+    assert len(figures) == 8
+    for figure in map(json.loads, figures):
+        traces = [trace for trace in figure["data"] if trace["type"] == "scatter"]
+        marks = [(trace.get("line", {}).get("dash"), trace.get("marker", {}).get("symbol")) for trace in traces]
+        assert len(set(marks)) == len(traces)
+        assert all(trace["name"] for trace in traces)
+
+
+def test_labels_in_figures_are_escaped(rendered: tuple[str, dict[str, Any]]) -> None:
+    heatmap = re.search(r'id="figure-labels">(.*?)</script>', rendered[0], re.S)
+    assert heatmap is not None
+    assert all("<" not in label for label in json.loads(heatmap.group(1))["data"][0]["x"])
+
+
+def test_sections_without_facts_are_left_out() -> None:
+    data = Embeddings(rows=np.random.default_rng(0).normal(size=(40, 6)), name="plain", argument="x.npy")
+    page = render(describe(data), data)
+    assert 'id="labels"' not in page
+    assert 'id="against"' not in page
+
+
+def test_images_are_shown_small() -> None:
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra vision")
+    rng = np.random.default_rng(0)
+    images = [image_module.fromarray(rng.integers(0, 255, (400, 300, 3), dtype=np.uint8)) for _ in range(30)]
+    images[0] = images[0].convert("L")
+    data = Embeddings(rows=rng.normal(size=(30, 6)), name="photos", argument="photos", images=images)
+    page = render(describe(data), data)
+    shown = [attributes for tag, attributes in Elements(page).elements if tag == "img"]
+    assert len(shown) >= 12
+    assert all(len(attributes["src"] or "") < 60_000 for attributes in shown)
+    assert all((attributes["src"] or "").startswith("data:image/jpeg;base64,") for attributes in shown)
+
+
+def test_less_than_all_is_never_shown_as_all() -> None:
+    assert [_percent(share).replace("\u202f", "") for share in (0, 0.004, 0.5, 0.9996, 1)] == [
+        "0%", "0.4%", "50%", "99.9%", "100%",
+    ]  # fmt: skip

@@ -1,0 +1,398 @@
+"""The command line: what it prints, writes, and exits with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from subspan import cli
+from subspan.reproduce import Check, Outcome, System
+from subspan.reproduce import runner as reproductions
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Ran:
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def rows() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(120, 4)) @ rng.normal(size=(4, 16)) + 0.05 * rng.normal(size=(120, 16))
+    rows[17] += 3 * rng.normal(size=16)
+    return rows.astype(np.float32)
+
+
+@pytest.fixture
+def table(tmp_path: Path, rows: np.ndarray) -> Path:
+    np.save(tmp_path / "table.npy", rows)
+    return tmp_path / "table.npy"
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.txt"
+    path.write_text("".join(f"{'odd' if i % 2 else 'even'}\n" for i in range(120)))
+    return path
+
+
+# ---------------------------------------------------------------------- the command itself
+
+
+def test_version(run: Callable[..., Ran]) -> None:
+    from importlib.metadata import version
+
+    assert run("--version") == Ran(0, f"subspan {version('subspan')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    ["report", "detect", "select", "shorten", "align", "list", "reproduce", "models list", "models install",
+     "cache info", "cache clear"],
+)  # fmt: skip
+def test_every_verb_has_help_with_an_example(run: Callable[..., Ran], verb: str) -> None:
+    ran = run(*verb.split(), "--help")
+    assert ran.code == 0
+    assert f"subspan {verb}" in " ".join(ran.out.replace("│", " ").split())
+    assert "Example" in ran.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["report", "--frob"],
+        ["report", "--seed", "-1"],
+        ["detect", "--top", "many"],
+        ["select", "--method", "guess"],
+        ["align", "only-one.npy"],
+        ["reproduce"],
+        ["reproduce", "nothing-of-that-name"],
+        ["models", "install", "nothing-of-that-name"],
+        ["--data", "/nowhere/at/all", "list"],
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(run: Callable[..., Ran], arguments: list[str]) -> None:
+    ran = run(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("subspan: error: ")
+    assert ran.err.count("\n") == 1
+
+
+def test_a_defect_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproductions, "listing", lambda: 1 / 0)
+    monkeypatch.setattr("subspan.reproduce.listing", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("list")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from subspan import cli; cli.run(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+
+
+# ---------------------------------------------------------------------- report
+
+
+def test_report_writes_page_and_facts(run: Callable[..., Ran], table: Path, labels: Path) -> None:
+    ran = run("report", table, "--labels", labels, "-o", "page.html", "--json", "facts.json")
+    assert ran.code == 0
+    assert ran.err == ""
+    facts = json.loads(Path("facts.json").read_text())
+    assert (facts["contents"]["rows"], facts["contents"]["columns"]) == (120, 16)
+    assert facts["labels"]["name"] == "labels"
+    assert facts["outliers"]["examples"][0]["row"] == 17
+    assert '<section id="labels"' in Path("page.html").read_text()
+    assert sorted(os.listdir()) == ["facts.json", "labels.txt", "page.html", "table.npy"]
+
+
+def test_report_prints_facts_on_request(run: Callable[..., Ran], table: Path) -> None:
+    ran = run("report", table, "--json", "-")
+    assert json.loads(ran.out)["contents"]["rows"] == 120
+    assert Path("report.html").is_file()
+
+
+def test_report_against_another_embedding(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(16, 16)))[0]
+    np.save("new.npy", rows @ turn)
+    ran = run("report", table, "--against", "new.npy", "--json", "-")
+    assert json.loads(ran.out)["against"]["verdict"]["answer"] == "yes"
+
+
+def test_report_reads_every_kind_of_table(run: Callable[..., Ran], rows: np.ndarray) -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra tables")
+    import pyarrow.parquet as parquet
+    from safetensors.numpy import save_file
+
+    names = [f"r{i}" for i in range(len(rows))]
+    kinds = ["odd" if i % 2 else "even" for i in range(len(rows))]
+    np.savez_compressed("table.npz", vectors=rows)
+    save_file({"vectors": rows}, "table.safetensors")
+    columns = {"id": names, "kind": kinds, "vector": list(rows)}
+    parquet.write_table(arrow.table(columns), "table.parquet", row_group_size=50)
+    with Path("table.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["id", "kind", *(f"x{j}" for j in range(16))])
+        writer.writerows([name, kind, *map(float, row)] for name, kind, row in zip(names, kinds, rows))
+    facts = {}
+    for file in ("table.npz", "table.safetensors", "table.parquet", "table.csv"):
+        named = ["--id-column", "id", "--labels", "kind"] if file.endswith(("parquet", "csv")) else []
+        ran = run("report", file, *named, "--json", "-")
+        assert ran.code == 0, ran.err
+        facts[file] = json.loads(ran.out)
+        assert (facts[file]["labels"] is not None) == bool(named)
+    spectra = [found["spectrum"]["variances"] for found in facts.values()]
+    for spectrum in spectra[1:]:
+        assert spectrum == pytest.approx(spectra[0], rel=1e-4)
+
+
+def test_rows_with_nan_can_be_left_out(run: Callable[..., Ran], table: Path, rows: np.ndarray, labels: Path) -> None:
+    rows[3, 2], rows[9, 0] = np.nan, np.inf
+    np.save(table, rows)
+    assert run("report", table).code == 2
+    ran = run("report", table, "--labels", labels, "--skip-nan", "--json", "-")
+    contents = json.loads(ran.out)["contents"]
+    assert (contents["rows"], contents["rows_with_nan_left_out"]) == (118, 2)
+    # Rows keep their old numbers as names.
+    assert "row 18" in Path("report.html").read_text() or "row 17" in Path("report.html").read_text()
+
+
+def test_a_failed_report_leaves_the_old_page(run: Callable[..., Ran], table: Path) -> None:
+    Path("report.html").write_text("old")
+    assert run("report", table, "--json", "missing/facts.json").code == 2
+    assert run("report", table, "--labels", "no-such-column").code == 2
+    assert Path("report.html").read_text() == "old"
+
+
+# ---------------------------------------------------------------------- detect, select, shorten, align
+
+
+def test_detect_scores_every_row(run: Callable[..., Ran], table: Path) -> None:
+    ran = run("detect", table, "--rank", "4", "-o", "scores.csv", "--json")
+    facts = json.loads(ran.out)
+    assert facts["rows"] == 120
+    assert facts["top"][0]["row"] == 17
+    assert facts["top"][0]["outlier"] is True
+    with Path("scores.csv").open(newline="") as stream:
+        scores = list(csv.DictReader(stream))
+    assert len(scores) == 120
+    assert max(scores, key=lambda entry: float(entry["score"]))["row"] == "17"
+
+
+def test_detect_fits_to_other_rows(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    np.save("good.npy", rows[50:])
+    np.save("new.npy", rows[:30])
+    ran = run("detect", "new.npy", "--fit", "good.npy", "--rank", "4", "--json", "-o", "scores.npy")
+    facts = json.loads(ran.out)
+    assert (facts["rows"], facts["fitted_to"]) == (30, 70)
+    assert facts["top"][0]["row"] == 17
+    assert np.load("scores.npy", allow_pickle=False).argmax() == 17
+
+
+def test_detect_by_label_finds_a_row_under_the_wrong_label(run: Callable[..., Ran], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(60, 2)) @ rng.normal(size=(2, 12)) for _ in range(2)]
+    rows = np.concatenate(parts) + 0.01 * rng.normal(size=(120, 12))
+    names = ["a"] * 60 + ["b"] * 60
+    names[5] = "b"
+    np.save("rows.npy", rows)
+    Path("names.txt").write_text("\n".join(names))
+    ran = run("detect", "rows.npy", "--labels", "names.txt", "--by-label", "--rank", "2", "--json")
+    assert json.loads(ran.out)["top"][0]["row"] == 5
+
+
+@pytest.mark.parametrize("method", ["leverage", "sample", "medoids", "farthest", "random"])
+def test_select_writes_the_chosen_rows(run: Callable[..., Ran], table: Path, method: str) -> None:
+    ran = run("select", table, "-m", "12", "--method", method, "--rank", "4", "--json", "-o", "chosen.npy")
+    facts = json.loads(ran.out)
+    assert len(set(facts["indices"])) == facts["chosen"] == 12
+    assert 0 < facts["retention"] <= 1
+    assert np.load("chosen.npy", allow_pickle=False).tolist() == facts["indices"]
+    if method in ("leverage", "farthest"):
+        assert 17 in facts["indices"]
+
+
+def test_select_leaves_copies_out(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    rows[30:60] = rows[:30]
+    np.save(table, rows)
+    facts = json.loads(run("select", table, "-m", "1.0", "--unique", "--json").out)
+    assert facts["candidates"] == facts["chosen"] == 90
+    assert not set(facts["indices"]) & set(range(30, 60))
+
+
+def test_shorten_writes_coordinates_and_map(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    from subspan.geometry import Subspace
+
+    ran = run("shorten", table, "--rank", "4", "-o", "short.npy", "--map", "map.safetensors", "--json")
+    assert json.loads(ran.out)["kept"] == 4
+    short = np.load("short.npy", allow_pickle=False)
+    assert short.shape == (120, 4)
+    assert short.dtype == np.float32
+    assert short == pytest.approx(Subspace.load("map.safetensors").coordinates(rows).numpy(), abs=1e-4)
+    assert (short @ short.T)[:5, :5] == pytest.approx((rows @ rows.T)[:5, :5], rel=0.05, abs=1.0)
+
+
+def test_align_fits_judges_and_keeps_a_map(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    from subspan.geometry import AffineMap
+
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(16, 16)))[0].astype(np.float32)
+    np.save("new.npy", rows @ turn)
+    ran = run("align", table, "new.npy", "-o", "map.safetensors", "--apply", "mapped.npy", "--json")
+    facts = json.loads(ran.out)
+    assert facts["held_out"]["procrustes"]["recall@1"]["value"] == 1.0
+    assert AffineMap.load("map.safetensors").matrix.numpy() == pytest.approx(turn.T, abs=1e-3)
+    assert np.load("mapped.npy", allow_pickle=False) == pytest.approx(rows @ turn, abs=1e-2)
+
+
+def test_align_without_pairs(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+    np.save("images.npy", rows[:70] + 4)
+    facts = json.loads(run("align", table, "images.npy", "--method", "realign", "-o", "m.safetensors", "--json").out)
+    assert facts["gap_after"] < facts["gap_before"] / 5
+    assert Path("m.safetensors").is_file()
+
+
+# ---------------------------------------------------------------------- systems
+
+
+SYSTEM = System(name="fake", title="A made-up system", paper="Nobody, 2026", year=2026, room="detect", public="Fake")
+
+
+def outcome(holds: bool) -> Outcome:
+    check = Check(name="effect", metric="score", value=0.5, bar=">= 0.4", holds=True)
+    return Outcome("it works", "rows", "none", "score", 0.9, {"other": 0.8}, ">= 0.95", holds, [check])
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_reproduce_exits_by_its_bars(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, holds: bool) -> None:
+    import types
+
+    seen: dict[str, Any] = {}
+
+    def protocol(*, quick: bool, seed: int, progress: Callable[[str, float], None]) -> Outcome:
+        seen.update(quick=quick, seed=seed)
+        progress("half", 0.5)
+        return outcome(holds)
+
+    monkeypatch.setattr(reproductions, "SYSTEMS", (SYSTEM,))
+    monkeypatch.setitem(sys.modules, "subspan.reproduce.fake", types.SimpleNamespace(protocol=protocol))
+    ran = run("reproduce", "fake", "--quick", "--seed", "3", "--json", "--results", "out")
+    assert ran.code == (0 if holds else 1)
+    assert ran.err == ""
+    (record,) = json.loads(ran.out)
+    assert {
+        "system",
+        "claim",
+        "data",
+        "model",
+        "metric",
+        "ours",
+        "baselines",
+        "bar",
+        "holds",
+        "seconds",
+        "versions",
+    } <= set(record)
+    assert (record["holds"], seen) == (holds, {"quick": True, "seed": 3})
+    assert Path("out/fake.quick.json").is_file()
+    words = run("reproduce", "all")
+    assert words.code == ran.code
+    assert "it works" in words.out
+
+
+def test_list_names_every_system(run: Callable[..., Ran]) -> None:
+    entries = json.loads(run("list", "--json").out)
+    assert [entry["name"] for entry in entries] == [system.name for system in reproductions.SYSTEMS]
+    assert {"name", "title", "paper", "year", "room", "status"} <= set(entries[0])
+    words = run("list").out
+    assert all(entry["name"] in words for entry in entries)
+
+
+def test_models_are_listed(run: Callable[..., Ran]) -> None:
+    entries = json.loads(run("models", "list", "--json").out)
+    assert {"minilm", "smollm2", "efficientnet-lite0"} <= {entry["name"] for entry in entries}
+
+
+def test_cache_is_shown_and_cleared(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from subspan.datasets.cache import cached_features
+
+    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
+    cached_features(lambda start: [np.ones((100, 100), np.float32)], data="x")
+    assert len(json.loads(run("cache", "info", "--json").out)["entries"]) == 1
+    assert "1 entries" in run("cache", "info").out
+    assert run("cache", "clear").code == 0
+    assert json.loads(run("cache", "info", "--json").out)["entries"] == []
+
+
+# ---------------------------------------------------------------------- as a process
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
+    rows = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.float32, shape=(60_000, 512))
+    rng = np.random.default_rng(0)
+    for start in range(0, len(rows), 10_000):
+        rows[start : start + 10_000] = rng.normal(size=(10_000, 512))
+    rows.flush()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _TELLING_WHEN_IT_WORKS, "report", "big.npy"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "subspan: stopped"
+    assert "Traceback" not in errors
+    assert os.listdir(tmp_path) == ["big.npy"]
+
+
+# Interrupting the imports would prove nothing, so the process says when the rows are being read.
+_TELLING_WHEN_IT_WORKS = """
+import sys
+import subspan.report.facts as facts
+from subspan import cli
+survey = facts.survey
+def telling(*arguments, **options):
+    print("working", flush=True)
+    return survey(*arguments, **options)
+facts.survey = telling
+sys.exit(cli.run(sys.argv[1:]))
+"""
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    command = f"{sys.executable} -m subspan list --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode in (0, 141)
+    assert ran.stderr == ""
