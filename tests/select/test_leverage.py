@@ -181,6 +181,17 @@ def test_streams_give_the_scores_of_the_array(pool, tmp_path):
         assert selector.n_features_in_ == 30
 
 
+def test_a_dask_array_gives_the_scores_of_the_array(pool):
+    arrays = pytest.importorskip("dask.array", reason="Dask is not installed")
+    source = arrays.from_array(pool.astype(np.float32), chunks=(90, 20))
+    reference = LeverageSelector().fit(pool.astype(np.float32))
+    selector = LeverageSelector().fit(source)
+    assert np.abs(selector.scores_ - reference.scores_).max() < 1e-9
+    assert np.abs(selector.score_samples(source) - reference.scores_).max() < 1e-9
+    with pytest.raises(ValueError, match="by position"):
+        selector.fit_resample(source)
+
+
 class _Again:
     """An iterable that can be read again."""
 
@@ -340,6 +351,10 @@ def test_scoring_rows_of_another_width_or_with_nan(pool):
         selector.score_samples(pool[:, 1:])
     with pytest.raises(ValueError, match="29 features"):
         selector.score_samples(_Again([pool[:, 1:]]))
+    broken = pool.copy()
+    broken[123, 4] = np.inf
+    with pytest.raises(ValueError, match="row 123 contains NaN or infinity"):
+        LeverageSelector().fit(_Again(np.array_split(broken, 9)))
     with pytest.raises(ValueError, match="NaN"):
         selector.score_samples(np.full((2, 30), np.nan))
     with pytest.raises(TypeError, match="n_select"):

@@ -50,8 +50,11 @@ def token_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> Float[Tensor, " b
     counts = predicted.sum(1)
     if not bool((counts > 0).all()):
         raise ValueError("batches: a sequence of fewer than two tokens has no perplexity")
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1].mT.float(), ids[:, 1:], reduction="none")
-    return (loss * predicted).sum(1) / counts
+    loss = torch.zeros(predicted.shape, device=logits.device)
+    loss[predicted] = torch.nn.functional.cross_entropy(
+        logits[:, :-1][predicted].float(), ids[:, 1:][predicted], reduction="none"
+    )
+    return loss.sum(1) / counts
 
 
 def k_center(X: Any, n_select: int | float, *, random_state: Any = None) -> np.ndarray:

@@ -110,7 +110,7 @@ class LeverageSelector(BaseEstimator):
 
     def fit_resample(self, X: Any, y: Any = None) -> Any:
         """Fit, and return the selected rows in pool order: (X, y), or X alone where no y is given."""
-        if is_stream(X) and not hasattr(X, "__array__"):
+        if (is_stream(X) and not hasattr(X, "__array__")) or is_dask(X):
             raise ValueError("X: rows of a stream cannot be taken by position; use fit and indices_")
         if y is not None:
             check_consistent_length(X, y)
@@ -145,8 +145,9 @@ class LeverageSelector(BaseEstimator):
             self._set(wide, wide.center, None)
             return
         # In float64 throughout, so that a ranking does not depend on how the pool was cut into batches.
-        wide = pool.astype(np.float64) if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool))
-        moments = fit_moments(wide)
+        moments = fit_moments(
+            pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool)),
+        )
         if not self.row_norm:
             self._use_moments(moments)
             return
@@ -196,7 +197,15 @@ class LeverageSelector(BaseEstimator):
         return torch.cat(parts).to(torch.float64)
 
     def _batches(self, pool: Any) -> Iterator[Tensor]:
-        return batches(pool, self.batch_size)
+        start = 0
+        for rows in batches(pool, self.batch_size):
+            bad = (~torch.isfinite(rows)).any(1) if not torch.isfinite(rows.sum()) else None
+            if bad is not None and bool(bad.any()):
+                raise ValueError(
+                    f"X: row {start + int(bad.nonzero()[0, 0])} contains NaN or infinity; remove or impute it"
+                )
+            start += len(rows)
+            yield rows
 
     # ------------------------------------------------------------------ the door
 
@@ -216,15 +225,15 @@ class LeverageSelector(BaseEstimator):
                 "X: a one-shot iterator is used up by the first of two passes; pass a re-iterable (a list-like of "
                 "batches, a DataLoader, a file), or feed partial_fit and then score_samples"
             )
-        if not is_stream(X) or issparse(X):
+        if (not is_stream(X) and not is_dask(X)) or issparse(X):
             return self._rows(X, reset=reset)
-        width = next(iter(batches(X, 1))).shape[1]
+        width = X.shape[1] if is_dask(X) else next(iter(batches(X, 1))).shape[1]
         if reset:
             self.n_features_in_ = width
             self.__dict__.pop("feature_names_in_", None)
         elif width != self.n_features_in_:
             raise ValueError(f"X: has {width} features, but LeverageSelector is expecting {self.n_features_in_}")
-        return X
+        return X.astype(np.float64) if is_dask(X) else X
 
     def _rows(self, X: Any, *, reset: bool) -> Tensor:
         if isinstance(X, Tensor):
