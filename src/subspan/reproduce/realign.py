@@ -112,14 +112,19 @@ def geometry(mapped: Tensor, data: Domain, mapped_fit: Tensor) -> dict[str, floa
 def substitution(
     train_text: Tensor, labels: np.ndarray, images: Tensor, truth: np.ndarray, seeds: range, epochs: int
 ) -> list[float]:
-    """Accuracy on real images of MLP classifiers that were trained on (mapped) texts alone, one a seed."""
+    """Accuracy on real images of MLP classifiers that were trained on (mapped) texts alone, one a seed.
+
+    One factor brings the training rows to unit variance per dimension: a cone's spread is far below what an MLP
+    expects.
+    """
+    factor = 1 / float(train_text.std(0).mean())
     accuracies = []
     for seed in seeds:
         classifier = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Stochastic Optimizer")
-            classifier.fit(train_text.numpy(), labels)
-        accuracies.append(float((classifier.predict(images.numpy()) == truth).mean()))
+            classifier.fit((factor * train_text).numpy(), labels)
+        accuracies.append(float((classifier.predict((factor * images).numpy()) == truth).mean()))
     return accuracies
 
 
@@ -244,29 +249,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     ]
     checks = _checks(measured, accuracy, floor, planted)
     if "flickr8k_1000" in space.splits:
-        other = domain(space, "flickr8k_1000")
-        inside = fitted(ReAlign(), other)(other.test_text)
-        across = fitted(ReAlign(), data)(other.test_text)
-        gaps = [ModalityGap.gap(mapped, other.test_image) for mapped in (other.test_text, inside, across)]
-        tables.append(
-            Table(
-                "held-out gap on Flickr8k captions, by where the statistics come from",
-                ["statistics", "gap"],
-                [
-                    [name, round(gap, 4)]
-                    for name, gap in zip(("none", "Flickr8k (in domain)", f"{source} (another domain)"), gaps)
-                ],
-            )
-        )
-        checks.append(
-            Check(
-                "statistics belong to their domain",
-                "gap with another domain's statistics over in-domain gap",
-                gaps[2] / gaps[1],
-                ">= 1.5",
-                gaps[2] >= 1.5 * gaps[1],
-            )
-        )
+        progress("captions", 0.96)
+        tables += _captions(domain(space, "flickr8k_1000"), data, source, every, checks)
     full, raw, first = (measured[name]["gap, fitted corpus"] for name in (_FULL, "no alignment", "mean shift (step 1)"))
     return Outcome(
         claim="three closed-form steps put unpaired text embeddings into the image distribution (gap 0.39 to 2.6e-4 on "
@@ -291,6 +275,52 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     )
 
 
+def _captions(captions: Domain, other: Domain, source: str, every: dict[str, Any], checks: list[Check]) -> list[Table]:
+    """The same geometry on written captions, and what statistics of another domain do to them."""
+    rows = {"no alignment": geometry(captions.test_text, captions, captions.fit_text)}
+    for name, model in every.items():
+        mapped = fitted(model, captions)
+        rows[name] = geometry(mapped(captions.test_text), captions, mapped(captions.fit_text))
+    across = ModalityGap.gap(fitted(ReAlign(), other)(captions.test_text), captions.test_image)
+    inside = rows[_FULL]["gap, held out"]
+    kept, block = (rows[name]["neighbours kept"] for name in (_FULL, "blockwise covariance"))
+    checks += [
+        Check(
+            "neighbourhoods of captions kept, beside blockwise covariance",
+            "ratio of the shares of the 10 nearest neighbours",
+            kept / block,
+            ">= 2",
+            kept >= 2 * block,
+        ),
+        Check(
+            "statistics belong to their domain",
+            "held-out gap with another domain's statistics over in-domain gap",
+            across / inside,
+            ">= 1.5",
+            across >= 1.5 * inside,
+        ),
+    ]
+    columns = list(rows[_FULL])
+    return [
+        Table(
+            f"gap and geometry, Flickr8k captions ({len(captions.fit_text)} texts and {len(captions.fit_image)} pictures "
+            f"to fit, {len(captions.test_text)} captions held out; exponent of the images "
+            f"{spectrum_exponent(torch.unique(captions.test_image, dim=0)):.3f})",
+            ["map", *columns],
+            [[name, *(round(row[column], 5) for column in columns)] for name, row in rows.items()],
+        ),
+        Table(
+            "held-out gap on Flickr8k captions, by where the statistics come from",
+            ["statistics", "gap"],
+            [
+                ["none", round(rows["no alignment"]["gap, held out"], 4)],
+                ["Flickr8k (in domain)", round(inside, 4)],
+                [f"{source} (another domain)", round(across, 4)],
+            ],
+        ),
+    ]
+
+
 def _checks(
     measured: dict[str, dict[str, float]],
     accuracy: dict[str, list[float]],
@@ -298,7 +328,6 @@ def _checks(
     planted: list[list[Any]],
 ) -> list[Check]:
     full, raw = measured[_FULL], measured["no alignment"]
-    block = measured["blockwise covariance"]
     noisy = next(row for name, row in measured.items() if name.startswith("C3"))
     text_exponent = raw["exponent"]
     score = {name: float(np.mean(values)) for name, values in accuracy.items()}
@@ -325,13 +354,6 @@ def _checks(
             full["neighbours kept"],
             ">= 0.80",
             full["neighbours kept"] >= 0.8,
-        ),
-        Check(
-            "neighbourhoods kept, beside blockwise covariance",
-            "ratio",
-            full["neighbours kept"] / block["neighbours kept"],
-            ">= 2",
-            full["neighbours kept"] >= 2 * block["neighbours kept"],
         ),
         Check(
             "the spectrum keeps its exponent",
