@@ -480,6 +480,16 @@ def test_shield_equals_the_estimator_on_its_states():
     assert shield.report()["stem"]["spikes"]["kept"] == direct.kept_.tolist()
 
 
+def test_shield_without_an_attack_and_calibrated_only_outside():
+    model = Tokens().eval()
+    shield = EigenShield(model, "stem", rank=3, nonconformity="bootstrap", random_state=0).calibrate(token_batches())
+    assert shield.spikes["stem"].rbns_.shape == (3,)
+    with shield, pytest.raises(RuntimeError, match="outside"):
+        shield.calibrate(token_batches())
+    with pytest.raises(ValueError, match="needs perturbed rows"):
+        EigenShield(model, "stem").calibrate(token_batches())
+
+
 def test_shield_at_several_layers_and_on_maps():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

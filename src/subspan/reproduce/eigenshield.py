@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ CALIBRATION_TYPOS, HELD_OUT_TYPOS = ("swap", "drop"), ("repeat", "neighbour")
 _BATCH = 32
 _JPEG_QUALITY = 75
 _BLUR_SIGMA = 1.0
+_UNSEEN_RADIUS = 0.25
 _CLASSES = 10
 
 
@@ -52,7 +53,7 @@ class Size:
     text_tests: int
 
 
-FULL = Size(128, 1500, 3000, 300, 300, 10, (1 / 255, 2 / 255), 3000, 1000)
+FULL = Size(128, 1500, 3000, 200, 250, 10, (1 / 255, 2 / 255), 3000, 1000)
 QUICK = Size(96, 400, 500, 100, 60, 5, (1 / 255,), 400, 150)
 
 
@@ -174,7 +175,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         checks=checks,
         tables=[
             Table(
-                f"Images: accuracy and attack success rate (radii {radii}; adaptive at {radii.split(',')[0]})",
+                f"Images: accuracy and attack success rate (radii {radii}; adaptive at {radii.split(',')[0]}; "
+                f"unseen = L2 attack of radius {_UNSEEN_RADIUS})",
                 _COLUMNS,
                 _rounded(study.rows),
             ),
@@ -200,9 +202,18 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
 
 _COLUMNS = [
-    "defence", "k", "clean", "attacked", "from another head", "adaptive", "attack success", "adaptive success",
-]  # fmt: skip
-_CLEAN, _ADAPTIVE, _ASR = 2, 5, 6
+    "defence",
+    "k",
+    "clean",
+    "attacked",
+    "from another head",
+    "unseen attack",
+    "adaptive",
+    "attack success",
+    "unseen success",
+    "adaptive success",
+]
+_CLEAN, _ADAPTIVE, _ASR = 2, 6, 7
 
 
 # ---------------------------------------------------------------------- images
@@ -240,6 +251,7 @@ def _image_study(features: ImageFeatures, pictures: Pictures, size: Size, seed: 
     tests, truth = images["tests"], labels["tests"]
     oblivious = {r: _attacked(features, head, tests, truth, r, size, seed + 1) for r in size.radii}
     transferred = {r: _attacked(features, other, tests, truth, r, size, seed + 2) for r in size.radii}
+    unseen = _attacked(features, head, tests, truth, _UNSEEN_RADIUS, size, seed + 4, "l2")
     untouched = _seen(features, tests, size)
 
     k = spikes.subspace_.dim
@@ -260,7 +272,7 @@ def _image_study(features: ImageFeatures, pictures: Pictures, size: Size, seed: 
     rows = []
     for index, defence in enumerate(defences):
         progress(f"adaptive attack: {defence.name}", 0.6 + 0.3 * index / len(defences))
-        rows.append(_measured(features, defence, untouched, oblivious, transferred, tests, truth, size, seed))
+        rows.append(_measured(features, defence, untouched, oblivious, transferred, unseen, tests, truth, size, seed))
     alarm = _alarm(spikes, clean["tests"], torch.cat([states[:, 0] for states in oblivious.values()]))
     return ImageStudy(
         rows,
@@ -290,6 +302,7 @@ def _measured(
     untouched: Float[Tensor, "n v d"],
     oblivious: dict[float, Tensor],
     transferred: dict[float, Tensor],
+    unseen: Float[Tensor, "n v d"],
     tests: np.ndarray,
     truth: Int[Tensor, " n"],
     size: Size,
@@ -299,6 +312,7 @@ def _measured(
     before = defence.right(untouched[:, view], truth)
     after = torch.stack([defence.right(attacked[:, view], truth) for attacked in oblivious.values()])
     moved = torch.stack([defence.right(attacked[:, view], truth) for attacked in transferred.values()])
+    other = defence.right(unseen[:, view], truth)
     survived = _adaptive(features, defence, tests, truth, size, seed + 3)
     return [
         defence.name,
@@ -306,8 +320,10 @@ def _measured(
         _mean(before),
         _mean(after),
         _mean(moved),
+        _mean(other),
         _mean(survived & before),
         1 - _mean(after[:, before]),
+        1 - _mean(other[before]),
         1 - _mean(survived[before]),
     ]
 
@@ -416,6 +432,7 @@ def _attacked(
     radius: float,
     size: Size,
     seed: int,
+    norm: Literal["linf", "l2"] = "linf",
 ) -> Float[Tensor, "n v d"]:
     """Features, under each view, of images attacked through the undefended classifier."""
     model = nn.Sequential(features, head)
@@ -425,10 +442,12 @@ def _attacked(
             part = slice(block, block + _BATCH)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
             x = _pixels(images[part], size)
-            yield _viewed(features, pgd(model, x, labels[part], eps=radius, steps=size.steps, generator=generator))
+            attacked = pgd(model, x, labels[part], eps=radius, steps=size.steps, norm=norm, generator=generator)
+            yield _viewed(features, attacked)
 
     views = (_JPEG_QUALITY, _BLUR_SIGMA)
-    options = {"pixels": size.pixels, "radius": radius, "steps": size.steps, "seed": seed, "views": views}
+    ball = radius if norm == "linf" else (norm, radius)
+    options = {"pixels": size.pixels, "radius": ball, "steps": size.steps, "seed": seed, "views": views}
     rows = cached_features(compute, model=model, data=(images, labels), options=options, shard_rows=2 * _BATCH)
     return torch.from_numpy(np.array(rows))
 
