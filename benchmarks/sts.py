@@ -1,0 +1,100 @@
+"""Adaptation cost of spectral steering: the batched closed form, a loop of it, autograd, and prompt tuning.
+
+All rows are measured side by side in one run on the same views; what must agree is checked before it is timed.
+Run: python benchmarks/sts.py [--classes 100] [--dim 512] [--images 200] [--views 64] [--prompts 3]
+"""
+
+import argparse
+import time
+
+import torch
+from torch.nn import functional as F
+
+from subspan.edit import PrototypeShift, SpectralSteering, select_confident
+
+
+def autograd_loop(steering: SpectralSteering, views: torch.Tensor) -> torch.Tensor:
+    """One image after the other through autograd and torch.optim.AdamW, as the method is usually written."""
+    answers = []
+    for image in views:
+        index, _ = select_confident(steering.logit_scale * image @ steering.prototypes.T, steering.keep)
+        kept = image[index]
+        coefficients = torch.zeros(steering.subspace.dim, dtype=image.dtype, requires_grad=True)
+        optimizer = torch.optim.AdamW([coefficients], steering.lr)
+        for _ in range(steering.steps):
+            moved = F.normalize(steering.prototypes + coefficients @ steering.basis.T, dim=-1)
+            mean = (steering.logit_scale * kept @ moved.T).softmax(-1).mean(0)
+            optimizer.zero_grad()
+            (-torch.special.xlogy(mean, mean).sum()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            moved = F.normalize(steering.prototypes + coefficients @ steering.basis.T, dim=-1)
+            answers.append((steering.logit_scale * kept @ moved.T).softmax(-1).mean(0))
+    return torch.stack(answers)
+
+
+def timed(run, images: int, repeats: int = 3) -> float:
+    """Milliseconds an image, the best of `repeats` after a warm-up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return 1000 * min(seconds) / images
+
+
+def prompt_tuning_row(classes: int, views: torch.Tensor) -> float | None:
+    """Prompt tuning through MiniLM with invented class names; None where the weights are not installed."""
+    from subspan.datasets import is_installed, load_sentence_encoder
+    from subspan.models import SentenceEncoder
+    from subspan.reproduce.sts import JointSpace, prompt_tuning
+
+    if not is_installed("minilm"):
+        return None
+    encoder = SentenceEncoder(*load_sentence_encoder())
+    head = torch.randn(384, views.shape[-1], generator=torch.Generator().manual_seed(0)) / 384**0.5
+    space = JointSpace("random head", lambda x: x, lambda x: x @ head, 100.0)
+    names = [f"thing number {number}" for number in range(classes)]
+    return timed(lambda: prompt_tuning(space, encoder, names, views), len(views), repeats=1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("classes", 100), ("dim", 512), ("images", 200), ("views", 64), ("prompts", 3)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    generator = torch.Generator().manual_seed(0)
+    decay = torch.logspace(0, -1.5, options.dim)
+    rows = torch.randn(options.classes, options.dim, generator=generator) * decay + 0.1
+    prototypes = F.normalize(rows, dim=-1)
+    truth = torch.randint(options.classes, (options.images,), generator=generator)
+    noise = torch.randn(options.images, options.views, options.dim, generator=generator) * decay
+    views = F.normalize(prototypes[truth][:, None] + 0.1 * noise, dim=-1)
+    steering = SpectralSteering(prototypes, 100.0)
+    exact = SpectralSteering(prototypes.double(), 100.0)
+    few = views[:20]
+    gap = float((exact(few.double()) - autograd_loop(exact, few.double())).abs().max())
+    assert gap < 1e-6, gap
+    print(f"classes {options.classes}, dim {options.dim}, {options.images} images, {options.views} views, ", end="")
+    print(f"k = {steering.subspace.dim}; closed form and autograd differ by {gap:.1e} (float64)")
+    results = {
+        "closed form, one batch": timed(lambda: steering(views), options.images),
+        "closed form, image by image": timed(lambda: [steering(image) for image in few], 20),
+        "autograd, image by image": timed(lambda: autograd_loop(steering, few), 20),
+        "shift in all dimensions, one batch": timed(lambda: PrototypeShift(prototypes, 100.0)(views), options.images),
+        "shift per class, 20 images": timed(
+            lambda: PrototypeShift(prototypes, 100.0, per_class=True)(few), 20, repeats=1
+        ),
+    }
+    if options.prompts:
+        tuned = prompt_tuning_row(options.classes, views[: options.prompts])
+        if tuned is not None:
+            results["prompt tuning through MiniLM"] = tuned
+    best = results["closed form, one batch"]
+    for name, each in results.items():
+        print(f"{name:36s} {each:10.3f} ms an image {each / best:10.1f} x")
+
+
+if __name__ == "__main__":
+    main()
