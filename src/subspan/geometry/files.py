@@ -39,8 +39,10 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Tensor], **facts: Any) -> None:
     """Write tensors of one `kind` to a safetensors file, whole or not at all; `facts` are JSON values kept beside."""
     metadata = {"subspan": json.dumps({**facts, "kind": kind})}
+    # Copies, as the format refuses tensors that share memory (a subspace's variances are part of its spectrum).
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in arrays.items()}
     with atomic_write(path) as temporary:
-        save_file({name: value.cpu().contiguous() for name, value in arrays.items()}, temporary, metadata=metadata)
+        save_file(copies, temporary, metadata=metadata)
 
 
 def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
