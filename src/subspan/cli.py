@@ -68,6 +68,10 @@ Rank = Annotated[
 ]
 
 
+_STOPPED = 130
+"""The exit code after Ctrl-C; newer versions of typer return it, older ones raise Abort."""
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.exit(run())
@@ -78,21 +82,21 @@ def run(arguments: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _one_line_warning
         try:
-            return int(app(arguments, prog_name="subspan", standalone_mode=False) or 0)
+            code = int(app(arguments, prog_name="subspan", standalone_mode=False) or 0)
         except (KeyboardInterrupt, typer.Abort):
-            _say("stopped")
-            return 130
-        except typer.Exit as exit:
-            return exit.exit_code
+            code = _STOPPED
         except BrokenPipeError:
             # The reader of the output has left (`subspan list | head`); Python would complain again when it closes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
+            code = 141
         except Exception as error:
             if os.environ.get("SUBSPAN_TRACEBACK") or not _is_input_error(error):
                 raise
             _say(f"error: {_one_line(error)}")
-            return 2
+            code = 2
+    if code == _STOPPED:
+        _say("stopped")
+    return code
 
 
 def _is_input_error(error: Exception) -> bool:

@@ -102,12 +102,14 @@ class Browser:
 
     def show(self, page: Path, width: int, height: int, *, dark: bool = False) -> None:
         self.events.clear()
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=page.as_uri())
         deadline = time.monotonic() + 120
-        while not self.value("document.documentElement.dataset.drawn ?? ''"):
+        while not self.value("document.documentElement?.dataset.drawn ?? ''"):
             assert time.monotonic() < deadline, "the plots were not drawn"
             time.sleep(0.1)
 

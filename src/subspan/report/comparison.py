@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..align import SpaceMap
-from ..geometry import AffineMap, normalize_rows
+from ..geometry import AffineMap, normalize_rows, oas_shrinkage
 from ..solvers.neighbours import nearest, recall_at_k
+from ..statistics import JointMoments
 from .embeddings import Embeddings, Progress
 from .facts import NEIGHBOURS, mean_interval
 
@@ -23,6 +24,7 @@ SHARED = 0.5
 ENOUGH_RECALL, ENOUGH_AGREEMENT = 0.95, 0.8
 BRIDGE_RECALL, BRIDGE_AGREEMENT = 0.8, 0.5
 _QUERIES = 1000
+_MOST_SHRINKAGE = 0.99
 _BASE_ROWS = 50_000
 
 
@@ -61,13 +63,16 @@ def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress
     """Likeness, shared dimensions and maps, fitted on one half of the rows and judged on the other half."""
     train, held_out = _halves(len(data), seed)
     joint = SpaceMap().fit(_shown(data, train, progress), other.batches(train)).moments_
-    canonical = joint.cca()
+    shrinkage = _shrinkage(joint)
+    canonical = joint.cca(shrinkage=shrinkage)
     source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))
     correlations = _held_out_correlations(canonical.transform_x(source), canonical.transform_y(target))
     shared = int((correlations > SHARED).sum())
     maps: dict[str, AffineMap] = {"Procrustes": joint.procrustes(), "affine (ridge)": joint.ridge()}
     if shared:
-        maps["CCA-projected"] = SpaceMap("cca", k=shared).fit(data.batches(train), other.batches(train)).map_
+        maps["CCA-projected"] = (
+            SpaceMap("cca", k=shared, shrinkage=shrinkage).fit(data.batches(train), other.batches(train)).map_
+        )
     retrieval, in_common = _retrievals(source, target, maps, seed, progress)
     return {
         "source": data.name,
@@ -131,6 +136,12 @@ def _retrievals(
         progress("cross-retrieval", (step + 1) / len(ways))
     both = recall_at_k(_others(source, source, queries), truth).numpy()
     return retrieval, {"share": float(both.mean()), "interval": mean_interval(both, seed)}
+
+
+def _shrinkage(joint: JointMoments) -> float:
+    """The smaller of the two sides' shrinkage weights: rows that are white already would be shrunk to nothing."""
+    weights = (oas_shrinkage(covariance, joint.count) for covariance in (joint.cov_xx, joint.cov_yy))
+    return min(_MOST_SHRINKAGE, *weights)
 
 
 def _held_out_correlations(x: Float[Tensor, "n k"], y: Float[Tensor, "n k"]) -> Float[Tensor, " k"]:

@@ -40,7 +40,7 @@ _CLASSES_SHOWN = 24
 _CLASS_DIM = 8
 _CANDIDATES = 10_000
 _RANDOM_DRAWS = 5
-_EXAMPLES = 12
+_EXAMPLES = 9
 _RULES = ("marchenko-pastur", "gavish-donoho", "effective", "elbow")
 
 

@@ -62,11 +62,10 @@ def _rule(value: float, text: str, *, axis: str, role: str = "muted", side: str 
         across: value,
     }
     words |= {f"{across}ref": across, f"{along}ref": "paper"}
-    words |= (
-        {"y": 1, "yanchor": "top", "xanchor": side}
-        if axis == "x"
-        else {"x": 1, "xanchor": "right", "yanchor": "bottom"}
-    )
+    if axis == "x":
+        words |= {"y": 1, "yanchor": "top", "xanchor": side}
+    else:
+        words |= {"x": 0, "yanchor": "bottom", "xanchor": "left"}
     return shape, words
 
 
@@ -190,44 +189,39 @@ def label_figure(facts: dict[str, Any]) -> Figure | None:
     subspaces = facts["subspaces"]
     if subspaces is None:
         return None
-    labels = [escape(label if len(label) <= 18 else label[:17] + "…") for label in subspaces["labels"]]
-    angles = [
-        [None if i == j else round(angle, 1) for j, angle in enumerate(row)]
-        for i, row in enumerate(subspaces["mean_angle"])
-    ]
-    few = len(labels) <= 12
+    labels = [escape(label) for label in subspaces["labels"]]
+    # Classes are placed by number: shortened names may coincide.
+    places = list(range(len(labels)))
+    axis = {
+        "tickvals": places,
+        "ticktext": [escape(label if len(label) <= 18 else label[:17] + "…") for label in subspaces["labels"]],
+        "tickfont": {"size": 11},
+        "showgrid": False,
+        "zeroline": False,
+        "automargin": True,
+    }
+    angles = subspaces["mean_angle"]
     return {
         "data": [
             {
                 "type": "heatmap",
-                "z": angles,
-                "x": labels,
-                "y": labels,
+                "z": [[None if i == j else round(angles[i][j], 1) for j in places] for i in places],
+                "x": places,
+                "y": places,
                 "colorscale": "sequential",
                 "reversescale": True,
                 "hoverongaps": False,
+                "hoverinfo": "text",
+                "hovertext": [[f"{labels[i]} and {labels[j]}: {angles[i][j]:.1f}°" for j in places] for i in places],
                 "xgap": 1,
                 "ygap": 1,
-                "hovertemplate": "%{y} and %{x}: %{z}°<extra></extra>",
-                "texttemplate": "%{z:.0f}" if few else "",
+                "texttemplate": "%{z:.0f}" if len(labels) <= 12 else "",
                 "colorbar": {"title": {"text": "degrees"}, "thickness": 12, "outlinewidth": 0},
             }
         ],
         "layout": {
-            "yaxis": {
-                "showgrid": False,
-                "autorange": "reversed",
-                "type": "category",
-                "automargin": True,
-                "tickfont": {"size": 11},
-            },
-            "xaxis": {
-                "showgrid": False,
-                "type": "category",
-                "tickangle": -90,
-                "automargin": True,
-                "tickfont": {"size": 11},
-            },
+            "xaxis": {**axis, "tickangle": -90},
+            "yaxis": {**axis, "autorange": "reversed"},
             "height": 560,
         },
     }

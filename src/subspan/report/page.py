@@ -169,8 +169,9 @@ def _number(value: float) -> str:
 def _percent(share: float) -> str:
     """A share in percent; nothing that is less than all is shown as 100 %."""
     rounded = f"{share:.1%}" if share < 0.1 or share > 0.9 else f"{share:.0%}"
-    text = {"0.0%": "0%", "100.0%": "100%" if share == 1 else "99.9%"}.get(rounded, rounded)
-    return text.replace("%", "\u202f%")
+    if rounded == "100.0%" and share < 1:
+        rounded = "99.9%"
+    return rounded.replace(".0%", "%").replace("%", "\u202f%")
 
 
 def _interval(low: float, high: float, show: Callable[[float], str]) -> str:
@@ -399,8 +400,8 @@ def _subset(facts: dict[str, Any], data: Embeddings) -> str:
     size, methods, best = facts["size"], facts["methods"], facts["best"]
     ours, random = methods[best], methods["random"]
     lead = (
-        f"Of four ways to choose {_count(size)} rows, “{figures.SUBSET_NAMES[best]}” stands for the others best: half of "
-        f"all rows are within a cosine distance of {ours['distance_to_nearest']['median']:.2f} of one of them"
+        f"Of four ways to choose {_count(size)} rows, “{figures.SUBSET_NAMES[best]}” stands for the others best: half "
+        f"of all rows are within a cosine distance of {ours['distance_to_nearest']['median']:.2f} of one of them"
     )
     if best != "random":
         lead += f" (random rows: {random['distance_to_nearest']['median']:.2f})"
