@@ -44,7 +44,7 @@ types: .venv/.installed
 	.venv/bin/basedpyright
 
 docs: .venv/.installed
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # In an environment of its own, with nothing but what the wheel declares, and from outside the checkout.
 wheel: .venv/.installed
