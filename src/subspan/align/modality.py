@@ -238,7 +238,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         if name == "X":
             array = validate_data(self, source, reset=reset, dtype=np.float64, ensure_all_finite=False)
         else:
-            array = check_array(source, dtype=np.float64, ensure_all_finite=False, input_name=name)
+            array = check_array(source, dtype="float64", ensure_all_finite=False, input_name=name)
         rows = check_matrix(array, name, columns=columns)
         for start in range(0, len(rows), _BATCH):
             yield rows[start : start + _BATCH].double()

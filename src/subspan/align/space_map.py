@@ -66,9 +66,10 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         if Y is None:
             raise ValueError("requires y to be passed, but the target y is None: Y holds the rows paired with X")
         if getattr(Y, "ndim", 2) == 1 or not any(_is_streamed(rows) for rows in (X, Y)):
-            x, y = validate_data(
+            pair: Any = validate_data(
                 self, X, Y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
             )
+            x, y = pair
             yield check_matrix(x, "X"), check_matrix(y.reshape(len(y), -1).astype(np.float64), "Y")
             return
         try:

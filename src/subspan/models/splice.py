@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 PLACEHOLDER = -200
 """Token id that no tokenizer gives out; it marks where embeddings go."""
@@ -24,7 +24,7 @@ class Spliced(NamedTuple):
 
 
 def splice_embeddings(
-    model: nn.Module,
+    model: Any,
     embeddings: Float[Tensor, "b n h"],
     input_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b t"] | None = None,
@@ -42,7 +42,7 @@ def splice_embeddings(
     if len(wrong):
         row = int(wrong[0])
         raise ValueError(f"input_ids: row {row} has {int(places[row].sum())} placeholders ({placeholder}), 1 is needed")
-    table = model.get_input_embeddings()
+    table: Any = model.get_input_embeddings()
     if embeddings.shape[-1] != table.weight.shape[1]:
         raise ValueError(f"embeddings: expected width {table.weight.shape[1]}, got {embeddings.shape[-1]}")
     b, n, _ = embeddings.shape

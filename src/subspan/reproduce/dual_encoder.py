@@ -207,7 +207,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
 class _Source:
     """Pictures of one source with captions, class number (or picture number), class name and split of each."""
 
-    images: Sequence[Any]
+    images: Any
     captions: list[list[str]]
     groups: list[int]
     names: list[str]

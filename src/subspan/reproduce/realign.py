@@ -120,11 +120,12 @@ def substitution(
     factor = 1 / float(train_text.std(0).mean())
     accuracies = []
     for seed in seeds:
-        classifier = MLPClassifier((256,), batch_size=128, max_iter=epochs, random_state=seed)
+        options: Any = {"batch_size": 128, "max_iter": epochs, "random_state": seed}
+        classifier = MLPClassifier((256,), **options)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Stochastic Optimizer")
             classifier.fit((factor * train_text).numpy(), labels)
-        accuracies.append(float((classifier.predict((factor * images).numpy()) == truth).mean()))
+        accuracies.append(float(np.mean(classifier.predict((factor * images).numpy()) == truth)))
     return accuracies
 
 
@@ -151,7 +152,7 @@ def sample_size_curve(data: Domain, sizes: list[int], draws: int, seed: int) -> 
     return rows
 
 
-def planted_curve(sizes: list[int], seed: int, *, d: int = 128) -> list[list[Any]]:
+def planted_curve(sizes: list[int], seed: int, *, held_out: int = 100_000, d: int = 128) -> list[list[Any]]:
     """The same where the truth is known: gaps of two cones with power-law spectra, against the rows fitted to."""
     generator = torch.Generator().manual_seed(seed)
     ranks = torch.arange(1, d + 1, dtype=torch.float64)
@@ -164,10 +165,10 @@ def planted_curve(sizes: list[int], seed: int, *, d: int = 128) -> list[list[Any
         rows = rows * math.sqrt(1 - length**2) + length * centers[which]
         return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
 
-    held_out = Domain(draw(2, 0), draw(2, 1), draw(200_000, 0), draw(200_000, 1))
+    test = Domain(draw(2, 0), draw(2, 1), draw(held_out, 0), draw(held_out, 1))
     rows = []
     for size in sizes:
-        data = held_out._replace(fit_text=draw(size, 0), fit_image=draw(size, 1))
+        data = test._replace(fit_text=draw(size, 0), fit_image=draw(size, 1))
         gaps = []
         for steps in (("anchor",), ("anchor", "trace"), ("anchor", "trace", "centroid")):
             gaps.append(ModalityGap.gap(fitted(ReAlign(steps), data)(data.test_text), data.test_image))
@@ -193,8 +194,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     for sigma in NOISE:
         model = C3(sigma, random_state=seed)
         mapped = fitted(model, data)(train_text)
-        accuracy = substitution(mapped, labels, fit_images, fit_truth, seeds[:1], epochs)[0]
-        noise_rows.append([sigma, round(model.gap_after_, 5), round(accuracy, 4)])
+        score = substitution(mapped, labels, fit_images, fit_truth, seeds[:1], epochs)[0]
+        noise_rows.append([sigma, round(model.gap_after_, 5), round(score, 4)])
     sigma = max(noise_rows, key=lambda row: row[2])[0]
 
     maps: dict[str, Callable[[Tensor], Tensor]] = {"no alignment": lambda rows: rows}
@@ -303,8 +304,8 @@ def _captions(captions: Domain, other: Domain, source: str, every: dict[str, Any
     columns = list(rows[_FULL])
     return [
         Table(
-            f"gap and geometry, Flickr8k captions ({len(captions.fit_text)} texts and {len(captions.fit_image)} pictures "
-            f"to fit, {len(captions.test_text)} captions held out; exponent of the images "
+            f"gap and geometry, Flickr8k captions ({len(captions.fit_text)} texts and {len(captions.fit_image)} "
+            f"pictures to fit, {len(captions.test_text)} captions held out; exponent of the images "
             f"{spectrum_exponent(torch.unique(captions.test_image, dim=0)):.3f})",
             ["map", *columns],
             [[name, *(round(row[column], 5) for column in columns)] for name, row in rows.items()],
