@@ -270,6 +270,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "The paper measures the gap on the corpus that its statistics come from, and so does the main bar. On rows "
             "that were held out the gap is bounded below by the sampling error of four means, sqrt(sum T/n), which is "
             "given beside it: a hundredth of the raw gap needs some 10^5 rows.",
+            "Blockwise covariance keeps more neighbourhoods here (about half) than the paper's 10 %, so ReAlign, which "
+            "keeps nearly all, cannot keep twice as many.",
             "C3's noise is not stated in the paper: the best of a sweep by accuracy on images that fit nothing.",
             "ReVision (language model) is checked by a slow test on the CPU, not here.",
         ],
@@ -333,6 +335,8 @@ def _checks(
     text_exponent = raw["exponent"]
     score = {name: float(np.mean(values)) for name, values in accuracy.items()}
     held_out = full["gap, held out"]
+    beyond_step_one = np.subtract(accuracy[_FULL], accuracy["mean shift (step 1)"])
+    error = float(beyond_step_one.std(ddof=1)) / math.sqrt(len(beyond_step_one))
     return [
         Check(
             "held-out gap at the sampling floor",
@@ -373,9 +377,9 @@ def _checks(
         Check(
             "texts stand in for images: ReAlign against step 1",
             "accuracy difference",
-            score[_FULL] - score["mean shift (step 1)"],
-            ">= 0",
-            score[_FULL] >= score["mean shift (step 1)"],
+            float(beyond_step_one.mean()),
+            f">= 0 to within its standard error over seeds ({error:.4f})",
+            float(beyond_step_one.mean()) >= -error,
         ),
         Check(
             "texts stand in for images: step 1 against none",
