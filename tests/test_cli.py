@@ -227,6 +227,39 @@ def test_detect_by_label_finds_a_row_under_the_wrong_label(run: Callable[..., Ra
     assert json.loads(ran.out)["top"][0]["row"] == 5
 
 
+def test_detect_reads_a_folder_of_good_and_defective_images(run: Callable[..., Ran]) -> None:
+    from subspan.datasets import is_installed
+
+    image_module = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra vision")
+    if not is_installed("efficientnet-lite0"):
+        pytest.skip("the weights of efficientnet-lite0 are not installed (subspan models install efficientnet-lite0)")
+    rng = np.random.default_rng(0)
+
+    def picture(name: str, *, defect: bool = False) -> None:
+        pixels = rng.integers(90, 150, (96, 96), dtype=np.uint8)
+        mask = np.zeros((96, 96), dtype=np.uint8)
+        if defect:
+            pixels[30:60, 40:70], mask[30:60, 40:70] = 250, 255
+        for path, values in {
+            name: pixels,
+            name.replace("test", "ground_truth").replace(".png", "_mask.png"): mask,
+        }.items():
+            if path == name or defect:
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                image_module.fromarray(values).save(path)
+
+    for index in range(3):
+        picture(f"tile/train/good/{index}.png")
+        picture(f"tile/test/good/{index}.png")
+        picture(f"tile/test/blot/{index}.png", defect=True)
+    facts = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json", "-o", "scores.csv").out)
+    assert (facts["images"], facts["fitted_to"]) == (6, 2)
+    assert facts["image_auroc"] == 1.0
+    assert facts["pixel_auroc"] > 0.9
+    assert facts["aupro"] > 0.5
+    assert {entry["type"] for entry in facts["top"][:3]} == {"blot"}
+
+
 @pytest.mark.parametrize("method", ["leverage", "sample", "medoids", "farthest", "random"])
 def test_select_writes_the_chosen_rows(run: Callable[..., Ran], table: Path, method: str) -> None:
     ran = run("select", table, "-m", "12", "--method", method, "--rank", "4", "--json", "-o", "chosen.npy")

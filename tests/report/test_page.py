@@ -116,7 +116,7 @@ def test_labels_in_figures_are_escaped(rendered: tuple[str, dict[str, Any]]) -> 
     heatmap = re.search(r'id="figure-labels">(.*?)</script>', rendered[0], re.S)
     assert heatmap is not None
     figure = json.loads(heatmap.group(1))
-    shown = [*figure["layout"]["xaxis"]["ticktext"], *sum(figure["data"][0]["hovertext"], [])]
+    shown = figure["layout"]["xaxis"]["ticktext"] + [text for row in figure["data"][0]["hovertext"] for text in row]
     assert shown
     assert not [text for text in shown if "<" in text]
 

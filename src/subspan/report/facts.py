@@ -206,7 +206,7 @@ def shortening_facts(data: Embeddings, seen: Survey, *, seed: int, progress: Pro
     truth = _neighbours(seen, NEIGHBOURS)[1]
     # Directions of the uncentred second moment keep inner products, and so cosines, best.
     basis = seen.moments.subspace(1.0, center=False).basis.to(seen.base.dtype)
-    dims = _dimensions(d)
+    dims = _dimensions(d, len(data))
     curves: dict[str, list[dict[str, Any]]] = {"pca": [], "prefix": []}
     for step, k in enumerate(dims):
         for name, short in (("pca", lambda k: seen.base @ basis[:, :k]), ("prefix", lambda k: seen.base[:, :k])):
@@ -233,12 +233,12 @@ def shortening_facts(data: Embeddings, seen: Survey, *, seed: int, progress: Pro
     }
 
 
-def _dimensions(d: int) -> list[int]:
-    """Powers of two and the numbers half-way between, from 8 (or 1) to d."""
-    grid = {d}
+def _dimensions(d: int, n: int) -> list[int]:
+    """Powers of two and, from 32 on, the numbers half-way between, up to d, and to what n rows can span."""
+    grid = {d, min(d, n - 1)}
     for exponent in range(14):
         grid |= {2**exponent, 3 * 2**exponent} if exponent >= 5 else {2**exponent}
-    return sorted(k for k in grid if (k >= 8 or d <= 32) and k <= d)
+    return sorted(k for k in grid if (k >= 8 or d <= 32) and (k < min(d, n) or k == d))
 
 
 # ---------------------------------------------------------------------- outliers
@@ -449,16 +449,18 @@ def _quantiles(values: Float[np.ndarray, " n"]) -> dict[str, float]:
     return {name: float(np.quantile(values, q)) for name, q in names.items()}
 
 
-def _histogram(values: Float[np.ndarray, " n"], bins: int = 48, tail: float = 1.0) -> dict[str, Any]:
+def _histogram(values: Float[np.ndarray, " n"], tail: float = 1.0) -> dict[str, Any]:
     """Counts in equal bins from the smallest value to the `tail` quantile, where the rest is counted in the last."""
+    bins = int(np.clip(2 * len(values) ** 0.5, 8, 48))
     top = float(np.quantile(values, tail))
     counts, edges = np.histogram(np.minimum(values, top), bins=bins)
     return {"counts": counts.tolist(), "edges": edges.tolist(), "last_bin_open": tail < 1}
 
 
-def _shared_histograms(samples: dict[str, Float[np.ndarray, " n"]], bins: int = 60) -> dict[str, Any]:
+def _shared_histograms(samples: dict[str, Float[np.ndarray, " n"]]) -> dict[str, Any]:
     """Shares of several samples in common bins."""
     every = np.concatenate(list(samples.values()))
+    bins = int(np.clip(len(every) ** 0.5, 12, 60))
     edges = np.histogram_bin_edges(every, bins=bins)
     shares = {name: np.histogram(values, edges)[0] / len(values) for name, values in samples.items()}
     return {"edges": edges.tolist(), "shares": {name: values.tolist() for name, values in shares.items()}}

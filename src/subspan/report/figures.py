@@ -137,7 +137,7 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
     return {
         "data": data,
         "layout": {
-            "xaxis": {"title": {"text": "dimensions kept"}, "type": "log", "tickvals": _powers(facts)},
+            "xaxis": {"title": {"text": "dimensions kept"}, "type": "log", "tickvals": _powers(facts), "tickangle": 0},
             "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
             "shapes": [shape],
             "annotations": [words],
@@ -147,7 +147,8 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
 
 def _powers(facts: dict[str, Any]) -> list[int]:
     dims = [point["dims"] for point in facts["curves"]["pca"]]
-    return [k for k in dims if k & (k - 1) == 0] + ([dims[-1]] if dims[-1] & (dims[-1] - 1) else [])
+    powers = [k for k in dims if k & (k - 1) == 0]
+    return powers + [k for k in dims[-1:] if k > 1.4 * powers[-1]]
 
 
 def outlier_figure(facts: dict[str, Any]) -> Figure:
