@@ -342,7 +342,7 @@ class SubspaceAD(BaseEstimator):
     larger than the network's input; overlap: share of a window that its neighbour covers too; maps then have the
     image's size, else the input's. specular: damp scores on highlights. random_state: of the augmentation.
 
-    Images: an iterable (list, generator, DataLoader, array (n, h, w, 3), tensor (n, 3, h, w)) of whatever
+    Images: an iterable (list, generator, Dataset, DataLoader, array (n, h, w, 3), tensor (n, 3, h, w)) of whatever
     `subspan.models.image_tensor` takes; of tuples the first entry.
     Attributes: detector_ (SubspaceDetector), subspace_, threshold_ (after `calibrate`), n_views_ (images fitted on).
     """
@@ -396,15 +396,15 @@ class SubspaceAD(BaseEstimator):
         self.random_state = random_state
         self.progress = progress
 
-    def fit(self, images: Iterable[Any], y: Any = None) -> SubspaceAD:
+    def fit(self, images: Any, y: Any = None) -> SubspaceAD:
         """Fit to normal images and their augmented views, one pass over their patches; y is ignored."""
         return self._fit(images, self.augment)
 
-    def fit_batch_zero_shot(self, images: Iterable[Any]) -> SubspaceAD:
+    def fit_batch_zero_shot(self, images: Any) -> SubspaceAD:
         """Fit to the unlabelled test images themselves, without augmentation: most of their patches are normal."""
         return self._fit(images, None)
 
-    def _fit(self, images: Iterable[Any], augment: RandomRotations | None) -> SubspaceAD:
+    def _fit(self, images: Any, augment: RandomRotations | None) -> SubspaceAD:
         features, mask = self._prepare()
         self.n_views_ = 0
         return self._fit_rows(
@@ -437,13 +437,13 @@ class SubspaceAD(BaseEstimator):
         check_is_fitted(self, "detector_")
         return self.detector_.subspace_
 
-    def calibrate(self, images: Iterable[Any], contamination: Any = 0.01) -> SubspaceAD:
+    def calibrate(self, images: Any, contamination: Any = 0.01) -> SubspaceAD:
         """Set threshold_ so that the share `contamination` in (0, 0.5] of held-out normal images exceeds it."""
         _check_contamination(contamination)
         self.threshold_ = float(np.quantile(self.predict(images).scores, 1 - contamination))
         return self
 
-    def predict(self, images: Iterable[Any]) -> AnomalyResult:
+    def predict(self, images: Any) -> AnomalyResult:
         """Scores and pixel maps of images. Raises ValueError for none."""
         check_is_fitted(self, "detector_")
         features, mask = self._prepare()
@@ -534,7 +534,7 @@ class SubspaceAD(BaseEstimator):
         preprocessing = self.preprocessing or ImagePreprocessing(self.image_size, mean=0.0, std=1.0, resize="squash")
         return (lambda images: grid(preprocessing.batch(images))), foreground_mask(self.mask, grid)
 
-    def _views(self, images: Iterable[Any], augment: RandomRotations | None) -> Iterator[Tensor]:
+    def _views(self, images: Any, augment: RandomRotations | None) -> Iterator[Tensor]:
         generator = torch.Generator()
         if self.random_state is None:
             generator.seed()
@@ -548,7 +548,7 @@ class SubspaceAD(BaseEstimator):
                 self.n_views_ += 1
                 yield view
 
-    def _shown(self, images: Iterable[Any]) -> Iterable[Any]:
+    def _shown(self, images: Any) -> Iterable[Any]:
         console = Console(stderr=True)
         if not self.progress or not console.is_terminal:
             return images
@@ -629,8 +629,10 @@ class SubspaceAD(BaseEstimator):
         return preprocessing.height_width
 
 
-def _each(images: Iterable[Any]) -> Iterator[Any]:
+def _each(images: Any) -> Iterator[Any]:
     """Single images of an iterable of images, of (image, label) pairs or of batches of either."""
+    if not isinstance(images, Iterable) and hasattr(images, "__getitem__") and hasattr(images, "__len__"):
+        images = map(images.__getitem__, range(len(images)))
     if isinstance(images, str | bytes | os.PathLike | Mapping) or not isinstance(images, Iterable):
         raise TypeError(f"images: an iterable of images is needed, got {type(images).__name__}")
     if isinstance(images, Tensor | np.ndarray) and images.ndim != 4:

@@ -1,0 +1,277 @@
+"""The row detector: planted subspaces, identities, the published formulas, streams, thresholds, scikit-learn."""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from subspan.detect import SubspaceDetector, subspace_score
+from subspan.geometry import Subspace
+from subspan.statistics import Moments
+
+DISTANCES = ["residual", "mahalanobis", "cosine", "euclidean"]
+
+
+@parametrize_with_checks(
+    [SubspaceDetector(), SubspaceDetector(distance="mahalanobis", contamination=0.1), SubspaceDetector(1, drop_k=0)]
+)
+def test_scikit_learn_checks(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(estimator)
+
+
+def official(x, rank, *, eps=1e-6):
+    """Mean, components and eigenvalues as the published code forms them: float64, two passes, searchsorted + 1."""
+    x = x.astype(np.float64)
+    mean = x.sum(0) / len(x)
+    covariance = (x - mean).T @ (x - mean) / (len(x) - 1)
+    values, vectors = np.linalg.eigh(covariance)
+    order = np.argsort(-values)
+    values, vectors = values[order], vectors[:, order]
+    if isinstance(rank, float):
+        rank = int(np.searchsorted(np.cumsum(values) / values.sum(), rank)) + 1
+    rank = min(rank, x.shape[1])
+    return mean, vectors[:, :rank], values[:rank]
+
+
+def official_score(x, model, distance, drop_k, eps=1e-6):
+    mean, components, values = model
+    z = (x - mean) @ components
+    if distance in ("mahalanobis", "euclidean"):
+        weights = 1 / (values[drop_k:] + eps) if distance == "mahalanobis" else np.ones(len(values) - drop_k)
+        return np.einsum("ij,jk,ik->i", z[:, drop_k:], np.diag(weights), z[:, drop_k:])
+    z = z.copy()
+    z[:, :drop_k] = 0
+    rebuilt = z @ components.T + mean
+    if distance == "residual":
+        return ((x - rebuilt) ** 2).sum(1)
+    unit = [a / (np.linalg.norm(a, axis=1, keepdims=True) + eps) for a in (x, rebuilt)]
+    return 1 - np.clip((unit[0] * unit[1]).sum(1), -1, 1)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("drop_k", [0, 2])
+@pytest.mark.parametrize("rank", [0.9, 0.99, 5])
+def test_parity_with_the_published_formulas(distance, drop_k, rank):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 12)) * np.linspace(3, 0.1, 12) + 1.5
+    new = rng.standard_normal((50, 12)) * 2
+    detector = SubspaceDetector(rank, distance=distance, drop_k=drop_k).fit(x)
+    model = official(x, rank)
+    assert detector.subspace_.dim == model[1].shape[1]
+    np.testing.assert_allclose(
+        detector.anomaly_score(new), official_score(new, model, distance, drop_k), rtol=1e-9, atol=1e-11
+    )
+
+
+def test_dropping_every_direction_leaves_the_distance_to_the_mean_or_nothing():
+    x = np.random.default_rng(0).standard_normal((100, 6))
+    with pytest.warns(UserWarning, match="leaves none"):
+        residual = SubspaceDetector(3, drop_k=3).fit(x)
+    np.testing.assert_allclose(residual.anomaly_score(x), ((x - x.mean(0)) ** 2).sum(1), rtol=1e-10)
+    with pytest.warns(UserWarning, match="leaves none"):
+        inside = SubspaceDetector(3, distance="euclidean", drop_k=5).fit(x)
+    assert not inside.anomaly_score(x).any()
+
+
+def test_rank_one_keeps_every_direction_and_warns():
+    x = np.random.default_rng(1).standard_normal((300, 7))
+    with pytest.warns(UserWarning, match="residual is zero"):
+        detector = SubspaceDetector(1.0).fit(x)
+    assert detector.subspace_.dim == 7 == official(x, 1.0)[1].shape[1]
+    assert detector.anomaly_score(x).max() < 1e-24
+
+
+def test_a_planted_subspace_is_found(planted):
+    drawn = planted(5000, 64, 8, noise=0.05, offset=3.0)
+    detector = SubspaceDetector(8).fit(drawn.data)
+    assert math.degrees(float(detector.subspace_.angles(Subspace(drawn.basis)).max())) < 3
+    exact = planted(5000, 64, 8, noise=0.0, offset=3.0)
+    assert SubspaceDetector(0.999999).fit(exact.data).subspace_.dim == 8
+
+
+@settings(max_examples=25)
+@given(seed=st.integers(0, 1000))
+def test_pythagoras_and_independence_of_the_basis(seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 9, dtype=torch.float64, generator=generator) + 2
+    subspace = Subspace.fit(x, rank=4)
+    z, residual = subspace.coordinates(x), subspace_score(subspace, x)
+    torch.testing.assert_close((x - subspace.center).square().sum(-1), z.square().sum(-1) + residual)
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator)).Q
+    turned = Subspace(subspace.basis @ rotation, center=subspace.center)
+    torch.testing.assert_close(subspace_score(turned, x), residual)
+    flipped = Subspace(-subspace.basis, center=subspace.center)
+    torch.testing.assert_close(subspace_score(flipped, x), residual)
+    assert float(subspace_score(subspace, subspace.embed(z)).max()) < 1e-24
+
+
+def test_any_stream_gives_the_subspace_of_a_dense_decomposition(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 20)) * np.linspace(3, 0.1, 20) + 100
+    values = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    dense = values.Vh[:6].T @ values.Vh[:6]
+    np.save(tmp_path / "x.npy", x)
+    cuts = np.sort(rng.choice(np.arange(1, 3000), 11, replace=False))
+    chunks = np.split(x, cuts)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.from_numpy(x)), 700)
+    parts = SubspaceDetector(6)
+    for chunk in chunks:
+        parts.partial_fit(chunk)
+    merged = Moments(20)
+    for chunk in reversed(chunks):
+        merged = Moments(20).update(chunk) + merged
+    found = {
+        "array": SubspaceDetector(6).fit(x).subspace_,
+        "generator": SubspaceDetector(6).fit(chunk for chunk in chunks).subspace_,
+        "file": SubspaceDetector(6).fit(str(tmp_path / "x.npy")).subspace_,
+        "loader": SubspaceDetector(6).fit(loader).subspace_,
+        "partial_fit": parts.subspace_,
+        "merged": merged.subspace(6),
+    }
+    for name, subspace in found.items():
+        assert float((subspace.projector - torch.from_numpy(dense)).abs().max()) < 1e-10, name
+
+
+def test_dask_arrays_are_reduced_block_by_block():
+    dask_array = pytest.importorskip("dask.array", reason="needs dask")
+    x = np.random.default_rng(0).standard_normal((500, 8)) * np.linspace(2, 0.1, 8)
+    streamed = SubspaceDetector(3).fit(dask_array.from_array(x, chunks=(90, 5)))
+    torch.testing.assert_close(streamed.subspace_.projector, SubspaceDetector(3).fit(x).subspace_.projector)
+    assert streamed.offset_ == pytest.approx(SubspaceDetector(3).fit(x).offset_)
+
+
+def test_partial_fit_continues_after_fit():
+    x = np.random.default_rng(0).standard_normal((300, 8)) * np.linspace(2, 0.1, 8)
+    both = SubspaceDetector(3).fit(x[:200]).partial_fit(x[200:])
+    torch.testing.assert_close(both.subspace_.projector, SubspaceDetector(3).fit(x).subspace_.projector)
+    with pytest.raises(ValueError, match="begin with a clone"):
+        SubspaceDetector(2).fit(x[:5]).partial_fit(x)
+
+
+def test_fewer_rows_than_columns():
+    x = np.random.default_rng(0).standard_normal((20, 300))
+    detector = SubspaceDetector(0.9).fit(x)
+    assert detector.subspace_.dim < 20
+    assert detector.anomaly_score(x + 5).min() > detector.anomaly_score(x).max()
+    with pytest.warns(UserWarning, match="residual is zero"):
+        full = SubspaceDetector(1.0).fit(x)
+    assert full.anomaly_score(x).max() < 1e-20 < full.anomaly_score(x + 1).min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_torch_in_torch_out(dtype, planted):
+    x = planted(200, 10, 3, noise=0.1).data.to(dtype)
+    detector = SubspaceDetector(3).fit(x)
+    scores = detector.anomaly_score(x)
+    assert isinstance(scores, torch.Tensor)
+    assert scores.dtype == torch.promote_types(dtype, torch.float32)
+    assert set(detector.predict(x).tolist()) == {1, -1}
+    wide = SubspaceDetector(3).fit(x.double()).anomaly_score(x.double())
+    torch.testing.assert_close(scores.double(), wide, rtol=1e-3, atol=1e-4)
+
+
+def test_float32_keeps_its_digits_far_from_the_origin(planted):
+    x = planted(2000, 16, 4, noise=0.05, offset=1e3).data
+    exact = SubspaceDetector(4).fit(x).anomaly_score(x)
+    rounded = SubspaceDetector(4).fit(x.float()).anomaly_score(x.float())
+    # Rows near 1000 are stored to 6e-5 in float32, against residuals of 0.05 a column.
+    torch.testing.assert_close(rounded.double(), exact, rtol=0.02, atol=1e-4)
+
+
+def test_the_threshold_counts_training_rows_and_holds_on_new_ones():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 20)) * np.linspace(2, 0.2, 20)
+    detector = SubspaceDetector(8, contamination=0.05).fit(x[:2000])
+    assert (detector.predict(x[:2000]) == -1).mean() == pytest.approx(0.05, abs=1e-3)
+    assert (detector.predict(x[2000:]) == -1).mean() == pytest.approx(0.05, abs=0.02)
+    detector.calibrate(x[2000:], 0.2)
+    assert (detector.predict(x[2000:]) == -1).mean() == pytest.approx(0.2, abs=1e-3)
+
+
+@pytest.mark.parametrize("distance", ["residual", "mahalanobis", "euclidean"])
+def test_the_gaussian_limit_of_a_stream_is_the_quantile_of_gaussian_rows(distance):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((40_000, 20)) * np.linspace(2, 0.2, 20)
+    detector = SubspaceDetector(8, distance=distance, contamination=0.05).fit(iter([x[:20_000]]))
+    assert (detector.predict(x[20_000:]) == -1).mean() == pytest.approx(0.05, abs=0.01)
+
+
+def test_no_limit_is_known_for_the_cosine_of_a_stream():
+    x = np.random.default_rng(0).standard_normal((200, 6))
+    detector = SubspaceDetector(2, distance="cosine").fit(iter([x]))
+    with pytest.raises(ValueError, match="calibrate"):
+        detector.predict(x)
+    assert (detector.calibrate(x, 0.1).predict(x) == -1).sum() == 20
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_saved_and_read_again(tmp_path, distance):
+    x = np.random.default_rng(0).standard_normal((100, 6)).astype(np.float32)
+    detector = SubspaceDetector(0.8, distance=distance, drop_k=1).fit(x)
+    detector.save(tmp_path / "model.safetensors")
+    again = SubspaceDetector.load(tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(again.score_samples(x), detector.score_samples(x))
+    np.testing.assert_array_equal(again.predict(x), detector.predict(x))
+    assert again.get_params() == detector.get_params()
+
+
+def test_a_damaged_or_foreign_file_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"no tensors here")
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        SubspaceDetector.load(path)
+    Subspace.fit(torch.randn(20, 4), rank=2).save(path)
+    with pytest.raises(ValueError, match="holds subspace"):
+        SubspaceDetector.load(path)
+
+
+def with_nan():
+    x = np.ones((10, 4)) + np.eye(10, 4)
+    x[3, 1] = np.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("settings_", "x", "message"),
+    [
+        ({"rank": 0.0}, np.eye(5), "ratio must lie in"),
+        ({"rank": 1.5}, np.eye(5), "ratio must lie in"),
+        ({"rank": 0}, np.eye(5), "at least 1"),
+        ({"rank": "most"}, np.eye(5), "unknown rule"),
+        ({"distance": "manhattan"}, np.eye(5), "distance"),
+        ({"drop_k": -1}, np.eye(5), "drop_k"),
+        ({"contamination": 0.7}, np.eye(5), "contamination"),
+        ({"epsilon": -1.0}, np.eye(5), "epsilon"),
+        ({"rank": 5, "strict": True}, np.eye(5), "span at most 4"),
+        ({}, np.ones((10, 4)), "total variance is zero"),
+        ({}, with_nan(), "NaN"),
+        ({}, torch.from_numpy(with_nan()), "1 of 10 rows"),
+        ({}, iter([with_nan()]), "1 of 10 rows"),
+        ({}, iter([]), "no rows"),
+        ({}, np.ones((1, 4)), "minimum of 2"),
+    ],
+)
+def test_refusals(settings_, x, message):
+    with pytest.raises(ValueError, match=message):
+        SubspaceDetector(**settings_).fit(x)
+
+
+def test_an_integer_rank_is_capped_with_a_warning():
+    with pytest.warns(UserWarning, match="more than the"):
+        detector = SubspaceDetector(9).fit(np.random.default_rng(0).standard_normal((5, 6)))
+    assert detector.subspace_.dim == 4
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+def test_another_width_is_refused(kind):
+    x = np.random.default_rng(0).standard_normal((50, 6))
+    detector = SubspaceDetector(2).fit(kind(x))
+    with pytest.raises(ValueError, match=r"6"):
+        detector.anomaly_score(kind(x[:, :5]))
