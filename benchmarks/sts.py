@@ -10,7 +10,9 @@ import time
 import torch
 from torch.nn import functional as F
 
-from subspan.edit import PrototypeShift, SpectralSteering, select_confident
+from subspan.edit import ConfidentAverage, PrototypeShift, SpectralSteering, select_confident
+
+SCALE = 30.0
 
 
 def autograd_loop(steering: SpectralSteering, views: torch.Tensor) -> torch.Tensor:
@@ -54,7 +56,7 @@ def prompt_tuning_row(classes: int, views: torch.Tensor) -> float | None:
         return None
     encoder = SentenceEncoder(*load_sentence_encoder())
     head = torch.randn(384, views.shape[-1], generator=torch.Generator().manual_seed(0)) / 384**0.5
-    space = JointSpace("random head", lambda x: x, lambda x: x @ head, 100.0)
+    space = JointSpace("random head", lambda x: x, lambda x: x @ head, SCALE)
     names = [f"thing number {number}" for number in range(classes)]
     return timed(lambda: prompt_tuning(space, encoder, names, views), len(views), repeats=1)
 
@@ -70,21 +72,23 @@ def main() -> None:
     prototypes = F.normalize(rows, dim=-1)
     truth = torch.randint(options.classes, (options.images,), generator=generator)
     noise = torch.randn(options.images, options.views, options.dim, generator=generator) * decay
-    views = F.normalize(prototypes[truth][:, None] + 0.1 * noise, dim=-1)
-    steering = SpectralSteering(prototypes, 100.0)
-    exact = SpectralSteering(prototypes.double(), 100.0)
+    views = F.normalize(prototypes[truth][:, None] + noise, dim=-1)
+    steering = SpectralSteering(prototypes, SCALE)
+    exact = SpectralSteering(prototypes.double(), SCALE)
     few = views[:20]
     gap = float((exact(few.double()) - autograd_loop(exact, few.double())).abs().max())
     assert gap < 1e-6, gap
+    moved = float((steering(few) - ConfidentAverage(prototypes, SCALE)(few)).abs().max())
+    assert moved > 1e-3, f"the views are too easy to compare anything on: steering moves them by {moved}"
     print(f"classes {options.classes}, dim {options.dim}, {options.images} images, {options.views} views, ", end="")
     print(f"k = {steering.subspace.dim}; closed form and autograd differ by {gap:.1e} (float64)")
     results = {
         "closed form, one batch": timed(lambda: steering(views), options.images),
         "closed form, image by image": timed(lambda: [steering(image) for image in few], 20),
         "autograd, image by image": timed(lambda: autograd_loop(steering, few), 20),
-        "shift in all dimensions, one batch": timed(lambda: PrototypeShift(prototypes, 100.0)(views), options.images),
+        "shift in all dimensions, one batch": timed(lambda: PrototypeShift(prototypes, SCALE)(views), options.images),
         "shift per class, 20 images": timed(
-            lambda: PrototypeShift(prototypes, 100.0, per_class=True)(few), 20, repeats=1
+            lambda: PrototypeShift(prototypes, SCALE, per_class=True)(few), 20, repeats=1
         ),
     }
     if options.prompts:

@@ -363,6 +363,8 @@ def test_numpy_views_and_unnormalised_rows_give_the_same(prototypes, views):
     steering = steer(prototypes)
     scaled = steer(prototypes * torch.linspace(1, 9, 30).double().unsqueeze(-1))
     assert torch.allclose(steering(views), scaled((7 * views).numpy()), atol=1e-10)
+    for size in (1e-200, 1e200):
+        assert torch.allclose(steering(views), steering(size * views), atol=1e-10)
 
 
 def test_state_dict_carries_prototypes_and_basis(prototypes, views):
