@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ Rank = Annotated[
     str,
     typer.Option(
         "--rank",
+        "-k",
         help="Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, "
         "effective, elbow.",
     ),
@@ -74,6 +76,9 @@ _STOPPED = 130
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    if hasattr(signal, "SIGPIPE"):
+        # Where the reader of the output leaves early (`subspan list | head`), end like any other command.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(run())
 
 
@@ -85,10 +90,6 @@ def run(arguments: list[str] | None = None) -> int:
             code = int(app(arguments, prog_name="subspan", standalone_mode=False) or 0)
         except (KeyboardInterrupt, typer.Abort):
             code = _STOPPED
-        except BrokenPipeError:
-            # The reader of the output has left (`subspan list | head`); Python would complain again when it closes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = 141
         except Exception as error:
             if os.environ.get("SUBSPAN_TRACEBACK") or not _is_input_error(error):
                 raise

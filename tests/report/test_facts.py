@@ -150,7 +150,10 @@ def test_subset_covers_what_it_says(described: dict[str, Any]) -> None:
     assert far["farthest"] <= far["random"]
     middle = {name: entry["distance_to_nearest"]["median"] for name, entry in subset["methods"].items()}
     assert middle[subset["best"]] == min(middle.values())
-    assert sum(entry["stands_for"] for entry in subset["examples"]) == 600
+    # The nine shown of the twelve chosen are those that stand for most.
+    stands_for = [entry["stands_for"] for entry in subset["examples"]]
+    assert stands_for == sorted(stands_for, reverse=True)
+    assert 600 * 9 / 12 <= sum(stands_for) <= 600
 
 
 def test_energy_retained_is_the_retention_of_the_selection_room() -> None:
