@@ -57,7 +57,7 @@ def outcome():
     curve = realign.planted_curve
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(realign, "dual_encoder", lambda **_: PlantedSpace())
-        patch.setattr(realign, "planted_curve", lambda _, seed: curve([30, 100, 300, 900], seed, held_out=5000, d=32))
+        patch.setattr(realign, "planted_curve", lambda *_, **__: curve([30, 100, 300, 900], 0, held_out=5000, d=32))
         return realign.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
 
 
@@ -133,7 +133,7 @@ def without_networks(monkeypatch, tmp_path):
     trainings = []
     train = recipe._fit_heads
 
-    def letters(captions):
+    def letters(captions, encoder=None):
         counts = [[caption.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for caption in captions]
         return torch.tensor(counts, dtype=torch.float32)
 
@@ -141,13 +141,27 @@ def without_networks(monkeypatch, tmp_path):
         trainings.append(options)
         train(heads, columns, options)
 
-    monkeypatch.setattr(recipe, "_image_features", lambda images, size: torch.tensor(images).flatten(1).float())
+    monkeypatch.setattr(
+        recipe, "_image_features", lambda images, encoder, size: torch.tensor(images).flatten(1).float()
+    )
     monkeypatch.setattr(recipe, "_text_features", letters)
+    for name in ("image_encoder", "SentenceEncoder", "load_sentence_encoder"):
+        monkeypatch.setattr(recipe, name, lambda *_: ())
     monkeypatch.setattr(recipe, "_fit_heads", counted)
     return trainings
 
 
-SMALL = Recipe(sources=("digits",), epochs=8, d=16, hidden=64, dropout=0.0, temperature=0.07, learn_temperature=True)
+SMALL = Recipe(
+    sources=("digits",),
+    epochs=30,
+    batch_size=64,
+    learning_rate=3e-3,
+    d=16,
+    hidden=64,
+    dropout=0.0,
+    temperature=0.07,
+    learn_temperature=True,
+)
 
 
 def test_the_heads_learn_the_digits_and_come_from_the_cache_the_second_time(without_networks):
@@ -181,7 +195,7 @@ def test_splits_share_no_picture(without_networks):
 def test_without_the_shared_data_the_digits_take_their_place(without_networks, monkeypatch):
     monkeypatch.delenv("SUBSPAN_DATA", raising=False)
     seen = []
-    monkeypatch.setattr(recipe, "train", lambda options, progress: seen.append(options))
+    monkeypatch.setattr(recipe, "train", lambda options, progress: seen.append(options) or PlantedSpace())
     recipe.dual_encoder(quick=True)
     recipe.dual_encoder()
     assert [options.sources for options in seen] == [("digits",)] * 2

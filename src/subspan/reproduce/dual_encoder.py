@@ -122,8 +122,8 @@ class SharedSpace:
         return self.encode_image_features(self.image_encoder.encode(images))
 
     def encode_texts(self, texts: Iterable[str]) -> Float[Tensor, "n d"]:
-        """Unit vectors of texts."""
-        return self.encode_text_features(self.text_encoder.encode(texts))
+        """Unit vectors of texts, whose features are kept in the cache folder."""
+        return self.encode_text_features(_text_features(list(texts), self.text_encoder))
 
     def prototypes(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES[:1]) -> Float[Tensor, "c d"]:
         """One unit vector a class name, the mean over templates."""
@@ -261,7 +261,8 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     raw = _read(source, recipe.images_per_source)
     count = [len(captions) for captions in raw.captions]
     captions = tuple(caption for several in raw.captions for caption in several)
-    image, text = _image_features(raw.images, recipe.image_size), _text_features(captions)
+    image = _image_features(raw.images, image_encoder(recipe.image_size), recipe.image_size)
+    text = _text_features(captions, SentenceEncoder(*load_sentence_encoder()))
     picture = torch.arange(len(count)).repeat_interleave(torch.tensor(count))
     pairs = Pairs(
         image[picture],
@@ -274,8 +275,7 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     return {name: pairs.select(part == name) for name in ("train", "fit", "test")}
 
 
-def _image_features(images: Sequence[Any], size: int) -> Float[Tensor, "n p"]:
-    encoder = image_encoder(size)
+def _image_features(images: Any, encoder: ImageEncoder, size: int) -> Float[Tensor, "n p"]:
     found = cached_features(
         lambda start: encoder.iterate(images[start:]),
         model=encoder.model,
@@ -285,8 +285,7 @@ def _image_features(images: Sequence[Any], size: int) -> Float[Tensor, "n p"]:
     return torch.from_numpy(np.array(found))
 
 
-def _text_features(captions: tuple[str, ...]) -> Float[Tensor, "n q"]:
-    encoder = SentenceEncoder(*load_sentence_encoder())
+def _text_features(captions: Sequence[str], encoder: SentenceEncoder) -> Float[Tensor, "n q"]:
     different, place = np.unique(captions, return_inverse=True)
     found = cached_features(
         lambda start: encoder.iterate(different.tolist()[start:]), model=encoder.model, data=different.tolist()

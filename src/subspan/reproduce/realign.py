@@ -88,7 +88,7 @@ def spectrum_exponent(rows: Float[Tensor, "n d"]) -> float:
     return float(power_law_exponent(values, last=min(100, len(values) // 2)))
 
 
-def sampling_floor(*parts: Float[Tensor, "n d"]) -> float:
+def sampling_floor(*parts: Float[Tensor, "_ d"]) -> float:
     """Distance expected between the means of samples of these sizes if the populations' means were equal."""
     return math.sqrt(sum(float((part - part.mean(0)).square().sum(1).mean()) / len(part) for part in parts))
 
@@ -231,7 +231,9 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     largest = min(len(data.fit_text), len(data.fit_image))
     sizes = sorted({*(size for size in (30, 100, 300, 1000) if size < largest), largest})
     curve = sample_size_curve(data, sizes, 3 if quick else 10, seed)
-    planted = planted_curve([100, 1000, 10_000, 30_000] if quick else [100, 1000, 10_000, 100_000], seed)
+    planted = planted_curve(
+        [100, 1000, 10_000, 30_000 if quick else 100_000], seed, held_out=30_000 if quick else 100_000
+    )
     tables += [
         Table("held-out gap of ReAlign against the rows fitted to", ["rows", "gap"], curve),
         Table(
