@@ -108,7 +108,7 @@ def corrupt(image: Float[Tensor, "3 h w"], shift: str, severity: int, generator:
     return changed.clamp(0, 1)
 
 
-def pictures(source: str, split: str) -> tuple[Sequence[Any], Tensor, list[str]]:
+def pictures(source: str, split: str) -> tuple[Any, Tensor, list[str]]:
     """Pictures, their classes, and the class names; "imagenet1k_sample" has one picture a class and no splits."""
     data = load(source)
     if source == "digits":
