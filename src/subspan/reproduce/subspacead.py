@@ -67,8 +67,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     notes = [
         "The paper's encoder (DINOv2 giant) and data (MVTec AD, VisA) are not used: EfficientNet-Lite0 patch features, "
         "photographs of three textures with pasted defects.",
-        "Patches are scaled to unit length, which is ours: convolutional features vary with contrast. The row 'patches as "
-        "they are' is the paper's form.",
+        "Patches are scaled to unit length, which is ours: convolutional features vary with contrast. The row 'patches "
+        "as they are' is the paper's form.",
         "The memory bank gets 8 rotations of the reference (AnomalyDINO's number), the subspace 30.",
         "Defects are pasted, so the textures show the mechanism rather than industrial difficulty.",
     ]
