@@ -17,7 +17,7 @@ from subspan.edit import RobustSpikes, SpikeFilter, jpeg
 from subspan.geometry import Subspace
 from subspan.reproduce.eigenshield import ImageFeatures
 
-D, ROWS, PAIRS, SPIKES = 1280, 4000, 1000, 200
+D, ROWS, BLOCK, SPIKES = 1280, 5120, 1024, 200
 
 
 def seconds(function: Callable[[], object], repeats: int = 5) -> float:
@@ -51,8 +51,8 @@ def scores_from_rows(clean: np.ndarray, perturbed: np.ndarray) -> np.ndarray:
 
 def blocks(count: int, scale: float) -> Iterator[np.ndarray]:
     """Rows that are made as they are read."""
-    for seed in range(count // PAIRS):
-        yield scale * np.random.default_rng(seed).standard_normal((PAIRS, D), dtype=np.float32)
+    for seed in range(count // BLOCK):
+        yield scale * np.random.default_rng(seed).standard_normal((BLOCK, D), dtype=np.float32)
 
 
 def main() -> None:

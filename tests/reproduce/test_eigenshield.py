@@ -10,7 +10,7 @@ from subspan.models.intervene import intervene
 from subspan.reproduce import eigenshield
 from subspan.reproduce.eigenshield import Defence, ImageFeatures, Size
 
-TINY = Size(32, 24, 40, 16, 12, 2, (1 / 255, 2 / 255), 40, 12)
+TINY = Size(32, 24, 40, 16, 12, 2, (1 / 255, 2 / 255), (1 / 2040,), 40, 12)
 
 needs_network = pytest.mark.skipif(not is_installed("efficientnet-lite0"), reason="EfficientNet-Lite0 is not installed")
 

@@ -13,7 +13,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -52,7 +52,8 @@ class NoSpikesError(ValueError):
 class PairedMoments:
     """What a score is computed from: moments of clean rows, of their perturbed versions, and of the differences.
 
-    `clean` and `difference` are empty (count 0) where the two sets are not paired.
+    `clean` and `difference` are empty (count 0) where the two sets are not paired, `perturbed` where the score is
+    "energy", which does not need it.
     """
 
     clean: Moments
@@ -291,14 +292,16 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 raise ValueError(
                     f"y: expected shape {tuple(clean.shape)} like X, got {tuple(rows.shape)}; {_NEEDS_PAIRS}"
                 )
-        if self._paired is None:
-            self._paired = Moments(clean.shape[1], device=clean.device)
-        self._paired.update(clean)
+        added = Moments(clean.shape[1], device=clean.device).update(clean)
+        self._paired = added if self._paired is None else self._paired + added
         for name, rows in perturbed.items():
             pairs = self._pair(name, rows)
-            pairs.clean.update(clean)
-            pairs.perturbed.update(rows)
-            pairs.difference.update(rows.to(torch.float64) - clean.to(torch.float64))
+            self._pairs[name] = replace(pairs, clean=pairs.clean + added)
+            # Subtracted in double precision, so that a mean that is large against the spread costs no digits.
+            change = rows.double() - clean.double()
+            pairs.difference.update(change.to(torch.promote_types(clean.dtype, torch.float32)))
+            if self.nonconformity != "energy":
+                pairs.perturbed.update(rows)
 
     def _add_resampled(self, rows: Tensor) -> None:
         # Poisson(1) weights are the bootstrap of a stream: no need to know n beforehand.
