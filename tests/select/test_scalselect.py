@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 
 from subspan.models import TokenRoles
 from subspan.models.image_tokens import image_conversation, image_token_ids
@@ -223,7 +224,7 @@ def test_a_folder_of_other_settings_or_samples_is_refused(model, tokenizer, pool
         ScalSelect(model, tokenizer, folder=tmp_path, shard_size=10, mass=0.5).fit(pool)
     torch.manual_seed(5)
     other = transformers.LlamaForCausalLM._from_config(text_config(), attn_implementation="eager")
-    with pytest.raises(ValueError, match="another weights of the block"):
+    with pytest.raises(ValueError, match="another weights"):
         ScalSelect(other, tokenizer, folder=tmp_path, shard_size=10).fit(pool)
     with pytest.raises(ValueError, match=r"shard 0 .* holds other samples"):
         ScalSelect(model, tokenizer, folder=tmp_path, shard_size=10).fit(pool[::-1])
@@ -310,7 +311,7 @@ def test_bad_options_and_data_sets(model, tokenizer):
         ScalSelect(model, tokenizer).fit("pool.json")
     with pytest.raises(ValueError, match="at least 2 samples"):
         ScalSelect(model, tokenizer).fit([])
-    with pytest.raises(RuntimeError, match="fit"):
+    with pytest.raises(NotFittedError, match="fit"):
         ScalSelect(model, tokenizer).select(3)
 
 
@@ -412,6 +413,9 @@ def test_images_from_files_and_in_parts(vision_model, processor, image_pool, tmp
     from PIL import Image
 
     reference = ScalSelect(vision_model, processor).fit(image_pool).scores_
+    missing = {**image_pool[0], "image": str(tmp_path / "missing.png")}
+    with pytest.raises(ValueError, match=r"sample '0': .*missing\.png"):
+        ScalSelect(vision_model, processor).fit([missing])
     rewritten = []
     for sample in image_pool:
         paths = []

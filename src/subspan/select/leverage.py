@@ -145,9 +145,7 @@ class LeverageSelector(BaseEstimator):
             self._set(wide, wide.center, None)
             return
         # In float64 throughout, so that a ranking does not depend on how the pool was cut into batches.
-        moments = fit_moments(
-            pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool)),
-        )
+        moments = fit_moments(pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool)))
         if not self.row_norm:
             self._use_moments(moments)
             return

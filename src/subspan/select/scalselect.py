@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
+from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from subspan.geometry import RankRule
@@ -199,7 +200,7 @@ class ScalSelect:
     def _rows(self, samples: list[_Sample]) -> Float[Tensor, "b d"]:
         try:
             roles, batch = self._roles(samples)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"sample {_some([sample.id for sample in samples])}: {error}") from error
         empty = ~(roles.query.any(1) & roles.context.any(1))
         if bool(empty.any()) and self.on_empty == "raise":
@@ -248,13 +249,16 @@ class ScalSelect:
     def _settings(self) -> dict[str, Any]:
         """All that decides the representations of given samples."""
         digest = hashlib.sha256()
-        for name, value in self.model.get_submodule(self.block).state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name, value in self.model.state_dict().items():
+            # Some entries of every tensor tell another training apart, without reading billions of them.
+            flat = value.detach().reshape(-1)
+            few = flat[:: max(1, flat.numel() // 1024)].cpu().contiguous()
+            digest.update(f"{name}{tuple(value.shape)}".encode())
+            digest.update(few.view(torch.uint8).numpy().tobytes())
         template = getattr(self.processor, "chat_template", None)
         return {
             "model": type(self.model).__name__,
-            "weights of the block": digest.hexdigest(),
+            "weights": digest.hexdigest(),
             "chat template": hashlib.sha256(str(template).encode()).hexdigest(),
             "block": self.block,
             "mass": self.mass,
@@ -266,7 +270,7 @@ class ScalSelect:
 
     def _need_fit(self) -> None:
         if not hasattr(self, "scores_"):
-            raise RuntimeError("ScalSelect is not fitted; call fit(dataset) first")
+            raise NotFittedError("ScalSelect is not fitted; call fit(dataset) first")
 
 
 _ADVICE = {
