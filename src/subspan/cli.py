@@ -59,15 +59,8 @@ IdColumn = Annotated[str | None, typer.Option("--id-column", help="The column th
 SkipNan = Annotated[bool, typer.Option("--skip-nan", help="Leave rows with NaN or infinity out, and say how many.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all sampling.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Rank = Annotated[
-    str,
-    typer.Option(
-        "--rank",
-        "-k",
-        help="Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, "
-        "effective, elbow.",
-    ),
-]
+_RANKS = "Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, effective, elbow."
+Rank = Annotated[str, typer.Option("--rank", "-k", help=_RANKS)]
 
 
 _STOPPED = 130
@@ -309,7 +302,10 @@ def detect(
             "--fit", metavar="GOOD", help="Normal rows or images to fit to, instead of those that are scored."
         ),
     ] = None,
-    rank: Rank = "0.9",
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", "-k", help=f"{_RANKS} Rows: 0.9, images: 0.99.", show_default=False),
+    ] = None,
     labels: Labels = None,
     by_label: Annotated[
         bool, typer.Option("--by-label", help="Score each row against the other rows of its own label.")
@@ -319,7 +315,7 @@ def detect(
         Path | None, typer.Option("-o", "--output", help="Write every score: .csv, .json or .npy.")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option("--shots", min=1, help="Images: fit to the first so many good ones only.")
+        int | None, typer.Option("--shots", min=1, help="Images: fit to so many good ones only, drawn by --seed.")
     ] = None,
     rotations: Annotated[
         int | None,
@@ -353,10 +349,11 @@ def detect(
     - `subspan detect bottle/ --shots 4 --rotations 8`
     """
     _output(output, ".csv", ".json", ".npy")
-    ranked = _rank(rank)
     from .report.inputs import is_anomaly_layout
 
-    if table is not None and is_anomaly_layout(table):
+    images = table is not None and is_anomaly_layout(table)
+    ranked = _rank(rank or ("0.99" if images else "0.9"))
+    if table is not None and images:
         if fit is not None or labels is not None or by_label:
             raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
         columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
@@ -429,14 +426,16 @@ def _detect_in_images(
     from .reproduce.subspacead import MIDDLE
 
     found = anomaly_folder(folder)
-    good = found.train[:shots] if shots is not None else found.train
+    good = found.train
+    if shots is not None:
+        good = good.subset(np.random.default_rng(seed).permutation(len(good))[:shots])
     with _progress("fitting") as progress:
         network = "efficientnet-lite0"
         preprocessing = ImagePreprocessing(**image_preprocessing(network), resize="squash")
         grid = FeatureGrid(load_model(network), MIDDLE, preprocessing=preprocessing)
         views = (8 if len(good) <= 16 else 0) if rotations is None else rotations
         augment = RandomRotations(views) if views else None
-        detector = SubspaceAD(grid, augment=augment, rank=rank, random_state=seed)
+        detector = SubspaceAD(grid, augment=augment, rank=rank, normalize=True, random_state=seed)
 
         def watched(images: Any, title: str, first: float) -> Iterator[Any]:
             for index in range(len(images)):
