@@ -59,7 +59,10 @@ IdColumn = Annotated[str | None, typer.Option("--id-column", help="The column th
 SkipNan = Annotated[bool, typer.Option("--skip-nan", help="Leave rows with NaN or infinity out, and say how many.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of all sampling.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-_RANKS = "Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, effective, elbow."
+_RANKS = (
+    "Directions to keep: a number, a share of the variance (0.95), or marchenko-pastur, gavish-donoho, effective or "
+    "elbow."
+)
 Rank = Annotated[str, typer.Option("--rank", "-k", help=_RANKS)]
 
 

@@ -338,7 +338,6 @@ def _checks(
     score = {name: float(np.mean(values)) for name, values in accuracy.items()}
     held_out = full["gap, held out"]
     beyond_step_one = np.subtract(accuracy[_FULL], accuracy["mean shift (step 1)"])
-    error = float(beyond_step_one.std(ddof=1)) / math.sqrt(len(beyond_step_one))
     return [
         Check(
             "held-out gap at the sampling floor",
@@ -380,8 +379,8 @@ def _checks(
             "texts stand in for images: ReAlign against step 1",
             "accuracy difference",
             float(beyond_step_one.mean()),
-            f">= 0 to within its standard error over seeds ({error:.4f})",
-            float(beyond_step_one.mean()) >= -error,
+            ">= 0",
+            float(beyond_step_one.mean()) >= 0,
         ),
         Check(
             "texts stand in for images: step 1 against none",
