@@ -431,7 +431,7 @@ def _detect_in_images(
     found = anomaly_folder(folder)
     good = found.train
     if shots is not None:
-        good = good.subset(np.random.default_rng(seed).permutation(len(good))[:shots])
+        good = good.subset(np.random.default_rng(seed).permutation(len(good))[:shots].tolist())
     with _progress("fitting") as progress:
         network = "efficientnet-lite0"
         preprocessing = ImagePreprocessing(**image_preprocessing(network), resize="squash")
