@@ -252,7 +252,9 @@ def test_detect_reads_a_folder_of_good_and_defective_images(run: Callable[..., R
         picture(f"tile/train/good/{index}.png")
         picture(f"tile/test/good/{index}.png")
         picture(f"tile/test/blot/{index}.png", defect=True)
-    facts = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json", "-o", "scores.csv").out)
+    ran = run("detect", "tile", "--shots", "2", "--rotations", "0", "--json", "-o", "scores.csv")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
     assert (facts["images"], facts["fitted_to"]) == (6, 2)
     assert facts["image_auroc"] == 1.0
     assert facts["pixel_auroc"] > 0.9
