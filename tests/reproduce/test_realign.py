@@ -153,7 +153,7 @@ def without_networks(monkeypatch, tmp_path):
 
 SMALL = Recipe(
     sources=("digits",),
-    epochs=30,
+    epochs=15,
     batch_size=64,
     learning_rate=3e-3,
     d=16,

@@ -29,6 +29,8 @@ from ..statistics.spread import Spread
 _NO_DIRECTION = 1e-10
 _UNIT_TOLERANCE = 5e-3
 _BATCH = 8192
+# Rows worked on at a time: few enough to stay in the processor's cache.
+_BLOCK = 256
 
 
 class ProjectedAffine(nn.Module):
@@ -77,7 +79,8 @@ class ProjectedAffine(nn.Module):
         if not self.normalize:
             return moved
         length = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-        return torch.where(length < _NO_DIRECTION, previous, normalize_rows(moved))
+        lost = length < _NO_DIRECTION
+        return torch.where(lost, previous, moved / length.masked_fill(lost, 1))
 
     def extra_repr(self) -> str:
         """Shown by print."""
@@ -152,19 +155,17 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         for role, source, name in (("_source", X, "X"), ("_target", Y, "Y")):
             if source is None:
                 continue
-            odd = 0
+            lengths = []
             for rows in self._read(source, name, reset=not hasattr(self, role)):
                 if not hasattr(self, "n_features_in_"):
                     self.n_features_in_ = rows.shape[1]
                 if not hasattr(self, role):
                     setattr(self, role, self._accumulator(self.n_features_in_))
-                length = torch.linalg.vector_norm(rows, dim=-1)
-                present = length > 0
-                odd += int(((length - 1).abs() > _UNIT_TOLERANCE)[present].sum())
-                rows = rows[present]
+                lengths.append(torch.linalg.vector_norm(rows, dim=-1))
+                rows = _nonzero(rows, lengths[-1])
                 getattr(self, role).update(normalize_rows(rows) if self.normalize else rows)
-            if odd and self.normalize:
-                warnings.warn(f"{name}: {odd} rows are not of unit length; they are normalised first", stacklevel=2)
+            if lengths:
+                self._check_lengths(torch.cat(lengths), name)
         return self
 
     def finalize(self, X: Any = None) -> ModalityMap:
@@ -216,9 +217,9 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         total, count = torch.zeros_like(operator.bias), 0
         generator = self._generator(total.device)
         for rows in self._read(source, "X", reset=False):
-            rows = rows[(rows != 0).any(-1)]
+            # Zero rows stay zero and do not change the sum.
             total += operator(rows.to(total), generator).sum(0)
-            count += len(rows)
+            count += int((torch.linalg.vector_norm(rows, dim=-1) > 0).sum())
         if count == 0:
             raise ValueError("X: holds no rows that are not zero (an iterator that was already read?)")
         return total / count
@@ -233,15 +234,17 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             for batch in batches(source, _BATCH):
                 rows = check_matrix(batch, name, columns=columns)
                 columns = rows.shape[1]
-                yield rows.double()
+                for block in rows.split(_BLOCK):
+                    yield block.double()
             return
         if name == "X":
-            array = validate_data(self, source, reset=reset, dtype=np.float64, ensure_all_finite=False)
+            array = validate_data(self, source, reset=reset, dtype=[np.float64, np.float32], ensure_all_finite=False)
         else:
-            array = check_array(source, dtype="float64", ensure_all_finite=False, input_name=name)
+            options: Any = {"dtype": [np.float64, np.float32], "ensure_all_finite": False, "input_name": name}
+            array = check_array(source, **options)
         rows = check_matrix(array, name, columns=columns)
-        for start in range(0, len(rows), _BATCH):
-            yield rows[start : start + _BATCH].double()
+        for block in rows.split(_BLOCK):
+            yield block.double()
 
     # ------------------------------------------------------------------ use
 
@@ -261,33 +264,46 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises ValueError for rows that lie at the target's centroid already (mapped before, or of the target
         modality). Warns for rows not of unit length and for rows of another domain than the map was fitted in.
         """
-        operator = self._fitted()
+        self._fitted()
         if isinstance(X, Tensor):
             rows = check_matrix(X, "X", columns=self.n_features_in_)
         else:
             array = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
             rows = check_matrix(array, "X", columns=self.n_features_in_)
-        self._refuse_target_rows(rows)
         operator = self.as_module(dtype=torch.float64).to(rows.device)
         generator = self._generator(rows.device)
-        parts = [operator(part.double(), generator).to(rows.dtype) for part in rows.split(_BATCH)]
-        mapped = torch.cat(parts) if parts else rows.clone()
-        self._warn_other_domain(mapped)
+        mapped = torch.empty_like(rows)
+        lengths, positions = (torch.zeros(len(rows), dtype=torch.float64, device=rows.device) for _ in range(2))
+        after = Spread(self.n_features_in_, device=rows.device)
+        way = torch.as_tensor(self.mean_target_ - self.mean_source_, device=rows.device)
+        for start in range(0, len(rows), _BLOCK):
+            place = slice(start, start + _BLOCK)
+            block = rows[place].double()
+            lengths[place] = torch.linalg.vector_norm(block, dim=-1)
+            positions[place] = block @ way
+            result = operator(block, generator)
+            after.update(_nonzero(result, lengths[place]))
+            mapped[place] = result.to(rows.dtype)
+        self._check_lengths(lengths, "X")
+        self._refuse_target_rows(lengths, positions)
+        self._warn_other_domain(after)
         return like(mapped, X)
 
-    def _refuse_target_rows(self, rows: Tensor) -> None:
-        length = torch.linalg.vector_norm(rows.double(), dim=-1)
-        present = length > 0
-        odd = int(((length - 1).abs() > _UNIT_TOLERANCE)[present].sum())
+    def _check_lengths(self, lengths: Float[Tensor, " n"], name: str) -> None:
+        odd = int(((lengths - 1).abs() > _UNIT_TOLERANCE)[lengths > 0].sum())
         if odd and self.normalize:
-            warnings.warn(f"X: {odd} rows are not of unit length; they are normalised first", stacklevel=3)
-        direction = torch.as_tensor(self.mean_target_ - self.mean_source_, device=rows.device)
-        square = float(direction.square().sum())
+            warnings.warn(f"{name}: {odd} rows are not of unit length; they are normalised first", stacklevel=3)
+
+    def _refuse_target_rows(self, lengths: Float[Tensor, " n"], positions: Float[Tensor, " n"]) -> None:
+        """Raise where the rows lie nearer to the target's mean than to the source's, beyond chance."""
+        way = self.mean_target_ - self.mean_source_
+        square = float(way @ way)
+        present = lengths > 0
         if int(present.sum()) < 8 or square <= 0:
             return
-        unit = normalize_rows(rows[present].double()) if self.normalize else rows[present].double()
-        # Position along the way from the source's mean (0) to the target's (1), with its standard error.
-        position = (unit - torch.as_tensor(self.mean_source_, device=rows.device)) @ direction / square
+        along = positions[present] / lengths[present] if self.normalize else positions[present]
+        # On the way from the source's mean (0) to the target's (1), with its standard error.
+        position = (along - float(self.mean_source_ @ way)) / square
         error = float(position.std()) / len(position) ** 0.5
         if float(position.mean()) - 5 * error > 0.5:
             raise ValueError(
@@ -295,14 +311,11 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 "source's): they were mapped before, or are rows of the target modality, which are never mapped"
             )
 
-    def _warn_other_domain(self, mapped: Tensor) -> None:
-        rows = mapped[(mapped != 0).any(-1)].double()
-        if len(rows) < 8 or np.isnan(self.gap_after_):
+    def _warn_other_domain(self, after: Spread) -> None:
+        if after.count < 8 or np.isnan(self.gap_after_):
             return
-        mean = rows.mean(0)
-        gap = float(torch.linalg.vector_norm(mean - torch.as_tensor(self.mean_target_, device=mean.device)))
-        noise = float((rows - mean).square().sum()) / len(rows) ** 2
-        if gap**2 > (10 * self.gap_after_) ** 2 + 9 * noise:
+        gap = float(np.linalg.norm(after.mean.cpu().numpy() - self.mean_target_))
+        if gap**2 > (10 * self.gap_after_) ** 2 + 9 * after.trace / after.count:
             warnings.warn(
                 f"X: its mean lies {gap:.3g} from the target's after the map, {self.gap_after_:.3g} where it was "
                 "fitted: the statistics are those of another domain; fit in the domain of use",
@@ -320,3 +333,9 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             noise=operator.noise,
         )
         return copy.to(dtype)
+
+
+def _nonzero(rows: Float[Tensor, "n d"], lengths: Float[Tensor, " n"]) -> Float[Tensor, "m d"]:
+    """The rows whose length is not zero, without a copy where none is."""
+    present = lengths > 0
+    return rows if bool(present.all()) else rows[present]
