@@ -142,7 +142,7 @@ def without_networks(monkeypatch, tmp_path):
         train(heads, columns, options)
 
     monkeypatch.setattr(
-        recipe, "_image_features", lambda images, encoder, size: torch.tensor(images).flatten(1).float()
+        recipe, "pooled_features", lambda images, encoder, size: torch.tensor(images).flatten(1).float()
     )
     monkeypatch.setattr(recipe, "_text_features", letters)
     for name in ("image_encoder", "SentenceEncoder", "load_sentence_encoder"):

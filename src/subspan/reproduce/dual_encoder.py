@@ -18,12 +18,13 @@ from torch import Tensor
 
 from subspan.datasets import load
 from subspan.datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
-from subspan.datasets.packages import image_preprocessing, load_model, load_sentence_encoder
+from subspan.datasets.packages import load_sentence_encoder
 from subspan.datasets.shared import is_available
 from subspan.geometry.extras import require
 from subspan.geometry.files import load_arrays, save_arrays
-from subspan.models import ImageEncoder, ImagePreprocessing, SentenceEncoder
+from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
+from subspan.reproduce.image_features import image_encoder, pooled_features
 from subspan.reproduce.protocol import Progress
 
 TEMPLATES = (
@@ -148,17 +149,6 @@ class SharedSpace:
         return SentenceEncoder(*load_sentence_encoder())
 
 
-def image_encoder(size: int) -> ImageEncoder:
-    """EfficientNet-Lite0 up to its pooled features (n, 1280), for images prepared at `size` pixels."""
-    # The whole short side is kept: small pictures have no margin to cut away.
-    options = {**image_preprocessing("efficientnet-lite0"), "size": size, "crop_fraction": 1.0}
-    return ImageEncoder(load_model("efficientnet-lite0"), ImagePreprocessing(**options), forward=_pooled)
-
-
-def _pooled(model: Any, batch: Tensor) -> Tensor:
-    return model.extract_features(batch).mean((2, 3))
-
-
 def dual_encoder(*, quick: bool = False, seed: int = 0, progress: Progress | None = None) -> SharedSpace:
     """Train the shared space, or take it from the cache.
 
@@ -261,7 +251,7 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     raw = _read(source, recipe.images_per_source)
     count = [len(captions) for captions in raw.captions]
     captions = tuple(caption for several in raw.captions for caption in several)
-    image = _image_features(raw.images, image_encoder(recipe.image_size), recipe.image_size)
+    image = pooled_features(raw.images, image_encoder(recipe.image_size), recipe.image_size)
     text = _text_features(captions, SentenceEncoder(*load_sentence_encoder()))
     picture = torch.arange(len(count)).repeat_interleave(torch.tensor(count))
     pairs = Pairs(
@@ -273,16 +263,6 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     )
     part = np.array(raw.parts)[picture.numpy()]
     return {name: pairs.select(part == name) for name in ("train", "fit", "test")}
-
-
-def _image_features(images: Any, encoder: ImageEncoder, size: int) -> Float[Tensor, "n p"]:
-    found = cached_features(
-        lambda start: encoder.iterate(images[start:]),
-        model=encoder.model,
-        data=images,
-        options={"output": "mean of the last feature map", "size": size, "crop_fraction": 1.0},
-    )
-    return torch.from_numpy(np.array(found))
 
 
 def _text_features(captions: Sequence[str], encoder: SentenceEncoder) -> Float[Tensor, "n q"]:

@@ -13,7 +13,7 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class System:
-    """A published system: the name of its module, its title, paper, year, room and main public name."""
+    """A published system: its name, title, paper, year, room and main public name."""
 
     name: str
     title: str
@@ -21,6 +21,11 @@ class System:
     year: int
     room: str
     public: str
+
+    @property
+    def module(self) -> str:
+        """The module of `subspan.reproduce` with its protocol."""
+        return self.name.replace("-", "_")
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ SYSTEMS = (
         "SpectralSteering",
     ),
 )
-"""Every system with a protocol; the protocol lives in `subspan.reproduce.<name>`."""
+"""Every system with a protocol."""
 
 _PACKAGES = ("subspan", "torch", "numpy", "scipy", "scikit-learn", "transformers")
 
@@ -96,7 +96,7 @@ def run(
     The record holds system, claim, data, model, metric, ours, baselines, bar, holds, seconds and versions, and beside
     them the checks, tables, notes, seed and whether it was the quick form.
     """
-    protocol: Callable[..., Outcome] = importlib.import_module(f"subspan.reproduce.{system.name}").protocol
+    protocol: Callable[..., Outcome] = importlib.import_module(f"subspan.reproduce.{system.module}").protocol
     started = time.perf_counter()
     outcome = protocol(quick=quick, seed=seed, progress=progress or _silent)
     record = {

@@ -40,7 +40,8 @@ from subspan.geometry.grassmann import random_basis
 from subspan.geometry.subspace import Subspace
 from subspan.models import ImageEncoder, SentenceEncoder, image_tensor
 from subspan.models.views import random_views
-from subspan.reproduce.dual_encoder import dual_encoder, image_encoder
+from subspan.reproduce.dual_encoder import dual_encoder
+from subspan.reproduce.image_features import image_encoder
 from subspan.reproduce.protocol import Check, Outcome, Progress, Table
 from subspan.statistics import JointMoments
 from subspan.statistics.paired import expected_calibration_error, paired_bootstrap

@@ -1,0 +1,84 @@
+"""Pooled features of pictures by the installed vision networks, kept in the cache folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subspan.datasets import load
+from subspan.datasets.cache import cached_features
+from subspan.datasets.packages import image_preprocessing, load_model
+from subspan.datasets.shared import is_available
+from subspan.models import ImageEncoder, ImagePreprocessing
+
+
+def image_encoder(size: int, model: str = "efficientnet-lite0") -> ImageEncoder:
+    """An installed network up to its pooled features (n, 1280), for images prepared at `size` pixels."""
+    # The whole short side is kept: small pictures have no margin to cut away.
+    options = {**image_preprocessing(model), "size": size, "crop_fraction": 1.0}
+    return ImageEncoder(load_model(model), ImagePreprocessing(**options), forward=_pooled)
+
+
+def _pooled(model: Any, batch: Tensor) -> Tensor:
+    return model.extract_features(batch).mean((2, 3))
+
+
+def pooled_features(images: Any, encoder: ImageEncoder, size: int) -> Float[Tensor, "n p"]:
+    """Features of images, from the cache where they were computed before."""
+    found = cached_features(
+        lambda start: encoder.iterate(images[start:]),
+        model=encoder.model,
+        data=images,
+        options={"output": "mean of the last feature map", "size": size, "crop_fraction": 1.0},
+    )
+    return torch.from_numpy(np.array(found))
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Pictures with class numbers, split into the rows for training and for testing; `name` says which data set."""
+
+    name: str
+    images: Any
+    labels: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
+    classes: tuple[str, ...]
+
+    def features(self, model: str = "efficientnet-lite0", size: int = 128) -> Float[Tensor, "n p"]:
+        """Pooled features (n, 1280) by an installed network, cached."""
+        return pooled_features(self.images, image_encoder(size, model), size)
+
+
+def labelled_images(source: str = "cifar100") -> LabelledImages:
+    """A labelled image set: "cifar100", "cifar10" or "fashion_mnist" of the data folder, or "digits".
+
+    Where the data folder lacks it, scikit-learn's handwritten digits take its place.
+    """
+    if source == "digits" or not is_available(source):
+        data = load("digits")
+        index = np.arange(len(data["y"]))
+        return LabelledImages(
+            "digits",
+            data["x"] * 15,
+            data["y"],
+            index[index % 10 < 8],
+            index[index % 10 >= 8],
+            tuple(str(digit) for digit in range(10)),
+        )
+    data = load(source)
+    count = len(data["x_train"])
+    total = count + len(data["x_test"])
+    return LabelledImages(
+        source,
+        np.concatenate([data["x_train"], data["x_test"]]),
+        np.concatenate([data["y_train"], data["y_test"]]).astype(np.int64),
+        np.arange(count),
+        np.arange(count, total),
+        tuple(str(name) for name in data["classes"]),
+    )
