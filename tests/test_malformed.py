@@ -473,6 +473,11 @@ def csv_without_the_text_column() -> None:
     Path("x.csv").write_text("a,b\n1,2\n")
 
 
+@case("report x.csv --text-column words --id-column key")
+def csv_of_texts_without_the_id_column() -> None:
+    Path("x.csv").write_text("id,words\n1,some words\n")
+
+
 @case("report x.csv --labels kind")
 def csv_without_the_label_column() -> None:
     Path("x.csv").write_text("a,b\n" + "1,2\n3,5\n" * 20)

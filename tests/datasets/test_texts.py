@@ -31,6 +31,14 @@ def test_texts_and_labels_from_every_format(tmp_path: Path, name: str, data: byt
     assert len(read_texts(tmp_path / name, limit=1)) == 1
 
 
+def test_ids_come_with_the_texts(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("id,text\n7,one\n8,two\n")
+    assert read_texts(tmp_path / "t.csv", id_column="id").ids == ("7", "8")
+    assert read_texts(tmp_path / "t.csv").ids is None
+    with pytest.raises(ValueError, match="key"):
+        read_texts(tmp_path / "t.csv", id_column="key")
+
+
 def test_lines_of_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("first line\n\n  second\n")
     assert read_texts(tmp_path / "t.txt").texts == ("first line", "  second")

@@ -79,6 +79,17 @@ def test_each_section_names_a_command(rendered: tuple[str, dict[str, Any]]) -> N
     assert "subspan detect &#x27;my table.npy&#x27; --labels &#x27;la bel&#x27; --by-label" in rendered[0]
 
 
+def test_commands_read_the_same_columns() -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 6))
+    columns = {"reading": ("--text-column", "the text"), "pairing": ("--id-column", "id")}
+    data = Embeddings(rows=rows, name="texts", argument="x.csv", ids=[str(i) for i in range(40)], dropped=2, **columns)
+    other = Embeddings(rows=rows, name="other", argument="y.csv", ids=data.ids)
+    page = render(describe(data, other), data)
+    assert page.count("subspan align x.csv y.csv --text-column &#x27;the text&#x27; --id-column id --method") == 1
+    for verb in ("select", "shorten", "detect"):
+        assert f"subspan {verb} x.csv --text-column &#x27;the text&#x27; --skip-nan " in page
+
+
 def test_nothing_is_fetched_from_elsewhere(rendered: tuple[str, dict[str, Any]]) -> None:
     for tag, attributes in Elements(rendered[0]).elements:
         for name in ("src", "href", "srcset", "data", "action"):
@@ -126,6 +137,13 @@ def test_sections_without_facts_are_left_out() -> None:
     page = render(describe(data), data)
     assert 'id="labels"' not in page
     assert 'id="against"' not in page
+
+
+def test_few_rows_are_not_taken_for_a_short_embedding() -> None:
+    rng = np.random.default_rng(0)
+    few, many = (Embeddings(rows=rng.normal(size=(n, 64)), name="x", argument="x.npy") for n in (24, 200))
+    assert "further rows may need more" in render(describe(few), few)
+    assert "further rows may need more" not in render(describe(many), many)
 
 
 def test_images_are_shown_small() -> None:

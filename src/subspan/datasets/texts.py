@@ -26,10 +26,11 @@ _UNCOUNTED_PACKAGES = frozenset(
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with a label each, or none: `texts[i]`, `labels[i]`."""
+    """Texts with a label and an id each, or none: `texts[i]`, `labels[i]`, `ids[i]`."""
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None = None
+    ids: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -40,6 +41,7 @@ def read_texts(
     *,
     column: str | None = None,
     label_column: str | None = None,
+    id_column: str | None = None,
     limit: int | None = None,
 ) -> Texts:
     """Read a column of texts from .jsonl, .csv, .tsv (also .gz), or the lines of .txt (also .gz).
@@ -50,21 +52,22 @@ def read_texts(
     source = Path(path)
     records = iterate_records(source)
     texts: list[str] = []
-    labels: list[str] = []
+    named: dict[str, list[str]] = {name: [] for name in (label_column, id_column) if name is not None}
     for number, record in enumerate(records, start=1):
         if column is None:
             column = _text_column(record, source)
         texts.append(_entry(record, column, source, number))
-        if label_column is not None:
-            value = record.get(label_column)
+        for name, values in named.items():
+            value = record.get(name)
             if value is None:
-                raise ValueError(_missing(label_column, record, source, number))
-            labels.append(str(value))
+                raise ValueError(_missing(name, record, source, number))
+            values.append(str(value))
         if len(texts) == limit:
             break
     if not texts:
         raise ValueError(f"path: {str(source)!r} holds no records")
-    return Texts(tuple(texts), tuple(labels) if label_column is not None else None)
+    labels, ids = (None if name is None else tuple(named[name]) for name in (label_column, id_column))
+    return Texts(tuple(texts), labels, ids)
 
 
 def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

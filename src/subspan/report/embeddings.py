@@ -26,8 +26,9 @@ def silent(message: str, fraction: float) -> None:
 class Embeddings:
     """Rows (n, d), in memory or memory-mapped, and their labels, texts, images and ids where there are any.
 
-    name: as in a heading. argument, label_argument: what the command line calls the rows and the labels. source: where
-    the rows come from, in a sentence. stored_dtype: where it is not that of `rows`.
+    name: as in a heading. argument, label_argument: what the command line calls the rows and the labels. reading,
+    pairing: the options that say which columns hold the rows, and which their ids. source: where the rows come from,
+    in a sentence. stored_dtype: where it is not that of `rows`.
     dropped: rows with NaN or infinity that were left out on request.
     """
 
@@ -38,6 +39,8 @@ class Embeddings:
     labels: Shaped[np.ndarray, " m"] | None = None
     label_name: str = "label"
     label_argument: str = ""
+    reading: tuple[str, ...] = ()
+    pairing: tuple[str, ...] = ()
     texts: Sequence[str] | None = None
     images: Sequence[Any] | None = None
     ids: Sequence[str] | None = None

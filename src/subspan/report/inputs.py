@@ -57,15 +57,22 @@ def read_embeddings(
         _refuse(argument, "a folder of images", column=column, text_column=text_column, id_column=id_column)
         data = _images(path, argument, label_column, progress)
     elif suffix in _LINES or (suffix in _SEPARATED and text_column is not None and column is None):
-        _refuse(argument, "a file of texts", column=column, id_column=id_column)
-        data = _texts(path, argument, text_column, label_column, progress)
+        _refuse(argument, "a file of texts", column=column)
+        data = _texts(path, argument, text_column, id_column, label_column, progress)
     else:
         data = _table(path, argument, column, text_column, id_column, label_column)
     if label_file is not None:
-        data = dataclasses.replace(data, labels=_label_file(label_file, len(data)), label_name=label_file.stem)
+        data = dataclasses.replace(data, labels=_label_file(label_file, len(data)), label_name="label")
     if labels is not None:
         data = dataclasses.replace(data, label_argument=labels)
-    return _finite(data, skip_nan)
+    reading = _options(column=column, text_column=text_column)
+    return _finite(dataclasses.replace(data, reading=reading, pairing=_options(id_column=id_column)), skip_nan)
+
+
+def _options(**columns: str | None) -> tuple[str, ...]:
+    """The command line's options that name these columns."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in columns.items() if value is not None}
+    return tuple(word for option in given.items() for word in option)
 
 
 def is_anomaly_layout(argument: str) -> bool:
@@ -183,9 +190,14 @@ def _docstrings(progress: Progress) -> Embeddings:
 
 
 def _texts(
-    path: Path, argument: str, text_column: str | None, label_column: str | None, progress: Progress
+    path: Path,
+    argument: str,
+    text_column: str | None,
+    id_column: str | None,
+    label_column: str | None,
+    progress: Progress,
 ) -> Embeddings:
-    found = read_texts(path, column=text_column, label_column=label_column)
+    found = read_texts(path, column=text_column, id_column=id_column, label_column=label_column)
     empty = [row for row, text in enumerate(found.texts) if not text.strip()]
     if empty:
         raise ValueError(f"{argument}: {len(empty)} of {len(found)} texts are empty (the first is row {empty[0]})")
@@ -197,6 +209,7 @@ def _texts(
         labels=None if found.labels is None else np.array(found.labels),
         label_name=label_column or "label",
         texts=found.texts,
+        ids=found.ids,
     )
 
 

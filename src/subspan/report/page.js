@@ -60,17 +60,25 @@
         legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left" },
         hoverlabel: { bgcolor: colours.card, bordercolor: colours.line, font: { color: colours.ink } },
         separators: ".\u2009",
+        width: plot.clientWidth,
       },
       coloured(figure.layout, colours),
     );
     if (layout.height) plot.style.height = `${narrow ? Math.round(layout.height * 0.8) : layout.height}px`;
     delete layout.height;
     if (narrow) for (const entry of layout.annotations ?? []) entry.font = { ...entry.font, size: 11 };
-    return Plotly.react(plot, coloured(figure.data, colours), layout, { displayModeBar: false, responsive: true });
+    return Plotly.react(plot, coloured(figure.data, colours), layout, { displayModeBar: false });
   };
 
   const plots = [...document.querySelectorAll(".plot")];
   const drawAll = () => Promise.all(plots.map(draw));
   drawAll().then(() => document.documentElement.setAttribute("data-drawn", String(plots.length)));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  // A turned phone or another window size changes the type sizes too, so figures are drawn again, not only stretched.
+  const resized = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.layout && target.clientWidth !== target.layout.width) draw(target);
+    }
+  });
+  for (const plot of plots) resized.observe(plot);
 })();

@@ -124,8 +124,9 @@ def _command(what: str, command: str) -> str:
 
 
 def _call(verb: str, data: Embeddings, options: str) -> str:
-    argument = f" {shlex.quote(data.argument)}" if data.argument else ""
-    return f"subspan {verb}{argument} {options}".rstrip()
+    skipping = ["--skip-nan"] if data.dropped else []
+    argument = [data.argument] if data.argument else []
+    return f"{shlex.join(['subspan', verb, *argument, *data.reading, *skipping])} {options}"
 
 
 def _cards(entries: list[tuple[int, str]], data: Embeddings) -> str:
@@ -324,8 +325,11 @@ def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
         saved = 1 - dims / full
         lead = (
             f"PCA to {_count(dims)} of {_count(full)} dimensions keeps 95\u202f% of each row's {facts['k']} nearest "
-            f"neighbours and saves {_percent(saved)} of the size; "
+            f"neighbours and saves {_percent(saved)} of the size"
         )
+        # Any n rows lie in n directions, so that many keep all of the neighbours whatever the encoder.
+        few = f" (as {_count(len(data))} rows span no more than that, further rows may need more)"
+        lead += (few if dims >= len(data) - 1 else "") + "; "
     else:
         lead = f"No smaller PCA on the grid keeps 95\u202f% of each row's {facts['k']} nearest neighbours; "
     lead += (
@@ -528,6 +532,7 @@ def _against(facts: dict[str, Any], data: Embeddings) -> str:
         f"A falling line; {shared['count']} pairs are above {shared['correlation_above']}.",
     )
     bars = verdict["bars"]["yes"]
+    files = shlex.join([data.argument or "OLD", facts["target_argument"], *data.reading, *data.pairing])
     return (
         f'<p class="lead">{lead}</p>{retrieval}'
         + _table(["Map", "own row first", "own row in 10", "neighbours kept"], rows)
@@ -540,7 +545,6 @@ def _against(facts: dict[str, Any], data: Embeddings) -> str:
         f"{_percent(bars['neighbours_kept'])} at the lower ends of their intervals.</p></div>"
         + _command(
             "Fit the map on all rows and keep it:",
-            f"subspan align {shlex.quote(data.argument or 'OLD')} {shlex.quote(facts['target_argument'])} "
-            f"--method {facts['verdict']['method']} -o map.safetensors",
+            f"subspan align {files} --method {verdict['method']} -o map.safetensors",
         )
     )
