@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.estimator_checks import check_estimator
+from torch.utils.flop_counter import FlopCounterMode
 
 from subspan.geometry import Subspace
 from subspan.select import LeverageSelector, inclusion_probabilities, rank_rows, select_rows
@@ -217,6 +218,26 @@ def test_partial_fit_starts_over_after_fit(pool):
     selector = LeverageSelector().fit(pool + 7)
     selector.partial_fit(pool[:100]).partial_fit(pool[100:])
     assert np.abs(selector.score_samples(pool) - LeverageSelector().fit(pool).scores_).max() < 1e-9
+
+
+def test_work_grows_with_the_rows_and_each_is_read_twice():
+    class Rows:
+        def __init__(self, batches):
+            self.batches, self.served = batches, 0
+
+        def __iter__(self):
+            for seed in range(self.batches):
+                self.served += 500
+                yield torch.randn(500, 32, generator=torch.Generator().manual_seed(seed))
+
+    flops = []
+    for batches in (4, 16):
+        rows = Rows(batches)
+        with FlopCounterMode(display=False) as counted:
+            LeverageSelector().fit(rows)
+        assert rows.served == 2 * 500 * batches
+        flops.append(counted.get_total_flops())
+    assert flops[1] / flops[0] == pytest.approx(4, rel=0.15)
 
 
 def test_a_generator_is_refused_with_advice(pool):
