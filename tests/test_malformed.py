@@ -473,6 +473,11 @@ def csv_without_the_text_column() -> None:
     Path("x.csv").write_text("a,b\n1,2\n")
 
 
+@case("detect x.npy --shots 3")
+def rows_have_no_shots() -> None:
+    np.save("x.npy", np.random.default_rng(0).normal(size=(40, 6)))
+
+
 @case("report x.csv --text-column words --id-column key")
 def csv_of_texts_without_the_id_column() -> None:
     Path("x.csv").write_text("id,words\n1,some words\n")

@@ -361,6 +361,8 @@ def detect(
             raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
         columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
     else:
+        if shots is not None or rotations is not None:
+            raise ValueError("--shots and --rotations: for a folder with train/good and test only")
         columns, facts = _detect_in_rows(
             table, fit, ranked, by_label, labels=labels, column=column, text_column=text_column, id_column=id_column,
             skip_nan=skip_nan,
@@ -562,7 +564,10 @@ def select(
         _check_rank(ranked, data)
         pool = np.flatnonzero(first_copies(data) == np.arange(len(data))) if unique else np.arange(len(data))
         rows = data.take(pool)
-        count = budget(_size(size), len(pool))
+        try:
+            count = budget(_size(size), len(pool))
+        except ValueError as error:
+            raise ValueError(str(error).replace("n_select:", "--size:")) from error
         progress("choosing", 0.5)
         leverage = None
         if method in ("leverage", "sample"):

@@ -45,7 +45,12 @@ def read_embeddings(
     """
     if argument is None:
         options = {"labels": labels, "column": column, "text_column": text_column, "id_column": id_column}
-        _refuse("what is left out", "no table", **options)
+        for name, value in options.items():
+            if value is not None:
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: needs a TABLE; without one the standard library's docstrings are "
+                    "taken, which are labelled by module"
+                )
         return _docstrings(progress)
     path = Path(argument)
     if not path.exists():
