@@ -187,15 +187,32 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         tables=[
             Table(
                 f"{m} of {n} samples; random: 20 draws, mean ± sd",
-                ["selection", "retention", "reconstruction error", "relative probe accuracy"],
+                [
+                    "selection",
+                    "retention",
+                    "reconstruction error",
+                    "relative probe accuracy",
+                    "effective number of answers",
+                    "tokens a sample",
+                ],
                 [
                     [
                         "whole pool",
                         "1.0000",
                         f"{reconstruction_error(rows, np.arange(n), k):.4f}",
                         f"1.0000 ({full:.4f})",
+                        f"{_effective_classes(labels[:n]):.2f}",
+                        f"{np.mean(lengths):.0f}",
                     ],
-                    *[[name, _shown(kept[name]), _shown(error[name]), _shown(taught[name])] for name in selections],
+                    *[
+                        [
+                            name,
+                            *(_shown(values[name]) for values in (kept, error, taught)),
+                            f"{np.mean([_effective_classes(labels[x]) for x in found]):.2f}",
+                            f"{np.mean([np.mean(np.asarray(lengths)[x]) for x in found]):.0f}",
+                        ]
+                        for name, found in selections.items()
+                    ],
                 ],
             ),
             Table(
@@ -349,16 +366,16 @@ class _Synthetic:
 def _scaling(sizes: tuple[int, ...], d: int) -> tuple[Table, float, float]:
     """(table, time per row at the largest over the smallest size, growth of peak memory in MiB)."""
     LeverageSelector().fit(_Synthetic(5000, d))
-    seconds, peaks = [], []
-    for n in sizes:
-        source, best = _Synthetic(n, d), float("inf")
-        for _ in range(2):
-            # Processor time, which other programs on the machine do not lengthen.
+    seconds, peaks = [float("inf")] * len(sizes), [0.0] * len(sizes)
+    for repeat in range(5):
+        # The sizes take turns: what else runs on the machine slows memory for a while, and would slow one size only.
+        for position, n in enumerate(sizes):
+            source = _Synthetic(n, d)
             started = time.process_time()
             LeverageSelector().fit(source)
-            best = min(best, time.process_time() - started)
-        seconds.append(best)
-        peaks.append(_peak())
+            seconds[position] = min(seconds[position], time.process_time() - started)
+            if repeat == 0:
+                peaks[position] = _peak()
     per_row = [1e6 * spent / n for spent, n in zip(seconds, sizes)]
     table = Table(
         f"Fitting and scoring synthetic rows with {d} columns, made on the fly",
@@ -393,6 +410,12 @@ def _repeated_documents(records: list[Any], instructions: list[Any], tokenizer: 
         bool(ours > chance.mean() + 2 * chance.std(ddof=1)),
         required=False,
     )
+
+
+def _effective_classes(labels: np.ndarray) -> float:
+    """exp of the entropy of the classes' shares."""
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def _shown(values: np.ndarray) -> str:
