@@ -11,7 +11,6 @@ import numbers
 import os
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from subspan.geometry.files import atomic_write
+from subspan.geometry.files import atomic_write, temporary_folder
 
 
 def cache_folder() -> Path:
@@ -148,13 +147,10 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
         if folder.is_dir():
             yield None
             return
-        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        with temporary_folder(folder) as unfinished:
             yield unfinished
             unfinished.chmod(0o755)
             unfinished.replace(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _lock_file(folder: Path) -> Path:

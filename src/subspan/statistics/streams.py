@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..geometry.arrays import as_tensor
 from ..geometry.extras import require
-from ..geometry.files import load_arrays
+from ..geometry.files import load_arrays, remove_unfinished
 from .moments import Moments
 
 
@@ -137,8 +137,7 @@ def fit_moments(
     done = 0
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
-        for left in path.parent.glob(f".{path.name}.*"):  # what a killed run was writing
-            left.unlink(missing_ok=True)
+        remove_unfinished(path)
     if path is not None and path.exists():
         state, facts = load_arrays(path, "moments")
         moments = Moments.from_state(state)
