@@ -42,6 +42,32 @@ def test_planted_angles_are_found_at_both_ends(angles):
     torch.testing.assert_close((u * v).sum(0), theta.cos(), atol=1e-12, rtol=0)
 
 
+BOTH_ENDS = [0.0, 1e-9, 1e-7, 1e-5, 1e-3, 0.5, math.pi / 4, 1.0, math.pi / 2 - 1e-5, math.pi / 2 - 1e-7, math.pi / 2]
+
+
+@pytest.mark.parametrize("d", [40, 1536])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-7), (torch.bfloat16, 1e-2)]
+)
+def test_angles_are_as_accurate_as_the_bases(d, dtype, tolerance):
+    a, b, theta = planted(BOTH_ENDS, d=d)
+    u, v, found = principal_vectors(a.to(dtype), b.to(dtype))
+    assert found.dtype == u.dtype == v.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float((found.double() - theta).abs().max()) < tolerance
+    # The bare arccos of the cosines would not do.
+    plain = torch.linalg.svdvals(a.mT @ b).clamp(0, 1).acos()
+    assert float((plain - theta).abs().max()) > 1e-9
+
+
+def test_bases_of_two_precisions():
+    a, b, theta = planted([0.0, 1e-6, 1.0])
+    for one, other in ((a.float(), b), (a, b.float()), (a.half(), b)):
+        found = principal_angles(one, other)
+        assert found.dtype == torch.float64
+        assert float((found - theta).abs().max()) < (1e-7 if one.dtype != torch.float16 else 1e-2)
+        assert float(subspace_overlap(one, other)) == pytest.approx(float(theta.cos().square().mean()), abs=1e-3)
+
+
 @given(p=st.integers(1, 6), q=st.integers(1, 6), seed=st.integers(0, 10**6))
 def test_angles_do_not_depend_on_the_basis_or_the_order(p, q, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -164,6 +164,44 @@ def test_composition_inverse_module_and_file(tmp_path):
         AffineMap(torch.full((2, 2), torch.nan))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+def test_maps_keep_the_dtype_and_sum_in_float32(dtype, bias):
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(5, 4096, generator=generator, dtype=torch.float64)
+    affine = AffineMap(matrix, torch.randn(5, generator=generator, dtype=torch.float64) if bias else None)
+    x = torch.randn(7, 4096, generator=generator).to(dtype)
+    exact = x.double() @ matrix.mT + (affine.bias if bias else 0)
+    found = affine.map(x)
+    assert found.dtype == dtype
+    # One rounding of the result; with the matrix and the sums in half precision it would be a hundred times more.
+    error = (found.double() - exact).abs() / exact.abs().clamp_min(1)
+    assert float(error.max()) < max(torch.finfo(dtype).eps, 1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_maps_take_any_leading_shape(bias):
+    affine = AffineMap(torch.ones(3, 4), torch.ones(3) if bias else None)
+    for shape in ((4,), (0, 4), (2, 0, 4), (2, 5, 4)):
+        assert affine.map(torch.ones(shape)).shape == (*shape[:-1], 3)
+    assert affine.map(np.ones((2, 4), np.float16)).dtype == torch.float32
+    for wrong in (torch.ones(2, 3), torch.ones(3), torch.ones(2, 0), np.float64(1)):
+        with pytest.raises(ValueError, match="x: expected 4 columns"):
+            affine.map(wrong)
+    with pytest.raises(TypeError, match="x: expected a numeric array"):
+        affine.map(np.array([["a", "b", "c", "d"]]))
+
+
+def test_bad_maps_are_refused():
+    square = torch.eye(3)
+    for call, message in [
+        (lambda: AffineMap(torch.ones(3, 4)) @ AffineMap(torch.ones(5, 2)), "other: maps into 5 dimensions, 4"),
+        (lambda: AffineMap(square, torch.full((3,), torch.inf)), "bias: contains NaN or infinity"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_faiss_transform_gives_the_same_vectors():
     faiss = pytest.importorskip("faiss", reason="faiss is an optional extra")
     x, y, _ = pairs()
@@ -171,6 +209,18 @@ def test_faiss_transform_gives_the_same_vectors():
     transform = found.to_faiss()
     assert isinstance(transform, faiss.LinearTransform)
     np.testing.assert_allclose(transform.apply(x.float().numpy()), found.map(x).float().numpy(), rtol=1e-4, atol=1e-4)
+    assert not transform.is_orthonormal
+    narrow, turn = AffineMap(found.matrix[:3]), JointMoments(8, 8).update(x, y).procrustes()
+    np.testing.assert_allclose(
+        narrow.to_faiss().apply(x.float().numpy()), narrow.map(x).float().numpy(), rtol=1e-4, atol=1e-4
+    )
+    assert turn.to_faiss().is_orthonormal
+    # An index behind the transform finds for x what an index of the mapped rows finds.
+    inner = faiss.IndexFlatL2(3)
+    index = faiss.IndexPreTransform(narrow.to_faiss(), inner)
+    index.add(x.float().numpy())
+    nearest = index.search(x[:20].float().numpy(), 1)[1][:, 0]
+    assert nearest.tolist() == list(range(20))
 
 
 def test_normalize_rows_is_safe():

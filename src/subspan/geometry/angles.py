@@ -9,9 +9,16 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 
-def _check_pair(a: Tensor, b: Tensor) -> None:
+def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
+    """Both bases in double precision, orthonormal to it, and the dtype that the answer is given in."""
     if a.shape[-2] != b.shape[-2]:
         raise ValueError(f"b: the subspaces live in different dimensions, {a.shape[-2]} and {b.shape[-2]}")
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    wide = torch.promote_types(dtype, torch.float64)
+    # A basis rounded to float32 spans the right subspace to 1e-8, but its columns are orthonormal to 1e-7 only, and
+    # that would be the error of small angles.
+    a, b = (basis if basis.dtype == wide else torch.linalg.qr(basis.to(wide))[0] for basis in (a, b))
+    return a, b, dtype
 
 
 def principal_vectors(
@@ -20,9 +27,10 @@ def principal_vectors(
     """Principal vectors in each subspace, and the principal angles (radians, ascending), k = min(p, q).
 
     Angles are accurate near 0 and near pi/2: cosines come from an SVD of a'b, and where a cosine is large the sine is
-    measured instead, as the distance of the principal vector from the other subspace (Bjorck & Golub, 1973).
+    measured instead, as the distance of the principal vector from the other subspace (Bjorck & Golub, 1973). Computed
+    in double precision and given in that of the bases (float32 for half precision).
     """
-    _check_pair(a, b)
+    a, b, dtype = _pair(a, b)
     left, cosines, right = torch.linalg.svd(a.mH @ b, full_matrices=False)
     u, v = a @ left, b @ right.mH
     cosines = cosines.clamp(0, 1)
@@ -47,7 +55,7 @@ def principal_vectors(
     projected = a @ (a.mH @ v)
     norm = torch.linalg.vector_norm(projected, dim=-2, keepdim=True)
     u = torch.where(near.unsqueeze(-2), projected / norm.clamp_min(torch.finfo(angles.dtype).tiny), u)
-    return u, v, angles
+    return u.to(dtype), v.to(dtype), angles.to(dtype.to_real())
 
 
 def principal_angles(a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b e q"]) -> Float[Tensor, "*b k"]:
@@ -88,8 +96,8 @@ def subspace_distance(a: Tensor, b: Tensor, *, metric: str = "geodesic") -> Floa
 
 def subspace_overlap(a: Tensor, b: Tensor) -> Float[Tensor, "*b"]:
     """Overlap |a'b|_F^2 / min(p, q) in [0, 1]; its mean over random subspaces is `expected_overlap`."""
-    _check_pair(a, b)
-    return (a.mH @ b).abs().square().sum((-2, -1)) / min(a.shape[-1], b.shape[-1])
+    a, b, dtype = _pair(a, b)
+    return ((a.mH @ b).abs().square().sum((-2, -1)) / min(a.shape[-1], b.shape[-1])).to(dtype.to_real())
 
 
 def expected_overlap(p: int, q: int, d: int) -> float:

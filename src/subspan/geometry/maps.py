@@ -43,14 +43,15 @@ class AffineMap:
         return cls(torch.eye(d, dtype=dtype))
 
     def map(self, x: Any) -> Float[Tensor, "*n d_out"]:
-        """Map rows x (…, d_in) to (…, d_out), in the dtype of x."""
+        """Map rows x (…, d_in) to (…, d_out), in the dtype of x; half precision is summed in float32."""
         rows = as_tensor(x, "x")
         if rows.shape[-1:] != self.matrix.shape[1:]:
             raise ValueError(f"x: expected {self.matrix.shape[1]} columns, got shape {tuple(rows.shape)}")
+        wide = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         if self.bias is None:
-            return rows @ self.matrix.to(rows).mT
-        flat = torch.addmm(self.bias.to(rows), rows.reshape(-1, rows.shape[-1]), self.matrix.to(rows).mT)
-        return flat.reshape(*rows.shape[:-1], -1)
+            return (wide @ self.matrix.to(wide).mT).to(rows.dtype)
+        flat = torch.addmm(self.bias.to(wide), wide.reshape(-1, wide.shape[-1]), self.matrix.to(wide).mT)
+        return flat.reshape(*rows.shape[:-1], self.matrix.shape[0]).to(rows.dtype)
 
     def inverse(self) -> AffineMap:
         """Inverse map; for unequal dimensions the least-squares (pseudo) inverse."""

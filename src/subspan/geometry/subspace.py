@@ -358,15 +358,15 @@ class Subspace:
 
     def angles(self, other: Subspace) -> Float[Tensor, "*b m"]:
         """Principal angles to `other` (radians, ascending)."""
-        return principal_angles(self.basis, other.basis.to(self.basis.dtype))
+        return principal_angles(self.basis, other.basis)
 
     def distance(self, other: Subspace, *, metric: str = "geodesic") -> Float[Tensor, "*b"]:
         """Distance of the directions to those of `other`; for the metrics see `subspace_distance`."""
-        return subspace_distance(self.basis, other.basis.to(self.basis.dtype), metric=metric)
+        return subspace_distance(self.basis, other.basis, metric=metric)
 
     def overlap(self, other: Subspace) -> Float[Tensor, "*b"]:
         """Share of directions in common, |A'B|_F^2 / min(p, q)."""
-        return subspace_overlap(self.basis, other.basis.to(self.basis.dtype))
+        return subspace_overlap(self.basis, other.basis)
 
     # ------------------------------------------------------------------ moving and keeping
 
