@@ -1,11 +1,8 @@
 """The spike filter's cost: beside the encoder it protects, beside JPEG purification, and fitted from moments or rows.
 
-Run: python benchmarks/eigenshield.py. Ratios are of times measured side by side in this process.
+Run: python benchmarks/eigenshield.py [--json FILE]. Ratios are of times measured side by side in this process.
 """
 
-import os
-import platform
-import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 
@@ -13,6 +10,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 
+from record import Record, parser, timed
 from subspan.edit import RobustSpikes, SpikeFilter, jpeg
 from subspan.geometry import Subspace
 from subspan.reproduce.eigenshield import ImageFeatures
@@ -21,14 +19,8 @@ D, ROWS, BLOCK, SPIKES = 1280, 5120, 1024, 200
 
 
 def seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    """Processor seconds, the least of several runs."""
+    return timed(function, repeats).processor
 
 
 def embeddings() -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,7 +48,8 @@ def blocks(count: int, scale: float) -> Iterator[np.ndarray]:
 
 
 def main() -> None:
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
+    options = parser(__doc__).parse_args()
+    record = Record("eigenshield", f"16 images at 224 px; {ROWS} pairs of {D} dimensions, {SPIKES} spikes")
     clean, perturbed = embeddings()
 
     subspace = Subspace.random(D, 160, generator=torch.Generator().manual_seed(0))
@@ -72,20 +65,24 @@ def main() -> None:
         rows = clean[:2048]
         factored = seconds(lambda: module(rows), 20)
         squared = seconds(lambda: rows @ dense, 20)
-    print(
-        f"16 images at 224 px: encoder {encode * 1e3:.1f} ms, filter {project * 1e3:.3f} ms, JPEG {purify * 1e3:.1f} ms"
-    )
-    print(f"  filter / encoder = {project / encode:.2%}, JPEG / filter = {purify / project:.0f}")
-    print(f"2048 vectors of {D}, 160 directions kept: factored {factored * 1e3:.2f} ms, dense {squared * 1e3:.2f} ms")
-    print(f"  dense / factored = {squared / factored:.2f}")
+    rows = [
+        ["encoder", 1e3 * encode, encode / project],
+        ["spike filter", 1e3 * project, 1.0],
+        ["JPEG purification", 1e3 * purify, purify / project],
+    ]
+    record.table("Purifying 16 images", ["", "processor ms", "x the filter"], rows)
+    rows = [["factored", 1e3 * factored, 1.0], ["as a matrix", 1e3 * squared, squared / factored]]
+    record.table("Projecting 2048 vectors on 160 directions", ["", "processor ms", "x factored"], rows)
+    record.target("JPEG purification over the filter, processor time", purify / project, least=1)
 
     a, b = clean.numpy(), perturbed.numpy()
     fitted = RobustSpikes(rank=SPIKES).fit(a, b)
     np.testing.assert_allclose(fitted.rbns_, scores_from_rows(a, b), rtol=1e-2)
     ours = seconds(lambda: RobustSpikes(rank=SPIKES).fit(a, b), 2)
     theirs = seconds(lambda: scores_from_rows(a, b), 2)
-    print(f"calibration on {ROWS} pairs of {D}: from moments {ours:.2f} s, PCA and all coordinates {theirs:.2f} s")
-    print(f"  moments / rows = {ours / theirs:.2f}, equal scores")
+    rows = [["from moments", ours, 1.0], ["PCA and all coordinates", theirs, theirs / ours]]
+    record.table("Calibration, equal scores", ["", "processor seconds", "x ours"], rows)
+    record.target("PCA and all coordinates over moments, processor time", theirs / ours, least=1)
 
     peaks = []
     for count in (ROWS, 4 * ROWS):
@@ -93,7 +90,9 @@ def main() -> None:
         RobustSpikes(rank=SPIKES).fit(blocks(count, 1.0), blocks(count, 1.1))
         peaks.append(tracemalloc.get_traced_memory()[1] / 2**20)
         tracemalloc.stop()
-    print(f"streamed rows held at once: {peaks[0]:.1f} MiB for {ROWS} pairs, {peaks[1]:.1f} MiB for {4 * ROWS}")
+    rows = [[ROWS, peaks[0]], [4 * ROWS, peaks[1]]]
+    record.table("Streamed calibration", ["pairs", "MiB of rows held at once"], rows)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """Moments and streamed subspace fits beside the plain product and scikit-learn's and TorchDR's PCA.
 
-Run: python benchmarks/moments.py [--rows 200000] [--columns 768]. Every peer runs in a process of its own on the same
-rows, read from one memory map, so that peak memory is its own. The floor of one pass is the product X'X: 2 n d^2 flops.
+Run: python benchmarks/moments.py [--rows 200000] [--columns 768] [--repeats 2] [--json FILE]. Every peer runs in a
+process of its own on the same rows, read from one memory map, so that peak memory is its own. The floor of one pass is
+the product X'X: 2 n d^2 flops.
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from record import Record, parser, timed
 
 RANK = 64
 
@@ -100,71 +101,86 @@ FITS = {
 def measure(name: str, path: str, out: str) -> None:
     fit = FITS[name](path)
     baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    wall, processor = time.perf_counter(), time.process_time()
     basis = fit()
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - wall, time.process_time() - processor
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     np.save(out, basis)
-    print(json.dumps({"seconds": seconds, "mib": (peak - baseline) / 1024}))
+    print(json.dumps({"seconds": seconds, "processor": processor, "mib": (peak - baseline) / 1024}))
 
 
-def best(function, repeats=5):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def write_rows(path: str, count: int, columns: int) -> None:
+    """Rows of rank 64 with unit noise and a mean of 3 in every column, float32, written in blocks."""
+    rng = np.random.default_rng(0)
+    rows = np.lib.format.open_memmap(path, "w+", np.float32, (count, columns))
+    mix = rng.standard_normal((RANK, columns), dtype=np.float32) * np.geomspace(4, 0.5, RANK)[:, None]
+    for start in range(0, count, 8192):
+        part = rows[start : start + 8192]
+        part[:] = rng.standard_normal((len(part), RANK), dtype=np.float32) @ mix.astype(np.float32)
+        part += rng.standard_normal(part.shape, dtype=np.float32) + 3
+    rows.flush()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--columns", type=int, default=768)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--rows", type=int, default=200_000)
+    options.add_argument("--columns", type=int, default=768)
+    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = options.parse_args()
     if options.one:
         measure(*options.one)
         return
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores; {options.rows} x {options.columns} float32")
-    rng = np.random.default_rng(0)
+    record = Record("moments", f"{options.rows} x {options.columns} float32, rank {RANK}")
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "x.npy")
-        rows = np.lib.format.open_memmap(path, "w+", np.float32, (options.rows, options.columns))
-        mix = rng.standard_normal((RANK, options.columns), dtype=np.float32) * np.geomspace(4, 0.5, RANK)[:, None]
-        for start in range(0, options.rows, 8192):
-            part = rows[start : start + 8192]
-            part[:] = rng.standard_normal((len(part), RANK), dtype=np.float32) @ mix.astype(np.float32)
-            part += rng.standard_normal(part.shape, dtype=np.float32) + 3
-        rows.flush()
-        block = np.array(rows)
-        floor, ours_seconds = best(product(block)), best(update(block))
+        write_rows(path, options.rows, options.columns)
+        block = np.load(path)
+        floor, one = timed(product(block), options.repeats), timed(update(block), options.repeats)
+        del block
         flops = 2 * options.rows * options.columns**2
-        print(f"X'X {floor:.2f} s ({flops / floor / 1e9:.0f} GFLOP/s), Moments.update {ours_seconds:.2f} s")
-        print(f"  speed of Moments.update / X'X = {floor / ours_seconds:.2f}")
-        del block, rows
+        rows = [
+            [name, run.seconds, run.processor, flops / run.processor / 1e9]
+            for name, run in (("X'X in torch", floor), ("Moments.update", one))
+        ]
+        title = "One pass over rows in memory (GFLOP/s: of the plain product's work)"
+        record.table(title, ["", "seconds", "processor seconds", "GFLOP/s"], rows)
+        record.target("speed of Moments.update over that of X'X", floor.processor / one.processor, least=0.7)
         results, bases = {}, {}
         for index, name in enumerate(FITS):
             out = str(Path(folder) / f"{index}.npy")
             runs = []
-            for _ in range(2):
+            for _ in range(options.repeats):
                 command = [sys.executable, __file__, "--one", name, path, out]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    print(f"{name}: failed\n{done.stderr[-600:]}")
+                    record.note(f"{name} failed: {done.stderr.splitlines()[-1]}")
                     break
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
             if runs:
-                results[name] = min(runs, key=lambda run: run["seconds"])
+                results[name] = min(runs, key=lambda run: run["processor"])
                 bases[name] = np.load(out)
-        first = next(iter(FITS))
-        for name, run in results.items():
-            cosine = np.linalg.svd(bases[first].T @ bases[name], compute_uv=False).min()
-            print(
-                f"{name:42s} {run['seconds']:7.2f} s, {run['seconds'] / results[first]['seconds']:6.2f} x ours, "
-                f"{run['mib']:6.0f} MiB over the start, largest angle to ours {np.arccos(min(1, cosine)):.1e}"
-            )
+    ours_name = next(iter(FITS))
+    rows, ratios, angles = [], {}, {}
+    for name, run in results.items():
+        a, b = (np.linalg.qr(bases[key].astype(np.float64))[0] for key in (ours_name, name))
+        angles[name] = float(np.arcsin(min(1.0, np.linalg.norm(b - a @ (a.T @ b), 2))))
+        ratios[name] = run["processor"] / results[ours_name]["processor"]
+        rows.append([name, run["seconds"], run["processor"], ratios[name], run["mib"], angles[name]])
+    columns = ["fit", "seconds", "processor seconds", "x ours", "MiB over the start", "largest angle to ours, rad"]
+    record.table("Principal subspace of a file of rows, each fit in a process of its own", columns, rows)
+    bounds = {
+        "scikit-learn covariance_eigh, in memory": (1 / 1.1, "level with"),
+        "scikit-learn IncrementalPCA": (10, "faster than"),
+        "TorchDR ExactIncrementalPCA, two passes": (1.5, "faster than"),
+        "TorchDR PCA, in memory": (4, "faster than"),
+    }
+    for name, (bound, word) in bounds.items():
+        if name in ratios:
+            record.target(f"{word} {name}: its processor time over ours", ratios[name], least=bound)
+    exact = [angle for name, angle in angles.items() if name != "scikit-learn IncrementalPCA"]
+    record.target("largest angle to the exact peers, radians", max(exact), most=1e-3)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

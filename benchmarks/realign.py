@@ -1,37 +1,23 @@
 """What closed-form alignment costs: beside the published four passes, a covariance map and a plain read of the data.
 
-Run: python benchmarks/realign.py. Ratios are of times measured side by side in this process.
+Run: python benchmarks/realign.py [--rows 100000] [--json FILE]. Ratios are of times measured side by side in
+this process.
 """
 
-import os
-import platform
-import time
 import warnings
-from collections.abc import Callable
 
 import numpy as np
-import torch
 
+from record import Record, parser, timed
 from subspan.align import BlockwiseCovariance, ReAlign
 
-ROWS, D, CHUNK = 100_000, 768, 10_000
+D, CHUNK = 768, 10_000
 
 
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def embeddings(seed: int) -> np.ndarray:
+def embeddings(seed: int, count: int) -> np.ndarray:
     """Unit rows of a cone with a decaying spectrum, float32."""
     generator = np.random.default_rng(seed)
-    rows = generator.standard_normal((ROWS, D), dtype=np.float32) * np.arange(1, D + 1, dtype=np.float32) ** -0.7
+    rows = generator.standard_normal((count, D), dtype=np.float32) * np.arange(1, D + 1, dtype=np.float32) ** -0.7
     rows += generator.standard_normal(D, dtype=np.float32)
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
@@ -62,26 +48,34 @@ def four_passes(text: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
-    print(f"{ROWS} × {D} float32 in each modality")
-    text, image = embeddings(0), embeddings(1)
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=int, default=100_000)
+    options = arguments.parse_args()
+    record = Record("realign", f"{options.rows} x {D} float32 in each modality")
+    text, image = embeddings(0, options.rows), embeddings(1, options.rows)
     ours = ReAlign().fit(text, image).transform(text)
     theirs = four_passes(text, image)
-    print(f"largest difference from the four passes: {np.abs(ours - theirs).max():.1e}")
-    whole = seconds(lambda: ReAlign().fit(text, image).transform(text))
-    published = seconds(lambda: four_passes(text, image), 1)
-    covariance = seconds(lambda: BlockwiseCovariance().fit(text, image).transform(text), 1)
-    product = seconds(lambda: text.T @ text)
-    print(f"ReAlign, fit and transform        {whole:.2f} s")
-    print(f"published four passes             {published:.2f} s   {published / whole:.1f} × ours")
-    print(f"blockwise covariance              {covariance:.2f} s   {covariance / whole:.1f} × ours")
-    print(f"one product XᵀX, for scale        {product:.2f} s   {product / whole:.1f} × ours")
+    apart = float(np.abs(ours - theirs).max())
+    del ours, theirs
+    runs = {
+        "ReAlign, fit and transform": timed(lambda: ReAlign().fit(text, image).transform(text), 2),
+        "published four passes": timed(lambda: four_passes(text, image), 1, warm=False),
+        "blockwise covariance": timed(lambda: BlockwiseCovariance().fit(text, image).transform(text), 1, warm=False),
+        "one product X'X, for scale": timed(lambda: text.T @ text, 2),
+    }
+    whole = runs["ReAlign, fit and transform"].processor
+    rows = [[name, run.seconds, run.processor, run.processor / whole] for name, run in runs.items()]
+    record.table("Closed-form alignment", ["", "seconds", "processor seconds", "x ours"], rows)
+    four = runs["published four passes"].processor / whole
+    record.target("published four passes over ours, processor time", four, least=1)
+    record.target("largest difference to the four passes", apart, most=1e-5)
     model = ReAlign()
-    for start in range(0, ROWS, CHUNK):
+    for start in range(0, options.rows, CHUNK):
         model.partial_fit(text[start : start + CHUNK], image[start : start + CHUNK])
-    model.finalize([text[start : start + CHUNK] for start in range(0, ROWS, CHUNK)])
+    model.finalize([text[start : start + CHUNK] for start in range(0, options.rows, CHUNK)])
     state = sum(value.nbytes for value in (model.mean_source_, model.mean_target_, model.drift_))
-    print(f"fitted state {state / 1024:.0f} KiB, independent of the number of rows")
+    record.note(f"The fitted state takes {state / 1024:.0f} KiB, whatever the number of rows.")
+    record.save(options.json)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """Seconds and peak memory of `subspan report` on 100,000 × 768 float32 rows, each kind of file in a process of its own.
 
-    python benchmarks/report.py [--rows 100000] [--columns 768] [--against]
+    python benchmarks/report.py [--rows 100000] [--columns 768] [--against] [--json FILE]
 
 Bars: under 60 s and 3 GiB on two cores. Rows: a power-law spectrum in random directions, a common mean, 30 labels.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +15,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from record import Record, parser
 
 SECONDS, GIBIBYTES = 60.0, 3.0
 
@@ -49,31 +48,29 @@ def measure(arguments: list[str], folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--columns", type=int, default=768)
-    parser.add_argument("--against", action="store_true", help="with a second embedding of the same rows")
-    options = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", file=sys.stderr)
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=int, default=100_000)
+    arguments.add_argument("--columns", type=int, default=768)
+    arguments.add_argument("--against", action="store_true", help="with a second embedding of the same rows")
+    options = arguments.parse_args()
+    beside = ", with a second embedding of the same rows" if options.against else ""
+    record = Record("report", f"{options.rows} x {options.columns} float32, 30 labels{beside}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_rows(folder / "rows.npy", options.rows, options.columns)
         names = [f"class {label}" for label in np.random.default_rng(1).integers(0, 30, options.rows)]
         (folder / "labels.txt").write_text("\n".join(names) + "\n")
-        arguments = ["report", "rows.npy", "--labels", "labels.txt"]
+        command = ["report", "rows.npy", "--labels", "labels.txt"]
         if options.against:
             write_rows(folder / "other.npy", options.rows, options.columns, seed=1)
-            arguments += ["--against", "other.npy"]
-        found = measure(arguments, folder)
-    bars = {"seconds": SECONDS, "gibibytes": GIBIBYTES}
-    result = {
-        "rows": options.rows,
-        "columns": options.columns,
-        **{key: round(value, 2) for key, value in found.items()},
-        "bars": bars,
-        "holds": all(found[key] < bar for key, bar in bars.items()),
-    }
-    print(json.dumps(result, indent=1))
+            command += ["--against", "other.npy"]
+        found = measure(command, folder)
+    columns = ["command", "seconds", "processor seconds", "GiB at most"]
+    written = f"`subspan {' '.join(command)}`"
+    record.table("The whole command, from start to page", columns, [[written, *found.values()]])
+    record.target("seconds", found["seconds"], most=SECONDS)
+    record.target("GiB", found["gibibytes"], most=GIBIBYTES)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ that its peak memory is its own; both read the same file of float32 rows. Then t
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from record import Record, parser
 from subspan.select import LeverageSelector
 
 BUDGET = 0.16
@@ -90,18 +89,16 @@ def measured(method: str, path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--columns", type=int, default=768)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[50_000, 100_000, 200_000])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", nargs=2)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=int, default=20_000)
+    arguments.add_argument("--columns", type=int, default=768)
+    arguments.add_argument("--sizes", type=int, nargs="+", default=[50_000, 100_000, 200_000])
+    arguments.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     if options.child:
         child(options.child[0], Path(options.child[1]))
         return
-    machine = f"{platform.machine()}, {os.cpu_count()} cores"
-    print(f"machine: {machine}; {options.rows} x {options.columns} float32")
+    record = Record("scalselect", f"{options.rows} x {options.columns} float32, {BUDGET:.0%} selected")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pool.npy"
         pool(path, options.rows, options.columns)
@@ -109,34 +106,27 @@ def main() -> None:
         a, b = (np.load(path.with_suffix(f".{method}.npy")) for method in ("published", "streamed"))
         m = round(BUDGET * options.rows)
         first, second = np.argsort(-a, kind="stable"), np.argsort(-b, kind="stable")
-        agreement = {
-            "same_rank": facts["published"]["k"] == facts["streamed"]["k"],
-            "same_selection": len(set(first[:m]) & set(second[:m])) / m,
-            "largest_difference": float(np.abs(a - b).max()),
-        }
+        same = len(set(first[:m]) & set(second[:m])) / m
+        apart = float(np.abs(a - b).max())
         scaling = []
         for rows in options.sizes:
             pool(path, rows, options.columns)
             scaling.append({"rows": rows, **measured("streamed", path)})
-    for method, found in facts.items():
-        print(
-            f"{method:10} {found['seconds']:7.2f} s, {found['processor_seconds']:7.2f} processor s, "
-            f"{found['peak_mib']:7.0f} MiB above the start, k = {found['k']:.0f}"
-        )
-    for name, unit in (("processor_seconds", "time"), ("peak_mib", "memory")):
-        print(f"published / streamed {unit}: {facts['published'][name] / facts['streamed'][name]:.1f}")
-    print(f"same k: {agreement['same_rank']}, same selection: {agreement['same_selection']:.4%} of {m} rows, "
-          f"largest difference of a score {agreement['largest_difference']:.1e}")  # fmt: skip
-    for found in scaling:
-        print(
-            f"{found['rows']:8} rows: {1e6 * found['processor_seconds'] / found['rows']:7.2f} processor microseconds "
-            f"a row, {found['peak_mib']:6.0f} MiB above the start"
-        )
-    if options.json:
-        record = {"machine": machine, "rows": options.rows, "columns": options.columns}
-        options.json.write_text(
-            json.dumps({**record, **facts, **agreement, "scaling": scaling}, indent=1) + "\n", encoding="utf-8"
-        )
+    names = {"published": "published: two full decompositions", "streamed": "LeverageSelector, streamed"}
+    ratio = {key: facts["published"][key] / facts["streamed"][key] for key in ("processor_seconds", "peak_mib")}
+    rows = [
+        [names[method], found["seconds"], found["processor_seconds"], found["peak_mib"], found["k"]]
+        for method, found in facts.items()
+    ]
+    columns = ["", "seconds", "processor seconds", "MiB over the start", "directions kept"]
+    record.table("Leverage scores of a pool", columns, rows)
+    record.target("published path over ours, processor time", ratio["processor_seconds"], least=1)
+    record.target("published path over ours, memory", ratio["peak_mib"], least=1)
+    record.target("share of the selection in common", same, least=1)
+    record.target("largest difference of a score", apart, most=1e-5)
+    rows = [[found["rows"], 1e6 * found["processor_seconds"] / found["rows"], found["peak_mib"]] for found in scaling]
+    record.table("Streamed, more rows", ["rows", "processor microseconds a row", "MiB over the start"], rows)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
 """Adaptation cost of spectral steering: the batched closed form, a loop of it, autograd, and prompt tuning.
 
 All rows are measured side by side in one run on the same views; what must agree is checked before it is timed.
-Run: python benchmarks/sts.py [--classes 100] [--dim 512] [--images 200] [--views 64] [--prompts 3]
+Run: python benchmarks/sts.py [--classes 100] [--dim 512] [--images 200] [--views 64] [--prompts 3] [--json FILE]
 """
-
-import argparse
-import time
 
 import torch
 from torch.nn import functional as F
 
+from record import Record, parser
+from record import timed as best_of
 from subspan.edit import ConfidentAverage, PrototypeShift, SpectralSteering, select_confident
 
 SCALE = 30.0
@@ -36,14 +35,8 @@ def autograd_loop(steering: SpectralSteering, views: torch.Tensor) -> torch.Tens
 
 
 def timed(run, images: int, repeats: int = 3) -> float:
-    """Milliseconds an image, the best of `repeats` after a warm-up."""
-    run()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * min(seconds) / images
+    """Processor milliseconds an image."""
+    return 1000 * best_of(run, repeats).processor / images
 
 
 def prompt_tuning_row(classes: int, views: torch.Tensor) -> float | None:
@@ -62,10 +55,10 @@ def prompt_tuning_row(classes: int, views: torch.Tensor) -> float | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    arguments = parser(__doc__)
     for name, default in (("classes", 100), ("dim", 512), ("images", 200), ("views", 64), ("prompts", 3)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
+        arguments.add_argument(f"--{name}", type=int, default=default)
+    options = arguments.parse_args()
     generator = torch.Generator().manual_seed(0)
     decay = torch.logspace(0, -1.5, options.dim)
     rows = torch.randn(options.classes, options.dim, generator=generator) * decay + 0.1
@@ -80,8 +73,8 @@ def main() -> None:
     assert gap < 1e-6, gap
     moved = float((steering(few) - ConfidentAverage(prototypes, SCALE)(few)).abs().max())
     assert moved > 1e-3, f"the views are too easy to compare anything on: steering moves them by {moved}"
-    print(f"classes {options.classes}, dim {options.dim}, {options.images} images, {options.views} views, ", end="")
-    print(f"k = {steering.subspace.dim}; closed form and autograd differ by {gap:.1e} (float64)")
+    sizes = f"{options.classes} classes, {options.dim} dimensions, {options.images} images of {options.views} views"
+    record = Record("sts", f"{sizes}, k = {steering.subspace.dim}")
     results = {
         "closed form, one batch": timed(lambda: steering(views), options.images),
         "closed form, image by image": timed(lambda: [steering(image) for image in few], 20),
@@ -96,8 +89,12 @@ def main() -> None:
         if tuned is not None:
             results["prompt tuning through MiniLM"] = tuned
     best = results["closed form, one batch"]
-    for name, each in results.items():
-        print(f"{name:36s} {each:10.3f} ms an image {each / best:10.1f} x")
+    rows = [[name, each, each / best] for name, each in results.items()]
+    record.table("Adaptation to one image", ["", "processor ms an image", "x the batched closed form"], rows)
+    loop = results["autograd, image by image"] / best
+    record.target("per-image autograd loop over the batched closed form, processor time", loop, least=1)
+    record.target("largest difference of their probabilities, float64", gap, most=1e-6)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

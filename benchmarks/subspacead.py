@@ -1,24 +1,24 @@
 """SubspaceAD's fit and scoring beside the published code's path and a patch memory bank, on the same patch features.
 
-Run: python benchmarks/subspacead.py [--views 31] [--grid 28] [--columns 384] [--images 4] [--official FOLDER]. The
-published path is written out here from its formulas (two float64 passes, reconstruction in numpy); with --official
-FOLDER, a checkout of CLendering/SubspaceAD, its own code runs instead. Every contender runs in a process of its own.
+Run: python benchmarks/subspacead.py [--views 31] [--grid 28] [--columns 384] [--images 4] [--official FOLDER]
+[--json FILE]. The published path is written out here from its formulas (two float64 passes, reconstruction in numpy);
+with --official FOLDER, a checkout of CLendering/SubspaceAD, its own code runs instead. Every contender runs in a
+process of its own.
 """
 
 import argparse
 import json
-import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from record import Record, parser, timed
 
 
 def ours(normal, official):
@@ -126,20 +126,17 @@ def measure(name: str, folder: str, official: str) -> None:
     normal = np.load(Path(folder) / "normal.npy")
     test = np.load(Path(folder) / "test.npy")
     fit, score = CONTENDERS[name](normal, official)
-    score_warm_up = np.ascontiguousarray(test[:256])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
-    numbers = fit()
-    fitted = time.perf_counter()
+    kept = {}
+    fitting = timed(lambda: kept.update(numbers=fit()), 1, warm=False)
+    score_warm_up = np.ascontiguousarray(test[:256])
     score(score_warm_up)
-    times = []
-    for _ in range(3 if name in ("SubspaceDetector", "published path") else 1):
-        begun = time.perf_counter()
-        values = score(test)
-        times.append(time.perf_counter() - begun)
+    repeats = 3 if name in ("SubspaceDetector", "published path") else 1
+    scoring = timed(lambda: kept.update(scores=score(test)), repeats, warm=False)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    np.save(Path(folder) / "scores.npy", np.asarray(values))
-    facts = {"fit": fitted - start, "score": min(times), "mib": (peak - before) / 1024, "numbers": int(numbers)}
+    np.save(Path(folder) / "scores.npy", np.asarray(kept["scores"]))
+    facts = {"fit": fitting.processor, "score": scoring.processor, "mib": (peak - before) / 1024}
+    facts["numbers"] = int(kept["numbers"])
     print(json.dumps(facts))
 
 
@@ -150,14 +147,14 @@ def patch_features(rng, rows, columns, mix):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--views", type=int, default=31)
-    parser.add_argument("--grid", type=int, default=28)
-    parser.add_argument("--columns", type=int, default=384)
-    parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--official", default="")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--views", type=int, default=31)
+    arguments.add_argument("--grid", type=int, default=28)
+    arguments.add_argument("--columns", type=int, default=384)
+    arguments.add_argument("--images", type=int, default=4)
+    arguments.add_argument("--official", default="")
+    arguments.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
     if options.one:
         measure(*options.one)
         return
@@ -167,8 +164,8 @@ def main() -> None:
     normal = patch_features(rng, options.views * patches, columns, mix)
     test = patch_features(rng, options.images * patches, columns, mix)
     code = "its own code" if options.official else "its formulas"
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    print(f"fit {normal.shape}, score {test.shape}, float32; the published path runs {code}")
+    setting = f"fit {normal.shape}, score {test.shape}, float32; the published path runs {code}"
+    record = Record("subspacead", setting)
     with tempfile.TemporaryDirectory() as folder:
         np.save(Path(folder) / "normal.npy", normal)
         np.save(Path(folder) / "test.npy", test)
@@ -177,20 +174,28 @@ def main() -> None:
             command = [sys.executable, __file__, "--one", name, folder, options.official]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                print(f"{name}: failed\n{done.stderr[-600:]}")
+                record.note(f"{name} failed: {done.stderr.splitlines()[-1]}")
                 continue
             results[name] = json.loads(done.stdout.splitlines()[-1])
             scores[name] = np.load(Path(folder) / "scores.npy")
-        first = results["SubspaceDetector"]
-        for name, run in results.items():
-            ratios = {key: run[key] / first[key] for key in ("fit", "score", "numbers")}
-            print(
-                f"{name:20s} fit {run['fit']:7.3f} s ({ratios['fit']:6.2f} x ours), "
-                f"score {run['score']:7.3f} s ({ratios['score']:6.2f} x ours), "
-                f"{run['mib']:6.0f} MiB over the start, keeps {run['numbers']} numbers ({ratios['numbers']:.1f} x ours)"
-            )
-        apart = np.abs(scores["SubspaceDetector"] / scores["published path"] - 1).max()
-        print(f"largest relative difference of our scores to the published path's: {apart:.1e}")
+    first = results["SubspaceDetector"]
+    ratios = {
+        name: {key: run[key] / first[key] for key in ("fit", "score", "numbers")} for name, run in results.items()
+    }
+    rows = [
+        [name, run["fit"], ratios[name]["fit"], run["score"], ratios[name]["score"], run["mib"], run["numbers"]]
+        for name, run in results.items()
+    ]
+    columns = ["", "fit, processor s", "x ours", "score, processor s", "x ours", "MiB over the start", "numbers kept"]
+    record.table("Fit to normal patches and score those of test images", columns, rows)
+    apart = float(np.abs(scores["SubspaceDetector"] / scores["published path"] - 1).max())
+    record.target("published path's fit over ours, processor time", ratios["published path"]["fit"], least=1)
+    record.target("published path's scoring over ours, processor time", ratios["published path"]["score"], least=1)
+    for name in ratios:
+        if name.startswith("memory bank"):
+            record.target(f"{name}: scoring over ours, processor time", ratios[name]["score"], least=1)
+    record.target("largest relative difference of a score to the published path's", apart, most=1e-2)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

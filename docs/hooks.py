@@ -9,6 +9,7 @@ from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "src" / "subspan" / "reproduce" / "results"
+BENCHMARKS = ROOT / "benchmarks" / "results"
 
 
 def number(value):
@@ -85,8 +86,35 @@ def summary():
     return table(["system", "for", "paper", "measured here (baselines)", "bars"], rows)
 
 
+def benchmark(name):
+    """What a benchmark's recorded run measured, as Markdown."""
+    path = BENCHMARKS / f"{name}.json"
+    if not path.exists():
+        return f"No run has been recorded yet; `python benchmarks/{name}.py` prints one."
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    load = " and ".join(f"{value:g}" for value in facts["load"])
+    versions = ", ".join(f"{key} {value}" for key, value in facts["versions"].items())
+    parts = [
+        f"{facts['setting']}. *{facts['machine']}, threads used: {facts['threads']}; load of the machine at the start "
+        f"and at the end {load}. {versions}.*"
+    ]
+    for one in facts["tables"]:
+        rows = [[f"{cell:.3g}" if isinstance(cell, float) else cell for cell in row] for row in one["rows"]]
+        parts += [f"**{one['title']}**", table(one["columns"], rows)]
+    if facts["targets"]:
+        rows = [
+            [one["target"], one["bound"], f"{one['measured']:.3g}", "holds" if one["holds"] else "**does not hold**"]
+            for one in facts["targets"]
+        ]
+        parts.append(table(["target", "bound", "measured", "result"], rows))
+    if facts["notes"]:
+        parts.append("\n".join(f"- {note}" for note in facts["notes"]))
+    return "\n\n".join(parts)
+
+
 def on_page_markdown(markdown, page, **_):
     """Put the recorded tables where a page asks for them."""
+    markdown = re.sub(r"<!-- benchmark: ([\w-]+) -->", lambda match: benchmark(match[1]), markdown)
     markdown = re.sub(r"<!-- results: ([\w-]+) -->", lambda match: measured(match[1]), markdown)
     if "<!-- systems -->" in markdown:
         text = summary() if page.file.src_uri == "index.md" else summary().replace("(systems/", "(")

@@ -81,11 +81,12 @@ WORKER = """
 import sys, time, numpy as np
 from subspan.statistics import fit_moments
 rows = np.load(sys.argv[1], mmap_mode="r")
+pause, seconds = float(sys.argv[4]), float(sys.argv[5])
 def slow():
     for start in range(0, len(rows), 50):
-        time.sleep(float(sys.argv[4]))
+        time.sleep(pause)
         yield rows[start:start + 50]
-moments = fit_moments(slow(), batch_size=50, checkpoint=sys.argv[2], checkpoint_seconds=0.01)
+moments = fit_moments(slow(), batch_size=50, checkpoint=sys.argv[2], checkpoint_seconds=seconds)
 moments.save(sys.argv[3])
 """
 
@@ -106,10 +107,10 @@ kills = 0
 while not os.path.exists(paths[2]):
     child = os.fork()
     if child == 0:
-        sys.argv = ["worker", *paths, "0.004" if kills < 20 else "0"]
+        sys.argv = ["worker", *paths, *(["0.004", "0.01"] if kills < 20 else ["0", "3600"])]
         exec(source)
         os._exit(0)
-    deadline = time.monotonic() + (random.uniform(0.01, 0.1) if kills < 20 else 120)
+    deadline = time.monotonic() + (random.uniform(0.01, 0.1) if kills < 20 else 3600)
     while time.monotonic() < deadline and os.waitpid(child, os.WNOHANG) == (0, 0):
         time.sleep(0.002)
     else:
@@ -120,7 +121,7 @@ while not os.path.exists(paths[2]):
 print(kills)
 """
     run = subprocess.run(
-        [sys.executable, "-c", killer, WORKER, *paths], capture_output=True, text=True, timeout=200, check=False
+        [sys.executable, "-c", killer, WORKER, *paths], capture_output=True, text=True, timeout=280, check=False
     )
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) == 20

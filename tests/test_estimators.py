@@ -1,0 +1,111 @@
+"""Every estimator is checked by scikit-learn's own checks somewhere in the tests, and nothing is excused from them."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+from sklearn.base import BaseEstimator, clone
+
+import subspan
+
+TESTS = Path(__file__).resolve().parent
+CHECKS = {"parametrize_with_checks", "check_estimator", "estimator_checks_generator"}
+# scikit-learn's checks give an estimator one matrix of rows. These take something else, and say here what.
+EXCUSED = {
+    "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
+    "SubspaceAD": "images and a network; its SubspaceDetector is checked",
+}
+
+
+def estimators() -> dict[str, type]:
+    """Every public estimator of the library by name, base classes that only others derive from left out."""
+    found = {}
+    for module in pkgutil.walk_packages(subspan.__path__, "subspan."):
+        if module.name.endswith("__main__"):
+            continue
+        for name, value in vars(importlib.import_module(module.name)).items():
+            is_ours = isinstance(value, type) and issubclass(value, BaseEstimator) and value is not BaseEstimator
+            if is_ours and value.__module__.startswith("subspan.") and not name.startswith("_"):
+                found[name] = value
+    bases = {base.__name__ for value in found.values() for base in value.__mro__[1:]}
+    public = {name for room in subspan_rooms() for name in getattr(room, "__all__", ())}
+    return {name: value for name, value in found.items() if name in public or name not in bases}
+
+
+def subspan_rooms() -> list:
+    return [importlib.import_module(f"subspan.{module.name}") for module in pkgutil.iter_modules(subspan.__path__)
+            if module.ispkg]  # fmt: skip
+
+
+def names_checked(source: str) -> set[str]:
+    """Names that reach a call of scikit-learn's checks, through variables, functions and subclasses of the file."""
+    tree = ast.parse(source)
+    defined: dict[str, ast.AST] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign):
+            defined.update({target.id: node.value for target in node.targets if isinstance(target, ast.Name)})
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _name(node.func) in CHECKS]
+    waiting: list[ast.AST] = [argument for call in calls for argument in call.args]
+    seen: set[str] = set()
+    while waiting:
+        for node in ast.walk(waiting.pop()):
+            name = _name(node)
+            if name and name not in seen:
+                seen.add(name)
+                if name in defined:
+                    waiting.append(defined[name])
+    return seen
+
+
+def _name(node: ast.AST) -> str:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+
+
+def sources() -> dict[Path, str]:
+    return {path: path.read_text(encoding="utf-8") for path in sorted(TESTS.rglob("test_*.py"))}
+
+
+def test_every_estimator_is_checked() -> None:
+    checked = set().union(*(names_checked(source) for source in sources().values()))
+    found = estimators()
+    assert {"SubspaceDetector", "LeverageSelector", "ReAlign", "RobustSpikes", "SpaceMap"} <= set(found)
+    assert sorted(set(found) - checked - set(EXCUSED)) == []
+    assert sorted(set(EXCUSED) - set(found)) == []
+
+
+def test_no_check_is_expected_to_fail() -> None:
+    excuses = ("expected_" + "failed_checks", "_xfail_" + "checks")
+    folders = [TESTS, TESTS.parent / "src"]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    assert [path.name for path in files if any(word in path.read_text(encoding="utf-8") for word in excuses)] == []
+
+
+@pytest.mark.parametrize("name", sorted(EXCUSED))
+def test_the_excused_keep_their_parameters(name: str) -> None:
+    estimator = estimators()[name](lambda batch: batch) if name == "SubspaceAD" else estimators()[name]()
+    parameters = estimator.get_params()
+    again = clone(estimator).set_params(**parameters)
+    assert {key: repr(value) for key, value in again.get_params().items()} == {
+        key: repr(value) for key, value in parameters.items()
+    }
+    assert not [key for key in vars(again) if key.endswith("_")]
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("@parametrize_with_checks([A(), B(rank=2)])\ndef test(estimator, check): ...", {"A", "B"}),
+        ("class Mine(Base, A): pass\nLIST = [Mine()]\ncheck_estimator(LIST[0])", {"A", "Base"}),
+        ("def made(): return [A(m) for m in X]\nfor e in made(): check_estimator(e)", set()),
+        ("def made(): return A()\ncheck_estimator(made())", {"A"}),
+        ("A().fit(x)", set()),
+    ],
+)
+def test_a_checked_name_is_seen(source: str, seen: set[str]) -> None:
+    assert names_checked(source) & {"A", "B", "Base"} == seen
