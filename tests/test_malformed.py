@@ -302,6 +302,36 @@ def column_of_nothing() -> None:
     pass
 
 
+@case("reproduce no-such-system --quick")
+def system_unknown() -> None:
+    pass
+
+
+@case("reproduce")
+def no_system_named() -> None:
+    pass
+
+
+@case("models install no-such-model")
+def model_unknown() -> None:
+    pass
+
+
+@case("cache clear --older-than -1")
+def age_below_zero() -> None:
+    pass
+
+
+@case("--data missing list")
+def data_folder_missing() -> None:
+    pass
+
+
+@case("frobnicate x.npy")
+def verb_unknown() -> None:
+    saved(ROWS)
+
+
 # ---------------------------------------------------------------------- archives
 
 

@@ -92,11 +92,11 @@ moments.save(sys.argv[3])
 
 
 def test_killed_twenty_times_it_resumes_to_the_same_result(tmp_path):
-    rows = np.random.default_rng(1).standard_normal((100_000, 6)) + 100
+    rows = np.random.default_rng(1).standard_normal((40_000, 6)) + 100
     np.save(tmp_path / "x.npy", rows)
     paths = [str(tmp_path / name) for name in ("x.npy", "part.safetensors", "done.safetensors")]
     # Children are forked from one process that has torch loaded, so that a kill costs no start-up. Until the last kill
-    # they wait so long at each of the 2000 batches that twenty lives are not enough; the one that is spared does not.
+    # they wait so long at each of the 800 batches that twenty lives are not enough; the one that is spared does not.
     killer = """
 import os, random, signal, sys, time
 source, paths = sys.argv[1], sys.argv[2:]
@@ -107,7 +107,7 @@ kills = 0
 while not os.path.exists(paths[2]):
     child = os.fork()
     if child == 0:
-        sys.argv = ["worker", *paths, *(["0.004", "0.01"] if kills < 20 else ["0", "3600"])]
+        sys.argv = ["worker", *paths, *(["0.02", "0.01"] if kills < 20 else ["0", "3600"])]
         exec(source)
         os._exit(0)
     deadline = time.monotonic() + (random.uniform(0.01, 0.1) if kills < 20 else 3600)
