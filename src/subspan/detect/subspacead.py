@@ -79,7 +79,8 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     Gaussian with the same spectrum is taken (Box, 1954). `calibrate` sets it from held-out normal rows instead.
     strict: an int rank above min(n - 1, d) is an error, not a warning.
 
-    `fit` takes an array or tensor (n, d), or a stream that `subspan.statistics.batches` reads (one pass, O(d²) memory).
+    `fit` takes an array or tensor (n, d), or a stream that `subspan.statistics.batches` reads: in O(d²) memory and one
+    pass, with one more for the threshold where the stream can be read again.
     Fit costs O(n d² + d³), scoring O(d r) a row, what is saved d (r + 2) numbers.
     Attributes: subspace_ (Subspace), offset_ (threshold on `score_samples`), n_features_in_, moments_ (for
     `partial_fit`).
