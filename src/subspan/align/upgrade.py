@@ -38,7 +38,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     "low-rank" (the rotation plus a reduced-rank ridge regression of what it leaves) · "cca" (through k canonical
     pairs) · "ridge" · "mlp" (a small residual network on top of the best of these; extra: train) · "auto", the simplest
     whose held-out recall is within one standard error of the best.
-    alpha, rank, k: fixed hyper-parameters; those left None are chosen in inner splits. metric: of the search, "cosine",
+    candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None are chosen in inner splits. metric: of the search, "cosine",
     "l2" or "inner". target: what recall counts, "neighbours" (share of the true item's `n_neighbors` nearest in the old
     space that the mapped query finds too) or "pair" (whether the paired item is found among them). normalize: rows to
     unit length before and after the map. folds: of the cross-validation. max_queries, max_gallery: rows that it scores
@@ -54,6 +54,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self,
         method: Any = "auto",
         *,
+        candidates: Any = None,
         alpha: Any = None,
         rank: Any = None,
         k: Any = None,
@@ -67,6 +68,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         random_state: Any = 0,
     ) -> None:
         self.method = method
+        self.candidates = candidates
         self.alpha = alpha
         self.rank = rank
         self.k = k
@@ -139,6 +141,9 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def _check_parameters(self) -> None:
         if self.method not in _METHODS:
             raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
+        unknown = set(self.candidates or ()) - set(_METHODS[1:])
+        if unknown or (self.candidates is not None and not self.candidates):
+            raise ValueError(f"candidates: some of {_METHODS[1:]}, got {self.candidates!r}")
         if self.metric not in ("cosine", "l2", "inner"):
             raise ValueError(f"metric: expected 'cosine', 'l2' or 'inner', got {self.metric!r}")
         if self.target not in ("neighbours", "pair"):
@@ -165,15 +170,17 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 f"fitted on their span alone, and of the regressions only ridge is tried",
                 stacklevel=3,
             )
-        candidates = list(_FEW_ANCHORS if few else CLOSED_FORMS) if self.method == "auto" else ["none", self.method]
-        candidates = list(dict.fromkeys(candidates))
+        wanted = tuple(self.candidates or _METHODS[1:]) if self.method == "auto" else ("none", self.method)
+        candidates = [m for m in CLOSED_FORMS if m in wanted and (m in _FEW_ANCHORS or not few or m == self.method)]
         notes: dict[str, str] = {}
-        if self.method in ("auto", "mlp"):
+        if "mlp" in wanted:
             reason = self._why_no_mlp(pairs)
             if reason and self.method == "mlp":
                 raise ValueError(f"method: {reason}")
-            notes |= {"mlp": reason} if reason else {}
-            candidates = list(_FEW_ANCHORS if few else CLOSED_FORMS) + ([] if reason else ["mlp"])
+            if reason:
+                notes["mlp"] = reason
+            else:
+                candidates = (list(CLOSED_FORMS) if self.method == "mlp" else candidates) + ["mlp"]
         if pairs.count < 2 * self.folds:
             self._without_validation(total, fixed)
             return
