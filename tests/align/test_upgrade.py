@@ -76,7 +76,9 @@ def test_closed_forms_are_those_of_space_map(method):
 def test_low_rank_adds_a_residual_of_that_rank_and_helps_where_there_is_one():
     x, y, rotation = pairs(n=2000, noise=0.05)
     generator = torch.Generator().manual_seed(5)
-    bend = torch.randn(12, 2, dtype=torch.float64, generator=generator) @ torch.randn(2, 12, generator=generator).double()
+    bend = (
+        torch.randn(12, 2, dtype=torch.float64, generator=generator) @ torch.randn(2, 12, generator=generator).double()
+    )
     y = y + x @ bend.mT
     moments = JointMoments(12, 12).update(x, y)
     rotation = moments.procrustes().matrix
@@ -230,8 +232,11 @@ def adapters():
     hidden = tuple(torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
     for normal in (False, True):
         for layers in (None, hidden):
-            yield x.float(), EmbeddingAdapter(
-                linear.matrix, linear.bias, hidden=layers, normalize_input=normal, normalize_output=normal
+            yield (
+                x.float(),
+                EmbeddingAdapter(
+                    linear.matrix, linear.bias, hidden=layers, normalize_input=normal, normalize_output=normal
+                ),
             )
 
 
@@ -315,9 +320,7 @@ def digits() -> torch.Tensor:
 
 
 def test_a_planted_rotation_of_real_rows_is_found_without_pairs(digits):
-    rotation = torch.linalg.qr(
-        torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ).Q
+    rotation = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     # No row is in both samples.
     x, y = digits[:900], digits[900:] @ rotation
     model = UpgradeMap(metric="l2").fit_unpaired(x, y, check=(digits[:100], digits[:100] @ rotation))
