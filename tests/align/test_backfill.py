@@ -14,7 +14,7 @@ def gallery(n: int = 120, d: int = 5, seed: int = 0) -> tuple[torch.Tensor, np.n
     return centers[labels] + torch.randn(n, d, dtype=torch.float64, generator=generator), labels.numpy()
 
 
-@pytest.mark.parametrize("metric", ("euclidean", "cosine"))
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_order_equals_a_literal_argsort(metric):
     rows, labels = gallery()
     distance = []

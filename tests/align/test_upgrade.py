@@ -64,7 +64,7 @@ def test_projected_and_swapped_moments_are_those_of_the_rows():
         assert (ours.d_x, ours.d_y, ours.count) == (direct.d_x, direct.d_y, direct.count)
 
 
-@pytest.mark.parametrize("method", ("procrustes", "scaled", "ridge"))
+@pytest.mark.parametrize("method", ["procrustes", "scaled", "ridge"])
 def test_closed_forms_are_those_of_space_map(method):
     x, y, _ = pairs()
     space = SpaceMap(method, alpha=0.01).fit(x, y)
@@ -119,7 +119,7 @@ def test_folds_partition_the_rows_and_their_moments_add_up():
     assert len(few.sample[0]) == 30
 
 
-@pytest.mark.parametrize("metric", ("cosine", "l2", "inner"))
+@pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
 def test_recall_equals_a_literal_count(metric):
     _, y, _ = pairs(n=60)
     mapped = y[:20] + 0.5 * torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -186,7 +186,7 @@ def test_simple_means_few_parameters():
 
 
 @pytest.mark.parametrize("method", LINEAR)
-@pytest.mark.parametrize("d_y", (12, 7, 16))
+@pytest.mark.parametrize("d_y", [12, 7, 16])
 def test_files_streams_and_forms_agree(method, d_y, tmp_path):
     x, y, _ = pairs(d=16)
     x, y = x[:, :12].contiguous(), y[:, :d_y].contiguous()
@@ -373,8 +373,8 @@ def test_bad_rows_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             bad()
+    (tmp_path / "no").write_bytes(b"no")
     with pytest.raises(ValueError, match="not a readable"):
-        (tmp_path / "no").write_bytes(b"no")
         UpgradeMap.load(tmp_path / "no")
 
 

@@ -38,11 +38,12 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     "low-rank" (the rotation plus a reduced-rank ridge regression of what it leaves) · "cca" (through k canonical
     pairs) · "ridge" · "mlp" (a small residual network on top of the best of these; extra: train) · "auto", the simplest
     whose held-out recall is within one standard error of the best.
-    candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None are chosen in inner splits. metric: of the search, "cosine",
-    "l2" or "inner". target: what recall counts, "neighbours" (share of the true item's `n_neighbors` nearest in the old
-    space that the mapped query finds too) or "pair" (whether the paired item is found among them). normalize: rows to
-    unit length before and after the map. folds: of the cross-validation. max_queries, max_gallery: rows that it scores
-    and keeps.
+    candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None
+    are chosen in inner splits. metric: of the search, "cosine", "l2" or "inner". target: what recall counts,
+    "neighbours" (share of the true item's `n_neighbors` nearest in the old space that the mapped query finds too) or
+    "pair" (whether the paired item is found among them). normalize: rows to unit length before and after the map.
+    folds: of the cross-validation. max_queries, max_gallery: rows that it scores and keeps; the network is trained on
+    those that are kept.
     Rows may be arrays, memory maps, or streams as for `SpaceMap`, read once in O(d²) memory. Fewer pairs than
     dimensions: a warning, and only rotations of their span and shrunken ridge are tried.
     Attributes: method_, parameters_, adapter_ (an `EmbeddingAdapter`), map_ (its linear part, an `AffineMap`), scores_

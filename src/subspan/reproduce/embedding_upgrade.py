@@ -1,7 +1,7 @@
 """Changing the encoder under a search index: real pairs of encoders, what a fitted map saves, and when it does not.
 
-An upgrade is two encoders' embeddings of the same items. A part of the items fits the maps; queries are other items, and
-the index holds the old embeddings of all. Every number is a recall of queries that fitted nothing.
+An upgrade is two encoders' embeddings of the same items. A part of the items fits the maps; queries are other items,
+and the index holds the old embeddings of all. Every number is a recall of queries that fitted nothing.
 """
 
 from __future__ import annotations
