@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -199,7 +199,6 @@ class HeldOut:
     parameters: dict[str, Any]
     recall: Float[Tensor, " q"]
     mapped: Float[Tensor, "q d_y"]
-    inner: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:

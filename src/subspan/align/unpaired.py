@@ -68,6 +68,9 @@ def align_unpaired(
     refined by mutual nearest neighbours and Procrustes in growing dimensions; the start with the most mutual
     neighbours wins. Sources: Hoshen & Wolf (2018); Artetxe et al. (2018).
     """
+    for name, rows in (("X", x), ("Y", y)):
+        if not float(rows.var(0).sum()) > 0:
+            raise ValueError(f"{name}: the rows are constant; there is nothing to align")
     generator = torch.Generator().manual_seed(random_state)
     x, y = (rows[torch.randperm(len(rows), generator=generator)[:_ROWS]].double() for rows in (x, y))
     probe, rest = x[: max(5, len(x) // 5)], x[max(5, len(x) // 5) :]
@@ -77,19 +80,19 @@ def align_unpaired(
     found = [nearest(half.affine.map(probe), y, k, metric=metric)[1] for half in halves]
     agreement = float((found[0].unsqueeze(1) == found[1].unsqueeze(2)).any(-1).double().mean())
     chance = k / len(y)
-    recall = None
+    recall, lucky = None, 0.0
     if check is not None:
         mapped, truth = whole.affine.map(check[0].double()), check[1].double()
         k_check = min(k, len(truth) - 1)
         own = torch.arange(len(truth)).unsqueeze(1)
         recall = float((nearest(mapped, truth, k_check, metric=metric)[1] == own).any(1).double().mean())
-        lucky = k_check / len(truth)
+        lucky = (k_check + 1) / len(truth)
     reason = ""
     if not whole.converged:
         reason = f"the matches had not settled after {whole.rounds} rounds"
     elif agreement < max(_LEAST_AGREEMENT, 5 * chance):
         reason = f"maps fitted to two halves agree on {agreement:.3f} of the neighbours (chance {chance:.3f})"
-    elif recall is not None and recall < 2 * lucky + 1 / len(check[0]):  # pyright: ignore[reportOptionalSubscript]
+    elif recall is not None and recall < 2 * lucky:
         reason = f"recall of the known pairs is {recall:.3f} (chance {lucky:.3f})"
     report = UnpairedReport(
         agreement, chance, whole.mutual_share, whole.converged, whole.rounds, recall, not reason, reason
@@ -135,12 +138,11 @@ def _principal(rows: Float[Tensor, "n d"], axes: int) -> Float[Tensor, "n p"]:
 
 def _mutual(a: Float[Tensor, "n p"], b: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor]:
     """Rows of a and of b that are each other's nearest by cosine."""
-    similarity = normalize_rows(a) @ normalize_rows(b).mT
+    cosine = normalize_rows(a) @ normalize_rows(b).mT
     # Nearness is taken against each row's own neighbourhood, or a few hubs would match everything (CSLS).
-    near = min(10, *similarity.shape)
-    similarity = 2 * similarity
-    similarity = similarity - (similarity.topk(near, 1).values.mean(1, keepdim=True)) / 2
-    similarity = similarity - (similarity.topk(near, 0).values.mean(0, keepdim=True)) / 2
+    near = min(10, *cosine.shape)
+    rows, columns = cosine.topk(near, 1).values.mean(1, keepdim=True), cosine.topk(near, 0).values.mean(0, keepdim=True)
+    similarity = 2 * cosine - rows - columns
     forward, backward = similarity.argmax(1), similarity.argmax(0)
     left = (backward[forward] == torch.arange(len(a), device=a.device)).nonzero()[:, 0]
     return left, forward[left]

@@ -266,7 +266,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         )
 
     def _mlp_held_out(self, validation: CrossValidation, results: dict[str, HeldOut]) -> HeldOut:
-        """Held-out recall of the network on top of the best closed form, trained anew for each fold."""
+        """Held-out recall of the network, trained anew for each fold on the closed form that did best over all folds."""
         base = max((r for r in results.values()), key=lambda result: result.mean)
         recall, mapped = torch.zeros_like(base.recall), torch.zeros_like(base.mapped)
         hidden: Any = ()
@@ -384,7 +384,10 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
 
         try:
-            model = cls(**facts["parameters"])
+            parameters = facts["parameters"]
+            if parameters["candidates"] is not None:
+                parameters["candidates"] = tuple(parameters["candidates"])
+            model = cls(**parameters)
             normal = bool(model.normalize)
             model.adapter_ = EmbeddingAdapter.from_arrays(
                 part("adapter."), {"normalize_input": normal, "normalize_output": normal}
