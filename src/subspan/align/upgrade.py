@@ -266,7 +266,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         )
 
     def _mlp_held_out(self, validation: CrossValidation, results: dict[str, HeldOut]) -> HeldOut:
-        """Held-out recall of the network, trained anew for each fold on the closed form that did best over all folds."""
+        """Held-out recall of the network, trained anew for each fold on the closed form that did best over all."""
         base = max((r for r in results.values()), key=lambda result: result.mean)
         recall, mapped = torch.zeros_like(base.recall), torch.zeros_like(base.mapped)
         hidden: Any = ()
