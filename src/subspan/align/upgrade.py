@@ -149,7 +149,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             raise ValueError(f"metric: expected 'cosine', 'l2' or 'inner', got {self.metric!r}")
         if self.target not in ("neighbours", "pair"):
             raise ValueError(f"target: expected 'neighbours' or 'pair', got {self.target!r}")
-        for name, least in (("n_neighbors", 1), ("folds", 3), ("max_queries", 10), ("max_gallery", 20)):
+        whole = (("n_neighbors", 1), ("folds", 3), ("max_queries", 10), ("max_gallery", 20), ("random_state", 0))
+        for name, least in whole:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
