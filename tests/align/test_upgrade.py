@@ -162,7 +162,8 @@ def test_auto_takes_the_simplest_within_one_standard_error():
     assert table["none"]["recall"] < 0.5 < table["procrustes"]["recall"]
     assert set(table) == set(LINEAR)
     assert all(row["low"] <= row["recall"] <= row["high"] and row["queries"] == 800 for row in table.values())
-    assert quick().fit(x, x + 0.001 * y).method_ == "none"
+    noise = 0.05 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    assert quick().fit(x, x + noise).method_ == "none"
 
 
 def test_auto_takes_ridge_where_no_rotation_is_near():
