@@ -393,7 +393,7 @@ def test_too_few_pairs_fall_back_and_say_so():
 
 
 @pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([quick(), quick("low-rank", normalize=True)])
+@parametrize_with_checks([quick(), quick("low-rank")])
 def test_scikit_learn_contract(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

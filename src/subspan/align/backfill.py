@@ -82,5 +82,6 @@ def _clusters(
     count = max(1, round((len(rows) / 2) ** 0.5)) if n_clusters is None else n_clusters
     if not 1 <= count <= len(rows):
         raise ValueError(f"n_clusters: must lie in [1, {len(rows)}], got {n_clusters}")
-    model = MiniBatchKMeans(count, batch_size=4096, n_init=3, random_state=random_state).fit(rows)
+    options: dict[str, Any] = {"batch_size": 4096, "n_init": 3, "random_state": random_state}
+    model = MiniBatchKMeans(count, **options).fit(rows)
     return torch.from_numpy(model.cluster_centers_).double(), torch.from_numpy(model.predict(rows)).long()

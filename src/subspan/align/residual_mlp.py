@@ -20,7 +20,7 @@ else:
     LightningModule = require("lightning", extra="train").LightningModule
 
 _HIDDEN = 256
-_BATCH = 256
+_LARGEST_BATCH = 256
 _EPOCHS = 30
 _PATIENCE = 4
 
@@ -31,6 +31,9 @@ class ResidualMLP(LightningModule):
     The loss is the squared error relative to the variance of y. `validation` (x, y): rows whose recall@k stops the
     training; the network with the best recall is kept, A itself if none is better.
     """
+
+    matrix: Tensor
+    offset: Tensor
 
     def __init__(
         self,
@@ -110,7 +113,11 @@ def train_residual(
             target=target,
         )
         train: Any = torch.utils.data.DataLoader(
-            torch.utils.data.TensorDataset(x[kept], y[kept]), _BATCH, shuffle=True, drop_last=len(kept) > _BATCH
+            torch.utils.data.TensorDataset(x[kept], y[kept]),
+            # Small samples get small batches, or an epoch would be a handful of steps.
+            min(_LARGEST_BATCH, max(16, len(kept) // 32)),
+            shuffle=True,
+            drop_last=True,
         )
         once: Any = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1)))
         with tempfile.TemporaryDirectory() as folder:

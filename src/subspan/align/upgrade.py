@@ -91,6 +91,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         generator = torch.Generator().manual_seed(int(self.random_state))
         pairs: FoldedPairs | None = None
         for x, y in read_pairs(self, X, Y, reset=True):
+            if self.normalize and x.shape[1] < 2:
+                raise ValueError("X: 1 feature(s) leave only two unit vectors; normalize=True needs at least 2")
             x, y = (normalize_rows(x), normalize_rows(y)) if self.normalize else (x, y)
             if pairs is None:
                 self.n_features_in_ = x.shape[1]

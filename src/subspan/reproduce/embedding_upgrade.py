@@ -170,6 +170,7 @@ def measure(upgrade: Upgrade, *, seed: int) -> tuple[Measured, Any]:
     high = (ours > ours.median()) if upgrade.target == "neighbours" else ours > 0
     order = confidence.argsort()
     thirds = [float(ours[part].mean()) for part in order.tensor_split(3)]
+    rank_correlation: Any = spearmanr(confidence.numpy(), ours.numpy())
     both = bool(high.any()) and not bool(high.all())
     return (
         Measured(
@@ -180,7 +181,7 @@ def measure(upgrade: Upgrade, *, seed: int) -> tuple[Measured, Any]:
             float(ours.std()) / len(test) ** 0.5,
             model.method_,
             seconds,
-            float(spearmanr(confidence.numpy(), ours.numpy()).statistic),
+            float(rank_correlation.statistic),
             float(roc_auc_score(high.numpy(), confidence.numpy())) if both else 0.5,
             (thirds[0], thirds[1], thirds[2]),
         ),
