@@ -56,6 +56,14 @@ SYSTEMS = (
         "edit",
         "SpectralSteering",
     ),
+    System(
+        "embedding-upgrade",
+        "New queries on an old index through the best of the closed-form maps",
+        "Schönemann: A generalized solution of the orthogonal Procrustes problem (Psychometrika 31, 1966)",
+        1966,
+        "align",
+        "UpgradeMap",
+    ),
 )
 """Every system with a protocol."""
 

@@ -1,0 +1,400 @@
+from __future__ import annotations
+
+import importlib.util
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap
+from subspan.align.held_out import CLOSED_FORMS, FoldedPairs, Retrieval, closed_forms, complexity
+from subspan.datasets import load
+from subspan.geometry import AffineMap
+from subspan.geometry.maps import reduced_rank, ridge
+from subspan.statistics import JointMoments
+
+LINEAR = ("none", "procrustes", "scaled", "low-rank", "cca", "ridge")
+
+
+def pairs(n: int = 600, d: int = 12, d_y: int | None = None, *, noise: float = 0.1, seed: int = 0):
+    """Rows with a decaying spectrum, and a rotation of them (its first d_y coordinates) with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q[: d_y or d]
+    x = torch.randn(n, d, dtype=torch.float64, generator=generator) * torch.arange(1, d + 1) ** -0.5 + 0.3
+    y = x @ rotation.mT - 0.2
+    return x, y + noise * torch.randn(y.shape, dtype=torch.float64, generator=generator), rotation
+
+
+def quick(method: str = "auto", **options) -> UpgradeMap:
+    return UpgradeMap(method, **({"candidates": LINEAR} if method == "auto" else {}) | options)
+
+
+# ---------------------------------------------------------------- closed forms
+
+
+def test_reduced_rank_regression_is_the_best_of_its_rank():
+    x, y, _ = pairs(noise=1.0)
+    moments = JointMoments(12, 12).update(x, y)
+    full = moments.ridge(0.0)
+    matrix = reduced_rank(moments.cov_xx, moments.cov_xy, 3, alpha=0.0).matrix
+    assert int(torch.linalg.matrix_rank(matrix)) == 3
+    centred = x - x.mean(0)
+    fitted = centred @ full.matrix.mT
+    u, s, vh = torch.linalg.svd(fitted, full_matrices=False)
+    torch.testing.assert_close(centred @ matrix.mT, (u[:, :3] * s[:3]) @ vh[:3], atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        reduced_rank(moments.cov_xx, moments.cov_xy, 12, alpha=0.1).matrix,
+        ridge(moments.cov_xx, moments.cov_xy, alpha=0.1).matrix,
+        atol=1e-10,
+        rtol=0,
+    )
+
+
+def test_projected_and_swapped_moments_are_those_of_the_rows():
+    x, y, rotation = pairs(d_y=5)
+    a, b = rotation.mT[:, :3], torch.eye(5, dtype=torch.float64)[:, :2]
+    moments = JointMoments(12, 5).update(x, y)
+    for ours, rows in ((moments.projected(a, b), (x @ a, y @ b)), (moments.swapped(), (y, x))):
+        direct = JointMoments(rows[0].shape[1], rows[1].shape[1]).update(*rows)
+        torch.testing.assert_close(ours.joint.mean, direct.joint.mean, atol=1e-12, rtol=0)
+        torch.testing.assert_close(ours.joint.covariance(), direct.joint.covariance(), atol=1e-12, rtol=0)
+        assert (ours.d_x, ours.d_y, ours.count) == (direct.d_x, direct.d_y, direct.count)
+
+
+@pytest.mark.parametrize("method", ["procrustes", "scaled", "ridge"])
+def test_closed_forms_are_those_of_space_map(method):
+    x, y, _ = pairs()
+    space = SpaceMap(method, alpha=0.01).fit(x, y)
+    ours = quick(method, alpha=0.01).fit(x, y)
+    torch.testing.assert_close(ours.map_.matrix, space.map_.matrix, atol=1e-10, rtol=0)
+    torch.testing.assert_close(ours.transform(x), space.transform(x), atol=1e-10, rtol=0)
+
+
+def test_low_rank_adds_a_residual_of_that_rank_and_helps_where_there_is_one():
+    x, y, rotation = pairs(n=2000, noise=0.05)
+    generator = torch.Generator().manual_seed(5)
+    bend = (
+        torch.randn(12, 2, dtype=torch.float64, generator=generator) @ torch.randn(2, 12, generator=generator).double()
+    )
+    y = y + x @ bend.mT
+    moments = JointMoments(12, 12).update(x, y)
+    rotation = moments.procrustes().matrix
+    affine = next(iter(closed_forms("low-rank", moments, [{"rank": 4, "alpha": 0.0}])))
+    assert int(torch.linalg.matrix_rank(affine.matrix - rotation, atol=1e-9)) == 4
+
+    def error(a: AffineMap) -> float:
+        return float((a.map(x) - y).square().sum())
+
+    assert error(affine) < 0.2 * error(moments.procrustes())
+
+
+def test_few_pairs_leave_the_rest_of_the_space_alone():
+    x, y, _ = pairs(n=6, d=12)
+    moments = JointMoments(12, 12).update(x, y)
+    matrix = next(iter(closed_forms("procrustes", moments, [{}]))).matrix
+    values = torch.linalg.svdvals(matrix)
+    torch.testing.assert_close(values, torch.tensor([1.0] * 5 + [0.0] * 7, dtype=torch.float64), atol=1e-10, rtol=0)
+
+
+# ---------------------------------------------------------------- honest selection
+
+
+def test_folds_partition_the_rows_and_their_moments_add_up():
+    x, y, _ = pairs(n=103)
+    folded = FoldedPairs(12, 12, folds=5, keep=1000, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(x.split(40), y.split(40)):
+        folded.update(a, b)
+    assert [m.count for m in folded.folds] == [21, 21, 21, 20, 20]
+    fold, kept_x, _ = folded.sample
+    whole = JointMoments(12, 12).update(x, y)
+    torch.testing.assert_close(folded.without().joint.covariance(), whole.joint.covariance(), atol=1e-12, rtol=0)
+    left = JointMoments(12, 12).update(kept_x[fold != 2].double(), folded.sample[2][fold != 2].double())
+    torch.testing.assert_close(folded.without(2).joint.mean, left.joint.mean, atol=1e-6, rtol=0)
+    few = FoldedPairs(12, 12, folds=3, keep=30, generator=torch.Generator().manual_seed(0))
+    for a, b in zip(x.split(20), y.split(20)):
+        few.update(a, b)
+    assert len(few.sample[0]) == 30
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
+def test_recall_equals_a_literal_count(metric):
+    _, y, _ = pairs(n=60)
+    mapped = y[:20] + 0.5 * torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = torch.arange(20)
+    retrieval = Retrieval(y, 5, metric, "neighbours")
+    ours = retrieval.recall(mapped, own, retrieval.neighbours(y[:20], own))
+    pair = Retrieval(y, 5, metric, "pair").recall(mapped, own, None)
+
+    def score(a: torch.Tensor, b: torch.Tensor) -> float:
+        if metric == "cosine":
+            return float(a @ b / (a.norm() * b.norm()))
+        return float(a @ b) if metric == "inner" else -float((a - b).square().sum())
+
+    for i in range(20):
+        others = [j for j in range(60) if j != i]
+        truth = sorted(others, key=lambda j: -score(y[i], y[j]))[:5]
+        found = sorted(others, key=lambda j: -score(mapped[i], y[j]))[:5]
+        assert float(ours[i]) == pytest.approx(len({*truth} & {*found}) / 5)
+        everything = sorted(range(60), key=lambda j: -score(mapped[i], y[j]))[:5]
+        assert float(pair[i]) == float(i in everything)
+
+
+def test_unrelated_spaces_score_at_chance_in_every_candidate():
+    """What a selection that looks at its own test rows would not do."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(400, 30, dtype=torch.float64, generator=generator) for _ in range(2))
+    model = quick().fit(x, y)
+    for row in model.scores_:
+        assert row["recall"] < 10 / 399 + 0.012, row
+    assert model.method_ == "none"
+
+
+def test_auto_takes_the_simplest_within_one_standard_error():
+    x, y, _ = pairs(n=800, noise=0.05)
+    model = quick().fit(x, y)
+    assert model.method_ == "procrustes"
+    table = {row["method"]: row for row in model.scores_}
+    best = max(table.values(), key=lambda row: row["recall"])
+    assert table["procrustes"]["recall"] >= best["recall"] - best["standard_error"]
+    assert table["none"]["recall"] < 0.5 < table["procrustes"]["recall"]
+    assert set(table) == set(LINEAR)
+    assert all(row["low"] <= row["recall"] <= row["high"] and row["queries"] == 800 for row in table.values())
+    noise = 0.05 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    assert quick().fit(x, x + noise).method_ == "none"
+
+
+def test_auto_takes_ridge_where_no_rotation_is_near():
+    x, y, _ = pairs(n=1500, noise=0.02)
+    squeeze = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    model = quick().fit(x, y @ squeeze)
+    table = {row["method"]: row["recall"] for row in model.scores_}
+    assert table[model.method_] >= max(table.values()) - 0.01
+    assert table["ridge"] > table["procrustes"] + 0.1
+    assert model.method_ in ("ridge", "cca", "low-rank")
+
+
+def test_simple_means_few_parameters():
+    weights = [complexity("none", {}, 8, 8), complexity("procrustes", {}, 8, 8), complexity("scaled", {}, 8, 8)]
+    weights += [complexity("ridge", {"alpha": 1}, 8, 8), complexity("mlp", {"base_complexity": 72, "hidden": 4}, 8, 8)]
+    assert weights == [0, 36, 37, 72, 72 + 4 * 17 + 8]
+    assert complexity("cca", {"k": 8}, 8, 8) == complexity("ridge", {}, 8, 8)
+
+
+# ---------------------------------------------------------------- use
+
+
+@pytest.mark.parametrize("method", LINEAR)
+@pytest.mark.parametrize("d_y", [12, 7, 16])
+def test_files_streams_and_forms_agree(method, d_y, tmp_path):
+    x, y, _ = pairs(d=16)
+    x, y = x[:, :12].contiguous(), y[:, :d_y].contiguous()
+    model = quick(method, normalize=True, random_state=3).fit(x, y)
+    assert model.transform(x).shape == y.shape
+    assert model.inverse_transform(y).shape == x.shape
+    model.save(tmp_path / "map.safetensors")
+    loaded = UpgradeMap.load(tmp_path / "map.safetensors")
+    for call in ("transform", "confidence"):
+        torch.testing.assert_close(getattr(loaded, call)(x), getattr(model, call)(x), atol=1e-12, rtol=0)
+    torch.testing.assert_close(loaded.inverse_transform(y), model.inverse_transform(y), atol=1e-12, rtol=0)
+    assert loaded.scores_ == model.scores_
+    assert loaded.get_params() == model.get_params()
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r", allow_pickle=False)
+    parameters = {name: value for name, value in model.parameters_.items() if name in ("alpha", "rank", "k")}
+    streamed = quick(method, normalize=True, **parameters).fit([*x.split(150)], iter(y.split(150)))
+    torch.testing.assert_close(streamed.map_.matrix, model.map_.matrix, atol=1e-9, rtol=0)
+    from_file = quick(method, normalize=True, **parameters).fit(mapped, y.numpy())
+    torch.testing.assert_close(from_file.map_.matrix, model.map_.matrix, atol=1e-9, rtol=0)
+
+
+def test_the_inverse_undoes_a_rotation():
+    x, y, rotation = pairs(noise=0.0)
+    model = quick("procrustes").fit(x.numpy(), y.numpy())
+    np.testing.assert_allclose(model.inverse_transform(model.transform(x.numpy())), x.numpy(), atol=1e-10)
+    torch.testing.assert_close(model.map_.matrix, rotation, atol=1e-9, rtol=0)
+    assert model.transform(x.float()).dtype == torch.float32
+
+
+def test_backward_regression_beats_the_inverse_of_the_forward_one():
+    x, y, _ = pairs(n=400, noise=0.6)
+    model = quick("ridge", alpha=1e-3).fit(x[:200], y[:200])
+    ours = (model.inverse_transform(y[200:]) - x[200:]).square().sum()
+    assert float(ours) < float((model.map_.inverse().map(y[200:]) - x[200:]).square().sum())
+
+
+def adapters():
+    x, y, _ = pairs(d=9, d_y=5)
+    linear = quick("ridge").fit(x, y).map_
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((6, 9), (6,), (5, 6), (5,))
+    hidden = tuple(torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in shapes)
+    for normal in (False, True):
+        for layers in (None, hidden):
+            yield (
+                x.float(),
+                EmbeddingAdapter(
+                    linear.matrix, linear.bias, hidden=layers, normalize_input=normal, normalize_output=normal
+                ),
+            )
+
+
+def test_onnx_runs_the_same_map(tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    for number, (x, adapter) in enumerate(adapters()):
+        path = tmp_path / f"{number}.onnx"
+        adapter.to_onnx(path)
+        rows = torch.cat([x, torch.zeros(1, 9)])
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = session.run(None, {"embeddings": rows.numpy()})[0]
+        np.testing.assert_allclose(found, adapter(rows).numpy(), atol=2e-5)
+        assert found.shape == (len(rows), 5)
+
+
+def test_faiss_runs_the_same_map():
+    faiss = pytest.importorskip("faiss")
+    for x, adapter in adapters():
+        if adapter.hidden is not None:
+            with pytest.raises(ValueError, match="no chain of FAISS"):
+                adapter.to_faiss()
+            continue
+        rows = x.numpy()
+        for transform in adapter.to_faiss():
+            rows = transform.apply(rows)
+        np.testing.assert_allclose(rows, adapter(x).numpy(), atol=1e-5)
+        assert isinstance(transform, faiss.VectorTransform)
+
+
+def test_adapter_files(tmp_path):
+    for x, adapter in adapters():
+        adapter.save(tmp_path / "a.safetensors")
+        torch.testing.assert_close(EmbeddingAdapter.load(tmp_path / "a.safetensors")(x), adapter(x))
+
+
+def test_low_confidence_means_low_recall():
+    x, y, _ = pairs(n=1500, d=24, noise=0.05)
+    generator = torch.Generator().manual_seed(7)
+    # Every row gets its own amount of noise, which leaves the anchors' principal subspace.
+    x, y = x * (torch.arange(24) < 8), y
+    y = x @ torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=generator)).Q
+    amount = torch.rand(len(x), 1, dtype=torch.float64, generator=generator) ** 2
+    x = x + amount * torch.randn(x.shape, dtype=torch.float64, generator=generator)
+    model = quick("procrustes").fit(x[:1000], y[:1000])
+    retrieval = Retrieval(y.float(), 10, "cosine", "neighbours")
+    own = torch.arange(1000, 1500)
+    recall = retrieval.recall(model.transform(x[1000:]).float(), own, retrieval.neighbours(y[1000:].float(), own))
+    confidence = model.confidence(x[1000:])
+    assert roc_auc_score((recall > recall.median()).numpy(), confidence.numpy()) > 0.8
+    assert float(confidence.mean()) == pytest.approx(float(recall.mean()), abs=0.05)
+    assert bool(((confidence >= 0) & (confidence <= 1)).all())
+    strange = 5 * torch.randn(100, 24, dtype=torch.float64, generator=generator)
+    assert float(model.confidence(strange).mean()) < 0.2 * float(confidence.mean())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
+def test_the_network_learns_what_no_linear_map_can():
+    from subspan.align.residual_mlp import train_residual
+
+    x, _, _ = pairs(n=1200, d=6)
+    y = torch.cat([x, 2 * x.abs()], dim=1)
+    moments = JointMoments(6, 12).update(x[:1000], y[:1000])
+    affine = moments.ridge(1e-3)
+    hidden = train_residual(affine, x[:1000], y[:1000], epochs=12)
+    adapter = EmbeddingAdapter(affine.matrix, affine.bias, hidden=hidden)
+    before, after = ((m(x[1000:]) - y[1000:]).square().sum() for m in (affine.map, adapter))
+    assert float(after) < 0.7 * float(before)
+    nothing = train_residual(AffineMap.identity(6), x[:400], x[:400], epochs=1)
+    assert float(nothing[2].abs().max()) == 0
+
+
+# ---------------------------------------------------------------- without pairs
+
+
+@pytest.fixture(scope="module")
+def digits() -> torch.Tensor:
+    rows = torch.from_numpy(np.asarray(load("digits")["x"], dtype=np.float64)).reshape(1797, -1)
+    moments = rows - rows.mean(0)
+    return moments @ torch.linalg.svd(moments, full_matrices=False)[2][:24].mT
+
+
+def test_a_planted_rotation_of_real_rows_is_found_without_pairs(digits):
+    rotation = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    # No row is in both samples.
+    x, y = digits[:900], digits[900:] @ rotation
+    model = UpgradeMap(metric="l2").fit_unpaired(x, y, check=(digits[:100], digits[:100] @ rotation))
+    assert model.unpaired_.succeeded, model.unpaired_
+    assert model.recall_ > 0.9
+    assert model.method_ == "unpaired"
+
+
+def test_failure_without_pairs_is_said(digits):
+    generator = torch.Generator().manual_seed(2)
+    other = torch.randn(900, 24, dtype=torch.float64, generator=generator)
+    with pytest.warns(UserWarning, match="fit_unpaired: failed"):
+        model = UpgradeMap().fit_unpaired(digits[:900], other)
+    assert not model.unpaired_.succeeded
+    assert model.unpaired_.reason
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "method"),
+        ({"metric": "hamming"}, "metric"),
+        ({"target": "luck"}, "target"),
+        ({"folds": 2}, "folds"),
+        ({"n_neighbors": 0}, "n_neighbors"),
+        ({"alpha": -1}, "alpha"),
+        ({"candidates": ("ridge", "magic")}, "candidates"),
+        ({"method": "mlp"}, "too few for an MLP|needs Lightning"),
+    ],
+)
+def test_bad_parameters_are_named(options, message):
+    x, y, _ = pairs(n=100)
+    with pytest.raises(ValueError, match=message):
+        UpgradeMap(**options).fit(x, y)
+
+
+def test_bad_rows_are_named(tmp_path):
+    x, y, _ = pairs(n=100)
+    for bad, message in (
+        (lambda: quick().fit(x, y[:-1]), "Y: expected 100 rows"),
+        (lambda: quick().fit(x, y * float("nan")), "NaN"),
+        (lambda: quick().fit(x, torch.ones_like(y)), "constant"),
+        (lambda: quick().fit([x[:50], x[50:, :5]], [y[:50], y[50:]]), "follows batches"),
+        (lambda: quick("ridge").fit(x, y).transform(x[:, :3]), "expected 12 columns"),
+        (lambda: quick().fit_unpaired(x[:5], y), "X: needs at least 20"),
+        (lambda: quick().fit_unpaired(x, y[:, :1] * 0), "constant|variance"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bad()
+    (tmp_path / "no").write_bytes(b"no")
+    with pytest.raises(ValueError, match="not a readable"):
+        UpgradeMap.load(tmp_path / "no")
+
+
+def test_too_few_pairs_fall_back_and_say_so():
+    x, y, _ = pairs(n=40, d=60)
+    with pytest.warns(UserWarning, match="fewer than the 60 dimensions"):
+        model = quick().fit(x[:30], y[:30])
+    assert {row["method"] for row in model.scores_} == {"none", "procrustes", "scaled", "ridge"}
+    with pytest.warns(UserWarning, match="too few to hold any out"):
+        model = quick().fit(x[:5], y[:5])
+    assert model.method_ == "procrustes"
+    with pytest.raises(ValueError, match="no confidence"):
+        model.confidence(x)
+    assert CLOSED_FORMS[0] == "none"
+
+
+@pytest.mark.filterwarnings("ignore")
+@parametrize_with_checks([quick(), quick("low-rank")])
+def test_scikit_learn_contract(estimator, check):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        check(estimator)
