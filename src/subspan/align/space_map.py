@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -51,7 +51,7 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         if self.method not in _METHODS:
             raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
         reset = not hasattr(self, "moments_")
-        for x, y in self._pairs(X, Y, reset):
+        for x, y in read_pairs(self, X, Y, reset=reset):
             if not hasattr(self, "moments_"):
                 self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
                 self.n_features_in_ = x.shape[1]
@@ -62,26 +62,6 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         self._n_features_out = self.map_.matrix.shape[0]
         return self
 
-    def _pairs(self, X: Any, Y: Any, reset: bool) -> Any:
-        if Y is None:
-            raise ValueError("requires y to be passed, but the target y is None: Y holds the rows paired with X")
-        if getattr(Y, "ndim", 2) == 1 or not any(_is_streamed(rows) for rows in (X, Y)):
-            pair: Any = validate_data(
-                self, X, Y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
-            )
-            x, y = pair
-            yield check_matrix(x, "X"), check_matrix(y.reshape(len(y), -1).astype(np.float64), "Y")
-            return
-        try:
-            for x, y in zip(batches(X), batches(Y), strict=True):
-                if len(x) != len(y):
-                    raise ValueError(f"Y: expected {len(x)} rows to pair with X, got {len(y)}")
-                yield check_matrix(x, "X"), check_matrix(y, "Y").to(x.device)
-        except ValueError as error:
-            if "zip()" in str(error):
-                raise ValueError("Y: must have as many rows as X, in batches of the same sizes") from error
-            raise
-
     def _closed_form(self, moments: JointMoments) -> AffineMap:
         if not float(moments.cov_xx.diagonal().sum()) > 0 or not float(moments.cov_yy.diagonal().sum()) > 0:
             raise ValueError("X, Y: one of them is constant; there is nothing to map")
@@ -90,14 +70,7 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         if self.method == "ridge":
             return moments.ridge(self.alpha)
         self.canonical_ = moments.cca(self.k, shrinkage=self.shrinkage)
-        return self._through_canonical(moments)
-
-    def _through_canonical(self, moments: JointMoments) -> AffineMap:
-        """The best linear prediction of y from the k canonical variables of x."""
-        a: Float[Tensor, "d_x k"] = self.canonical_.x_directions
-        variance, covariance = a.mT @ moments.cov_xx @ a, a.mT @ moments.cov_xy
-        matrix = (a @ torch.linalg.solve(variance, covariance)).mT
-        return AffineMap(matrix, moments.mean_y - matrix @ moments.mean_x)
+        return moments.through_canonical(self.canonical_)
 
     def transform(self, X: Any) -> Any:
         """Rows X (n, d_x) in the space of Y (n, d_y); numpy or torch as given."""
@@ -121,6 +94,28 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         tags.target_tags.multi_output = True
         tags.target_tags.single_output = False
         return tags
+
+
+def read_pairs(estimator: BaseEstimator, X: Any, Y: Any, *, reset: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """Paired rows batch by batch, checked; for arrays as scikit-learn checks them. Raises ValueError at the door."""
+    if Y is None:
+        raise ValueError("requires y to be passed, but the target y is None: Y holds the rows paired with X")
+    if getattr(Y, "ndim", 2) == 1 or not any(_is_streamed(rows) for rows in (X, Y)):
+        pair: Any = validate_data(
+            estimator, X, Y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
+        )
+        x, y = pair
+        yield check_matrix(x, "X"), check_matrix(y.reshape(len(y), -1).astype(np.float64), "Y")
+        return
+    try:
+        for x, y in zip(batches(X), batches(Y), strict=True):
+            if len(x) != len(y):
+                raise ValueError(f"Y: expected {len(x)} rows to pair with X, got {len(y)}")
+            yield check_matrix(x, "X"), check_matrix(y, "Y").to(x.device)
+    except ValueError as error:
+        if "zip()" in str(error):
+            raise ValueError("Y: must have as many rows as X, in batches of the same sizes") from error
+        raise
 
 
 def _is_streamed(rows: Any) -> bool:

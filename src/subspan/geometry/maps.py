@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +128,19 @@ def procrustes(
     mean_y: Tensor | None = None,
     cov_xx: Float[Tensor, "d_x d_x"] | None = None,
     determinant: int | None = None,
+    rank: int | None = None,
 ) -> AffineMap:
     """Orthogonal map (or isometry between unequal dimensions) from x to y with the least squared error.
 
-    With `cov_xx` a common scale is fitted too. `determinant` = +1 or -1 fixes the sign (square maps only).
+    With `cov_xx` a common scale is fitted too. `determinant` = +1 or -1 fixes the sign (square maps only). `rank`: a
+    partial isometry of the leading directions, zero on the others, of which few pairs say nothing.
     Source: Schonemann (1966).
     """
     u, s, vh = torch.linalg.svd(cov_xy.mT, full_matrices=False)
+    if rank is not None:
+        if determinant is not None or not 1 <= rank <= len(s):
+            raise ValueError(f"rank: must lie in [1, {len(s)}], without a determinant, got {rank}")
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     if determinant is not None:
         if determinant not in (1, -1) or cov_xy.shape[0] != cov_xy.shape[1]:
             raise ValueError("determinant: takes +1 or -1, and needs equal dimensions")
@@ -168,6 +175,40 @@ def ridge(
     else:
         matrix = torch.cholesky_solve(cov_xy, factor).mT
     return _through_means(matrix, mean_x, mean_y)
+
+
+def reduced_rank(
+    cov_xx: Float[Tensor, "d_x d_x"],
+    cov_xy: Float[Tensor, "d_x d_y"],
+    rank: int,
+    *,
+    alpha: float = 1e-3,
+    mean_x: Tensor | None = None,
+    mean_y: Tensor | None = None,
+) -> AffineMap:
+    """Ridge regression from x to y through `rank` dimensions, the least penalised error among such maps.
+
+    Source: Izenman (1975); with a ridge, Mukherjee & Zhu (2011).
+    """
+    return _through_means(reduced_rank_factors(cov_xx, cov_xy, alpha=alpha)(rank), mean_x, mean_y)
+
+
+def reduced_rank_factors(
+    cov_xx: Float[Tensor, "d_x d_x"], cov_xy: Float[Tensor, "d_x d_y"], *, alpha: float = 1e-3
+) -> Callable[[int], Float[Tensor, "d_y d_x"]]:
+    """What `reduced_rank` needs for any rank, solved once: rank → matrix."""
+    full = ridge(cov_xx, cov_xy, alpha=alpha).matrix
+    # The penalised fit's own second moment, B' (C_xx + penalty) B, is B' C_xy.
+    fitted = full @ cov_xy
+    directions = torch.linalg.eigh((fitted + fitted.mT) / 2)[1].flip(-1)
+
+    def of_rank(rank: int) -> Float[Tensor, "d_y d_x"]:
+        if not 1 <= rank <= min(full.shape):
+            raise ValueError(f"rank: must lie in [1, {min(full.shape)}], got {rank}")
+        kept = directions[:, :rank]
+        return kept @ (kept.mT @ full)
+
+    return of_rank
 
 
 def oas_shrinkage(covariance: Float[Tensor, "d d"], count: float) -> float:

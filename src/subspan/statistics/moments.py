@@ -328,14 +328,43 @@ class JointMoments:
         """Moments of y alone."""
         return self._marginal(slice(self.d_x, None))
 
-    def procrustes(self, *, scale: bool = False, determinant: int | None = None) -> maps.AffineMap:
-        """Orthogonal map x -> y through the means, with a common scale when `scale`."""
+    def swapped(self) -> JointMoments:
+        """Moments of the pairs (y, x)."""
+        order = torch.cat([torch.arange(self.d_x, self.d_x + self.d_y), torch.arange(self.d_x)])
+        order = order.to(self.joint.mean.device)
+        new = JointMoments.__new__(JointMoments)
+        new.d_x, new.d_y, new.joint = self.d_y, self.d_x, Moments.__new__(Moments)
+        new.joint.count, new.joint.mean = self.count, self.joint.mean[order]
+        new.joint.scatter = self.joint.scatter[order][:, order]
+        return new
+
+    def projected(self, x_basis: Float[Tensor, "d_x p"], y_basis: Float[Tensor, "d_y q"]) -> JointMoments:
+        """Moments of the pairs (x @ x_basis, y @ y_basis)."""
+        new = JointMoments.__new__(JointMoments)
+        new.d_x, new.d_y, new.joint = x_basis.shape[1], y_basis.shape[1], Moments.__new__(Moments)
+        a, b = x_basis.to(self.joint.mean), y_basis.to(self.joint.mean)
+        scatter, split = self.joint.scatter, self.d_x
+        cross = a.mT @ scatter[:split, split:] @ b
+        new.joint.count, new.joint.mean = self.count, torch.cat([self.mean_x @ a, self.mean_y @ b])
+        new.joint.scatter = torch.cat(
+            [
+                torch.cat([a.mT @ scatter[:split, :split] @ a, cross], dim=1),
+                torch.cat([cross.mT, b.mT @ scatter[split:, split:] @ b], dim=1),
+            ]
+        )
+        return new
+
+    def procrustes(
+        self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None
+    ) -> maps.AffineMap:
+        """Orthogonal map x -> y through the means, with a common scale when `scale`; of `rank` where that is given."""
         return maps.procrustes(
             self.cov_xy,
             mean_x=self.mean_x,
             mean_y=self.mean_y,
             cov_xx=self.cov_xx if scale else None,
             determinant=determinant,
+            rank=rank,
         )
 
     def ridge(self, alpha: float = 1e-3) -> maps.AffineMap:
@@ -354,6 +383,13 @@ class JointMoments:
             k=k,
             shrinkage=shrinkage,
         )
+
+    def through_canonical(self, canonical: maps.CanonicalCorrelation) -> maps.AffineMap:
+        """The best linear prediction of y from the canonical variables of x."""
+        a = canonical.x_directions
+        variance, covariance = a.mT @ self.cov_xx @ a, a.mT @ self.cov_xy
+        matrix = (a @ torch.linalg.solve(variance, covariance)).mT
+        return maps.AffineMap(matrix, self.mean_y - matrix @ self.mean_x)
 
     def cka(self) -> float:
         """Linear centred kernel alignment of x and y."""
