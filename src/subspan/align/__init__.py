@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from subspan.align.adapter import EmbeddingAdapter
+from subspan.align.backfill import backfill_order
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
 from subspan.align.realign import ReAlign
 from subspan.align.space_map import SpaceMap
+from subspan.align.unpaired import UnpairedReport
+from subspan.align.upgrade import UpgradeMap
 
 if TYPE_CHECKING:
     from subspan.align.revision import ReVision, RevisionCollator
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "C3",
     "BlockwiseCovariance",
+    "EmbeddingAdapter",
     "MeanShift",
     "ModalityGap",
     "ModalityMap",
@@ -22,6 +27,9 @@ __all__ = [
     "ReVision",
     "RevisionCollator",
     "SpaceMap",
+    "UnpairedReport",
+    "UpgradeMap",
+    "backfill_order",
     "cosine_divergence",
     "mixing_rate",
 ]
