@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -113,7 +113,8 @@ class RetrievalConfidence:
         found = {}
         for name in ("source", "target"):
             subspace: Subspace = getattr(self.evidence, name)
-            assert subspace.center is not None and subspace.variances is not None
+            assert subspace.center is not None
+            assert subspace.variances is not None
             found |= {f"{name}_basis": subspace.basis, f"{name}_center": subspace.center}
             found[f"{name}_variances"] = subspace.variances
         names = ("center", "scale", "coefficients", "scores", "values", "limits")

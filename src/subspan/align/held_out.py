@@ -235,9 +235,7 @@ class CrossValidation:
             [(self.fold == f).nonzero()[:, 0][: -(-max_queries // len(pairs.folds))] for f in range(len(pairs.folds))]
         )
         self.query_fold = self.fold[self.queries]
-        self.truth = (
-            self.retrieval.neighbours(self.y[self.queries], self.queries) if target == "neighbours" else None
-        )
+        self.truth = self.retrieval.neighbours(self.y[self.queries], self.queries) if target == "neighbours" else None
         self._moments: dict[tuple[int, ...], tuple[JointMoments, dict[str, Any]]] = {}
 
     def train(self, *left_out: int) -> tuple[JointMoments, dict[str, Any]]:

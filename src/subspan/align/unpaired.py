@@ -13,7 +13,7 @@ from torch import Tensor
 from ..geometry.arrays import normalize_rows
 from ..geometry.maps import AffineMap, procrustes
 from ..solvers import nearest
-from ..statistics import JointMoments, Moments
+from ..statistics import Moments
 
 _ROWS = 4000
 _ROUNDS = 40
@@ -119,9 +119,7 @@ def _fit(
     a, b = x[left], y[right]
     cross = (a - means[0]).mT @ (b - means[1]) / len(a)
     rank = min(axes, len(a))
-    affine = procrustes(
-        cross, mean_x=means[0], mean_y=means[1], rank=rank if rank < min(cross.shape) else None
-    )
+    affine = procrustes(cross, mean_x=means[0], mean_y=means[1], rank=rank if rank < min(cross.shape) else None)
     return _Fit(affine, share, converged, rounds)
 
 

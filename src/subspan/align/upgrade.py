@@ -34,10 +34,10 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     For an index whose encoder is replaced: X from the new encoder, Y from the old one, both of the same items; mapped
     queries then search the old index.
-    method: "none" (identity; padded or cut for unequal widths) · "procrustes" (Schönemann, 1966) · "scaled" · "low-rank"
-    (the rotation plus a reduced-rank ridge regression of what it leaves) · "cca" (through k canonical pairs) · "ridge" ·
-    "mlp" (a small residual network on top of the best of these; extra: train) · "auto", the simplest whose held-out
-    recall is within one standard error of the best.
+    method: "none" (identity; padded or cut for unequal widths) · "procrustes" (Schönemann, 1966) · "scaled" ·
+    "low-rank" (the rotation plus a reduced-rank ridge regression of what it leaves) · "cca" (through k canonical
+    pairs) · "ridge" · "mlp" (a small residual network on top of the best of these; extra: train) · "auto", the simplest
+    whose held-out recall is within one standard error of the best.
     alpha, rank, k: fixed hyper-parameters; those left None are chosen in inner splits. metric: of the search, "cosine",
     "l2" or "inner". target: what recall counts, "neighbours" (share of the true item's `n_neighbors` nearest in the old
     space that the mapped query finds too) or "pair" (whether the paired item is found among them). normalize: rows to
