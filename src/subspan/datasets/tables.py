@@ -28,7 +28,7 @@ _EXTENSIONS = ".npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .csv.
 
 
 @runtime_checkable
-class _Rows(Protocol):
+class Rows(Protocol):
     """Where the numbers are: blocks and single rows of a matrix."""
 
     @property
@@ -50,7 +50,7 @@ class Table:
     """
 
     source: Path
-    values: _Rows = field(repr=False)
+    values: Rows = field(repr=False)
     ids: tuple[str, ...] | None = field(default=None, repr=False)
     labels: tuple[str, ...] | None = field(default=None, repr=False)
     texts: tuple[str, ...] | None = field(default=None, repr=False)
