@@ -7,6 +7,7 @@ written here directly, so that no more than a block is in memory; every other ki
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from subspan.geometry.extras import require
+from subspan.geometry.files import atomic_write
 
 FAISS_SUFFIXES = (".faiss", ".index", ".ivf", ".hnsw")
 _METRICS = {0: "inner", 1: "l2"}
@@ -135,17 +137,30 @@ def flat_tail(ids: np.ndarray, *, id_map: str | None) -> bytes:
     return b"" if id_map is None else _COUNT.pack(len(ids)) + ids.astype("<i8").tobytes()
 
 
-def pretransform_header(transforms: list[Any], n: int, inner: Any) -> bytes:
-    """What stands before the file of the inner index in an IndexPreTransform of `n` vectors.
+def write_pretransform(source: Path, transforms: list[Any], target: str | os.PathLike[str]) -> None:
+    """The index of `source` behind transforms (in the order in which they apply), as one IndexPreTransform file.
 
-    inner: an empty index of the width and metric of the one whose file follows.
+    The bytes of the index are copied after a header, so nothing of it is held in memory; FAISS reads the result back
+    before it gets its name. Raises ValueError where that fails.
     """
     faiss = require("faiss", extra="index")
+    index, owner = read_index(source)
+    inner = faiss.IndexFlat(index.d, index.metric_type)
     wrapper = faiss.IndexPreTransform(inner)
     for transform in reversed(transforms):
         wrapper.prepend_transform(transform)
+    n = int(index.ntotal)
     wrapper.ntotal = n
-    return faiss.serialize_index(wrapper).tobytes()[: -len(faiss.serialize_index(inner).tobytes())]
+    header = faiss.serialize_index(wrapper).tobytes()[: -len(faiss.serialize_index(inner).tobytes())]
+    del index, owner
+    with atomic_write(target) as temporary:
+        with temporary.open("wb") as stream, source.open("rb") as original:
+            stream.write(header)
+            shutil.copyfileobj(original, stream, 1 << 24)
+        back, owner = read_index(temporary)
+        if back.ntotal != n or back.d != transforms[0].d_in:
+            raise ValueError(f"{os.fspath(target)!r}: FAISS reads {back.ntotal} vectors of {n} back")
+        del back, owner
 
 
 # ---------------------------------------------------------------------- every other kind
