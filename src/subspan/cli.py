@@ -809,7 +809,13 @@ def upgrade(
         Literal["cosine", "inner", "l2"] | None,
         typer.Option(help="What is ranked by (default: as the index does; tables by cosine if of unit length)."),
     ] = None,
-    method: Annotated[str, typer.Option(help="Which map, or auto: the best of all on held-out pairs.")] = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Which map: linear (the simplest that is as good as the best on held-out pairs, of procrustes, scaled, "
+            "low-rank, cca and ridge), one of these, mlp, or auto (the network too; takes minutes)."
+        ),
+    ] = "linear",
     target: Annotated[
         float, typer.Option(min=0.01, max=1, help="Good enough: this share of the recall of embedding all anew.")
     ] = 0.9,

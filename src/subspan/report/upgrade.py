@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from ..align.backfill import backfill_order
+from ..align import backfill_order
 from ..datasets.indexes import StoredVectors, is_unit
 from ..geometry import normalize_rows
 from ..solvers.neighbours import nearest, recall_at_k
@@ -38,6 +38,7 @@ _ANSWERS = {
     "re-embed": "Embed everything anew.",
     "keep": "Keep the old encoder: on this sample the new one finds no more.",
 }
+Fit = Callable[..., Any]
 _SHARES = tuple(share / 10 for share in range(11))
 _CLUSTER_SAMPLE = 50_000
 
@@ -135,7 +136,7 @@ def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float
 
 def assess(
     pairs: Pairs,
-    fit: Callable[[np.ndarray, np.ndarray], Any],
+    fit: Fit,
     *,
     items: int,
     metric: str,
@@ -147,14 +148,14 @@ def assess(
 ) -> Upgrade:
     """Fit both maps, measure recall@10 on held-out items, the curve of partial backfilling, and decide.
 
-    fit(X, Y): a fitted map of rows X to rows Y with `transform`. items: how many the collection has. target: the share
+    fit(X, Y, chosen): a fitted map of rows X to rows Y with `transform`; chosen: an earlier map whose method is kept. items: how many the collection has. target: the share
     of new/new recall that is good enough.
     """
     m = len(pairs)
     order = np.random.default_rng(seed).permutation(m)
     judged = np.sort(order[: min(max(round(held_out * m), FEWEST_PAIRS // 3), MOST_SEARCHED)])
     fitted = np.sort(order[len(judged) :])
-    unit = is_unit(*_lengths(pairs.new))
+    unit = unit_length(pairs)
     progress("fitting the maps", 0.1)
     to_old, to_new = (fit(a[fitted], b[fitted]) for a, b in ((pairs.new, pairs.old), (pairs.old, pairs.new)))
     progress("searching", 0.4)
@@ -173,7 +174,7 @@ def assess(
     need = target * retrieval["new/new"]["value"]
     shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
     progress("fitting to all pairs", 0.9)
-    whole = fit(pairs.new, pairs.old), fit(pairs.old, pairs.new)
+    whole = fit(pairs.new, pairs.old, to_old), fit(pairs.old, pairs.new, to_new)
     facts: dict[str, Any] = {
         "metric": metric,
         "k": K,
@@ -186,7 +187,7 @@ def assess(
         "dimensions": {"old": pairs.old.shape[1], "new": pairs.new.shape[1]},
         "few_pairs": len(fitted) < max(pairs.old.shape[1], pairs.new.shape[1]),
         "target": target,
-        "maps": {"queries": _describe(whole[0]), "vectors": _describe(whole[1])},
+        "maps": {"queries": _describe(to_old), "vectors": _describe(to_new)},
         "retrieval": retrieval,
         "backfill": {"curves": curves, "share_needed": shares, "need": need},
         "items": items,
@@ -327,12 +328,14 @@ def _summary(hits: Float[np.ndarray, " q"], seed: int) -> dict[str, Any]:
 
 
 def _describe(fitted: Any) -> dict[str, Any]:
-    """How a map was chosen, as far as it says."""
-    facts: dict[str, Any] = {"method": str(getattr(fitted, "method_", fitted.method))}
-    scores = getattr(fitted, "scores_", None)
-    if isinstance(scores, dict):
-        facts["scores"] = {str(name): float(score) for name, score in scores.items() if np.isscalar(score)}
-    return facts
+    """Which method was chosen, and what each had in the inner cross-validation."""
+    scores = [{name: row[name] for name in ("method", "recall", "low", "high", "note")} for row in fitted.scores_]
+    return {"method": fitted.method_, "parameters": fitted.parameters_, "scores": scores}
+
+
+def unit_length(pairs: Pairs) -> bool:
+    """Whether old and new vectors are all of length one."""
+    return is_unit(*_lengths(pairs.old)) and is_unit(*_lengths(pairs.new))
 
 
 def _lengths(rows: np.ndarray) -> tuple[float, float]:

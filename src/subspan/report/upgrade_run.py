@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..align import SpaceMap
-from ..align.adapter import EmbeddingAdapter
+from ..align import UpgradeMap
 from ..datasets.faiss_files import FAISS_SUFFIXES, write_pretransform
 from ..datasets.index_writing import check_destination, write_index
 from ..datasets.indexes import StoredVectors, open_index, read_ids
@@ -21,9 +20,12 @@ from ..geometry.extras import require
 from ..geometry.files import atomic_write
 from .embeddings import Progress, silent
 from .page import render_upgrade
-from .upgrade import Queries, Upgrade, assess, choose_metric, order_of_backfill, pair
+from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
 
 _ADAPTERS = (".safetensors", ".onnx", ".faiss")
+_LINEAR = ("procrustes", "scaled", "low-rank", "cca", "ridge")
+_FEW = ("procrustes", "scaled", "ridge")
+METHODS = ("linear", "auto", *_LINEAR, "mlp")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def run_upgrade(
     labels: str | None = None,
     query_labels: str | None = None,
     metric: str | None = None,
-    method: str = "auto",
+    method: str = "linear",
     target: float = 0.9,
     column: str | None = None,
     id_column: str | None = None,
@@ -67,6 +69,11 @@ def run_upgrade(
 ) -> dict[str, Any]:
     """Facts of an upgrade (see `subspan.report.upgrade`), and its files. Raises ValueError for unusable input."""
     started = time.monotonic()
+    if method not in METHODS:
+        raise ValueError(f"--method: one of {', '.join(METHODS)}, got {method!r}")
+    faiss_wanted = outputs.wrapped is not None or any(path.suffix.lower() == ".faiss" for path in outputs.adapters)
+    if faiss_wanted and method in ("auto", "mlp"):
+        raise ValueError(f"--method: FAISS runs linear maps alone, and {method} may be a network; use linear")
     stored = open_index(index, ids=index_ids, collection=collection, **_columns(index, column, id_column))
     new = open_index(sample, ids=sample_ids, **_columns(sample, column, id_column))
     _check_outputs(stored, new, outputs, index, sample)
@@ -91,7 +98,7 @@ def run_upgrade(
     if dry_run:
         return {**facts, "files": named}
     found = assess(
-        pairs, _fitter(method, seed), items=len(stored), metric=ranked, queries=queries, target=target, seed=seed,
+        pairs, _fitter(method, ranked, unit_length(pairs), seed), items=len(stored), metric=ranked, queries=queries, target=target, seed=seed,
         progress=progress,
     )  # fmt: skip
     facts |= found.facts
@@ -114,9 +121,23 @@ def run_upgrade(
     return facts
 
 
-def _fitter(method: str, seed: int) -> Any:
-    def fit(x: np.ndarray, y: np.ndarray) -> Any:
-        return SpaceMap("ridge" if method == "auto" else method).fit(x, y)
+def _fitter(method: str, metric: str, unit: bool, seed: int) -> Fit:
+    """Fits maps between the two spaces; the second time a map is fitted, with the method that the first one chose."""
+    options = {"metric": metric, "normalize": unit, "random_state": seed}
+
+    def fit(x: np.ndarray, y: np.ndarray, chosen: Any = None) -> UpgradeMap:
+        if chosen is not None:
+            fixed = {name: value for name, value in chosen.parameters_.items() if name in ("alpha", "rank", "k")}
+            return UpgradeMap(chosen.method_, **options, **fixed).fit(x, y)
+        if method != "linear":
+            return UpgradeMap(method, **options).fit(x, y)
+        few = len(x) < max(x.shape[1], y.shape[1])
+        tried = [UpgradeMap(name, **options).fit(x, y) for name in (_FEW if few else _LINEAR)]
+        best = max(tried, key=lambda fitted: fitted.recall_)
+        row = next(row for row in best.scores_ if row["method"] == best.method_)
+        good = [fitted for fitted in tried if fitted.recall_ >= best.recall_ - (row["standard_error"] or 0.0)]
+        # From the least free to the freest: the simplest that cannot be told from the best.
+        return good[0]
 
     return fit
 
@@ -210,10 +231,10 @@ def _write(
 ) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for path in outputs.adapters:
-        _write_adapter(_adapter(found.queries), path)
+        _write_adapter(found.queries, path)
         written.append(path)
     if outputs.wrapped is not None:
-        write_pretransform(Path(stored.source), _transforms(_adapter(found.queries)), outputs.wrapped)
+        write_pretransform(Path(stored.source), found.queries.to_faiss(), outputs.wrapped)
         written.append(outputs.wrapped)
     if outputs.order is not None:
         order = order_of_backfill(stored, found, seed=seed, progress=progress)
@@ -230,10 +251,6 @@ def _write(
     return facts
 
 
-def _adapter(fitted: Any) -> EmbeddingAdapter:
-    return EmbeddingAdapter(fitted.map_.matrix.float(), fitted.map_.bias.float())
-
-
 def _write_adapter(fitted: Any, path: Path) -> None:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -242,17 +259,12 @@ def _write_adapter(fitted: Any, path: Path) -> None:
         fitted.to_onnx(path)
     else:
         faiss = require("faiss", extra="index")
-        transforms = _transforms(fitted)
+        transforms = fitted.to_faiss()
         wrapper = faiss.IndexPreTransform(faiss.IndexFlatL2(transforms[-1].d_out))
         for transform in reversed(transforms):
             wrapper.prepend_transform(transform)
         with atomic_write(path) as temporary:
             faiss.write_index(wrapper, str(temporary))
-
-
-def _transforms(fitted: Any) -> list[Any]:
-    transforms = fitted.to_faiss()
-    return transforms if isinstance(transforms, list) else [transforms]
 
 
 def _write_ids(ids: np.ndarray, path: Path) -> None:
