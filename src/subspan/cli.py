@@ -617,68 +617,86 @@ def _size(text: str) -> int | float:
 
 @app.command()
 def shorten(
-    table: Table = None,
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE|INDEX|FOLDER",
+            help="What the other verbs read, or a FAISS index, a folder of tables, or Qdrant (see `upgrade`).",
+            show_default=False,
+        ),
+    ] = None,
     rank: Rank = "0.95",
+    method: Annotated[
+        Literal["pca", "prefix"],
+        typer.Option(help="The leading principal directions, or the first columns as they are (--rank N)."),
+    ] = "pca",
     center: Annotated[
         bool, typer.Option("--center", help="Subtract the mean first. Without it cosines are kept best.")
     ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shorter vectors, .npy.")] = Path("short.npy"),
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The shorter vectors: .npy, or with ids .safetensors, .parquet, .faiss."),
+    ] = Path("short.npy"),
     subspace: Annotated[
         Path | None, typer.Option("--map", help="Write the subspace too, .safetensors, to shorten new rows with.")
     ] = None,
     column: Column = None,
     text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    collection: Annotated[str | None, typer.Option(help="Which collection of Qdrant, if there are several.")] = None,
     skip_nan: SkipNan = False,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write vectors with fewer columns: the coordinates in the leading principal directions.
+    """Write vectors with fewer columns, and say what recall@10 each number of columns leaves.
 
     Examples:
 
     - `subspan shorten vectors.npy --rank 128 -o short.npy --map pca.safetensors`
 
-    - `subspan shorten vectors.parquet --rank marchenko-pastur --center`
+    - `subspan shorten vectors.parquet --id-column id --rank marchenko-pastur --center -o short.parquet`
+
+    - `subspan shorten images.faiss --method prefix --rank 256 -o short.faiss`
     """
-    _output(output, ".npy")
+    from .datasets.faiss_files import FAISS_SUFFIXES
+    from .datasets.indexes import in_memory, is_stored, open_index
+
+    if output.suffix or table is None or not is_stored(table):
+        _output(output, ".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
     _output(subspace, ".safetensors")
     ranked = _rank(rank)
-    import numpy as np
-    import torch
-
-    from .geometry.files import atomic_write
     from .report import read_embeddings
-    from .statistics import Moments
+    from .report.shorten import pca_head, prefix_head
+    from .report.shorten import shorten as shorten_vectors
 
     with _progress("reading") as progress:
-        data = read_embeddings(table, column=column, text_column=text_column, skip_nan=skip_nan, progress=progress)
-        moments = Moments(data.dim)
-        for start, block in data.blocks():
-            moments.update(torch.from_numpy(block))
-            progress("reading", 0.5 * (start + len(block)) / len(data))
-        _check_rank(ranked, data)
-        found = moments.subspace(ranked, center=center)
-        with atomic_write(output) as unfinished:
-            short = np.lib.format.open_memmap(
-                unfinished, mode="w+", dtype=data.take(np.arange(1)).dtype, shape=(len(data), found.dim)
-            )
-            for start, block in data.blocks():
-                short[start : start + len(block)] = found.coordinates(torch.from_numpy(block)).numpy()
-                progress("shortening", 0.5 + 0.5 * (start + len(block)) / len(data))
-            short.flush()
-            if subspace is not None:
-                found.save(subspace)
-    facts = {
-        "rows": len(data),
-        "columns": data.dim,
-        "kept": found.dim,
-        "explained": float(found.explained_ratio),
-        "output": str(output),
-        **({"map": str(subspace)} if subspace is not None else {}),
-    }
+        if table is not None and is_stored(table):
+            source = open_index(table, column=column, id_column=id_column, collection=collection)
+        else:
+            data = read_embeddings(
+                table, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
+                progress=progress,
+            )  # fmt: skip
+            named = data.ids if id_column is not None else None
+            source = in_memory(data.rows, data.argument or data.name, named)
+        head = (
+            pca_head(source, ranked, center=center, progress=progress)
+            if method == "pca"
+            else prefix_head(source, ranked)
+        )
+        facts = shorten_vectors(source, head, output, subspace=subspace, seed=seed, progress=progress)
     if as_json:
         _print_json(facts)
-    else:
-        print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
+        return
+    shown = {name: value for name, value in facts.items() if name not in ("curve", "verified")}
+    print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
+    _print_table(
+        [
+            {"columns": entry["columns"], "bytes a row": entry["bytes"]}
+            | {name: entry[name]["recall"] for name in ("pca", "prefix") if name in entry}
+            for entry in facts["curve"]
+        ]
+    )
 
 
 # ---------------------------------------------------------------------- align
@@ -812,7 +830,7 @@ def upgrade(
     method: Annotated[
         str,
         typer.Option(
-            help="Which map: linear (the simplest that is as good as the best on held-out pairs, of procrustes, scaled, "
+            help="Which map: linear (the simplest as good as the best on held-out pairs, of procrustes, scaled, "
             "low-rank, cca and ridge), one of these, mlp, or auto (the network too; takes minutes)."
         ),
     ] = "linear",
@@ -869,9 +887,7 @@ def upgrade(
     """
     from .report.upgrade_run import Outputs, run_upgrade
 
-    outputs = Outputs(
-        adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page
-    )
+    outputs = Outputs(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
     with _progress("reading") as progress:
         facts = run_upgrade(
             index,

@@ -63,9 +63,7 @@ def test_a_migrated_faiss_index_answers_as_exact_search_does(factory: str, tmp_p
     before = (tmp_path / "x.faiss").read_bytes()
     facts = write_index(source, tmp_path / "y.faiss", turned, 12, key="turn")
     back = open_index(tmp_path / "y.faiss")
-    np.testing.assert_allclose(
-        back.take(back.positions(source.ids)), turned(source.take(np.arange(N))), atol=1e-5
-    )
+    np.testing.assert_allclose(back.take(back.positions(source.ids)), turned(source.take(np.arange(N))), atol=1e-5)
     assert facts["verified"]["agreement"] > 0.9
     index = faiss.read_index(str(tmp_path / "y.faiss"))
     assert type(faiss.downcast_index(index)).__name__ == facts["form"].split(" in ")[-1]

@@ -248,9 +248,7 @@ def _describe(index: Any, owner: Any, source: str) -> dict[str, Any]:
     if isinstance(core, faiss.IndexIVF) and core is index:
         lists = core.invlists
         sizes = [lists.list_size(number) for number in range(core.nlist)]
-        inside = [
-            faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size
-        ]
+        inside = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
         within = np.concatenate(inside).astype(np.int64)
         # Ids that were counted and ids that were given cannot be told apart: a full count reads as row numbers.
         numbered = ids is None and np.array_equal(np.sort(within), np.arange(len(within)))
@@ -258,7 +256,9 @@ def _describe(index: Any, owner: Any, source: str) -> dict[str, Any]:
         values: Any = _Lists(core, owner, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
         details |= {"kind": "ivf", "nlist": int(core.nlist), "nprobe": int(core.nprobe)}
     elif isinstance(core, faiss.IndexIVF):
-        raise ValueError(f"{source}: {form} is not read; give its vectors as a table with --index-ids, or its IVF alone")
+        raise ValueError(
+            f"{source}: {form} is not read; give its vectors as a table with --index-ids, or its IVF alone"
+        )
     else:
         values = _Reconstructed(index, owner)
         if hasattr(core, "hnsw") and core is index:
@@ -266,7 +266,9 @@ def _describe(index: Any, owner: Any, source: str) -> dict[str, Any]:
         try:
             values.read(0, 1)
         except RuntimeError as error:
-            raise ValueError(f"{source}: the vectors of {form} cannot be taken out again; give them as a table") from error
+            raise ValueError(
+                f"{source}: the vectors of {form} cannot be taken out again; give them as a table"
+            ) from error
     return {
         "source": source,
         "form": form,

@@ -28,7 +28,6 @@ from jaxtyping import Float
 
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index
 from subspan.datasets.indexes import StoredVectors, open_index
-from subspan.datasets.qdrant import is_qdrant
 from subspan.geometry.extras import require
 from subspan.geometry.files import atomic_write
 
@@ -41,15 +40,15 @@ _SEARCHED_BYTES = 1 << 30
 _ROW_GROUP = 65_536
 
 
-def check_destination(source: StoredVectors, destination: str | os.PathLike[str]) -> Path:
-    """The path, or ValueError where it exists, is the source, or is of a kind that cannot hold these vectors."""
+def check_destination(source: StoredVectors, destination: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The path, or ValueError where it is the source, exists, or is of a kind that cannot hold these vectors."""
     path = Path(destination)
     if str(destination).startswith(("http://", "https://")):
         raise ValueError(f"{str(destination)!r}: give the address of a server as a client, with its collection")
-    origin = Path(source.details.get("path", source.source))
+    origin = Path(source.source.removesuffix(f" ({source.details.get('collection')})"))
     if origin.exists() and path.resolve() == origin.resolve():
         raise ValueError(f"{str(path)!r} is the original, which is never overwritten; choose another name")
-    if path.exists():
+    if path.is_dir() or (path.exists() and not overwrite):
         raise ValueError(f"{str(path)!r} exists; remove it or choose another name")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"the folder {str(path.parent)!r} does not exist")
@@ -61,7 +60,9 @@ def check_destination(source: StoredVectors, destination: str | os.PathLike[str]
         raise ValueError(f"{str(path)!r} must end in {', '.join(WRITTEN)}{folder}")
     counted = np.array_equal(source.ids, np.arange(len(source)))
     if suffix == ".npy" and not counted:
-        raise ValueError(f"{str(path)!r}: .npy holds no ids, and these are no row numbers; use .safetensors or .parquet")
+        raise ValueError(
+            f"{str(path)!r}: .npy holds no ids, and these are no row numbers; use .safetensors or .parquet"
+        )
     if suffix in FAISS_SUFFIXES and source.ids.dtype.kind not in "iu":
         raise ValueError(f"{str(path)!r}: FAISS ids are whole numbers, {source.source} has texts; use .parquet")
     if suffix == ".safetensors" and source.ids.dtype.kind not in "iu":
@@ -78,6 +79,7 @@ def write_index(
     key: str,
     metric: str | None = None,
     block: int | None = None,
+    overwrite: bool = False,
     progress: Callable[[str, float], None] = lambda message, fraction: None,
 ) -> dict[str, Any]:
     """Write every vector of `source`, mapped by `transform` to `columns` dimensions, under its own id.
@@ -85,11 +87,12 @@ def write_index(
     The kind follows the suffix: .npy, .safetensors, .parquet, or FAISS (.faiss, .index): IVF-Flat and HNSW-Flat stay
     what they were, every other index becomes a flat one. Without a suffix: a folder of Qdrant's local mode. key: names
     the map; a run that was killed is resumed by one with the same source and key. metric: of a FAISS index or Qdrant
-    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). Returns what was written and how it
+    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). overwrite: a file of that name that
+    is not the source. Returns what was written and how it
     was verified. Raises ValueError for a destination that exists or is the source, and for rows that do not come out
     finite; nothing is left then.
     """
-    path = check_destination(source, destination)
+    path = check_destination(source, destination, overwrite=overwrite)
     metric = metric or source.metric or "inner"
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
@@ -107,7 +110,7 @@ def write_index(
             target.finish()
             progress("reading back", 0.8)
             verified = verify(source, target.unfinished, transform, metric, progress)
-            target.release()
+            target.release(overwrite=overwrite)
         except Exception:
             target.discard()
             raise
@@ -147,9 +150,7 @@ def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, blo
 class _File:
     """An unfinished file and the record of its rows."""
 
-    def __init__(
-        self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int
-    ) -> None:
+    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         self.source, self.path, self.columns, self.metric, self.block = source, path, columns, metric, block
         self.suffix = path.suffix.lower()
         self.form, self._header, self._tail = self._layout()
@@ -228,12 +229,12 @@ class _File:
         count = (stop - start) * self.columns
         return np.fromfile(self.rows, "<f4", count, offset=4 * self.columns * start).reshape(stop - start, -1)
 
-    def release(self) -> None:
+    def release(self, *, overwrite: bool) -> None:
         """Give the file its name."""
         umask = os.umask(0)
         os.umask(umask)
         self.unfinished.chmod(0o666 & ~umask)
-        if self.path.exists():
+        if self.path.exists() and not overwrite:
             raise ValueError(f"{str(self.path)!r} appeared while it was written")
         self.unfinished.replace(self.path)
         self.discard()
@@ -309,7 +310,7 @@ def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
 
 
 def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: str, target: Path) -> None:
-    """An IVF or HNSW index like that of the source, trained anew: the cells of the old space mean nothing in the new."""
+    """An IVF or HNSW index like that of the source, trained anew, as the cells of the old space mean nothing now."""
     faiss = require("faiss", extra="index")
     kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
     n, details, step = len(source), source.details, source.block_rows
@@ -354,9 +355,7 @@ def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: st
 class _Qdrant:
     """A folder of Qdrant's local mode, filled point by point under the ids and with the payloads of the source."""
 
-    def __init__(
-        self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int
-    ) -> None:
+    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         client = require("qdrant_client", extra="qdrant")
         self._models = require("qdrant_client.models", extra="qdrant")
         self.source, self.path, self.block = source, path, block
@@ -390,9 +389,7 @@ class _Qdrant:
         values: Any = rows.tolist()
         if self._vector is not None:
             values = {self._vector: values}
-        self._client.upsert(
-            self._collection, points=self._models.Batch(ids=points, vectors=values, payloads=payloads)
-        )
+        self._client.upsert(self._collection, points=self._models.Batch(ids=points, vectors=values, payloads=payloads))
         self.done = stop
         with atomic_write(self.record) as temporary:
             temporary.write_text(json.dumps({"key": self._key, "rows": stop}), encoding="utf-8")
@@ -401,7 +398,7 @@ class _Qdrant:
         """Let go of the folder."""
         self._client.close()
 
-    def release(self) -> None:
+    def release(self, *, overwrite: bool) -> None:
         """Give the folder its name."""
         self.unfinished.replace(self.path)
         self.record.unlink(missing_ok=True)

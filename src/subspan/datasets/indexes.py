@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Shaped
 
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
 from subspan.datasets.qdrant import is_qdrant, open_qdrant
-from subspan.datasets.tables import Rows, read_table
+from subspan.datasets.tables import ArrayRows, Rows, read_table
 
 Metric = Literal["inner", "l2", "cosine"]
 ID_COLUMNS = ("id", "ids", "_id")
@@ -60,9 +60,7 @@ class StoredVectors:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def blocks(
-        self, size: int | None = None, *, start: int = 0
-    ) -> Iterator[tuple[int, Float[np.ndarray, "b d"]]]:
+    def blocks(self, size: int | None = None, *, start: int = 0) -> Iterator[tuple[int, Float[np.ndarray, "b d"]]]:
         """(position of its first row, rows) of consecutive blocks of `size` rows (default: 16 MB), from `start` on.
 
         Raises ValueError, naming the first, for rows with NaN or infinity.
@@ -138,6 +136,20 @@ class StoredVectors:
         if len(bad):
             name = self.ids[positions[bad[0]]]
             raise ValueError(f"{self.source}: the vector with id {str(name)!r} contains NaN or infinity")
+
+
+def in_memory(rows: Float[np.ndarray, "n d"], source: str, ids: Any = None) -> StoredVectors:
+    """Rows in memory, or memory-mapped, as a collection; without ids those are the row numbers."""
+    names = np.arange(len(rows)) if ids is None else as_ids(np.asarray(ids))
+    return StoredVectors(source, "rows", "rows", ArrayRows(rows), names, numbered=ids is None)
+
+
+def is_stored(source: str) -> bool:
+    """Whether `open_index` alone reads it: a FAISS file, Qdrant, or a folder of tables."""
+    path = Path(source)
+    if is_qdrant(source) or path.suffix.lower() in FAISS_SUFFIXES:
+        return True
+    return path.is_dir() and any(entry.suffix.lower() in _SHARD_SUFFIXES for entry in path.iterdir())
 
 
 def is_unit(low: float, high: float) -> bool:
@@ -346,4 +358,3 @@ def _open_shards(folder: Path, column: str | None, id_column: str | None) -> Sto
     ids = np.arange(int(starts[-1])) if numbered else np.concatenate([part.ids for part in parts])
     values = _Shards(tuple(part.values for part in parts), starts)
     return StoredVectors(str(folder), "shards", f"{len(parts)} shards", values, ids, numbered=numbered)
-

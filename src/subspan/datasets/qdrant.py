@@ -89,9 +89,7 @@ def _list(client: Any, collection: str) -> list[Any]:
     points: list[Any] = []
     offset = None
     while True:
-        found, offset = client.scroll(
-            collection, limit=_SCROLL, offset=offset, with_vectors=False, with_payload=False
-        )
+        found, offset = client.scroll(collection, limit=_SCROLL, offset=offset, with_vectors=False, with_payload=False)
         points += [point.id for point in found]
         if offset is None:
             return points

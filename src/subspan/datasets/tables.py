@@ -32,14 +32,22 @@ class Rows(Protocol):
     """Where the numbers are: blocks and single rows of a matrix."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        ...
 
-    def read(self, start: int, stop: int) -> np.ndarray: ...
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop."""
+        ...
 
-    def take(self, indices: np.ndarray) -> np.ndarray: ...
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows at these places."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -149,23 +157,27 @@ def read_table(
 
 
 @dataclass(frozen=True)
-class _Array:
+class ArrayRows:
     """A matrix in memory, or mapped from a file."""
 
     values: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
         return self.values.shape[0], self.values.shape[1]
 
     @property
     def dtype(self) -> np.dtype:
+        """As stored."""
         return self.values.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Copy of rows start to stop."""
         return np.array(self.values[start:stop])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
+        """Copy of the rows at these places."""
         return np.array(self.values[indices])
 
 
@@ -180,7 +192,7 @@ def _open_npy(source: Path, column: str | None, names: dict[str, str | None]) ->
     if source.stat().st_size < expected:
         raise ValueError(f"path: {str(source)!r} is cut off: {source.stat().st_size} of {expected} bytes")
     mapped = np.load(source, mmap_mode="r", allow_pickle=False) if math.prod(shape) else np.empty(shape, dtype)
-    return Table(source, _Array(mapped))
+    return Table(source, ArrayRows(mapped))
 
 
 def _npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -215,7 +227,7 @@ def _open_npz(source: Path, column: str | None, names: dict[str, str | None]) ->
             others = {kind: archive[_named(name, headers, source)] for kind, name in names.items() if name is not None}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {str(source)!r} cannot be read ({error})") from error
-    return Table(source, _Array(values), **_entries(others, len(values), source))
+    return Table(source, ArrayRows(values), **_entries(others, len(values), source))
 
 
 def _npz_headers(source: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -479,7 +491,7 @@ def _open_separated(source: Path, delimiter: str, column: str | None, names: dic
     if not blocks:
         raise ValueError(f"path: {str(source)!r} holds no rows")
     values = np.concatenate(blocks)
-    return Table(source, _Array(values), **{kind: tuple(entries) for kind, entries in others.items()})
+    return Table(source, ArrayRows(values), **{kind: tuple(entries) for kind, entries in others.items()})
 
 
 def _separated_rows(source: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

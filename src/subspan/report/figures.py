@@ -342,7 +342,11 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
     return {
         "data": data,
         "layout": {
-            "xaxis": {"title": {"text": "share of the items embedded anew"}, "tickformat": ".0%", "range": [-0.03, 1.03]},
+            "xaxis": {
+                "title": {"text": "share of the items embedded anew"},
+                "tickformat": ".0%",
+                "range": [-0.03, 1.03],
+            },
             "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
             "shapes": [shape],
             "annotations": [words],

@@ -582,7 +582,7 @@ def render_upgrade(facts: dict[str, Any]) -> str:
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
     top = (
         f'<p class="source">{_count(facts["items"])} vectors of {escape(facts["index"]["source"])}, and new ones of '
-        f'{_count(facts["pairs"])} of its items from {escape(facts["sample"]["source"])}.</p>'
+        f"{_count(facts['pairs'])} of its items from {escape(facts['sample']['source'])}.</p>"
         f'<ul class="tiles">{items}</ul>'
     )
     return document("A new encoder for an old index", "subspan upgrade", top, links, body, facts)

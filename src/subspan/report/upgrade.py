@@ -109,7 +109,9 @@ def pair(
     if labels is not None and len(labels) != len(sample):
         raise ValueError(f"--labels: {len(labels)} labels for {len(sample)} rows of {sample.source}")
     if len(sample) < FEWEST_PAIRS:
-        raise ValueError(f"{sample.source}: {len(sample)} pairs; at least {FEWEST_PAIRS} are needed to fit and to judge")
+        raise ValueError(
+            f"{sample.source}: {len(sample)} pairs; at least {FEWEST_PAIRS} are needed to fit and to judge"
+        )
     chosen = np.arange(len(sample))
     if len(sample) > most:
         chosen = np.sort(np.random.default_rng(seed).choice(len(sample), most, replace=False))
@@ -148,7 +150,8 @@ def assess(
 ) -> Upgrade:
     """Fit both maps, measure recall@10 on held-out items, the curve of partial backfilling, and decide.
 
-    fit(X, Y, chosen): a fitted map of rows X to rows Y with `transform`; chosen: an earlier map whose method is kept. items: how many the collection has. target: the share
+    fit(X, Y, chosen): a fitted map of rows X to rows Y with `transform`; chosen: an earlier map whose method is kept.
+    items: how many the collection has. target: the share
     of new/new recall that is good enough.
     """
     m = len(pairs)

@@ -97,10 +97,10 @@ def run_upgrade(
     named = {name: str(path) for name, path in outputs.named().items()}
     if dry_run:
         return {**facts, "files": named}
+    fit = _fitter(method, ranked, unit_length(pairs), seed)
     found = assess(
-        pairs, _fitter(method, ranked, unit_length(pairs), seed), items=len(stored), metric=ranked, queries=queries, target=target, seed=seed,
-        progress=progress,
-    )  # fmt: skip
+        pairs, fit, items=len(stored), metric=ranked, queries=queries, target=target, seed=seed, progress=progress
+    )
     facts |= found.facts
     written: list[Path] = []
     try:
