@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -95,6 +95,21 @@ def test_a_parquet_table_keeps_its_ids_and_other_columns(kind: str, tmp_path: Pa
         assert parquet.read_table(tmp_path / "y.parquet")["title"].to_pylist() == columns["title"]
 
 
+def test_a_large_row_group_is_read_in_blocks(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(arrow.table({"id": IDS, "vector": list(ROWS)}), tmp_path / "x.parquet", row_group_size=500)
+    opened = open_index(tmp_path / "x.parquet")
+    for size, start in ((70, 0), (70, 140), (333, 666), (2000, 0)):
+        blocks = list(opened.blocks(size, start=start))
+        assert [first for first, _ in blocks] == list(range(start, N, size))
+        assert all(len(rows) == size for _, rows in blocks[:-1])
+        np.testing.assert_array_equal(np.concatenate([rows for _, rows in blocks]), ROWS[start:])
+    chosen = np.array([899, 3, 500, 499])
+    np.testing.assert_array_equal(opened.take(chosen), ROWS[chosen])
+
+
 def test_text_ids_and_shards(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -157,39 +172,40 @@ def test_qdrant_keeps_points_and_payloads(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
+def _slowly(source: Path, target: Path) -> None:
+    def slow(rows: np.ndarray) -> np.ndarray:
+        time.sleep(0.02)
+        return turned(rows)
+
+    write_index(open_index(source), target, slow, 12, key="turn", block=30)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
 def test_a_migration_killed_ten_times_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    source = build("IDMap2,Flat", tmp_path / "x.faiss")
-    program = f"""
-        import time, numpy as np
-        from subspan.datasets.index_writing import write_index
-        from subspan.datasets.indexes import open_index
-        turn = np.load({str(tmp_path / "turn.npy")!r}, allow_pickle=False)
-        def slow(rows):
-            time.sleep(0.05)
-            return rows @ turn
-        facts = write_index(open_index({str(source)!r}), {str(tmp_path / "y.faiss")!r}, slow, 12, key="turn", block=30)
-        print("resumed at", facts["resumed_at"])
-    """
-    np.save(tmp_path / "turn.npy", TURN)
+    source, target = build("IDMap2,Flat", tmp_path / "x.faiss"), tmp_path / "y.faiss"
     write_index(open_index(source), tmp_path / "whole.faiss", turned, 12, key="turn", block=30)
     record = tmp_path / ".y.faiss.progress.json"
+    processes = multiprocessing.get_context("fork")
     reached = []
     rng = np.random.default_rng(3)
     for _ in range(10):
         before = record.read_text() if record.exists() else ""
-        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
+        process = processes.Process(target=_slowly, args=(source, target))
+        process.start()
+        limit = time.monotonic() + 60
         while (record.read_text() if record.exists() else "") == before and time.monotonic() < limit:
-            time.sleep(0.01)
-        time.sleep(float(rng.uniform(0, 0.06)))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (tmp_path / "y.faiss").exists()
-        reached.append(record.read_text())
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.03)))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert not target.exists()
+        reached.append(json.loads(record.read_text())["rows"])
+    assert reached == sorted(reached)
     assert len(set(reached)) > 5
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
-    assert int(out.stdout.split()[-1]) > 0
-    assert (tmp_path / "y.faiss").read_bytes() == (tmp_path / "whole.faiss").read_bytes()
+    facts = write_index(open_index(source), target, turned, 12, key="turn", block=30)
+    assert facts["resumed_at"] == reached[-1] > 0
+    assert target.read_bytes() == (tmp_path / "whole.faiss").read_bytes()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

@@ -271,18 +271,22 @@ def _write_parquet(source: StoredVectors, collected: Any, columns: int, target: 
     """The rows with their ids or, where the source is a Parquet file, with all its other columns."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     kept = _parquet_columns(source)
+    # A single column of lists keeps its name; many columns of numbers become one of lists.
+    lists = kept is not None and getattr(source.values, "is_list", False)
+    name = source.values.columns[0] if lists else "vector"  # pyright: ignore
     writer = None
     try:
         start = 0
         for others in kept if kept is not None else _id_columns(source, arrow, block):
-            stop = start + others.num_rows
-            values = arrow.array(collected(start, stop).reshape(-1), arrow.float32())
-            vectors = arrow.FixedSizeListArray.from_arrays(values, columns)
-            name = getattr(source.values, "columns", ("vector",))[0] if kept is not None else "vector"
-            table = others.append_column(name if name not in others.column_names else "vector", vectors)
-            writer = writer or parquet.ParquetWriter(target, table.schema)
-            writer.write_table(table, row_group_size=max(1, table.num_rows))
-            start = stop
+            for first in range(0, others.num_rows, _ROW_GROUP):
+                part = others.slice(first, _ROW_GROUP)
+                stop = start + part.num_rows
+                values = arrow.array(collected(start, stop).reshape(-1), arrow.float32())
+                vectors = arrow.FixedSizeListArray.from_arrays(values, columns)
+                table = part.append_column(name if name not in part.column_names else "vector", vectors)
+                writer = writer or parquet.ParquetWriter(target, table.schema)
+                writer.write_table(table, row_group_size=_ROW_GROUP)
+                start = stop
     finally:
         if writer is not None:
             writer.close()

@@ -66,10 +66,19 @@ class StoredVectors:
         Raises ValueError, naming the first, for rows with NaN or infinity.
         """
         size = size or self.block_rows
-        for first in range(start, len(self), size):
-            rows = _working(self.values.read(first, min(first + size, len(self))))
+        for first, stored in self._stored(size, start):
+            rows = _working(stored)
             self._check_finite(rows, range(first, first + len(rows)))
             yield first, rows
+
+    def _stored(self, size: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
+        streamed = getattr(self.values, "stream", None)
+        firsts = range(start, len(self), size)
+        if streamed is not None:
+            yield from zip(firsts, streamed(size, start))
+            return
+        for first in firsts:
+            yield first, self.values.read(first, min(first + size, len(self)))
 
     @property
     def block_rows(self) -> int:
@@ -79,11 +88,18 @@ class StoredVectors:
     def take(self, positions: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k d"]:
         """The rows at these positions, in this order."""
         order = np.argsort(positions, kind="stable")
-        rows = np.empty((len(positions), self.shape[1]), _working(self.values.read(0, 1)).dtype)
+        rows = np.empty((len(positions), self.shape[1]), np.float64 if self.dtype == np.float64 else np.float32)
         size = self.block_rows
-        for first in range(0, len(order), size):
-            part = order[first : first + size]
-            rows[part] = _working(self.values.take(positions[part]))
+        if hasattr(self.values, "stream"):
+            # One pass: single rows of such a file cost as much as the row group that they are in.
+            ordered = positions[order]
+            for start, stored in self._stored(size, 0):
+                first, last = np.searchsorted(ordered, (start, start + len(stored)))
+                rows[order[first:last]] = _working(stored[ordered[first:last] - start])
+        else:
+            for first in range(0, len(order), size):
+                part = order[first : first + size]
+                rows[part] = _working(self.values.take(positions[part]))
         self._check_finite(rows, positions)
         return rows
 

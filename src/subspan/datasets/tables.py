@@ -328,6 +328,29 @@ class _ArrowColumns:
             blocks.append(self.group(group)[max(0, start - offset) : stop - offset])
         return np.concatenate(blocks)
 
+    def stream(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Blocks of `size` rows from `start` on, in one pass, however large the row groups are."""
+        if self.source.suffix.lower() != ".parquet":
+            yield from (self.read(at, min(at + size, self.shape[0])) for at in range(start, self.shape[0], size))
+            return
+        arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        waiting, row = [], int(self.starts[first])
+        with parquet.ParquetFile(self.source, pre_buffer=False, buffer_size=1 << 20) as file:
+            groups = list(range(first, len(self.starts) - 1))
+            for batch in file.iter_batches(min(size, 8192), row_groups=groups, columns=list(self.columns)):
+                values = self._matrix(arrow.Table.from_batches([batch]).combine_chunks(), row)
+                skipped = max(0, start - row)
+                row += len(values)
+                waiting.append(values[skipped:])
+                while sum(map(len, waiting)) >= size:
+                    joined = np.concatenate(waiting)
+                    yield joined[:size]
+                    waiting = [joined[size:]]
+        rest = np.concatenate(waiting) if waiting else np.empty((0, self.width), self.dtype)
+        if len(rest):
+            yield rest
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         taken = np.empty((len(indices), self.width), self.dtype)
         groups = np.searchsorted(self.starts, indices, "right") - 1
@@ -338,7 +361,9 @@ class _ArrowColumns:
 
     def group(self, index: int) -> np.ndarray:
         """The matrix of one row group; ValueError naming the first row that is null or of another length."""
-        table, start = self.load(index, list(self.columns)), int(self.starts[index])
+        return self._matrix(self.load(index, list(self.columns)), int(self.starts[index]))
+
+    def _matrix(self, table: Any, start: int) -> np.ndarray:
         if not self.is_list:
             for name in self.columns:
                 if table[name].null_count:
