@@ -299,7 +299,11 @@ def _id_columns(source: StoredVectors, arrow: Any, block: int) -> Iterator[Any]:
 
 def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
     """What a Parquet file has beside its vectors, row group by row group; None where the source is no such file."""
-    if source.kind != "table" or not source.source.lower().endswith(".parquet") or not source.details["id_column"]:
+    if (
+        source.kind != "table"
+        or not source.source.lower().endswith(".parquet")
+        or not (source.numbered or source.details["id_column"])
+    ):
         return None
     parquet = require("pyarrow.parquet", extra="tables")
 

@@ -15,6 +15,7 @@ from ..align import UpgradeMap
 from ..datasets.faiss_files import FAISS_SUFFIXES, write_pretransform
 from ..datasets.index_writing import check_destination, write_index
 from ..datasets.indexes import StoredVectors, open_index, read_ids
+from ..datasets.qdrant import is_qdrant
 from ..datasets.tables import read_table
 from ..geometry.extras import require
 from ..geometry.files import atomic_write
@@ -146,7 +147,7 @@ def _columns(source: str, column: str | None, id_column: str | None) -> dict[str
     """The names of columns, for sources that have any."""
     if Path(source).suffix.lower() in (*FAISS_SUFFIXES, ".npy"):
         return {}
-    if Path(source).is_dir() or source.startswith("http"):
+    if is_qdrant(source):
         return {"column": column}
     return {"column": column, "id_column": id_column}
 
