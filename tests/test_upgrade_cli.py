@@ -147,7 +147,8 @@ def test_fewer_anchors_than_dimensions_is_said(run: Callable[..., Any]) -> None:
     facts = json.loads(out)
     assert facts["few_pairs"]
     assert "fewer than the 200 dimensions" in err
-    assert facts["retrieval"]["new/old mapped"]["value"] > 2 * facts["retrieval"]["new/old unmapped"]["value"]
+    # Ten of thirty items are a third by chance, so a difference is asked for.
+    assert facts["retrieval"]["new/old mapped"]["value"] > facts["retrieval"]["new/old unmapped"]["value"] + 0.2
 
 
 def test_shorten_an_index_and_its_curve(run: Callable[..., Any]) -> None:

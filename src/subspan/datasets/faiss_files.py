@@ -1,7 +1,7 @@
 """FAISS index files: rows out of them in blocks, and flat ones written as a stream.
 
 A flat index is its header, then the vectors as they are in memory, then (in an IDMap) the ids. Those are read and
-written here directly, so that no more than a block is in memory; every other kind is mapped by FAISS itself.
+written here directly, so that no more than a block is in memory; every other kind is read whole by FAISS itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def open_faiss(path: Path) -> dict[str, Any]:
     direct = _open_flat(path)
     if direct is not None:
         return direct
-    index, owner = read_index(path)
+    # FAISS's mapped reader lets a cut within the last value of a file pass; the plain one does not.
+    index, owner = read_index(path, mapped=False)
     return _describe(index, owner, str(path))
 
 

@@ -443,8 +443,8 @@ def verify(
         wanted = np.ascontiguousarray(transform(source.take(chosen)), np.float32)
         found = back.take(places[chosen])
         if back.metric == "cosine":
-            # Qdrant keeps the directions alone.
-            wanted = wanted / np.linalg.norm(wanted, axis=1, keepdims=True)
+            # Qdrant ranks by directions alone, and gives lengths back or not.
+            wanted, found = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (wanted, found))
         scale = float(np.abs(wanted).max()) or 1.0
         if not np.allclose(found, wanted, rtol=0, atol=1e-4 * scale):
             raise ValueError(f"{written}: rows do not come back as they were mapped")
