@@ -617,68 +617,86 @@ def _size(text: str) -> int | float:
 
 @app.command()
 def shorten(
-    table: Table = None,
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE|INDEX|FOLDER",
+            help="What the other verbs read, or a FAISS index, a folder of tables, or Qdrant (see `upgrade`).",
+            show_default=False,
+        ),
+    ] = None,
     rank: Rank = "0.95",
+    method: Annotated[
+        Literal["pca", "prefix"],
+        typer.Option(help="The leading principal directions, or the first columns as they are (--rank N)."),
+    ] = "pca",
     center: Annotated[
         bool, typer.Option("--center", help="Subtract the mean first. Without it cosines are kept best.")
     ] = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The shorter vectors, .npy.")] = Path("short.npy"),
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The shorter vectors: .npy, or with ids .safetensors, .parquet, .faiss."),
+    ] = Path("short.npy"),
     subspace: Annotated[
         Path | None, typer.Option("--map", help="Write the subspace too, .safetensors, to shorten new rows with.")
     ] = None,
     column: Column = None,
     text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    collection: Annotated[str | None, typer.Option(help="Which collection of Qdrant, if there are several.")] = None,
     skip_nan: SkipNan = False,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Write vectors with fewer columns: the coordinates in the leading principal directions.
+    """Write vectors with fewer columns, and say what recall@10 each number of columns leaves.
 
     Examples:
 
     - `subspan shorten vectors.npy --rank 128 -o short.npy --map pca.safetensors`
 
-    - `subspan shorten vectors.parquet --rank marchenko-pastur --center`
+    - `subspan shorten vectors.parquet --id-column id --rank marchenko-pastur --center -o short.parquet`
+
+    - `subspan shorten images.faiss --method prefix --rank 256 -o short.faiss`
     """
-    _output(output, ".npy")
+    from .datasets.faiss_files import FAISS_SUFFIXES
+    from .datasets.indexes import in_memory, is_stored, open_index
+
+    if output.suffix or table is None or not is_stored(table):
+        _output(output, ".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
     _output(subspace, ".safetensors")
     ranked = _rank(rank)
-    import numpy as np
-    import torch
-
-    from .geometry.files import atomic_write
     from .report import read_embeddings
-    from .statistics import Moments
+    from .report.shorten import pca_head, prefix_head
+    from .report.shorten import shorten as shorten_vectors
 
     with _progress("reading") as progress:
-        data = read_embeddings(table, column=column, text_column=text_column, skip_nan=skip_nan, progress=progress)
-        moments = Moments(data.dim)
-        for start, block in data.blocks():
-            moments.update(torch.from_numpy(block))
-            progress("reading", 0.5 * (start + len(block)) / len(data))
-        _check_rank(ranked, data)
-        found = moments.subspace(ranked, center=center)
-        with atomic_write(output) as unfinished:
-            short = np.lib.format.open_memmap(
-                unfinished, mode="w+", dtype=data.take(np.arange(1)).dtype, shape=(len(data), found.dim)
-            )
-            for start, block in data.blocks():
-                short[start : start + len(block)] = found.coordinates(torch.from_numpy(block)).numpy()
-                progress("shortening", 0.5 + 0.5 * (start + len(block)) / len(data))
-            short.flush()
-            if subspace is not None:
-                found.save(subspace)
-    facts = {
-        "rows": len(data),
-        "columns": data.dim,
-        "kept": found.dim,
-        "explained": float(found.explained_ratio),
-        "output": str(output),
-        **({"map": str(subspace)} if subspace is not None else {}),
-    }
+        if table is not None and is_stored(table):
+            source = open_index(table, column=column, id_column=id_column, collection=collection)
+        else:
+            data = read_embeddings(
+                table, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
+                progress=progress,
+            )  # fmt: skip
+            named = data.ids if id_column is not None else None
+            source = in_memory(data.rows, data.argument or data.name, named)
+        head = (
+            pca_head(source, ranked, center=center, progress=progress)
+            if method == "pca"
+            else prefix_head(source, ranked)
+        )
+        facts = shorten_vectors(source, head, output, subspace=subspace, seed=seed, progress=progress)
     if as_json:
         _print_json(facts)
-    else:
-        print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
+        return
+    shown = {name: value for name, value in facts.items() if name not in ("curve", "verified")}
+    print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
+    _print_table(
+        [
+            {"columns": entry["columns"], "bytes a row": entry["bytes"]}
+            | {name: entry[name]["recall"] for name in ("pca", "prefix") if name in entry}
+            for entry in facts["curve"]
+        ]
+    )
 
 
 # ---------------------------------------------------------------------- align
@@ -767,6 +785,171 @@ def _align_unpaired(first: Embeddings, second: Embeddings) -> tuple[Any, Any, di
     fitted.fit(first.rows, second.rows)
     facts = {"gap_before": fitted.gap_before_, "gap_after": fitted.gap_after_, "scale": fitted.scale_}
     return fitted, fitted.as_module(), facts
+
+
+# ---------------------------------------------------------------------- upgrade
+
+
+@app.command()
+def upgrade(
+    index: Annotated[
+        str,
+        typer.Argument(
+            metavar="INDEX",
+            help="The vectors in use: a FAISS index (.faiss, .index), a table (.npy, .safetensors, .parquet), a folder "
+            "of such tables, or Qdrant (a local folder, or http://…).",
+        ),
+    ],
+    sample: Annotated[
+        str, typer.Argument(metavar="NEW_SAMPLE", help="The new encoder's vectors of some of the same items.")
+    ],
+    index_ids: Annotated[
+        Path | None, typer.Option("--index-ids", help="Ids of the index, one a row (.npy, .txt), if it holds none.")
+    ] = None,
+    sample_ids: Annotated[
+        Path | None,
+        typer.Option("--sample-ids", help="Ids of the sample, one a row. Without ids: as many rows, in one order."),
+    ] = None,
+    queries_new: Annotated[
+        str | None, typer.Option("--queries-new", metavar="TABLE", help="Queries by the new encoder.")
+    ] = None,
+    queries_old: Annotated[
+        str | None, typer.Option("--queries-old", metavar="TABLE", help="The same queries by the old encoder.")
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="COLUMN|FILE", help="Labels of the sample: items of one label are relevant."),
+    ] = None,
+    query_labels: Annotated[
+        str | None, typer.Option("--query-labels", metavar="FILE", help="Labels of the queries.")
+    ] = None,
+    metric: Annotated[
+        Literal["cosine", "inner", "l2"] | None,
+        typer.Option(help="What is ranked by (default: as the index does; tables by cosine if of unit length)."),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Which map: linear (the simplest as good as the best on held-out pairs, of procrustes, scaled, "
+            "low-rank, cca and ridge), one of these, mlp, or auto (the network too; takes minutes)."
+        ),
+    ] = "linear",
+    target: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Good enough: this share of the recall of embedding all anew.")
+    ] = 0.9,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "-o",
+            "--adapter",
+            help="Write the map of new queries to the old space: .safetensors, .onnx, or .faiss (transforms alone).",
+        ),
+    ] = None,
+    wrapped: Annotated[
+        Path | None,
+        typer.Option("--wrap", metavar="OUT", help="Write the FAISS index so that it answers new queries: .faiss."),
+    ] = None,
+    migrate: Annotated[
+        Path | None,
+        typer.Option("--migrate", metavar="OUT", help="Write all vectors, mapped into the new space; can be resumed."),
+    ] = None,
+    backfill: Annotated[
+        Path | None,
+        typer.Option(
+            "--backfill-order", metavar="OUT", help="Write the ids in the order to embed them anew: .txt or .npy."
+        ),
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--report", metavar="OUT", help="Write a page: .html.")] = None,
+    column: Column = None,
+    id_column: IdColumn = None,
+    collection: Annotated[str | None, typer.Option(help="Which collection of Qdrant, if there are several.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all input and say what would be written; write nothing.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a new encoder can serve on an index in use, and write what it takes: adapter, migrated index, order.
+
+    Compares recall@10 of the old encoder, of new queries on old vectors without and with a map, of new queries on
+    migrated vectors, and of embedding everything anew; all on held-out pairs. Exits with 1 where nothing short of
+    embedding everything anew is good enough.
+
+    Examples:
+
+    - `subspan upgrade images.faiss new_sample.parquet --report upgrade.html`
+
+    - `subspan upgrade images.faiss new.npy --sample-ids ids.npy -o queries.onnx --wrap answers_new_queries.faiss`
+
+    - `subspan upgrade old.parquet new.parquet --labels category --migrate migrated.parquet --backfill-order ids.txt`
+
+    - `subspan upgrade qdrant_folder/ new.parquet --migrate new_folder --json`
+    """
+    from .report.upgrade_run import Outputs, run_upgrade
+
+    outputs = Outputs(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
+    with _progress("reading") as progress:
+        facts = run_upgrade(
+            index,
+            sample,
+            outputs,
+            index_ids=index_ids,
+            sample_ids=sample_ids,
+            queries_new=queries_new,
+            queries_old=queries_old,
+            labels=labels,
+            query_labels=query_labels,
+            metric=metric,
+            method=method,
+            target=target,
+            column=column,
+            id_column=id_column,
+            collection=collection,
+            dry_run=dry_run,
+            seed=seed,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_upgrade(facts)
+    if facts.get("verdict", {}).get("answer") == "re-embed":
+        raise typer.Exit(1)
+
+
+def _print_upgrade(facts: dict[str, Any]) -> None:
+    found = facts["index"]
+    print(f"{found['source']}: {found['n']} vectors of {found['d']} dimensions, {found['form']}, {facts['metric']}")
+    if "retrieval" not in facts:
+        print(f"{facts['pairs']} pairs; nothing was fitted or written (--dry-run)")
+        for name, path in facts["files"].items():
+            print(f"  would write {name.replace('_', ' ')}: {path}")
+        return
+    print(
+        f"{facts['pairs']} pairs, {facts['fitted_to']} fitted to; {facts['queries']} queries among "
+        f"{facts['searched']} held-out items; truth: {facts['truth']}"
+    )
+    if facts["few_pairs"]:
+        print("fewer pairs to fit to than dimensions: the maps are kept to the directions that the pairs span")
+    _print_table(
+        [
+            {
+                "queries/collection": name,
+                "recall@10": entry["value"],
+                "low": entry["interval"][0],
+                "high": entry["interval"][1],
+            }
+            for name, entry in facts["retrieval"].items()
+            if entry is not None
+        ]
+    )
+    verdict = facts["verdict"]
+    print(f"{verdict['answer']}: {verdict['text']}")
+    print(verdict["reason"])
+    if verdict["bridge"]:
+        print(verdict["bridge"])
+    for name, path in facts["files"].items():
+        print(f"{name.replace('_', ' ')}: {path}")
 
 
 # ---------------------------------------------------------------------- systems

@@ -28,18 +28,26 @@ _EXTENSIONS = ".npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .csv.
 
 
 @runtime_checkable
-class _Rows(Protocol):
+class Rows(Protocol):
     """Where the numbers are: blocks and single rows of a matrix."""
 
     @property
-    def shape(self) -> tuple[int, int]: ...
+    def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
+        ...
 
     @property
-    def dtype(self) -> np.dtype: ...
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        ...
 
-    def read(self, start: int, stop: int) -> np.ndarray: ...
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop."""
+        ...
 
-    def take(self, indices: np.ndarray) -> np.ndarray: ...
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows at these places."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Table:
     """
 
     source: Path
-    values: _Rows = field(repr=False)
+    values: Rows = field(repr=False)
     ids: tuple[str, ...] | None = field(default=None, repr=False)
     labels: tuple[str, ...] | None = field(default=None, repr=False)
     texts: tuple[str, ...] | None = field(default=None, repr=False)
@@ -149,23 +157,27 @@ def read_table(
 
 
 @dataclass(frozen=True)
-class _Array:
+class ArrayRows:
     """A matrix in memory, or mapped from a file."""
 
     values: np.ndarray
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
         return self.values.shape[0], self.values.shape[1]
 
     @property
     def dtype(self) -> np.dtype:
+        """As stored."""
         return self.values.dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Copy of rows start to stop."""
         return np.array(self.values[start:stop])
 
     def take(self, indices: np.ndarray) -> np.ndarray:
+        """Copy of the rows at these places."""
         return np.array(self.values[indices])
 
 
@@ -180,7 +192,7 @@ def _open_npy(source: Path, column: str | None, names: dict[str, str | None]) ->
     if source.stat().st_size < expected:
         raise ValueError(f"path: {str(source)!r} is cut off: {source.stat().st_size} of {expected} bytes")
     mapped = np.load(source, mmap_mode="r", allow_pickle=False) if math.prod(shape) else np.empty(shape, dtype)
-    return Table(source, _Array(mapped))
+    return Table(source, ArrayRows(mapped))
 
 
 def _npy_header(stream: Any, where: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -215,7 +227,7 @@ def _open_npz(source: Path, column: str | None, names: dict[str, str | None]) ->
             others = {kind: archive[_named(name, headers, source)] for kind, name in names.items() if name is not None}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"path: {str(source)!r} cannot be read ({error})") from error
-    return Table(source, _Array(values), **_entries(others, len(values), source))
+    return Table(source, ArrayRows(values), **_entries(others, len(values), source))
 
 
 def _npz_headers(source: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -316,6 +328,29 @@ class _ArrowColumns:
             blocks.append(self.group(group)[max(0, start - offset) : stop - offset])
         return np.concatenate(blocks)
 
+    def stream(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
+        """Blocks of `size` rows from `start` on, in one pass, however large the row groups are."""
+        if self.source.suffix.lower() != ".parquet":
+            yield from (self.read(at, min(at + size, self.shape[0])) for at in range(start, self.shape[0], size))
+            return
+        arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        waiting, row = [], int(self.starts[first])
+        with parquet.ParquetFile(self.source, pre_buffer=False, buffer_size=1 << 20) as file:
+            groups = list(range(first, len(self.starts) - 1))
+            for batch in file.iter_batches(min(size, 8192), row_groups=groups, columns=list(self.columns)):
+                values = self._matrix(arrow.Table.from_batches([batch]).combine_chunks(), row)
+                skipped = max(0, start - row)
+                row += len(values)
+                waiting.append(values[skipped:])
+                while sum(map(len, waiting)) >= size:
+                    joined = np.concatenate(waiting)
+                    yield joined[:size]
+                    waiting = [joined[size:]]
+        rest = np.concatenate(waiting) if waiting else np.empty((0, self.width), self.dtype)
+        if len(rest):
+            yield rest
+
     def take(self, indices: np.ndarray) -> np.ndarray:
         taken = np.empty((len(indices), self.width), self.dtype)
         groups = np.searchsorted(self.starts, indices, "right") - 1
@@ -326,7 +361,9 @@ class _ArrowColumns:
 
     def group(self, index: int) -> np.ndarray:
         """The matrix of one row group; ValueError naming the first row that is null or of another length."""
-        table, start = self.load(index, list(self.columns)), int(self.starts[index])
+        return self._matrix(self.load(index, list(self.columns)), int(self.starts[index]))
+
+    def _matrix(self, table: Any, start: int) -> np.ndarray:
         if not self.is_list:
             for name in self.columns:
                 if table[name].null_count:
@@ -479,7 +516,7 @@ def _open_separated(source: Path, delimiter: str, column: str | None, names: dic
     if not blocks:
         raise ValueError(f"path: {str(source)!r} holds no rows")
     values = np.concatenate(blocks)
-    return Table(source, _Array(values), **{kind: tuple(entries) for kind, entries in others.items()})
+    return Table(source, ArrayRows(values), **{kind: tuple(entries) for kind, entries in others.items()})
 
 
 def _separated_rows(source: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

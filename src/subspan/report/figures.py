@@ -281,3 +281,74 @@ def canonical_figure(facts: dict[str, Any]) -> Figure:
             "showlegend": False,
         },
     }
+
+
+def upgrade_figure(facts: dict[str, Any]) -> Figure:
+    """Recall@10 of each way to answer new queries, with its interval."""
+    ways = {name: entry for name, entry in facts["retrieval"].items() if entry is not None}
+    shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
+    values = [entry["value"] for entry in ways.values()]
+    return {
+        "data": [
+            {
+                "type": "bar",
+                "x": list(ways),
+                "y": values,
+                "marker": {"color": "first"},
+                "error_y": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [entry["interval"][1] - entry["value"] for entry in ways.values()],
+                    "arrayminus": [entry["value"] - entry["interval"][0] for entry in ways.values()],
+                    "color": "ink",
+                    "thickness": 1.5,
+                },
+            }
+        ],
+        "layout": {
+            "xaxis": {"title": {"text": "queries / collection"}},
+            "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
+            "shapes": [shape],
+            "annotations": [words],
+            "showlegend": False,
+        },
+    }
+
+
+def backfill_figure(facts: dict[str, Any]) -> Figure:
+    """Recall@10 of new queries against the share of the items embedded anew."""
+    names = {"ordered": "in the order given", "random": "in random order"}
+    data = []
+    for (key, name), role in zip(names.items(), _DASHES):
+        curve = facts["backfill"]["curves"][key]
+        data.append(
+            _line(
+                [point["share"] for point in curve],
+                [point["value"] for point in curve],
+                name,
+                role,
+                markers=True,
+                error_y={
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [point["interval"][1] - point["value"] for point in curve],
+                    "arrayminus": [point["value"] - point["interval"][0] for point in curve],
+                    "color": role,
+                    "thickness": 1.5,
+                },
+            )
+        )
+    shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
+    return {
+        "data": data,
+        "layout": {
+            "xaxis": {
+                "title": {"text": "share of the items embedded anew"},
+                "tickformat": ".0%",
+                "range": [-0.03, 1.03],
+            },
+            "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
+            "shapes": [shape],
+            "annotations": [words],
+        },
+    }

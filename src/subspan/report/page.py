@@ -48,7 +48,13 @@ def render(facts: dict[str, Any], data: Embeddings) -> str:
         for name in present
     )
     links = "".join(f'<li><a href="#{name}">{_TITLES[name]}</a></li>' for name in present)
-    title = escape(facts["data"]["name"])
+    top = f'<p class="source">{escape(facts["data"]["source"])}</p>\n{_tiles(facts)}'
+    return document(facts["data"]["name"], "subspan report", top, links, body, facts)
+
+
+def document(title: str, brand: str, top: str, links: str, body: str, facts: dict[str, Any]) -> str:
+    """A page (HTML) around ready sections: its head, styles, contents, numbers as JSON and the scripts of its plots."""
+    title = escape(title)
     style = resources.files("subspan.report").joinpath("page.css").read_text(encoding="utf-8")
     script = resources.files("subspan.report").joinpath("page.js").read_text(encoding="utf-8")
     return f"""<!doctype html>
@@ -57,17 +63,16 @@ def render(facts: dict[str, Any], data: Embeddings) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{title} · subspan report</title>
+<title>{title} · {brand}</title>
 <link rel="icon" href="data:,">
 <style>
 {style}</style>
 </head>
 <body>
 <header>
-<p class="brand">subspan report</p>
+<p class="brand">{brand}</p>
 <h1>{title}</h1>
-<p class="source">{escape(facts["data"]["source"])}</p>
-{_tiles(facts)}
+{top}
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 </header>
 <main>
@@ -548,3 +553,116 @@ def _against(facts: dict[str, Any], data: Embeddings) -> str:
             f"subspan align {files} --method {verdict['method']} -o map.safetensors",
         )
     )
+
+
+# ---------------------------------------------------------------------- upgrade
+
+
+def render_upgrade(facts: dict[str, Any]) -> str:
+    """The page (HTML) for the facts of `subspan upgrade`."""
+    sections = {
+        "verdict": ("What to do", _upgrade_verdict),
+        "recall": ("What new queries find", _upgrade_recall),
+        "backfill": ("Embedding a part anew", _upgrade_backfill),
+        "index": ("The collection", _upgrade_index),
+    }
+    body = "\n".join(
+        f'<section id="{name}" aria-labelledby="{name}-title">\n<h2 id="{name}-title">{title}</h2>\n'
+        f"{section(facts)}\n</section>"
+        for name, (title, section) in sections.items()
+    )
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in sections.items())
+    retrieval, verdict = facts["retrieval"], facts["verdict"]
+    tiles = [(verdict["answer"].capitalize(), "what to do")]
+    tiles += [
+        (f"{entry['value']:.3f}", f"recall@{facts['k']}, {name}")
+        for name, entry in retrieval.items()
+        if entry is not None
+    ]
+    items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
+    top = (
+        f'<p class="source">{_count(facts["items"])} vectors of {escape(facts["index"]["source"])}, and new ones of '
+        f"{_count(facts['pairs'])} of its items from {escape(facts['sample']['source'])}.</p>"
+        f'<ul class="tiles">{items}</ul>'
+    )
+    return document("A new encoder for an old index", "subspan upgrade", top, links, body, facts)
+
+
+def _upgrade_verdict(facts: dict[str, Any]) -> str:
+    verdict = facts["verdict"]
+    bridge = f"<p>{escape(verdict['bridge'])}</p>" if verdict["bridge"] else ""
+    few = (
+        '<p class="note">There are fewer pairs to fit to than dimensions, so a map without much freedom was chosen; '
+        "more pairs may well change the answer.</p>"
+        if facts["few_pairs"]
+        else ""
+    )
+    files = [[escape(name.replace("_", " ")), escape(str(path))] for name, path in facts.get("files", {}).items()]
+    written = _table(["Written", ""], files, numbers_from=2) if files else ""
+    return (
+        f'<div class="verdict"><p><strong>{escape(verdict["text"])}</strong></p>'
+        f"<p>{escape(verdict['reason'])}</p></div>{bridge}{few}{written}"
+    )
+
+
+def _upgrade_recall(facts: dict[str, Any]) -> str:
+    rows = [
+        [escape(name), f"{entry['value']:.3f}", _interval(*entry["interval"], lambda value: f"{value:.3f}")]
+        for name, entry in facts["retrieval"].items()
+        if entry is not None
+    ]
+    figure = _figure(
+        "upgrade",
+        figures.upgrade_figure(facts),
+        f"Recall@{facts['k']} by encoder of the queries and of the collection",
+        ", ".join(f"{name} {value}" for name, value, _ in rows),
+    )
+    own = "given queries" if facts["own_queries"] else "held-out items as queries, each left out of its own answers"
+    note = (
+        f'<p class="note">Truth: {escape(facts["truth"])}. {_count(facts["queries"])} {own}, searched among '
+        f"{_count(facts['searched'])} held-out items by {facts['metric']}; the maps measured here were fitted to the "
+        f"other {_count(facts['fitted_to'])}. Among all {_count(facts['items'])} items there are more to confuse, so "
+        "figures compare the ways and do not forecast the service. Intervals are 95\u202f% bootstrap intervals.</p>"
+    )
+    return figure + _table(["Queries / collection", "recall", "interval"], rows) + note
+
+
+def _upgrade_backfill(facts: dict[str, Any]) -> str:
+    curves, shares = facts["backfill"]["curves"], facts["backfill"]["share_needed"]
+    needed = shares["ordered"]
+    lead = (
+        "No share of new vectors reaches the target for sure."
+        if needed is None
+        else f"{_percent(needed)} of the items, about {_count(needed * facts['items'])}, have to be embedded anew."
+    )
+    if shares["random"] is not None and needed is not None:
+        lead += f" In random order it would be {_percent(shares['random'])}."
+    rows = [
+        [_percent(point["share"]), f"{point['value']:.3f}", f"{other['value']:.3f}"]
+        for point, other in zip(curves["ordered"], curves["random"])
+    ]
+    figure = _figure(
+        "backfill",
+        figures.backfill_figure(facts),
+        "New queries on migrated vectors, of which more and more are replaced by new ones",
+        f"From {curves['ordered'][0]['value']:.2f} to {curves['ordered'][-1]['value']:.2f}.",
+    )
+    table = _table(["Embedded anew", "in the order given", "in random order"], rows, numbers_from=0)
+    return f'<p class="lead">{lead}</p>{figure}{_details("As numbers", table)}'
+
+
+def _upgrade_index(facts: dict[str, Any]) -> str:
+    index = facts["index"]
+    scores = facts["maps"]
+    rows = [
+        ["Kind", escape(index["form"])],
+        ["Vectors × dimensions", f"{_count(index['n'])} × {_count(index['d'])}"],
+        ["Stored as", escape(index["dtype"]) + ("" if index["exact"] else ", as codes: rows are reconstructions")],
+        ["Ranked by", escape(facts["metric"])],
+        ["Ids", escape(index["ids"])],
+        ["Length of the vectors", _interval(*index["lengths"], _number)],
+        ["Dimensions of the new encoder", _count(facts["dimensions"]["new"])],
+        ["Map of queries, new to old", escape(scores["queries"]["method"])],
+        ["Map of vectors, old to new", escape(scores["vectors"]["method"])],
+    ]
+    return _table(["", ""], rows)

@@ -1,0 +1,295 @@
+"""FAISS index files: rows out of them in blocks, and flat ones written as a stream.
+
+A flat index is its header, then the vectors as they are in memory, then (in an IDMap) the ids. Those are read and
+written here directly, so that no more than a block is in memory; every other kind is read whole by FAISS itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from subspan.geometry.extras import require
+from subspan.geometry.files import atomic_write
+
+FAISS_SUFFIXES = (".faiss", ".index", ".ivf", ".hnsw")
+_METRICS = {0: "inner", 1: "l2"}
+# fourcc, d, n, two unused words, is_trained, metric
+_HEADER = struct.Struct("<4siqqq?i")
+_COUNT = struct.Struct("<Q")
+_FLAT = {b"IxFI": 0, b"IxF2": 1}
+_ID_MAPS = {b"IxMp": "IndexIDMap", b"IxM2": "IndexIDMap2"}
+
+
+def open_faiss(path: Path) -> dict[str, Any]:
+    """The fields of `StoredVectors` for an index file. Raises ValueError where it is damaged or of an unread kind."""
+    direct = _open_flat(path)
+    if direct is not None:
+        return direct
+    # FAISS's mapped reader lets a cut within the last value of a file pass; the plain one does not.
+    index, owner = read_index(path, mapped=False)
+    return _describe(index, owner, str(path))
+
+
+def read_index(path: str | os.PathLike[str], *, mapped: bool = True) -> tuple[Any, Any]:
+    """(index as its own class, the object that owns its memory); keep the second as long as the first.
+
+    mapped: the vectors stay in the file until they are touched. Raises ValueError where it is no whole index.
+    """
+    faiss = require("faiss", extra="index")
+    try:
+        owner = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+    except RuntimeError as error:
+        reason = str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]
+        raise ValueError(f"{os.fspath(path)!r} is not a whole FAISS index ({reason})") from error
+    return faiss.downcast_index(owner), owner
+
+
+# ---------------------------------------------------------------------- flat files
+
+
+@dataclass(frozen=True)
+class FlatFile:
+    """Float32 rows of a file, from `offset` on; each read opens the file."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, int]
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop."""
+        width = 4 * self.shape[1]
+        rows = np.fromfile(self.path, "<f4", (stop - start) * self.shape[1], offset=self.offset + start * width)
+        if len(rows) != (stop - start) * self.shape[1]:
+            raise ValueError(f"{str(self.path)!r} was cut off while it was read")
+        return rows.reshape(stop - start, self.shape[1])
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows at these places."""
+        taken = np.empty((len(indices), self.shape[1]), np.float32)
+        width = 4 * self.shape[1]
+        with self.path.open("rb") as stream:
+            for place, index in enumerate(indices.tolist()):
+                stream.seek(self.offset + index * width)
+                taken[place] = np.frombuffer(stream.read(width), "<f4")
+        return taken
+
+
+def _open_flat(path: Path) -> dict[str, Any] | None:
+    """The fields for a flat index, with or without an id map, or None where the file is laid out otherwise."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        head = stream.read(2 * _HEADER.size + _COUNT.size)
+        if len(head) < _HEADER.size + _COUNT.size:
+            return None
+        id_map = _ID_MAPS.get(head[:4])
+        if id_map is not None:
+            head = head[_HEADER.size :]
+        if len(head) < _HEADER.size + _COUNT.size:
+            return None
+        fourcc, d, n, _, _, trained, metric = _HEADER.unpack_from(head)
+        count = _COUNT.unpack_from(head, _HEADER.size)[0]
+        offset = (_HEADER.size if id_map else 0) + _HEADER.size + _COUNT.size
+        tail = _COUNT.size + 8 * n if id_map else 0
+        whole = d > 0 and n >= 0 and trained and count == n * d and size == offset + 4 * n * d + tail
+        if _FLAT.get(fourcc) != metric or not whole:
+            return None
+        _refuse_empty(n, str(path))
+        if id_map:
+            stream.seek(offset + 4 * n * d)
+            if _COUNT.unpack(stream.read(_COUNT.size))[0] != n:
+                return None
+            ids = np.fromfile(stream, "<i8", n).astype(np.int64)
+        else:
+            ids = np.arange(n)
+    name = "IndexFlatIP" if metric == 0 else "IndexFlatL2"
+    form = f"{name} in {id_map}" if id_map else name
+    return {
+        "source": str(path),
+        "form": form,
+        "values": FlatFile(path, offset, (n, d)),
+        "ids": ids,
+        "metric": _METRICS[metric],
+        "numbered": not id_map,
+        "details": {"id_map": id_map, "kind": "flat"},
+    }
+
+
+def flat_header(n: int, d: int, metric: str, *, id_map: str | None) -> bytes:
+    """What stands before the vectors in the file of a flat index, or of one in an `id_map`."""
+    code = {name: number for number, name in _METRICS.items()}[metric]
+    fourcc = next(name for name, number in _FLAT.items() if number == code)
+    flat = _HEADER.pack(fourcc, d, n, 1 << 20, 1 << 20, True, code) + _COUNT.pack(n * d)
+    if id_map is None:
+        return flat
+    outer = next(name for name, known in _ID_MAPS.items() if known == id_map)
+    return _HEADER.pack(outer, d, n, 1 << 20, 1 << 20, True, code) + flat
+
+
+def flat_tail(ids: np.ndarray, *, id_map: str | None) -> bytes:
+    """What stands after the vectors."""
+    return b"" if id_map is None else _COUNT.pack(len(ids)) + ids.astype("<i8").tobytes()
+
+
+def write_pretransform(source: Path, transforms: list[Any], target: str | os.PathLike[str]) -> None:
+    """The index of `source` behind transforms (in the order in which they apply), as one IndexPreTransform file.
+
+    The bytes of the index are copied after a header, so nothing of it is held in memory; FAISS reads the result back
+    before it gets its name. Raises ValueError where that fails.
+    """
+    faiss = require("faiss", extra="index")
+    index, owner = read_index(source)
+    inner = faiss.IndexFlat(index.d, index.metric_type)
+    wrapper = faiss.IndexPreTransform(inner)
+    for transform in reversed(transforms):
+        wrapper.prepend_transform(transform)
+    n = int(index.ntotal)
+    wrapper.ntotal = n
+    header = faiss.serialize_index(wrapper).tobytes()[: -len(faiss.serialize_index(inner).tobytes())]
+    del index, owner
+    with atomic_write(target) as temporary:
+        with temporary.open("wb") as stream, source.open("rb") as original:
+            stream.write(header)
+            shutil.copyfileobj(original, stream, 1 << 24)
+        back, owner = read_index(temporary)
+        if back.ntotal != n or back.d != transforms[0].d_in:
+            raise ValueError(f"{os.fspath(target)!r}: FAISS reads {back.ntotal} vectors of {n} back")
+        del back, owner
+
+
+# ---------------------------------------------------------------------- every other kind
+
+
+@dataclass(frozen=True)
+class _Reconstructed:
+    """Rows of an index that numbers its vectors from 0, as FAISS gives them back."""
+
+    index: Any = field(repr=False)
+    owner: Any = field(repr=False)
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.index.ntotal), int(self.index.d)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.index.reconstruct_n(start, stop - start)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        return np.stack([self.index.reconstruct(int(place)) for place in indices])
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """Rows of an inverted file, list by list."""
+
+    index: Any = field(repr=False)
+    owner: Any = field(repr=False)
+    starts: np.ndarray = field(repr=False)
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.starts[-1]), int(self.index.d)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        first, last = (int(np.searchsorted(self.starts, place, "right")) - 1 for place in (start, stop - 1))
+        blocks = []
+        for number in range(first, last + 1):
+            offset = int(self.starts[number])
+            rows = slice(max(0, start - offset), min(stop, int(self.starts[number + 1])) - offset)
+            if rows.stop > rows.start:
+                blocks.append(self._decoded(number, rows))
+        return np.concatenate(blocks)
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        taken = np.empty((len(indices), self.shape[1]), np.float32)
+        owner = np.searchsorted(self.starts, indices, "right") - 1
+        for number in np.unique(owner):
+            here = owner == number
+            taken[here] = self._decoded(int(number), indices[here] - self.starts[number])
+        return taken
+
+    def _decoded(self, number: int, rows: Any) -> np.ndarray:
+        faiss = require("faiss", extra="index")
+        lists = self.index.invlists
+        size, width = lists.list_size(number), lists.code_size
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * width).reshape(size, width)[rows]
+        # A standalone code is the number of the list, then the code within it.
+        prefix = np.frombuffer(number.to_bytes(self.index.sa_code_size() - width, "little"), np.uint8)
+        return self.index.sa_decode(np.hstack([np.broadcast_to(prefix, (len(codes), len(prefix))), codes]))
+
+
+def _describe(index: Any, owner: Any, source: str) -> dict[str, Any]:
+    faiss = require("faiss", extra="index")
+    _refuse_empty(int(index.ntotal), source)
+    if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
+        raise ValueError(f"{source}: ranks by FAISS metric {index.metric_type}; inner product or L2 is needed")
+    form, ids, id_map, numbered = type(index).__name__, None, None, True
+    if isinstance(index, faiss.IndexIDMap):
+        id_map, numbered = type(index).__name__, False
+        ids = faiss.vector_to_array(index.id_map).astype(np.int64)
+        index = faiss.downcast_index(index.index)
+        form = f"{type(index).__name__} in {id_map}"
+    details: dict[str, Any] = {"id_map": id_map, "kind": "other"}
+    exact, core = True, index
+    if isinstance(index, faiss.IndexPreTransform):
+        exact = all(_is_undone(index.chain.at(place)) for place in range(index.chain.size()))
+        core = faiss.downcast_index(index.index)
+        form = form.replace("IndexPreTransform", f"{type(core).__name__} in IndexPreTransform")
+    storage = faiss.downcast_index(core.storage) if hasattr(core, "storage") else core
+    exact = exact and isinstance(storage, faiss.IndexFlat | faiss.IndexIVFFlat)
+    if isinstance(core, faiss.IndexIVF) and core is index:
+        lists = core.invlists
+        sizes = [lists.list_size(number) for number in range(core.nlist)]
+        inside = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
+        within = np.concatenate(inside).astype(np.int64)
+        # Ids that were counted and ids that were given cannot be told apart: a full count reads as row numbers.
+        numbered = ids is None and np.array_equal(np.sort(within), np.arange(len(within)))
+        ids = within if ids is None else ids[within]
+        values: Any = _Lists(core, owner, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        details |= {"kind": "ivf", "nlist": int(core.nlist), "nprobe": int(core.nprobe)}
+    elif isinstance(core, faiss.IndexIVF):
+        raise ValueError(
+            f"{source}: {form} is not read; give its vectors as a table with --index-ids, or its IVF alone"
+        )
+    else:
+        values = _Reconstructed(index, owner)
+        if hasattr(core, "hnsw") and core is index:
+            details |= {"kind": "hnsw", "m": int(core.hnsw.nb_neighbors(1)), "ef": int(core.hnsw.efConstruction)}
+        try:
+            values.read(0, 1)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source}: the vectors of {form} cannot be taken out again; give them as a table"
+            ) from error
+    return {
+        "source": source,
+        "form": form,
+        "values": values,
+        "ids": np.arange(int(index.ntotal)) if ids is None else ids,
+        "metric": _METRICS[index.metric_type],
+        "exact": exact,
+        "numbered": numbered,
+        "details": details,
+    }
+
+
+def _is_undone(transform: Any) -> bool:
+    """Whether a transform loses nothing: a rotation, or an orthonormal map that does not shorten."""
+    faiss = require("faiss", extra="index")
+    transform = faiss.downcast_VectorTransform(transform)
+    linear = isinstance(transform, faiss.LinearTransform)
+    return linear and bool(transform.is_orthonormal) and transform.d_out >= transform.d_in
+
+
+def _refuse_empty(n: int, source: str) -> None:
+    if n == 0:
+        raise ValueError(f"{source}: the index is empty")

@@ -1,0 +1,500 @@
+"""New collections of vectors out of stored ones: whole or absent, resumed after a kill, the original untouched.
+
+Rows go, a block at a time, into an unfinished file beside the destination, and how many are safely there into a record
+beside that. A run that finds both, made from the same source by the same map, goes on where the record ends; blocks
+lie at the same rows in every run, so the result is the same to the bit. What is read back is checked before the
+unfinished file gets its name.
+
+Flat FAISS indexes (with or without ids), .npy and .safetensors are written as a stream and need a block of memory.
+Parquet is put together from the unfinished rows, row group by row group. IVF and HNSW are built by FAISS, which holds
+the finished index in memory; a Qdrant folder is held in memory by its client.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from jaxtyping import Float
+
+from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index
+from subspan.datasets.indexes import StoredVectors, open_index
+from subspan.geometry.extras import require
+from subspan.geometry.files import atomic_write
+
+Map = Callable[[Float[np.ndarray, "b d"]], Float[np.ndarray, "b e"]]
+WRITTEN = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
+_CHECKED = 64
+_QUERIED = 16
+_TRAINED_ON = 100_000
+_SEARCHED_BYTES = 1 << 30
+_ROW_GROUP = 65_536
+
+
+def check_destination(source: StoredVectors, destination: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """The path, or ValueError where it is the source, exists, or is of a kind that cannot hold these vectors."""
+    path = Path(destination)
+    if str(destination).startswith(("http://", "https://")):
+        raise ValueError(f"{str(destination)!r}: give the address of a server as a client, with its collection")
+    origin = Path(source.source.removesuffix(f" ({source.details.get('collection')})"))
+    if origin.exists() and path.resolve() == origin.resolve():
+        raise ValueError(f"{str(path)!r} is the original, which is never overwritten; choose another name")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ValueError(f"{str(path)!r} exists; remove it or choose another name")
+    if not path.resolve().parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise ValueError(f"the folder {str(path.parent)!r} cannot be written to")
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN and not (suffix == "" and source.kind == "qdrant"):
+        folder = " or a new folder for Qdrant" if source.kind == "qdrant" else ""
+        raise ValueError(f"{str(path)!r} must end in {', '.join(WRITTEN)}{folder}")
+    counted = np.array_equal(source.ids, np.arange(len(source)))
+    if suffix == ".npy" and not counted:
+        raise ValueError(
+            f"{str(path)!r}: .npy holds no ids, and these are no row numbers; use .safetensors or .parquet"
+        )
+    if suffix in FAISS_SUFFIXES and source.ids.dtype.kind not in "iu":
+        raise ValueError(f"{str(path)!r}: FAISS ids are whole numbers, {source.source} has texts; use .parquet")
+    if suffix == ".safetensors" and source.ids.dtype.kind not in "iu":
+        raise ValueError(f"{str(path)!r}: .safetensors holds no texts as ids; use .parquet")
+    return path
+
+
+def write_index(
+    source: StoredVectors,
+    destination: str | os.PathLike[str],
+    transform: Map,
+    columns: int,
+    *,
+    key: str,
+    metric: str | None = None,
+    block: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[str, float], None] = lambda message, fraction: None,
+) -> dict[str, Any]:
+    """Write every vector of `source`, mapped by `transform` to `columns` dimensions, under its own id.
+
+    The kind follows the suffix: .npy, .safetensors, .parquet, or FAISS (.faiss, .index): IVF-Flat and HNSW-Flat stay
+    what they were, every other index becomes a flat one. Without a suffix: a folder of Qdrant's local mode. key: names
+    the map; a run that was killed is resumed by one with the same source and key. metric: of a FAISS index or Qdrant
+    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). overwrite: a file of that name that
+    is not the source. Returns what was written and how it
+    was verified. Raises ValueError for a destination that exists or is the source, and for rows that do not come out
+    finite; nothing is left then.
+    """
+    path = check_destination(source, destination, overwrite=overwrite)
+    metric = metric or source.metric or "inner"
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{str(path)!r} is being written by another process") from None
+    try:
+        kind = _Qdrant if path.suffix == "" else _File
+        target = kind(source, path, columns, metric, key, block or source.block_rows)
+        try:
+            resumed = target.done
+            for start, rows in source.blocks(target.block, start=target.done):
+                target.append(start, _finite(transform(rows), columns, source, start))
+                progress("writing", 0.8 * target.done / len(source))
+            target.finish()
+            progress("reading back", 0.8)
+            verified = verify(source, target.unfinished, transform, metric, progress)
+            target.release(overwrite=overwrite)
+        except Exception:
+            target.discard()
+            raise
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+    return {"output": str(path), "form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed,
+            "verified": verified}  # fmt: skip
+
+
+def _finite(rows: np.ndarray, columns: int, source: StoredVectors, start: int) -> np.ndarray:
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise ValueError(f"transform: expected {columns} columns, got shape {rows.shape}")
+    rows = np.ascontiguousarray(rows, "<f4")
+    if not np.isfinite(rows.sum()) and not np.isfinite(rows).all():
+        bad = start + int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise ValueError(f"transform: the vector with id {str(source.ids[bad])!r} is mapped to NaN or infinity")
+    return rows
+
+
+def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, block: int, form: str) -> str:
+    """What must be the same for a run to be resumed."""
+    digest = hashlib.sha256()
+    stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
+    path = Path(source.source)
+    if path.is_file():
+        stat = path.stat()
+        stamp += [stat.st_size, stat.st_mtime_ns]
+    digest.update(json.dumps(stamp).encode())
+    digest.update(np.ascontiguousarray(source.ids).tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------- files
+
+
+class _File:
+    """An unfinished file and the record of its rows."""
+
+    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
+        self.source, self.path, self.columns, self.metric, self.block = source, path, columns, metric, block
+        self.suffix = path.suffix.lower()
+        self.form, self._header, self._tail = self._layout()
+        self.unfinished = path.with_name(f".{path.name}.unfinished{path.suffix}")
+        self.record = path.with_name(f".{path.name}.progress.json")
+        built = self._header is None
+        self.rows = path.with_name(f".{path.name}.unfinished.rows") if built else self.unfinished
+        self._offset = len(self._header or b"")
+        self._key = _fingerprint(source, columns, metric, key, block, self.form)
+        self.done = self._recorded()
+        if not self.done:
+            self.rows.write_bytes(self._header or b"")
+            self._note(0)
+
+    def _layout(self) -> tuple[str, bytes | None, bytes]:
+        """(what is written, what stands before the rows or None where they are only collected, what stands after)."""
+        source, d = self.source, self.columns
+        n = len(source)
+        counted = np.array_equal(source.ids, np.arange(n))
+        if self.suffix == ".npy":
+            return ".npy", _npy_header(n, d), b""
+        if self.suffix == ".safetensors":
+            return ".safetensors", _safetensors_header(n, d, ids=not counted), b"" if counted else _int64(source.ids)
+        if self.suffix == ".parquet":
+            return ".parquet", None, b""
+        if source.details.get("kind") in ("ivf", "hnsw"):
+            name = "IndexIVFFlat" if source.details["kind"] == "ivf" else "IndexHNSWFlat"
+            require("faiss", extra="index")
+            return name + (" in IndexIDMap" if name == "IndexHNSWFlat" and not counted else ""), None, b""
+        metric = "l2" if self.metric == "l2" else "inner"
+        id_map = None if counted else source.details.get("id_map") or "IndexIDMap2"
+        name = "IndexFlatL2" if metric == "l2" else "IndexFlatIP"
+        tail = flat_tail(source.ids, id_map=id_map)
+        return f"{name} in {id_map}" if id_map else name, flat_header(n, d, metric, id_map=id_map), tail
+
+    def _recorded(self) -> int:
+        """Rows that a run before this one left, and 0 where it was of another source or map."""
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            size = self.rows.stat().st_size
+        except (OSError, ValueError):
+            return 0
+        if record.get("key") != self._key or size < self._offset + 4 * self.columns * record["rows"]:
+            return 0
+        return int(record["rows"])
+
+    def _note(self, rows: int) -> None:
+        self.done = rows
+        with atomic_write(self.record) as temporary:
+            temporary.write_text(json.dumps({"key": self._key, "rows": rows}), encoding="utf-8")
+
+    def append(self, start: int, rows: np.ndarray) -> None:
+        """Put rows in their place and record them once they are on the disk."""
+        with self.rows.open("r+b") as stream:
+            stream.seek(self._offset + 4 * self.columns * start)
+            rows.tofile(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._note(start + len(rows))
+
+    def finish(self) -> None:
+        """Make the unfinished file a complete one, still under its own name."""
+        if self.rows == self.unfinished:
+            with self.rows.open("r+b") as stream:
+                stream.seek(self._offset + 4 * self.columns * len(self.source))
+                stream.truncate()
+                stream.write(self._tail)
+                stream.flush()
+                os.fsync(stream.fileno())
+        elif self.suffix == ".parquet":
+            _write_parquet(self.source, self._collected, self.columns, self.unfinished, self.block)
+        else:
+            _build_faiss(self.source, self._collected, self.columns, self.metric, self.unfinished)
+
+    def _collected(self, start: int, stop: int) -> np.ndarray:
+        count = (stop - start) * self.columns
+        return np.fromfile(self.rows, "<f4", count, offset=4 * self.columns * start).reshape(stop - start, -1)
+
+    def release(self, *, overwrite: bool) -> None:
+        """Give the file its name."""
+        umask = os.umask(0)
+        os.umask(umask)
+        self.unfinished.chmod(0o666 & ~umask)
+        if self.path.exists() and not overwrite:
+            raise ValueError(f"{str(self.path)!r} appeared while it was written")
+        self.unfinished.replace(self.path)
+        self.discard()
+
+    def discard(self) -> None:
+        """Leave nothing unfinished."""
+        for path in (self.unfinished, self.rows, self.record):
+            path.unlink(missing_ok=True)
+
+
+def _npy_header(n: int, d: int) -> bytes:
+    import io
+
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (n, d)})
+    return stream.getvalue()
+
+
+def _safetensors_header(n: int, d: int, *, ids: bool) -> bytes:
+    end = 4 * n * d
+    entries: dict[str, Any] = {"vectors": {"dtype": "F32", "shape": [n, d], "data_offsets": [0, end]}}
+    if ids:
+        entries["ids"] = {"dtype": "I64", "shape": [n], "data_offsets": [end, end + 8 * n]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _int64(ids: np.ndarray) -> bytes:
+    return ids.astype("<i8").tobytes()
+
+
+def _write_parquet(source: StoredVectors, collected: Any, columns: int, target: Path, block: int) -> None:
+    """The rows with their ids or, where the source is a Parquet file, with all its other columns."""
+    arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
+    kept = _parquet_columns(source)
+    # A single column of lists keeps its name; many columns of numbers become one of lists.
+    lists = kept is not None and getattr(source.values, "is_list", False)
+    name = source.values.columns[0] if lists else "vector"  # pyright: ignore
+    writer = None
+    try:
+        start = 0
+        for others in kept if kept is not None else _id_columns(source, arrow, block):
+            for first in range(0, others.num_rows, _ROW_GROUP):
+                part = others.slice(first, _ROW_GROUP)
+                stop = start + part.num_rows
+                values = arrow.array(collected(start, stop).reshape(-1), arrow.float32())
+                vectors = arrow.FixedSizeListArray.from_arrays(values, columns)
+                table = part.append_column(name if name not in part.column_names else "vector", vectors)
+                writer = writer or parquet.ParquetWriter(target, table.schema)
+                writer.write_table(table, row_group_size=_ROW_GROUP)
+                start = stop
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _id_columns(source: StoredVectors, arrow: Any, block: int) -> Iterator[Any]:
+    for start in range(0, len(source), max(block, 1)):
+        yield arrow.table({"id": arrow.array(source.ids[start : start + max(block, 1)])})
+
+
+def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
+    """What a Parquet file has beside its vectors, row group by row group; None where the source is no such file."""
+    if (
+        source.kind != "table"
+        or not source.source.lower().endswith(".parquet")
+        or not (source.numbered or source.details["id_column"])
+    ):
+        return None
+    parquet = require("pyarrow.parquet", extra="tables")
+
+    def groups() -> Iterator[Any]:
+        with parquet.ParquetFile(source.source) as file:
+            names = [name for name in file.schema_arrow.names if name not in getattr(source.values, "columns", ())]
+            for group in range(file.metadata.num_row_groups):
+                if file.metadata.row_group(group).num_rows:
+                    yield file.read_row_group(group, columns=names)
+
+    return groups()
+
+
+def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: str, target: Path) -> None:
+    """An IVF or HNSW index like that of the source, trained anew, as the cells of the old space mean nothing now."""
+    faiss = require("faiss", extra="index")
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    n, details, step = len(source), source.details, source.block_rows
+    counted = np.array_equal(source.ids, np.arange(n))
+    if details["kind"] == "ivf":
+        flat = faiss.IndexFlatL2(columns) if metric == "l2" else faiss.IndexFlatIP(columns)
+        index = faiss.IndexIVFFlat(flat, columns, details["nlist"], kind)
+        index.cp.seed = 1234
+        rng = np.random.default_rng(0)
+        chosen = np.sort(rng.choice(n, min(n, _TRAINED_ON, max(256 * details["nlist"], 1)), replace=False))
+        training = np.empty((len(chosen), columns), np.float32)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            first, last = np.searchsorted(chosen, (start, stop))
+            training[first:last] = collected(start, stop)[chosen[first:last] - start]
+        index.train(training)
+        index.nprobe = details["nprobe"]
+    else:
+        index = faiss.IndexHNSWFlat(columns, details["m"], kind)
+        index.hnsw.efConstruction = details["ef"]
+        if not counted:
+            index = faiss.IndexIDMap(index)
+    threads = faiss.omp_get_max_threads()
+    # The links of HNSW depend on the order in which threads come; one thread gives the same index each time.
+    faiss.omp_set_num_threads(1)
+    try:
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            if counted and details["kind"] == "hnsw":
+                index.add(collected(start, stop))
+            else:
+                index.add_with_ids(collected(start, stop), source.ids[start:stop].astype(np.int64))
+    finally:
+        faiss.omp_set_num_threads(threads)
+    with atomic_write(target) as temporary:
+        faiss.write_index(index, str(temporary))
+
+
+# ---------------------------------------------------------------------- Qdrant
+
+
+class _Qdrant:
+    """A folder of Qdrant's local mode, filled point by point under the ids and with the payloads of the source."""
+
+    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
+        client = require("qdrant_client", extra="qdrant")
+        self._models = require("qdrant_client.models", extra="qdrant")
+        self.source, self.path, self.block = source, path, block
+        self.form = "Qdrant folder"
+        self.unfinished = path.with_name(f".{path.name}.unfinished")
+        self.record = path.with_name(f".{path.name}.progress.json")
+        self._key = _fingerprint(source, columns, metric, key, block, self.form)
+        self.done = self._recorded()
+        if not self.done and self.unfinished.exists():
+            shutil.rmtree(self.unfinished)
+        self._client = client.QdrantClient(path=str(self.unfinished))
+        self._collection, self._vector = source.details["collection"], source.values.vector  # pyright: ignore
+        if not self._client.collection_exists(self._collection):
+            names = {"cosine": "Cosine", "inner": "Dot", "l2": "Euclid"}
+            params = self._models.VectorParams(size=columns, distance=self._models.Distance(names[metric]))
+            config = params if self._vector is None else {self._vector: params}
+            self._client.create_collection(self._collection, vectors_config=config)
+
+    def _recorded(self) -> int:
+        try:
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0
+        return int(record["rows"]) if record.get("key") == self._key and self.unfinished.is_dir() else 0
+
+    def append(self, start: int, rows: np.ndarray) -> None:
+        """Put points in; one that a killed run had put in already is the same again."""
+        stop = start + len(rows)
+        points = self.source.values.points[start:stop]  # pyright: ignore
+        payloads = self.source.values.payloads(start, stop)  # pyright: ignore
+        values: Any = rows.tolist()
+        if self._vector is not None:
+            values = {self._vector: values}
+        self._client.upsert(self._collection, points=self._models.Batch(ids=points, vectors=values, payloads=payloads))
+        self.done = stop
+        with atomic_write(self.record) as temporary:
+            temporary.write_text(json.dumps({"key": self._key, "rows": stop}), encoding="utf-8")
+
+    def finish(self) -> None:
+        """Let go of the folder."""
+        self._client.close()
+
+    def release(self, *, overwrite: bool) -> None:
+        """Give the folder its name."""
+        self.unfinished.replace(self.path)
+        self.record.unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Leave nothing unfinished."""
+        with contextlib.suppress(Exception):
+            self._client.close()
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.record.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------- reading back
+
+
+def verify(
+    source: StoredVectors,
+    written: Path,
+    transform: Map,
+    metric: str,
+    progress: Callable[[str, float], None] = lambda message, fraction: None,
+) -> dict[str, Any]:
+    """Read a written collection back: ids, rows against the mapped originals, and queries against exact search.
+
+    Raises ValueError where anything differs from what should have been written.
+    """
+    back = open_index(written)
+    try:
+        if len(back) != len(source):
+            raise ValueError(f"{written}: {len(back)} vectors came back of {len(source)}")
+        places = _places(source, back)
+        rng = np.random.default_rng(0)
+        chosen = np.sort(rng.choice(len(source), min(_CHECKED, len(source)), replace=False))
+        wanted = np.ascontiguousarray(transform(source.take(chosen)), np.float32)
+        found = back.take(places[chosen])
+        if back.metric == "cosine":
+            # Qdrant ranks by directions alone, and gives lengths back or not.
+            wanted, found = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (wanted, found))
+        scale = float(np.abs(wanted).max()) or 1.0
+        if not np.allclose(found, wanted, rtol=0, atol=1e-4 * scale):
+            raise ValueError(f"{written}: rows do not come back as they were mapped")
+        queries, names = wanted[:_QUERIED], source.ids[chosen[:_QUERIED]]
+        exact = _streamed_neighbours(back, queries, "inner" if metric == "cosine" else metric, progress)
+        facts = {"rows_compared": len(chosen), "ids_compared": len(back), "queries": len(queries),
+                 "search": "exact, over all rows read back"}  # fmt: skip
+        if back.kind == "faiss" and (written.stat().st_size <= _SEARCHED_BYTES or "Flat" not in back.form):
+            index, owner = read_index(written)
+            if back.details.get("kind") == "ivf":
+                # All cells, to see that the vectors are there; how many to visit in use is the index's own setting.
+                index.nprobe = index.nlist
+            answers = index.search(queries, exact.shape[1])[1]
+            facts["search"] = f"{back.form}.search against exact search"
+            facts["agreement"] = float(
+                np.mean([len(np.intersect1d(one, other)) / len(other) for one, other in zip(answers, exact)])
+            )
+            if facts["agreement"] < (0.5 if back.details.get("kind") == "hnsw" else 0.95):
+                raise ValueError(f"{written}: the index does not find what is in it")
+            del index, owner
+        elif metric != "inner":
+            facts["own_row_first"] = float(np.mean(exact[:, 0] == names))
+        return facts
+    finally:
+        if back.kind == "qdrant":
+            back.values.client.close()  # pyright: ignore
+
+
+def _places(source: StoredVectors, back: StoredVectors) -> np.ndarray:
+    """Where each row of the source is in what was written."""
+    if back.ids.dtype.kind == source.ids.dtype.kind and np.array_equal(source.ids, back.ids):
+        return np.arange(len(source))
+    try:
+        return back.positions(source.ids)
+    except ValueError as error:
+        raise ValueError(f"{back.source}: ids were not kept ({error})") from error
+
+
+def _streamed_neighbours(back: StoredVectors, queries: np.ndarray, metric: str, progress: Any) -> np.ndarray:
+    """Ids of the ten nearest of all rows, which pass by in blocks."""
+    k = min(10, len(back))
+    best = np.full((len(queries), k), -np.inf)
+    ids = np.empty((len(queries), k), back.ids.dtype)
+    for start, rows in back.blocks():
+        scores = queries @ rows.T
+        if metric == "l2":
+            scores = 2 * scores - np.einsum("ij,ij->i", rows, rows)
+        both = np.concatenate([best, scores], axis=1)
+        names = np.concatenate([ids, np.broadcast_to(back.ids[start : start + len(rows)], scores.shape)], axis=1)
+        order = np.argsort(-both, axis=1, kind="stable")[:, :k]
+        best, ids = np.take_along_axis(both, order, 1), np.take_along_axis(names, order, 1)
+        progress("reading back", 0.8 + 0.2 * (start + len(rows)) / len(back))
+    return ids

@@ -1,0 +1,393 @@
+"""A new encoder for a stored collection: what mapping its vectors or the queries is worth, and the files that do it.
+
+Old vectors and new ones of a sample of the same items are split: maps are fitted on one part and measured on the other,
+whose items are the collection that is searched. Truth is what embedding everything anew would find (the ten nearest by
+the new encoder), or items with the label of the query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from ..align import backfill_order
+from ..datasets.indexes import StoredVectors, is_unit
+from ..geometry import normalize_rows
+from ..solvers.neighbours import nearest, recall_at_k
+from .embeddings import Progress, silent
+from .facts import mean_interval
+
+K = 10
+FEWEST_PAIRS = 60
+MOST_BACKFILL = 0.8
+"""A larger share than this is embedding everything anew in all but name."""
+MOST_SEARCHED = 10_000
+MOST_QUERIES = 1000
+_ANSWERS = {
+    "map queries": "Map the queries and keep the index as it is.",
+    "migrate vectors": "Migrate: map the stored vectors into the new space.",
+    "partial backfill": "Migrate, and embed a part of the items anew.",
+    "re-embed": "Embed everything anew.",
+    "keep": "Keep the old encoder: on this sample the new one finds no more.",
+}
+Fit = Callable[..., Any]
+_SHARES = tuple(share / 10 for share in range(11))
+_CLUSTER_SAMPLE = 50_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Old and new vectors of the same items: the sample of an upgrade.
+
+    positions: where the items are in the collection. labels: one an item, or None.
+    """
+
+    positions: Int[np.ndarray, " m"]
+    old: Float[np.ndarray, "m d"]
+    new: Float[np.ndarray, "m e"]
+    labels: Shaped[np.ndarray, " m"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class Queries:
+    """New vectors of queries and, where there are, old ones of the same queries and their labels."""
+
+    new: Float[np.ndarray, "q e"]
+    old: Float[np.ndarray, "q d"] | None = None
+    labels: Shaped[np.ndarray, " q"] | None = None
+
+
+@dataclass(frozen=True)
+class Upgrade:
+    """The maps fitted to all pairs, and the facts measured on pairs that maps like them were not fitted to.
+
+    queries: from the new space to the old. vectors: from the old to the new.
+    """
+
+    queries: Any
+    vectors: Any
+    facts: dict[str, Any]
+    pairs: Pairs = field(repr=False)
+    unit: bool = False
+
+    def migrated(self, rows: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b e"]:
+        """Old vectors in the new space; of unit length where those of the new encoder are."""
+        return _unit(self.vectors.transform(rows), self.unit)
+
+
+def pair(
+    index: StoredVectors, sample: StoredVectors, *, labels: np.ndarray | None = None, most: int = 50_000, seed: int = 0
+) -> Pairs:
+    """The items of the sample, found in the index by id; by row where neither has ids and both have as many rows.
+
+    most: a larger sample is drawn from at random. Raises ValueError for unknown ids, for another number of rows where
+    there are no ids, and for fewer than 60 pairs.
+    """
+    if sample.numbered and len(sample) != len(index):
+        raise ValueError(
+            f"{sample.source}: {len(sample)} rows without ids for {len(index)} vectors of {index.source}; give their "
+            "ids, or as many rows in the same order"
+        )
+    if sample.numbered and not index.numbered:
+        if index.details.get("kind") == "ivf":
+            raise ValueError(f"{sample.source}: an inverted file keeps no order of rows; give the ids of the sample")
+        # By row: the sample has what the index has, in its order.
+        positions = np.arange(len(index))
+    else:
+        positions = index.positions(sample.ids, name=sample.source)
+    if labels is not None and len(labels) != len(sample):
+        raise ValueError(f"--labels: {len(labels)} labels for {len(sample)} rows of {sample.source}")
+    if len(sample) < FEWEST_PAIRS:
+        raise ValueError(
+            f"{sample.source}: {len(sample)} pairs; at least {FEWEST_PAIRS} are needed to fit and to judge"
+        )
+    chosen = np.arange(len(sample))
+    if len(sample) > most:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(sample), most, replace=False))
+    positions = positions[chosen]
+    return Pairs(positions, index.take(positions), sample.take(chosen), None if labels is None else labels[chosen])
+
+
+def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float, float]) -> str:
+    """What vectors are ranked by: as the index does, where it says so.
+
+    Raises ValueError where `metric` is another one than that of the index, or cosine is claimed for vectors that are
+    not of unit length.
+    """
+    unit = is_unit(*lengths)
+    span = f"their lengths go from {lengths[0]:.4g} to {lengths[1]:.4g}"
+    if metric == "cosine" and not unit and index.metric != "cosine":
+        raise ValueError(f"--metric: cosine asks for vectors of unit length; of {index.source} {span}")
+    if metric is None:
+        return index.metric or ("cosine" if unit else "l2")
+    if index.metric is None or metric == index.metric or (unit and index.metric in ("inner", "cosine", "l2")):
+        return metric
+    raise ValueError(f"--metric: {index.source} ranks by {index.metric}, not by {metric}; {span}")
+
+
+def assess(
+    pairs: Pairs,
+    fit: Fit,
+    *,
+    items: int,
+    metric: str,
+    queries: Queries | None = None,
+    target: float = 0.9,
+    held_out: float = 0.3,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Upgrade:
+    """Fit both maps, measure recall@10 on held-out items, the curve of partial backfilling, and decide.
+
+    fit(X, Y, chosen): a fitted map of rows X to rows Y with `transform`; chosen: an earlier map whose method is kept.
+    items: how many the collection has. target: the share
+    of new/new recall that is good enough.
+    """
+    m = len(pairs)
+    order = np.random.default_rng(seed).permutation(m)
+    judged = np.sort(order[: min(max(round(held_out * m), FEWEST_PAIRS // 3), MOST_SEARCHED)])
+    fitted = np.sort(order[len(judged) :])
+    unit = unit_length(pairs)
+    progress("fitting the maps", 0.1)
+    to_old, to_new = (fit(a[fitted], b[fitted]) for a, b in ((pairs.new, pairs.old), (pairs.old, pairs.new)))
+    progress("searching", 0.4)
+    bench = _Bench(pairs, judged, queries, metric, seed)
+    mapped = np.asarray(_unit(to_new.transform(bench.old), unit))
+    base_old, base_new = bench.old, bench.new
+    found: dict[str, Any] = {
+        "old/old": None if bench.queries_old is None else bench.recall(bench.queries_old, base_old),
+        "new/old unmapped": bench.recall(_fitted_width(bench.queries_new, base_old.shape[1]), base_old),
+        "new/old mapped": bench.recall(np.asarray(to_old.transform(bench.queries_new)), base_old),
+        "new/migrated": bench.recall(bench.queries_new, mapped),
+        "new/new": bench.recall(bench.queries_new, base_new),
+    }
+    retrieval = {name: None if hits is None else _summary(hits, seed) for name, hits in found.items()}
+    curves = _backfill(bench, mapped, metric, seed, progress)
+    need = target * retrieval["new/new"]["value"]
+    shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
+    progress("fitting to all pairs", 0.9)
+    whole = fit(pairs.new, pairs.old, to_old), fit(pairs.old, pairs.new, to_new)
+    facts: dict[str, Any] = {
+        "metric": metric,
+        "k": K,
+        "truth": bench.truth_in_words,
+        "pairs": m,
+        "fitted_to": len(fitted),
+        "searched": len(bench.old),
+        "queries": len(bench.queries_new),
+        "own_queries": queries is not None,
+        "dimensions": {"old": pairs.old.shape[1], "new": pairs.new.shape[1]},
+        "few_pairs": len(fitted) < max(pairs.old.shape[1], pairs.new.shape[1]),
+        "target": target,
+        "maps": {"queries": _describe(to_old), "vectors": _describe(to_new)},
+        "retrieval": retrieval,
+        "backfill": {"curves": curves, "share_needed": shares, "need": need},
+        "items": items,
+    }
+    facts["verdict"] = verdict(facts)
+    return Upgrade(*whole, facts, pairs, unit)
+
+
+def verdict(facts: dict[str, Any]) -> dict[str, Any]:
+    """What to do, from the lower ends of the intervals: the cheapest way that keeps the target share of the recall."""
+    retrieval, need, items = facts["retrieval"], facts["backfill"]["need"], facts["items"]
+    low = {name: entry["interval"][0] for name, entry in retrieval.items() if entry is not None}
+    value = {name: entry["value"] for name, entry in retrieval.items() if entry is not None}
+    share = facts["backfill"]["share_needed"]["ordered"]
+    count = None if share is None else math.ceil(share * items)
+    if "old/old" in low and retrieval["new/new"]["interval"][1] < low["old/old"]:
+        answer = "keep"
+    elif low["new/old mapped"] >= need:
+        answer = "map queries"
+    elif low["new/migrated"] >= need:
+        answer = "migrate vectors"
+    elif share is not None and share <= MOST_BACKFILL:
+        answer = "partial backfill"
+    else:
+        answer = "re-embed"
+    text = _ANSWERS[answer]
+    if answer == "partial backfill":
+        text = f"Migrate, and embed {count} of the {items} items ({share:.0%}) anew, in the order given."
+    reason = (
+        f"Embedding everything anew gives recall@{K} {value['new/new']:.3f}; good enough is {facts['target']:.0%} of "
+        f"it, {need:.3f}. Mapped queries reach {value['new/old mapped']:.3f} on the old index, the migrated vectors "
+        f"{value['new/migrated']:.3f}, and unmapped queries {value['new/old unmapped']:.3f}."
+    )
+    bridge = None
+    if "old/old" in value and answer in ("re-embed", "partial backfill"):
+        best = max(("new/old mapped", "new/migrated"), key=lambda name: value[name])
+        way = "mapped queries on the old index" if best == "new/old mapped" else "migrated vectors"
+        holds = "find no less than today" if low[best] >= value["old/old"] else "find less than today"
+        if low[best] < value["old/old"] <= retrieval[best]["interval"][1]:
+            holds = "cannot be told from today"
+        bridge = f"Until that is done, {way} {holds} ({value[best]:.3f} against {value['old/old']:.3f} old/old)."
+    return {"answer": answer, "text": text, "reason": reason, "bridge": bridge, "items": count, "share": share}
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+class _Bench:
+    """Held-out items to search in, queries, and what they should find."""
+
+    def __init__(
+        self, pairs: Pairs, judged: Int[np.ndarray, " j"], queries: Queries | None, metric: str, seed: int
+    ) -> None:
+        self.metric = metric
+        self.old, self.new = pairs.old[judged], pairs.new[judged]
+        labels = None if pairs.labels is None else pairs.labels[judged]
+        self.own: Int[np.ndarray, " q"] | None = None
+        if queries is None:
+            rng = np.random.default_rng(seed)
+            self.own = np.sort(rng.choice(len(judged), min(len(judged), MOST_QUERIES), replace=False))
+            self.queries_new, self.queries_old = self.new[self.own], self.old[self.own]
+            asked = None if labels is None else labels[self.own]
+        else:
+            self.queries_new, self.queries_old = queries.new[:MOST_QUERIES], queries.old
+            if self.queries_old is not None:
+                self.queries_old = self.queries_old[:MOST_QUERIES]
+            asked = None if queries.labels is None else queries.labels[:MOST_QUERIES]
+        if labels is not None and asked is not None:
+            self.relevant: Bool[np.ndarray, "q j"] | None = asked[:, None] == labels[None, :]
+            if self.own is not None:
+                self.relevant[np.arange(len(self.own)), self.own] = False
+            self._kept = self.relevant.any(axis=1)
+            if not self._kept.any():
+                raise ValueError("--labels: no query shares its label with a held-out item")
+            self.truth_in_words = "held-out items with the label of the query (share of them among the first 10)"
+        else:
+            self.relevant = None
+            self.truth = self.search(self.queries_new, self.new)
+            self.truth_in_words = "the 10 nearest held-out items by the new encoder, exact search"
+
+    def search(self, queries: np.ndarray, base: np.ndarray) -> Int[Tensor, "q k"]:
+        """Places of the nearest items, the query itself left out."""
+        k = min(K, len(base) - 1)
+        q, b = torch.from_numpy(np.ascontiguousarray(queries)), torch.from_numpy(np.ascontiguousarray(base))
+        found = nearest(q, b, min(k + 1, len(base)), metric=self.metric)[1]
+        if self.own is None:
+            return found[:, :k]
+        own = found == torch.from_numpy(self.own).unsqueeze(1)
+        own[~own.any(1), -1] = True
+        return found[~own].reshape(len(found), -1)
+
+    def recall(self, queries: np.ndarray, base: np.ndarray) -> Float[np.ndarray, " q"]:
+        """Recall@10 of each query."""
+        found = self.search(queries, base)
+        if self.relevant is None:
+            return recall_at_k(found, self.truth).numpy()
+        hits = np.take_along_axis(self.relevant, found.numpy(), axis=1).sum(axis=1)
+        possible = np.minimum(self.relevant.sum(axis=1), found.shape[1])
+        return (hits / np.maximum(possible, 1))[self._kept]
+
+
+def _backfill(bench: _Bench, mapped: np.ndarray, metric: str, seed: int, progress: Progress) -> dict[str, Any]:
+    """Recall@10 of new queries while more and more of the migrated vectors are replaced by new ones."""
+    n = len(mapped)
+    similarity = "cosine" if metric == "cosine" else "euclidean"
+    orders = {
+        "ordered": backfill_order(mapped, metric=similarity, random_state=seed),
+        "random": np.random.default_rng(seed).permutation(n),
+    }
+    curves: dict[str, Any] = {}
+    for step, (name, order) in enumerate(orders.items()):
+        curves[name] = []
+        for share in _SHARES:
+            base = mapped.copy()
+            replaced = order[: round(share * n)]
+            base[replaced] = bench.new[replaced]
+            curves[name].append({"share": share, **_summary(bench.recall(bench.queries_new, base), seed)})
+            progress("backfilling", 0.5 + 0.2 * (step + share))
+    return curves
+
+
+def _share_needed(curve: list[dict[str, Any]], need: float) -> float | None:
+    """Smallest share whose interval's lower end reaches `need`, between two points by the straight line."""
+    before = None
+    for point in curve:
+        low = point["interval"][0]
+        if low >= need:
+            if before is None or low == before["interval"][0]:
+                return point["share"]
+            part = (need - before["interval"][0]) / (low - before["interval"][0])
+            return before["share"] + part * (point["share"] - before["share"])
+        before = point
+    return None
+
+
+def _summary(hits: Float[np.ndarray, " q"], seed: int) -> dict[str, Any]:
+    return {"value": float(hits.mean()), "interval": mean_interval(hits, seed)}
+
+
+def _describe(fitted: Any) -> dict[str, Any]:
+    """Which method was chosen, and what each had in the inner cross-validation."""
+    scores = [{name: row[name] for name in ("method", "recall", "low", "high", "note")} for row in fitted.scores_]
+    return {"method": fitted.method_, "parameters": fitted.parameters_, "scores": scores}
+
+
+def unit_length(pairs: Pairs) -> bool:
+    """Whether old and new vectors are all of length one."""
+    return is_unit(*_lengths(pairs.old)) and is_unit(*_lengths(pairs.new))
+
+
+def _lengths(rows: np.ndarray) -> tuple[float, float]:
+    lengths = np.linalg.norm(rows, axis=1)
+    return float(lengths.min()), float(lengths.max())
+
+
+def _unit(rows: Any, wanted: bool) -> np.ndarray:
+    if not wanted:
+        return np.asarray(rows)
+    return normalize_rows(torch.as_tensor(np.asarray(rows))).numpy()
+
+
+def _fitted_width(rows: np.ndarray, width: int) -> np.ndarray:
+    """Rows cut or padded with zeros: what the old index would see if nobody mapped anything."""
+    return np.pad(rows, ((0, 0), (0, max(0, width - rows.shape[1]))))[:, :width]
+
+
+# ---------------------------------------------------------------------- order of re-embedding
+
+
+class _Migrated:
+    """The mapped vectors of a collection, as often as they are asked for, a block in memory at a time."""
+
+    def __init__(self, index: StoredVectors, upgrade: Upgrade) -> None:
+        self.index, self.upgrade = index, upgrade
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, rows in self.index.blocks():
+            yield torch.from_numpy(np.ascontiguousarray(self.upgrade.migrated(rows)))
+
+
+def order_of_backfill(
+    index: StoredVectors, upgrade: Upgrade, *, seed: int = 0, progress: Progress = silent
+) -> Int[np.ndarray, " n"]:
+    """Positions in the order in which to embed items anew: those first that lie farthest from their like, once mapped.
+
+    Streams the collection three times; the clusters that stand for classes are found on at most 50 000 of its rows.
+    """
+    n = len(index)
+    similarity = "cosine" if upgrade.facts["metric"] == "cosine" else "euclidean"
+    chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, _CLUSTER_SAMPLE), replace=False))
+    sample = upgrade.migrated(index.take(chosen)).astype(np.float32)
+    clusters = max(1, round((len(sample) / 2) ** 0.5))
+    model = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed).fit(sample)
+    place = np.empty(n, dtype=np.int64)
+    start = 0
+    for rows in _Migrated(index, upgrade):
+        place[start : start + len(rows)] = model.predict(rows.float().numpy())
+        start += len(rows)
+        progress("ordering", 0.5 * start / n)
+    return backfill_order(_Migrated(index, upgrade), place, similarity)

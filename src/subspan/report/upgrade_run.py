@@ -1,0 +1,285 @@
+"""The work of `subspan upgrade`: input is opened and checked, measured, and written; on an error nothing is left."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..align import UpgradeMap
+from ..datasets.faiss_files import FAISS_SUFFIXES, write_pretransform
+from ..datasets.index_writing import check_destination, write_index
+from ..datasets.indexes import StoredVectors, open_index, read_ids
+from ..datasets.qdrant import is_qdrant
+from ..datasets.tables import read_table
+from ..geometry.extras import require
+from ..geometry.files import atomic_write
+from .embeddings import Progress, silent
+from .page import render_upgrade
+from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
+
+_ADAPTERS = (".safetensors", ".onnx", ".faiss")
+_LINEAR = ("procrustes", "scaled", "low-rank", "cca", "ridge")
+_FEW = ("procrustes", "scaled", "ridge")
+METHODS = ("linear", "auto", *_LINEAR, "mlp")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What to write: maps of queries, the old index behind one, the migrated index, the order of ids, the page."""
+
+    adapters: tuple[Path, ...] = ()
+    wrapped: Path | None = None
+    migrated: Path | None = None
+    order: Path | None = None
+    page: Path | None = None
+
+    def named(self) -> dict[str, Path]:
+        """Each file by what it is."""
+        files = {f"adapter_{path.suffix[1:]}": path for path in self.adapters}
+        others = {"wrapped_index": self.wrapped, "migrated_index": self.migrated, "backfill_order": self.order,
+                  "report": self.page}  # fmt: skip
+        return files | {name: path for name, path in others.items() if path is not None}
+
+
+def run_upgrade(
+    index: str,
+    sample: str,
+    outputs: Outputs,
+    *,
+    index_ids: Path | None = None,
+    sample_ids: Path | None = None,
+    queries_new: str | None = None,
+    queries_old: str | None = None,
+    labels: str | None = None,
+    query_labels: str | None = None,
+    metric: str | None = None,
+    method: str = "linear",
+    target: float = 0.9,
+    column: str | None = None,
+    id_column: str | None = None,
+    collection: str | None = None,
+    dry_run: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Facts of an upgrade (see `subspan.report.upgrade`), and its files. Raises ValueError for unusable input."""
+    started = time.monotonic()
+    if method not in METHODS:
+        raise ValueError(f"--method: one of {', '.join(METHODS)}, got {method!r}")
+    faiss_wanted = outputs.wrapped is not None or any(path.suffix.lower() == ".faiss" for path in outputs.adapters)
+    if faiss_wanted and method in ("auto", "mlp"):
+        raise ValueError(f"--method: FAISS runs linear maps alone, and {method} may be a network; use linear")
+    stored = open_index(index, ids=index_ids, collection=collection, **_columns(index, column, id_column))
+    new = open_index(sample, ids=sample_ids, **_columns(sample, column, id_column))
+    _check_outputs(stored, new, outputs, index, sample)
+    label_names = _labels(sample, labels, id_column)
+    progress("reading the index", 0.02)
+    about = stored.facts()
+    ranked = choose_metric(stored, metric, (about["lengths"][0], about["lengths"][1]))
+    pairs = pair(stored, new, labels=label_names, seed=seed)
+    if ranked == "cosine" and (np.linalg.norm(pairs.new, axis=1) == 0).any():
+        raise ValueError(f"{sample}: has rows of zeros, which have no cosine")
+    if pairs.new.std(axis=0).max() == 0 or pairs.old.std(axis=0).max() == 0:
+        raise ValueError(f"{sample}: all rows are the same, old or new; there is nothing to map")
+    queries = _queries(queries_new, queries_old, query_labels, pairs.new.shape[1], pairs.old.shape[1], column)
+    facts: dict[str, Any] = {
+        "index": about,
+        "sample": {"source": new.source, "n": len(new), "d": new.shape[1], "form": new.form},
+        "metric": ranked,
+        "pairs": len(pairs),
+        "seed": seed,
+    }
+    named = {name: str(path) for name, path in outputs.named().items()}
+    if dry_run:
+        return {**facts, "files": named}
+    fit = _fitter(method, ranked, unit_length(pairs), seed)
+    found = assess(
+        pairs, fit, items=len(stored), metric=ranked, queries=queries, target=target, seed=seed, progress=progress
+    )
+    facts |= found.facts
+    written: list[Path] = []
+    try:
+        facts["written"] = _write(stored, found, outputs, ranked, seed, written, progress)
+        facts["files"] = named
+        facts |= {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": time.monotonic() - started,
+            "versions": {name: version(name) for name in ("subspan", "torch", "numpy")},
+        }
+        if outputs.page is not None:
+            with atomic_write(outputs.page) as unfinished:
+                unfinished.write_text(render_upgrade(facts), encoding="utf-8")
+    except Exception:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return facts
+
+
+def _fitter(method: str, metric: str, unit: bool, seed: int) -> Fit:
+    """Fits maps between the two spaces; the second time a map is fitted, with the method that the first one chose."""
+    options = {"metric": metric, "normalize": unit, "random_state": seed}
+
+    def fit(x: np.ndarray, y: np.ndarray, chosen: Any = None) -> UpgradeMap:
+        if chosen is not None:
+            fixed = {name: value for name, value in chosen.parameters_.items() if name in ("alpha", "rank", "k")}
+            return UpgradeMap(chosen.method_, **options, **fixed).fit(x, y)
+        if method != "linear":
+            return UpgradeMap(method, **options).fit(x, y)
+        few = len(x) < max(x.shape[1], y.shape[1])
+        tried = [UpgradeMap(name, **options).fit(x, y) for name in (_FEW if few else _LINEAR)]
+        best = max(tried, key=lambda fitted: fitted.recall_)
+        row = next(row for row in best.scores_ if row["method"] == best.method_)
+        good = [fitted for fitted in tried if fitted.recall_ >= best.recall_ - (row["standard_error"] or 0.0)]
+        # From the least free to the freest: the simplest that cannot be told from the best.
+        return good[0]
+
+    return fit
+
+
+def _columns(source: str, column: str | None, id_column: str | None) -> dict[str, Any]:
+    """The names of columns, for sources that have any."""
+    if Path(source).suffix.lower() in (*FAISS_SUFFIXES, ".npy"):
+        return {}
+    if is_qdrant(source):
+        return {"column": column}
+    return {"column": column, "id_column": id_column}
+
+
+def _check_outputs(stored: StoredVectors, new: StoredVectors, outputs: Outputs, *sources: str) -> None:
+    paths = list(outputs.named().values())
+    resolved = [path.resolve() for path in paths]
+    for path in paths:
+        if path.resolve() in [Path(source).resolve() for source in sources]:
+            raise ValueError(f"{str(path)!r} is input, which is never overwritten; choose another name")
+        if resolved.count(path.resolve()) > 1:
+            raise ValueError(f"{str(path)!r} is named twice as output")
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder")
+        if not path.resolve().parent.is_dir():
+            raise ValueError(f"the folder {str(path.parent)!r} does not exist")
+    for path in outputs.adapters:
+        if path.suffix.lower() not in _ADAPTERS:
+            raise ValueError(f"-o: {str(path)!r} must end in {', '.join(_ADAPTERS)}")
+        if path.suffix.lower() == ".onnx":
+            require("onnx", extra="onnx")
+    if outputs.wrapped is not None:
+        if stored.kind != "faiss":
+            raise ValueError(f"--wrap: {stored.source} is no FAISS index; use -o, or --migrate OUT.faiss")
+        if outputs.wrapped.suffix.lower() not in FAISS_SUFFIXES:
+            raise ValueError(f"--wrap: {str(outputs.wrapped)!r} must end in {', '.join(FAISS_SUFFIXES)}")
+    if outputs.migrated is not None:
+        check_destination(stored, outputs.migrated)
+    if outputs.order is not None and outputs.order.suffix.lower() not in (".txt", ".npy"):
+        raise ValueError(f"--backfill-order: {str(outputs.order)!r} must end in .txt or .npy")
+    if outputs.page is not None and outputs.page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--report: {str(outputs.page)!r} must end in .html")
+    if new.kind == "qdrant":
+        raise ValueError(f"{new.source}: the sample must be a table or an index file")
+
+
+def _labels(sample: str, labels: str | None, id_column: str | None) -> np.ndarray | None:
+    if labels is None:
+        return None
+    if Path(labels).is_file():
+        return read_ids(labels).astype(str)
+    if Path(sample).suffix.lower() in (*FAISS_SUFFIXES, ".npy") or Path(sample).is_dir():
+        raise ValueError(f"--labels: there is no file {labels!r}, and {sample} has no columns")
+    return np.array(read_table(sample, label_column=labels, id_column=id_column).labels)
+
+
+def _queries(
+    new: str | None, old: str | None, labels: str | None, d_new: int, d_old: int, column: str | None
+) -> Queries | None:
+    if new is None:
+        if old is not None or labels is not None:
+            raise ValueError("--queries-old, --query-labels: need --queries-new")
+        return None
+    rows = open_index(new, **_columns(new, column, None))
+    if rows.shape[1] != d_new:
+        raise ValueError(f"--queries-new: {new} has {rows.shape[1]} columns, the sample has {d_new}")
+    before = None
+    if old is not None:
+        before = open_index(old, **_columns(old, column, None))
+        if before.shape != (len(rows), d_old):
+            raise ValueError(
+                f"--queries-old: {old} has shape {before.shape}; {(len(rows), d_old)} is needed, as {new} and the index"
+            )
+    names = None if labels is None else read_ids(labels).astype(str)
+    if names is not None and len(names) != len(rows):
+        raise ValueError(f"--query-labels: {len(names)} labels for {len(rows)} queries")
+    every = np.arange(len(rows))
+    return Queries(rows.take(every), None if before is None else before.take(every), names)
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def _write(
+    stored: StoredVectors,
+    found: Upgrade,
+    outputs: Outputs,
+    metric: str,
+    seed: int,
+    written: list[Path],
+    progress: Progress,
+) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for path in outputs.adapters:
+        _write_adapter(found.queries, path)
+        written.append(path)
+    if outputs.wrapped is not None:
+        write_pretransform(Path(stored.source), found.queries.to_faiss(), outputs.wrapped)
+        written.append(outputs.wrapped)
+    if outputs.order is not None:
+        order = order_of_backfill(stored, found, seed=seed, progress=progress)
+        _write_ids(stored.ids[order], outputs.order)
+        written.append(outputs.order)
+    if outputs.migrated is not None:
+        key = f"{found.vectors!r} {_digest(found, stored)}"
+        columns = found.pairs.new.shape[1]
+        facts["migrated_index"] = write_index(
+            stored, outputs.migrated, found.migrated, columns, key=key, metric=metric, progress=progress
+        )
+        if outputs.migrated.is_file():
+            written.append(outputs.migrated)
+    return facts
+
+
+def _write_adapter(fitted: Any, path: Path) -> None:
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        fitted.save(path)
+    elif suffix == ".onnx":
+        fitted.to_onnx(path)
+    else:
+        faiss = require("faiss", extra="index")
+        transforms = fitted.to_faiss()
+        wrapper = faiss.IndexPreTransform(faiss.IndexFlatL2(transforms[-1].d_out))
+        for transform in reversed(transforms):
+            wrapper.prepend_transform(transform)
+        with atomic_write(path) as temporary:
+            faiss.write_index(wrapper, str(temporary))
+
+
+def _write_ids(ids: np.ndarray, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        if path.suffix.lower() == ".npy":
+            with temporary.open("wb") as stream:
+                np.save(stream, ids, allow_pickle=False)
+        else:
+            temporary.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+
+
+def _digest(found: Upgrade, stored: StoredVectors) -> str:
+    """What the map does to a few vectors: the same digest, the same map."""
+    import hashlib
+
+    rows = found.migrated(stored.take(np.arange(min(16, len(stored)))))
+    return hashlib.sha256(np.ascontiguousarray(rows, np.float32).tobytes()).hexdigest()

@@ -1,0 +1,330 @@
+"""`subspan upgrade`: figures, files, and one line for every input that cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from subspan import cli
+
+faiss = pytest.importorskip("faiss", reason="faiss comes with the extra index")
+arrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra index")
+
+N, OLD, NEW = 600, 16, 24
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+RNG = np.random.default_rng(0)
+LATENT = 2 * RNG.normal(size=(12, 8))[np.arange(N) % 12] + RNG.normal(size=(N, 8))
+OLD_ROWS = unit(LATENT @ RNG.normal(size=(8, OLD)) + 0.1 * RNG.normal(size=(N, OLD)))
+NEW_ROWS = unit(LATENT @ RNG.normal(size=(8, NEW)) + 0.1 * RNG.normal(size=(N, NEW)))
+IDS = RNG.permutation(9000)[:N]
+SAMPLE = RNG.permutation(N)[:400]
+
+
+def write_index(rows: np.ndarray = OLD_ROWS, ids: np.ndarray = IDS, name: str = "old.faiss") -> None:
+    index = faiss.IndexIDMap2(faiss.IndexFlatIP(rows.shape[1]))
+    index.add_with_ids(rows, ids)
+    faiss.write_index(index, name)
+
+
+def write_sample(rows: np.ndarray | None = None, ids: np.ndarray | None = None, name: str = "new.parquet") -> None:
+    import pyarrow.parquet as parquet
+
+    rows = NEW_ROWS[SAMPLE] if rows is None else rows
+    ids = IDS[SAMPLE] if ids is None else ids
+    parquet.write_table(arrow.table({"id": ids, "kind": SAMPLE[: len(ids)] % 12, "vector": list(rows)}), name)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Any:
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_everything_that_an_upgrade_writes(run: Callable[..., Any]) -> None:
+    pytest.importorskip("onnx", reason="onnx comes with the extra onnx")
+    from subspan.align import UpgradeMap
+
+    write_index()
+    write_sample()
+    original = Path("old.faiss").read_bytes()
+    code, out, err = run(
+        "upgrade", "old.faiss", "new.parquet", "--method", "ridge", "--target", "0.5", "--json", "-o", "q.safetensors",
+        "-o", "q.onnx", "-o", "q.faiss", "--wrap", "wrapped.faiss", "--migrate", "migrated.faiss",
+        "--backfill-order", "order.txt", "--report", "page.html",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads(out)
+    retrieval = {name: entry["value"] for name, entry in facts["retrieval"].items()}
+    assert retrieval["new/new"] == 1
+    assert retrieval["new/old mapped"] > 2 * retrieval["new/old unmapped"]
+    assert abs(retrieval["new/old mapped"] - retrieval["old/old"]) < 0.15
+    assert facts["verdict"]["answer"] == "map queries"
+    assert Path("old.faiss").read_bytes() == original
+    # The wrapped index and the adapter give the same answers to new queries, and those are the right ones.
+    adapter = UpgradeMap.load("q.safetensors")
+    mapped = adapter.transform(NEW_ROWS[:50])
+    wrapped = faiss.read_index("wrapped.faiss")
+    old = faiss.read_index("old.faiss")
+    found = wrapped.search(NEW_ROWS[:50], 5)[1]
+    assert (found == old.search(np.ascontiguousarray(mapped, np.float32), 5)[1]).mean() > 0.98
+    assert (found[:, 0] == IDS[:50]).mean() > 0.5
+    migrated = faiss.read_index("migrated.faiss")
+    assert (migrated.d, migrated.ntotal) == (NEW, N)
+    answers = migrated.search(NEW_ROWS[:50], 10)[1]
+    assert np.mean([IDS[i] in answers[i] for i in range(50)]) > 0.8
+    assert sorted(map(int, Path("order.txt").read_text().split())) == sorted(IDS.tolist())
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "Map the queries and keep the index" in page
+    assert "http://" not in page.split("<script>")[0]
+    curve = facts["backfill"]["curves"]["ordered"]
+    assert [point["share"] for point in curve] == pytest.approx(np.arange(11) / 10)
+    assert curve[-1]["value"] == 1
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession("q.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"embeddings": NEW_ROWS[:9]})[0] == pytest.approx(mapped[:9], abs=1e-4)
+
+
+def test_given_queries_labels_and_a_table(run: Callable[..., Any]) -> None:
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(arrow.table({"id": IDS, "vector": list(OLD_ROWS)}), "old.parquet")
+    write_sample()
+    np.save("q_new.npy", NEW_ROWS[:80])
+    np.save("q_old.npy", OLD_ROWS[:80])
+    Path("q_kinds.txt").write_text("".join(f"{i % 12}\n" for i in range(80)))
+    code, out, err = run(
+        "upgrade", "old.parquet", "new.parquet", "--method", "procrustes", "--queries-new", "q_new.npy",
+        "--queries-old", "q_old.npy", "--labels", "kind", "--query-labels", "q_kinds.txt", "--json",
+    )  # fmt: skip
+    assert code in (0, 1), err
+    facts = json.loads(out)
+    assert facts["queries"] == 80
+    assert facts["metric"] == "cosine"
+    assert 0.3 < facts["retrieval"]["new/new"]["value"] < 1
+    assert facts["retrieval"]["new/old mapped"]["value"] > facts["retrieval"]["new/old unmapped"]["value"]
+
+
+def test_a_hopeless_upgrade_exits_with_1(run: Callable[..., Any]) -> None:
+    write_index()
+    write_sample(unit(np.random.default_rng(9).normal(size=(400, NEW))))
+    code, out, _ = run("upgrade", "old.faiss", "new.parquet", "--method", "procrustes")
+    assert code == 1
+    assert "re-embed: Embed everything anew." in out
+
+
+def test_dry_run_checks_and_writes_nothing(run: Callable[..., Any]) -> None:
+    write_index()
+    write_sample()
+    before = sorted(path.name for path in Path().iterdir())
+    code, out, _ = run("upgrade", "old.faiss", "new.parquet", "--migrate", "m.faiss", "--dry-run")
+    assert code == 0
+    assert "would write migrated index: m.faiss" in out
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_fewer_anchors_than_dimensions_is_said(run: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(4)
+    write_index(unit(LATENT @ rng.normal(size=(8, 200)) + 0.1 * rng.normal(size=(N, 200))))
+    write_sample(NEW_ROWS[SAMPLE[:100]], IDS[SAMPLE[:100]])
+    code, out, err = run("upgrade", "old.faiss", "new.parquet", "--json")
+    assert code in (0, 1)
+    facts = json.loads(out)
+    assert facts["few_pairs"]
+    assert "fewer than the 200 dimensions" in err
+    # Ten of thirty items are a third by chance, so a difference is asked for.
+    assert facts["retrieval"]["new/old mapped"]["value"] > facts["retrieval"]["new/old unmapped"]["value"] + 0.2
+
+
+def test_shorten_an_index_and_its_curve(run: Callable[..., Any]) -> None:
+    write_index()
+    code, out, err = run("shorten", "old.faiss", "--rank", "8", "-o", "short.faiss", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["kept"] == 8
+    assert facts["curve"][-1]["pca"]["recall"] > 0.8
+    assert facts["curve"][-1]["pca"]["recall"] > facts["curve"][-1]["prefix"]["recall"]
+    short = faiss.read_index("short.faiss")
+    assert (short.d, short.ntotal) == (8, N)
+    assert (short.search(short.reconstruct(int(IDS[5]))[None], 1)[1] == IDS[5]).all()
+    code, out, _ = run("shorten", "old.faiss", "--method", "prefix", "--rank", "8", "-o", "cut.parquet", "--json")
+    assert code == 0
+    from subspan.datasets.indexes import open_index
+
+    cut = open_index("cut.parquet")
+    np.testing.assert_array_equal(cut.take(cut.positions(IDS)), OLD_ROWS[:, :8])
+
+
+# ---------------------------------------------------------------------- bad input
+
+Make = Callable[[], object]
+CASES: dict[str, tuple[Make, str, str]] = {}
+
+
+def case(command: str, message: str) -> Callable[[Make], Make]:
+    def keep(make: Make) -> Make:
+        CASES[make.__name__.replace("_", "-")] = (make, command, message)
+        return make
+
+    return keep
+
+
+def both() -> None:
+    write_index()
+    write_sample()
+
+
+case("upgrade old.faiss new.parquet --migrate old.faiss", "never overwritten")(both)
+CASES["output-is-the-sample"] = (both, "upgrade old.faiss new.parquet --migrate new.parquet", "never overwritten")
+CASES["metric-of-another"] = (both, "upgrade old.faiss new.parquet --queries-old new.parquet", "need --queries-new")
+CASES["no-faiss-network"] = (both, "upgrade old.faiss new.parquet --method mlp --wrap w.faiss", "use linear")
+CASES["unknown-method"] = (both, "upgrade old.faiss new.parquet --method magic", "--method: one of")
+CASES["two-outputs-of-one-name"] = (both, "upgrade old.faiss new.parquet -o a.onnx --wrap a.onnx", "twice")
+CASES["wrong-suffix"] = (both, "upgrade old.faiss new.parquet --migrate out.xyz", "must end in")
+CASES["missing-folder"] = (both, "upgrade old.faiss new.parquet --report nowhere/r.html", "does not exist")
+CASES["npy-without-ids"] = (both, "upgrade old.faiss new.parquet --migrate out.npy", "holds no ids")
+
+
+@case("upgrade old.faiss new.npy", "400 rows without ids")
+def mismatched_rows() -> None:
+    write_index()
+    np.save("new.npy", NEW_ROWS[SAMPLE])
+
+
+@case("upgrade old.faiss new.npy --sample-ids ids.npy", "ids for")
+def sample_ids_of_another_length() -> None:
+    write_index()
+    np.save("new.npy", NEW_ROWS[SAMPLE])
+    np.save("ids.npy", IDS[:30])
+
+
+@case("upgrade old.faiss new.parquet", "occurs more than once")
+def repeated_ids_in_the_sample() -> None:
+    write_index()
+    write_sample(ids=np.concatenate([IDS[SAMPLE[:1]], IDS[SAMPLE[:-1]]]))
+
+
+@case("upgrade old.faiss new.parquet", "occurs more than once")
+def repeated_ids_in_the_index() -> None:
+    write_index(ids=np.concatenate([IDS[:1], IDS[:-1]]))
+    write_sample()
+
+
+@case("upgrade old.faiss new.parquet", "ids are not in old.faiss")
+def unknown_ids() -> None:
+    write_index()
+    write_sample(ids=IDS[SAMPLE] + 100_000)
+
+
+@case("upgrade old.faiss new.parquet --metric cosine", "unit length")
+def cosine_claimed_for_vectors_of_any_length() -> None:
+    write_index(3 * OLD_ROWS * (1 + np.arange(N, dtype=np.float32)[:, None]))
+    write_sample()
+
+
+@case("upgrade old.faiss new.parquet --metric l2", "ranks by inner")
+def index_of_another_metric() -> None:
+    write_index(3 * OLD_ROWS * (1 + np.arange(N, dtype=np.float32)[:, None]))
+    write_sample()
+
+
+@case("upgrade old.faiss new.parquet --migrate m.faiss", "contains NaN")
+def nan_in_the_index() -> None:
+    rows = OLD_ROWS.copy()
+    rows[7, 3] = np.nan
+    write_index(rows)
+    write_sample()
+
+
+@case("upgrade old.faiss new.parquet -o q.safetensors", "contains NaN")
+def nan_in_the_sample() -> None:
+    rows = NEW_ROWS[SAMPLE].copy()
+    rows[7, 3] = np.inf
+    write_index()
+    write_sample(rows)
+
+
+@case("upgrade old.faiss new.parquet", "not a whole FAISS index")
+def truncated_index() -> None:
+    both()
+    Path("old.faiss").write_bytes(Path("old.faiss").read_bytes()[:-100])
+
+
+@case("upgrade old.faiss new.parquet", "not a whole FAISS index")
+def an_index_that_is_a_text() -> None:
+    both()
+    Path("old.faiss").write_text("no index, but lines of text\n" * 20)
+
+
+@case("upgrade shards new.parquet", "must be alike")
+def dimensions_that_change_between_shards() -> None:
+    write_sample()
+    Path("shards").mkdir()
+    np.save("shards/a.npy", OLD_ROWS)
+    np.save("shards/b.npy", OLD_ROWS[:, :9])
+
+
+@case("upgrade shards new.parquet", "must be alike")
+def dtypes_that_change_between_shards() -> None:
+    write_sample()
+    Path("shards").mkdir()
+    np.save("shards/a.npy", OLD_ROWS)
+    np.save("shards/b.npy", OLD_ROWS.astype(np.float64))
+
+
+@case("upgrade old.faiss new.parquet", "at least 60")
+def too_few_pairs() -> None:
+    write_index()
+    write_sample(NEW_ROWS[SAMPLE[:20]], IDS[SAMPLE[:20]])
+
+
+@case("upgrade old.faiss new.parquet", "nothing to map")
+def constant_sample() -> None:
+    write_index()
+    write_sample(np.ones((400, NEW), np.float32))
+
+
+@case("upgrade old.faiss new.parquet --queries-new q.npy", "columns")
+def queries_of_another_encoder() -> None:
+    both()
+    np.save("q.npy", OLD_ROWS[:9])
+
+
+@case("shorten old.faiss -o old.faiss --rank 4", "never overwritten")
+def shorten_onto_itself() -> None:
+    write_index()
+
+
+@case("shorten old.faiss --method prefix -o s.faiss", "number of columns")
+def prefix_by_a_share() -> None:
+    write_index()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_leaves_nothing(name: str, run: Callable[..., Any]) -> None:
+    make, command, message = CASES[name]
+    make()
+    before = {str(path): path.stat().st_size for path in sorted(Path().rglob("*"))}
+    code, out, err = run(*command.split())
+    assert (code, out) == (2, ""), err
+    assert "Type-check" not in err
+    errors = [line for line in err.splitlines() if line.startswith("subspan: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert len(errors[0]) < 400
+    assert {str(path): path.stat().st_size for path in sorted(Path().rglob("*"))} == before
