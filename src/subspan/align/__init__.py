@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
+from subspan.align.cross_modal import CrossModalReport, cross_modal_report, distance_correlation, relative_coordinates
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
+from subspan.align.plato_3d_text import SubspaceAligner
 from subspan.align.realign import ReAlign
 from subspan.align.space_map import SpaceMap
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = [
     "C3",
     "BlockwiseCovariance",
+    "CrossModalReport",
     "MeanShift",
     "ModalityGap",
     "ModalityMap",
@@ -22,8 +25,12 @@ __all__ = [
     "ReVision",
     "RevisionCollator",
     "SpaceMap",
+    "SubspaceAligner",
     "cosine_divergence",
+    "cross_modal_report",
+    "distance_correlation",
     "mixing_rate",
+    "relative_coordinates",
 ]
 
 
