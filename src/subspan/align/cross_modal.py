@@ -75,7 +75,8 @@ def cross_modal_report(
     """Compare paired rows X (n, p), Y (n, q) in their full spaces and in subspaces of both, on pairs held out.
 
     n_anchors: sizes to sweep, the largest (all but the queries by default) takes the whole k sweep, smaller ones the k
-    nearest 50. groups (n,): queries come from groups that no anchor is of. "ridge" takes its penalty from a fifth of
+    nearest 50. groups (n,): queries come from groups that no anchor is of. Of queries with equal rows
+    of Y one is kept. "ridge" takes its penalty from a fifth of
     the anchors; "relative" are cosines to the anchors (Moschella et al., 2023). k above what the anchors span are left
     out. Raises ValueError for unequal n, NaN, or too few rows for the queries and 10 anchors.
     """
@@ -86,7 +87,7 @@ def cross_modal_report(
         if not given or set(given) - set(known):
             raise ValueError(f"{name}: some of {known}, got {tuple(given)}")
     generator = np.random.default_rng(random_state)
-    queries, anchors = split_queries(len(x), n_queries, groups, generator)
+    queries, anchors = split_queries(y, n_queries, groups, generator)
     sizes = sorted(set(n_anchors or [len(anchors)]))
     if sizes[0] < 10 or sizes[-1] > len(anchors):
         raise ValueError(f"n_anchors: must lie in [10, {len(anchors)}], got {tuple(sizes)}")
@@ -119,11 +120,20 @@ def cross_modal_report(
     return CrossModalReport(rows, cka, null, null_cka, chance, canonical, m)
 
 
-def split_queries(n: int, n_queries: int, groups: Any, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of queries and of anchors, both in random order; with groups no group has rows in both."""
+def split_queries(
+    y: Float[Tensor, "n q"], n_queries: int, groups: Any, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of queries and of anchors, both in random order; with groups no group has rows in both.
+
+    Of rows of y that are equal (one caption for several things) at most one is a query: partners must be distinct.
+    """
+    n = len(y)
     order = generator.permutation(n)
+    same = torch.unique(y, dim=0, return_inverse=True)[1].cpu().numpy()
+    distinct = order[np.sort(np.unique(same[order], return_index=True)[1])]
     if groups is None:
-        queries, anchors = order[:n_queries], order[n_queries:]
+        queries = distinct[:n_queries]
+        anchors = order[~np.isin(order, queries)]
     else:
         names = np.asarray(groups)
         if names.shape != (n,):
@@ -131,11 +141,11 @@ def split_queries(n: int, n_queries: int, groups: Any, generator: np.random.Gene
         number = np.unique(names, return_inverse=True)[1]
         counts = np.bincount(number)
         drawn = generator.permutation(len(counts))
-        # A group that is larger than the queries would leave the anchors poor for nothing.
+        # A group with more rows than the queries would leave the anchors poor for nothing.
         drawn = drawn[counts[drawn] <= max(n_queries, 1)]
-        cut = int(np.searchsorted(np.cumsum(counts[drawn]), n_queries)) + 1
-        chosen = np.isin(number, drawn[:cut])
-        queries, anchors = order[chosen[order]][:n_queries], order[~chosen[order]]
+        usable = np.bincount(number[distinct], minlength=len(counts))[drawn]
+        chosen = np.isin(number, drawn[: int(np.searchsorted(np.cumsum(usable), n_queries)) + 1])
+        queries, anchors = distinct[chosen[distinct]][:n_queries], order[~chosen[order]]
     if len(queries) < max(2, n_queries) or len(anchors) < 10:
         raise ValueError(
             f"n_queries: {n} rows leave {len(queries)} queries and {len(anchors)} anchors; "

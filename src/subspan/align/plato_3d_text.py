@@ -460,13 +460,13 @@ class SubspaceAligner(BaseEstimator):
         found: Int[Tensor, " m"] = assign(scores, random_state=random_state)
         return like(found, X)
 
-    def score(self, X: Any, Y: Any, metric: str = "top5") -> float:
+    def score(self, X: Any, y: Any, metric: str = "top5") -> float:
         """How well paired queries (m, p), (m, q) find their partners.
 
         metric: "topN", share of queries with the partner among the N best (chance N / m), in the aligner's direction;
         "matching", share of pairs that the one-to-one matching gets right (chance 1 / m).
         """
-        scores = self._scores(X, Y)
+        scores = self._scores(X, y)
         return pair_score(scores if self.direction == "x->y" else scores.mT, metric)
 
     # ------------------------------------------------------------------ files
@@ -512,16 +512,16 @@ class SubspaceAligner(BaseEstimator):
         return tags
 
 
-def pair_score(scores: Float[Tensor, "m m"], metric: str) -> float:
-    """How well scores (m, m), rows as queries, find the partners on the diagonal: "topN" or "matching".
+def pair_score(scores: Float[Tensor, "m n"], metric: str) -> float:
+    """How well scores (m, n = m), rows as queries, find the partners on the diagonal: "topN" or "matching".
 
     A partner's rank counts every other candidate with an equal score before it.
     """
-    if scores.ndim != 2 or scores.shape[0] != scores.shape[1]:
-        raise ValueError(f"Y: expected as many queries as X, paired with them, got scores {tuple(scores.shape)}")
+    if scores.shape[0] != scores.shape[1]:
+        raise ValueError(f"y: expected as many queries as X, paired with them, got scores {tuple(scores.shape)}")
     if metric == "matching":
         if len(scores) < 2:
-            raise ValueError(f"X, Y: matching needs at least 2 pairs, got {len(scores)}")
+            raise ValueError(f"X, y: matching needs at least 2 pairs, got {len(scores)}")
         return float((assign(scores) == torch.arange(len(scores), device=scores.device)).double().mean())
     if not metric.startswith("top") or not metric[3:].isdecimal() or int(metric[3:]) < 1:
         raise ValueError(f"metric: expected 'matching', 'top1', 'top5', 'top10', …, got {metric!r}")

@@ -13,8 +13,8 @@ from subspan.datasets.packages import (
     load_sentence_encoder,
     model_path,
 )
-from subspan.datasets.shared import SHARED, ImageRecords, data_folder, is_available, load
 from subspan.datasets.shapes import Shapes, procedural_shapes
+from subspan.datasets.shared import SHARED, ImageRecords, data_folder, is_available, load
 from subspan.datasets.tables import FiniteCheck, Table, read_table
 from subspan.datasets.texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
 

@@ -28,9 +28,9 @@ class Shapes:
 
 
 def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
-    """n shapes of the families in FAMILIES, drawn evenly, each with parameters, a turn about z and a caption of its own.
+    """Draw n shapes, evenly from FAMILIES: each with its parameters, a turn about z and a caption.
 
-    Captions name the family and its proportions in words ("a tall thin table with a round top and four legs").
+    Captions name the family and its proportions in words ("a very tall table with a round top and four legs").
     """
     if n < 1 or points < 1:
         raise ValueError(f"n, points: at least 1, got {n} and {points}")
@@ -42,7 +42,7 @@ def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
         pieces, caption = FAMILIES[name](generator)
         clouds[row] = _on_surface(pieces, points, generator)
         families.append(name)
-        captions.append(caption)
+        captions.append(caption.replace("a open", "an open").replace("a elongated", "an elongated"))
     return Shapes(clouds, tuple(families), tuple(captions))
 
 
@@ -112,9 +112,11 @@ def _upright(piece: Piece, at: tuple[float, float, float]) -> Piece:
     return piece[0][:, [0, 2, 1]] + np.array(at), piece[1]
 
 
-def _word(value: float, low: float, high: float, words: tuple[str, str, str]) -> str:
-    """The word for the lower, middle or upper third of a range; nothing is said of the middle when it is empty."""
-    return words[min(2, max(0, int(3 * (value - low) / (high - low))))]
+def _word(value: float, low: float, high: float, words: tuple[str, str, str], *, graded: bool = True) -> str:
+    """The word for the lower, middle or upper part of a range; graded: "very" at its two ends."""
+    fifth = min(4, max(0, int(5 * (value - low) / (high - low))))
+    word = words[(0, 0, 1, 2, 2)[fifth]]
+    return f"very {word}" if graded and fifth in (0, 4) else word
 
 
 def _says(*words: str) -> str:
@@ -132,7 +134,7 @@ def _a_box(g: Rng) -> tuple[list[Piece], str]:
 
 def _cone(g: Rng) -> tuple[list[Piece], str]:
     h, top = g.uniform(0.6, 3), g.uniform(0, 0.5)
-    tip = _word(top, 0, 0.5, ("pointed tip", "blunt tip", "cut off top"))
+    tip = _word(top, 0, 0.5, ("pointed tip", "blunt tip", "broad tip"))
     pieces = [_tube(g, 1, top, h), _disc(g, 1), _disc(g, top, (0, 0, h))]
     return pieces, _says("a", _word(h, 0.6, 3, ("low", "", "steep")), "cone with a", tip)
 
@@ -146,7 +148,7 @@ def _cylinder(g: Rng) -> tuple[list[Piece], str]:
 
 def _sphere(g: Rng) -> tuple[list[Piece], str]:
     h = g.uniform(0.4, 1.8)
-    return [_ball(g, (1, 1, h))], _says("a", _word(h, 0.4, 1.8, ("flattened", "round", "egg shaped")), "ball")
+    return [_ball(g, (1, 1, h))], _says("a", _word(h, 0.4, 1.8, ("flat", "round", "elongated")), "ball")
 
 
 def _torus(g: Rng) -> tuple[list[Piece], str]:
@@ -177,7 +179,7 @@ def _table(g: Rng) -> tuple[list[Piece], str]:
         pieces += [_tube(g, 0.12, 0.12, h), _disc(g, 0.5)]
     else:
         pieces += [_box(g, (0.1, 0.1, h), (x, y, 0)) for x, y in place]
-    top = "round" if is_round else _word(long, 1, 2.5, ("square", "rectangular", "long rectangular"))
+    top = "round" if is_round else _word(long, 1, 2.5, ("square", "rectangular", "long rectangular"), graded=False)
     legs = "one central column" if column else "four legs"
     return pieces, _says("a", _word(h, 0.5, 1.8, ("low", "", "tall")), "table with a", top, "top and", legs)
 
@@ -198,8 +200,8 @@ def _mug(g: Rng) -> tuple[list[Piece], str]:
     h, flare = g.uniform(0.9, 3), g.uniform(0.7, 1.3)
     handle = _upright(_ring(g, 0.3 * h, 0.08), (0.5 + flare / 2 + 0.1, 0, h / 2))
     pieces = [_tube(g, 1, flare, h), _disc(g, 1), handle]
-    shape = _word(flare, 0.7, 1.3, ("with a narrow rim", "with straight sides", "with a wide rim"))
-    return pieces, _says("a", _word(h, 0.9, 3, ("squat", "", "tall")), "mug with a handle,", shape)
+    shape = _word(flare, 0.7, 1.3, ("narrow rim", "straight rim", "wide rim"))
+    return pieces, _says("a", _word(h, 0.9, 3, ("squat", "", "tall")), "mug with a handle and a", shape)
 
 
 def _stairs(g: Rng) -> tuple[list[Piece], str]:
@@ -219,7 +221,7 @@ def _stairs(g: Rng) -> tuple[list[Piece], str]:
 def _lamp(g: Rng) -> tuple[list[Piece], str]:
     h, shade = g.uniform(0.8, 4), g.uniform(0.5, 1.2)
     pieces = [_disc(g, 0.6), _tube(g, 0.06, 0.06, h), _tube(g, shade, 0.35 * shade, 0.7, (0, 0, h))]
-    kind = _word(h, 0.8, 4, ("table lamp", "lamp", "floor lamp"))
+    kind = _word(h, 0.8, 4, ("table lamp", "lamp", "floor lamp"), graded=False)
     return pieces, _says("a", kind, "with a", _word(shade, 0.5, 1.2, ("small", "medium", "wide")), "shade")
 
 
@@ -239,7 +241,7 @@ def _bed(g: Rng) -> tuple[list[Piece], str]:
     wide, head = g.uniform(0.8, 2), g.uniform(0.3, 1.4)
     pieces = [_box(g, (2, wide, 0.3), (0, 0, 0.3)), _box(g, (0.08, wide, head), (-1, 0, 0.3))]
     pieces += [_box(g, (0.1, 0.1, 0.3), (x, y * wide, 0)) for x in (-0.9, 0.9) for y in (-0.45, 0.45)]
-    kind = _word(wide, 0.8, 2, ("single", "", "double"))
+    kind = _word(wide, 0.8, 2, ("single", "", "double"), graded=False)
     return pieces, _says("a", kind, "bed with a", _word(head, 0.3, 1.4, ("low", "", "high")), "headboard")
 
 

@@ -56,6 +56,14 @@ SYSTEMS = (
         "edit",
         "SpectralSteering",
     ),
+    System(
+        "plato-3d-text",
+        "Aligning two unimodal encoders inside the subspaces that they share",
+        "Hadgi et al.: Escaping Plato's Cave (CVPR 2025, arXiv 2503.05283)",
+        2025,
+        "align",
+        "SubspaceAligner",
+    ),
 )
 """Every system with a protocol."""
 
