@@ -40,6 +40,7 @@ PACKAGES = ("numpy", "scipy", "sklearn", "networkx")
 """Packages, beside the standard library, whose functions are read; all come with this library's dependencies."""
 
 COMPONENTS = (10, 25, 50, 100, 200)
+QUICK_COMPONENTS = (10, 50, 200)
 STEPS, BATCH = 300, 64
 """Batches that train the point network, and their size."""
 
@@ -447,7 +448,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     progress("shapes", 0.15)
     worlds += shape_worlds()
     seeds = range(seed, seed + (1 if quick else 3))
-    ks = (10, 50, 200) if quick else COMPONENTS
+    ks = QUICK_COMPONENTS if quick else COMPONENTS
     methods = ("none", "affine", "ridge", "local_cka", "relative")
     checks: list[Check] = []
     tables: list[Table] = []
