@@ -19,7 +19,7 @@ from subspan.statistics import JointMoments, kernel_cka, local_kernel_cka
 P, Q, SHARED = 48, 36, 10
 
 
-def planted(n: int, seed: int = 0, *, private: float = 3.0, noise: float = 0.2, p: int = P, q: int = Q):
+def planted(n: int, seed: int = 0, *, private: float = 4.0, noise: float = 0.2, p: int = P, q: int = Q):
     """Two spaces that share SHARED dimensions under stronger private ones; (x, y, shared rows of x)."""
     g = torch.Generator().manual_seed(7)
     turns = [torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=g)).Q for d in (p, q)]
@@ -188,14 +188,15 @@ def test_the_shared_row_space_is_recovered(data):
     assert model.subspace_y_.basis.shape == (Q, SHARED)
 
 
-def test_cross_validation_counts_the_shared_dimensions(data):
-    x, y, new_x, new_y, _ = data
-    for subspace in ("cca", "svcca"):
-        model = SubspaceAligner("cv", subspace=subspace).fit(x, y)
-        assert model.n_components_ == SHARED
-        assert model.score(new_x, new_y) > 0.95
-        assert (model.held_out_correlations_[:SHARED] > 0.8).all()
-        assert abs(model.held_out_correlations_[SHARED:]).max() < 0.2
+@pytest.mark.parametrize(("subspace", "private"), [("cca", 4.0), ("svcca", 1.0)])
+def test_cross_validation_counts_the_shared_dimensions(subspace, private):
+    # 99 % of the variance must hold the shared dimensions for "svcca" to see them.
+    x, y, _ = planted(4200, private=private)
+    model = SubspaceAligner("cv", subspace=subspace).fit(x[:4000], y[:4000])
+    assert model.n_components_ == SHARED
+    assert model.score(x[4000:], y[4000:]) > 0.95
+    assert (model.held_out_correlations_[:SHARED] > 0.8).all()
+    assert abs(model.held_out_correlations_[SHARED:]).max() < 0.2
 
 
 def test_independent_spaces_have_nothing_to_find():
@@ -209,14 +210,14 @@ def test_independent_spaces_have_nothing_to_find():
 
 
 def test_shrinkage_rescues_few_anchors():
-    x, y, _ = planted(420)
+    x, y, _ = planted(420, private=1.0)
     with pytest.warns(UserWarning, match="anchors are few"):
         raw = SubspaceAligner(SHARED, shrinkage=0.0).fit(x[:120], y[:120])
     assert raw.canonical_correlations_[0] > 0.95
-    shrunk = SubspaceAligner(SHARED, shrinkage=0.3).fit(x[:220], y[:220])
+    shrunk = SubspaceAligner(SHARED, shrinkage=0.5).fit(x[:120], y[:120])
+    assert shrunk.score(x[120:], y[120:]) > raw.score(x[120:], y[120:])
     few = SubspaceAligner(SHARED, shrinkage="auto").fit(x[:30], y[:30])
     assert np.isfinite(few.similarity(x[120:].numpy(), y[120:].numpy())).all()
-    assert shrunk.score(x[220:], y[220:]) > raw.score(x[220:], y[220:])
 
 
 def test_over_fitted_correlations_are_said(data):
