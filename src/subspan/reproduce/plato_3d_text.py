@@ -49,7 +49,10 @@ _SUBSPACE = "cca"
 
 @dataclass(frozen=True)
 class World:
-    """Paired features of two encoders: x (n, p), y (n, q); queries come from groups of their own."""
+    """Paired features of two encoders: x (n, p), y (n, q); queries come from groups of their own.
+
+    anchors: the numbers of anchors to try. points: clouds of shapes, with a label of each for the analysis.
+    """
 
     name: str
     x: Float[Tensor, "n p"]
@@ -149,8 +152,7 @@ def code_world() -> World:
     options = {"what": "functions, masked bodies 512 and first sentences 384", "recipe": 1}
     data = {"python": platform.python_version(), "packages": versions}
     rows = torch.from_numpy(np.array(cached_features(compute, model=encoder.model, data=data, options=options)))
-    n = len(rows)
-    sizes = tuple(size for size in (500, 1000, 2000, 4000, 8000) if size <= n - 1500)
+    sizes = (500, 1000, 2000, 4000, 8000)
     return World("code and docstrings", rows[:, :512], rows[:, 512:-1], rows[:, -1].numpy(), 500, sizes)
 
 
@@ -255,6 +257,15 @@ def shape_worlds(n: int = 5000) -> list[World]:
 
 
 # ---------------------------------------------------------------------- what is measured
+
+
+def with_sizes(world: World, seeds: range) -> World:
+    """The world with the numbers of anchors that its splits leave, all of them (in hundreds) as the largest."""
+    left = min(
+        len(split_queries(world.y, world.n_queries, world.groups, np.random.default_rng(seed))[1]) for seed in seeds
+    )
+    most = left // 100 * 100
+    return replace(world, anchors=(*(size for size in world.anchors if size < 0.9 * most), most))
 
 
 def reports(world: World, seeds: range, methods: Sequence[str], ks: Sequence[int]) -> list[CrossModalReport]:
@@ -455,6 +466,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     measured: dict[str, list[CrossModalReport]] = {}
     for number, world in enumerate(worlds):
         progress(world.name, 0.3 + 0.6 * number / len(worlds))
+        world = with_sizes(world, seeds)
         if quick:
             world = replace(world, anchors=(world.anchors[0], min(2000, world.anchors[-1])))
         found = measured[world.name] = reports(world, seeds, methods, ks)
