@@ -260,9 +260,19 @@ def test_truncation_is_the_smaller_fit(data):
         large.truncate(4, shrinkage=0.5)
     with pytest.raises(ValueError, match="all coordinates"):
         SubspaceAligner(subspace=None).fit(x, y).truncate(3)
-    cut = large.truncate(4)
-    cut.partial_fit(x, y)
-    assert large.moments_.count == len(x)
+
+
+@pytest.mark.parametrize("k", [12, "cv"])
+def test_anchors_added_to_a_copy_count_once_and_leave_the_original(data, k):
+    x, y, *_ = data
+    model = SubspaceAligner(k).fit(x[:2000], y[:2000])
+    cut = model.truncate(4)
+    cut.partial_fit(x[2000:], y[2000:])
+    assert model.moments_.count == 2000
+    assert cut.moments_.count == 4000
+    whole = SubspaceAligner(4).fit(x, y)
+    np.testing.assert_allclose(cut.canonical_correlations_, whole.canonical_correlations_, atol=1e-9)
+    np.testing.assert_allclose(cut.held_out_correlations_, whole.held_out_correlations_, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- use

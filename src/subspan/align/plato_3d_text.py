@@ -133,10 +133,9 @@ class SubspaceAligner(BaseEstimator):
             self._anchors.append((x.double(), y.double()))
         place = (torch.arange(len(x), device=x.device) + int(sum(fold.count for fold in self._folds))) % _FOLDS
         for number, fold in enumerate(self._folds):
+            # Two folds: the fifth pairs and all others.
             last = number == len(self._folds) - 1
-            chosen = (
-                place == number if self.n_components == "cv" else (place == _FOLDS - 1 if last else place < _FOLDS - 1)
-            )
+            chosen = place == number if len(self._folds) == _FOLDS else (place == _FOLDS - 1) == last
             fold.update(x[chosen].double(), y[chosen].double())
 
     def _check_parameters(self) -> None:
@@ -176,7 +175,7 @@ class SubspaceAligner(BaseEstimator):
                 raise ValueError(
                     f"n_components: the anchors give at most {available} (columns, and rank of both sides), got {k}"
                 )
-            held_out = self._held_out(self._folds[0], self._folds[-1], k)
+            held_out = self._held_out(_total(self._folds[:-1]), self._folds[-1], k)
         map_x, map_y, correlations = self._coordinates(moments, k)
         self._shared = _SharedSpace(
             map_x, map_y, moments.mean_x, moments.mean_y, moments.map(map_x, map_y), correlations, held_out
@@ -219,7 +218,7 @@ class SubspaceAligner(BaseEstimator):
 
     def _cross_validated(self, moments: JointMoments) -> tuple[int, Tensor]:
         """The leading canonical pairs whose correlation, averaged over folds held out, stands above its noise."""
-        parts = list(range(_FOLDS))
+        parts = range(len(self._folds))
         rest = [_total([self._folds[j] for j in parts if j != i]) for i in parts]
         if min(part.count for part in (*rest, *self._folds)) < 2:
             raise ValueError(f"X: 'cv' needs at least {2 * _FOLDS} anchors, got {moments.count:g}")
