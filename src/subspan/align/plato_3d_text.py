@@ -43,7 +43,8 @@ class _SharedSpace:
     mean_y: Float[Tensor, " q"]
     moments: JointMoments
     correlations: Float[Tensor, " k"] | None = None
-    held_out: Float[Tensor, " k"] | None = None
+    # Of all pairs that were tried where cross-validation chose k.
+    held_out: Float[Tensor, " m"] | None = None
 
 
 class SubspaceAligner(BaseEstimator):
@@ -64,7 +65,7 @@ class SubspaceAligner(BaseEstimator):
     is the paper's least squares.
     The anchors are read once, in any form that `subspan.statistics.batches` takes, or by `partial_fit`; memory
     O((p + q)²), everything in float64. Queries are centred by the anchors' means, never by their own.
-    Attributes: canonical_correlations_ (k,) of the anchors; held_out_correlations_ (k,), on a fifth of the anchors of
+    Attributes: canonical_correlations_ (k,) of the anchors; held_out_correlations_, on a fifth of the anchors of
     directions fitted to the others (all that were tried with "cv"); n_components_; subspace_x_, subspace_y_,
     orthonormal bases of the two spans; coordinates_, the `AffineMap`s of step 1; map_x_, map_y_, those behind
     transform_x and transform_y; moments_.
@@ -325,7 +326,7 @@ class SubspaceAligner(BaseEstimator):
         return self._correlations("correlations")
 
     @property
-    def held_out_correlations_(self) -> Float[np.ndarray, " k"]:
+    def held_out_correlations_(self) -> Float[np.ndarray, " m"]:
         """Correlations of the canonical pairs on anchors that did not fit them."""
         return self._correlations("held_out")
 
