@@ -204,9 +204,9 @@ def _ridge(model: SubspaceAligner, direction: str, anchors: tuple[Tensor, Tensor
     """The penalty with the best top-5 retrieval on a fifth of the anchors (500 at most), then all anchors."""
     cut = max(5, min(500, len(anchors[0]) // 5))
     sides = [side.map(rows) for side, rows in zip(model.coordinates_, anchors)]
-    fit, validation = [rows[cut:] for rows in sides], [rows[:cut] for rows in sides]
-    start = SubspaceAligner(subspace=None, direction=direction).fit(*fit)
-    scores = [start.truncate(alpha=alpha).score(*validation) for alpha in _RIDGE_PENALTIES]
+    x, y = sides
+    start = SubspaceAligner(subspace=None, direction=direction).fit(x[cut:], y[cut:])
+    scores = [start.truncate(alpha=alpha).score(x[:cut], y[:cut]) for alpha in _RIDGE_PENALTIES]
     return model.truncate(method="affine", direction=direction, alpha=_RIDGE_PENALTIES[int(np.argmax(scores))])
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import validate_data
 from torch import Tensor
@@ -188,8 +188,8 @@ class SubspaceAligner(BaseEstimator):
     def _coordinates(self, moments: JointMoments, k: int) -> tuple[AffineMap, AffineMap, Tensor | None]:
         """Maps of both spaces to their k coordinates, centred at the anchors' means."""
         if self.subspace is None:
-            eyes = (torch.eye(d, dtype=torch.float64) for d in (moments.d_x, moments.d_y))
-            return *(_centred(eye, mean) for eye, mean in zip(eyes, (moments.mean_x, moments.mean_y))), None
+            whole_x, whole_y = (torch.eye(d, dtype=torch.float64) for d in (moments.d_x, moments.d_y))
+            return _centred(whole_x, moments.mean_x), _centred(whole_y, moments.mean_y), None
         if self.subspace == "pca":
             return _principal(moments.x.subspace(k)), _principal(moments.y.subspace(k)), None
         weight = "oas" if self.shrinkage == "auto" else float(self.shrinkage)
@@ -359,7 +359,7 @@ class SubspaceAligner(BaseEstimator):
         unknown = set(parameters) - {"method", "direction", "alpha"}
         if unknown:
             raise ValueError(f"parameters: method, direction and alpha can be changed, got {sorted(unknown)}")
-        new = clone(self).set_params(**parameters)
+        new: SubspaceAligner = type(self)(**{**self.get_params(), **parameters})
         if n_components is not None:
             if self.subspace is None:
                 raise ValueError("n_components: subspace=None keeps all coordinates")
@@ -376,7 +376,8 @@ class SubspaceAligner(BaseEstimator):
                 shared.mean_x,
                 shared.mean_y,
                 shared.moments.map(*first),
-                *(None if values is None else values[:k] for values in (shared.correlations, shared.held_out)),
+                None if shared.correlations is None else shared.correlations[:k],
+                None if shared.held_out is None else shared.held_out[:k],
             )
             new.n_components = k
         new._check_parameters()
@@ -442,8 +443,9 @@ class SubspaceAligner(BaseEstimator):
             best, found = scores.topk(k, dim=1)
         else:
             self._check_comparable()
-            sides = self._map_x.map(self._rows(X, "X")), self._map_y.map(self._rows(Y, "Y"))
-            best, found = nearest(*(sides if forward else sides[::-1]), k, metric="cosine")
+            x, y = self._map_x.map(self._rows(X, "X")), self._map_y.map(self._rows(Y, "Y"))
+            queries, base = (x, y) if forward else (y, x)
+            best, found = nearest(queries, base, k, metric="cosine")
         reference = X if forward else Y
         return like(best, reference), like(found, reference)
 
@@ -493,12 +495,13 @@ class SubspaceAligner(BaseEstimator):
         """Read a file written by `save`. Raises ValueError when it is not one."""
         arrays, facts = load_arrays(path, "subspace-aligner")
         new = cls(**facts["parameters"])
-        means = [arrays[f"mean_{side}"] for side in "xy"]
-        map_x, map_y = (_centred(arrays[f"matrix_{side}"], mean) for side, mean in zip("xy", means))
+        mean_x, mean_y = arrays["mean_x"], arrays["mean_y"]
+        map_x, map_y = _centred(arrays["matrix_x"], mean_x), _centred(arrays["matrix_y"], mean_y)
         moments = JointMoments(len(map_x.matrix), len(map_y.matrix))
         names = ("count", "mean", "scatter")
         moments.joint = type(moments.joint).from_state({name: arrays[f"moments_{name}"] for name in names})
-        new._shared = _SharedSpace(map_x, map_y, *means, moments, arrays.get("correlations"), arrays.get("held_out"))
+        found = arrays.get("correlations"), arrays.get("held_out")
+        new._shared = _SharedSpace(map_x, map_y, mean_x, mean_y, moments, *found)
         new._anchors = []
         new.n_features_in_ = map_x.matrix.shape[1]
         new._align()

@@ -263,8 +263,8 @@ def _barbell(g: Rng) -> tuple[list[Piece], str]:
     bar, radius = g.uniform(0.8, 4), g.uniform(0.3, 0.8)
     pieces = [
         _tube(g, 0.1, 0.1, bar),
-        _ball(g, (radius,) * 3, (0, 0, 0)),
-        _ball(g, (radius,) * 3, (0, 0, bar)),
+        _ball(g, (radius, radius, radius), (0, 0, 0)),
+        _ball(g, (radius, radius, radius), (0, 0, bar)),
     ]
     pieces = [(cloud[:, [2, 1, 0]], area) for cloud, area in pieces]
     length, size = _word(bar, 0.8, 4, ("short", "", "long")), _word(radius, 0.3, 0.8, ("small", "", "large"))
