@@ -53,11 +53,11 @@ def test_reduced_rank_regression_is_the_best_of_its_rank():
     )
 
 
-def test_projected_and_swapped_moments_are_those_of_the_rows():
+def test_mapped_and_swapped_moments_are_those_of_the_rows():
     x, y, rotation = pairs(d_y=5)
     a, b = rotation.mT[:, :3], torch.eye(5, dtype=torch.float64)[:, :2]
     moments = JointMoments(12, 5).update(x, y)
-    for ours, rows in ((moments.projected(a, b), (x @ a, y @ b)), (moments.swapped(), (y, x))):
+    for ours, rows in ((moments.map(AffineMap(a.mT), AffineMap(b.mT)), (x @ a, y @ b)), (moments.swapped(), (y, x))):
         direct = JointMoments(rows[0].shape[1], rows[1].shape[1]).update(*rows)
         torch.testing.assert_close(ours.joint.mean, direct.joint.mean, atol=1e-12, rtol=0)
         torch.testing.assert_close(ours.joint.covariance(), direct.joint.covariance(), atol=1e-12, rtol=0)

@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 from subspan.align.adapter import EmbeddingAdapter
 from subspan.align.backfill import backfill_order
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
+from subspan.align.cross_modal import CrossModalReport, cross_modal_report, distance_correlation, relative_coordinates
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
+from subspan.align.plato_3d_text import SubspaceAligner
 from subspan.align.realign import ReAlign
 from subspan.align.space_map import SpaceMap
 from subspan.align.unpaired import UnpairedReport
@@ -19,6 +21,7 @@ __all__ = [
     "C3",
     "BlockwiseCovariance",
     "EmbeddingAdapter",
+    "CrossModalReport",
     "MeanShift",
     "ModalityGap",
     "ModalityMap",
@@ -30,8 +33,12 @@ __all__ = [
     "UnpairedReport",
     "UpgradeMap",
     "backfill_order",
+    "SubspaceAligner",
     "cosine_divergence",
+    "cross_modal_report",
+    "distance_correlation",
     "mixing_rate",
+    "relative_coordinates",
 ]
 
 

@@ -245,7 +245,7 @@ class CrossValidation:
             if self._reduced:
                 x_axes = torch.eye(moments.d_x, dtype=torch.float64) if self.x_axes is None else self.x_axes
                 y_axes = torch.eye(moments.d_y, dtype=torch.float64) if self.y_axes is None else self.y_axes
-                moments = moments.projected(x_axes, y_axes)
+                moments = moments.map(AffineMap(x_axes.mT), AffineMap(y_axes.mT))
             self._moments[left_out] = (moments, shared)
         return self._moments[left_out]
 

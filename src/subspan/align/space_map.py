@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..geometry.arrays import check_matrix, like
 from ..geometry.maps import AffineMap
-from ..statistics import JointMoments, batches, is_stream
+from ..statistics import JointMoments
+from .pairs import paired_rows
 
 _METHODS = ("procrustes", "scaled", "ridge", "cca")
 
@@ -51,7 +50,7 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         if self.method not in _METHODS:
             raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
         reset = not hasattr(self, "moments_")
-        for x, y in read_pairs(self, X, Y, reset=reset):
+        for x, y in paired_rows(self, X, Y, reset=reset):
             if not hasattr(self, "moments_"):
                 self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
                 self.n_features_in_ = x.shape[1]
@@ -94,32 +93,6 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         tags.target_tags.multi_output = True
         tags.target_tags.single_output = False
         return tags
-
-
-def read_pairs(estimator: BaseEstimator, X: Any, Y: Any, *, reset: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Paired rows batch by batch, checked; for arrays as scikit-learn checks them. Raises ValueError at the door."""
-    if Y is None:
-        raise ValueError("requires y to be passed, but the target y is None: Y holds the rows paired with X")
-    if getattr(Y, "ndim", 2) == 1 or not any(_is_streamed(rows) for rows in (X, Y)):
-        pair: Any = validate_data(
-            estimator, X, Y, reset=reset, dtype=np.float64, multi_output=True, y_numeric=True, ensure_min_samples=2
-        )
-        x, y = pair
-        yield check_matrix(x, "X"), check_matrix(y.reshape(len(y), -1).astype(np.float64), "Y")
-        return
-    try:
-        for x, y in zip(batches(X), batches(Y), strict=True):
-            if len(x) != len(y):
-                raise ValueError(f"Y: expected {len(x)} rows to pair with X, got {len(y)}")
-            yield check_matrix(x, "X"), check_matrix(y, "Y").to(x.device)
-    except ValueError as error:
-        if "zip()" in str(error):
-            raise ValueError("Y: must have as many rows as X, in batches of the same sizes") from error
-        raise
-
-
-def _is_streamed(rows: Any) -> bool:
-    return isinstance(rows, Tensor) or (is_stream(rows) and not issparse(rows))
 
 
 def _device(rows: Any) -> torch.device:

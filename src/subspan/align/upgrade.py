@@ -21,7 +21,7 @@ from ..statistics import JointMoments
 from .adapter import EmbeddingAdapter
 from .confidence import RetrievalConfidence
 from .held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, HeldOut, closed_forms, complexity, grid
-from .space_map import read_pairs
+from .pairs import paired_rows
 from .unpaired import UnpairedReport, align_unpaired
 
 _METHODS = ("auto", *CLOSED_FORMS, "mlp")
@@ -90,7 +90,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self._forget()
         generator = torch.Generator().manual_seed(int(self.random_state))
         pairs: FoldedPairs | None = None
-        for x, y in read_pairs(self, X, Y, reset=True):
+        for x, y in paired_rows(self, X, Y, reset=True):
             if self.normalize and x.shape[1] < 2:
                 raise ValueError("X: 1 feature(s) leave only two unit vectors; normalize=True needs at least 2")
             x, y = (normalize_rows(x), normalize_rows(y)) if self.normalize else (x, y)

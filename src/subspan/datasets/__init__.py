@@ -13,6 +13,7 @@ from subspan.datasets.packages import (
     load_sentence_encoder,
     model_path,
 )
+from subspan.datasets.shapes import Shapes, procedural_shapes
 from subspan.datasets.shared import SHARED, ImageRecords, data_folder, is_available, load
 from subspan.datasets.tables import FiniteCheck, Table, read_table
 from subspan.datasets.texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
@@ -26,6 +27,7 @@ __all__ = [
     "FiniteCheck",
     "ImageCollection",
     "ImageRecords",
+    "Shapes",
     "Table",
     "Texts",
     "anomaly_folder",
@@ -48,6 +50,7 @@ __all__ = [
     "load_sentence_encoder",
     "model_path",
     "open_image",
+    "procedural_shapes",
     "read_table",
     "read_texts",
     "stdlib_docstrings",

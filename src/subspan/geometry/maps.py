@@ -164,9 +164,16 @@ def ridge(
     mean_x: Tensor | None = None,
     mean_y: Tensor | None = None,
 ) -> AffineMap:
-    """Ridge regression from x to y; `alpha` is relative to the mean variance of x (tr cov_xx / d_x)."""
+    """Ridge regression from x to y; `alpha` is relative to the mean variance of x (tr cov_xx / d_x).
+
+    alpha = 0 is least squares on the range of cov_xx: directions that x does not have (constant or duplicated columns,
+    fewer rows than columns) count for nothing.
+    """
     if alpha < 0:
         raise ValueError(f"alpha: must be >= 0, got {alpha}")
+    if alpha == 0:
+        white = inverse_sqrt(cov_xx)
+        return _through_means((white @ (white @ cov_xy)).mT, mean_x, mean_y)
     d = cov_xx.shape[0]
     penalty = alpha * cov_xx.diagonal().sum() / d
     regular = cov_xx + penalty * torch.eye(d, dtype=cov_xx.dtype, device=cov_xx.device)

@@ -64,6 +64,14 @@ SYSTEMS = (
         "align",
         "UpgradeMap",
     ),
+    System(
+        "plato-3d-text",
+        "Aligning two unimodal encoders inside the subspaces that they share",
+        "Hadgi et al.: Escaping Plato's Cave (CVPR 2025, arXiv 2503.05283)",
+        2025,
+        "align",
+        "SubspaceAligner",
+    ),
 )
 """Every system with a protocol."""
 

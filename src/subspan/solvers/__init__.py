@@ -1,6 +1,8 @@
 """Numerical work that several systems share."""
 
-from .neighbours import knn_overlap, nearest, recall_at_k
+from .assignment import assign
+from .neighbours import knn_overlap, nearest, neighbour_purity, recall_at_k
+from .point_clouds import chamfer_distances
 from .retrieval import (
     BackfillCurve,
     RetrievalScores,
@@ -16,13 +18,16 @@ from .retrieval import (
 __all__ = [
     "BackfillCurve",
     "RetrievalScores",
+    "assign",
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
+    "chamfer_distances",
     "common_prefix",
     "compatibility_matrix",
     "knn_overlap",
     "nearest",
+    "neighbour_purity",
     "recall_at_k",
     "retrieval_scores",
     "template_gallery",

@@ -72,3 +72,15 @@ def knn_overlap(a: Any, b: Any, k: int = 10, *, metric: str = "cosine") -> Float
     first = nearest(x, x, k, metric=metric, exclude_self=True)[1]
     second = nearest(y, y, k, metric=metric, exclude_self=True)[1]
     return recall_at_k(second.to(first.device), first)
+
+
+def neighbour_purity(rows: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> float:
+    """Mean share of the k nearest other rows (n, d) that carry the row's own label (n,)."""
+    x = check_matrix(rows, "rows")
+    names = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    if len(names) != len(x):
+        raise ValueError(f"labels: expected {len(x)}, got {len(names)}")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    label = torch.tensor([numbers[name] for name in names], device=x.device)
+    found = nearest(x, x, k, metric=metric, exclude_self=True)[1]
+    return float((label[found] == label.unsqueeze(1)).double().mean())

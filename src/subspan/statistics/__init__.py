@@ -1,5 +1,6 @@
 """Sufficient statistics that merge: moments, sketches, and rows streamed from anywhere."""
 
+from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
 from .moments import GroupedMoments, JointMoments, Moments
 from .sketch import CovarianceSketch
 from .streams import batches, fit_moments, is_dask, is_one_shot, is_stream
@@ -11,7 +12,10 @@ __all__ = [
     "Moments",
     "batches",
     "fit_moments",
+    "gram_matrix",
     "is_dask",
     "is_one_shot",
     "is_stream",
+    "kernel_cka",
+    "local_kernel_cka",
 ]

@@ -274,9 +274,7 @@ class JointMoments:
             return NotImplemented
         if (other.d_x, other.d_y) != (self.d_x, self.d_y):
             raise ValueError(f"other: has dimensions {(other.d_x, other.d_y)}, expected {(self.d_x, self.d_y)}")
-        new = JointMoments.__new__(JointMoments)
-        new.d_x, new.d_y, new.joint = self.d_x, self.d_y, self.joint + other.joint
-        return new
+        return self._with(self.d_x, self.d_y, self.joint + other.joint)
 
     def all_reduce(self, group: Any = None) -> JointMoments:
         """Merge over the processes of a torch.distributed group, in place on every rank; returns self."""
@@ -328,31 +326,42 @@ class JointMoments:
         """Moments of y alone."""
         return self._marginal(slice(self.d_x, None))
 
-    def swapped(self) -> JointMoments:
-        """Moments of the pairs (y, x)."""
-        order = torch.cat([torch.arange(self.d_x, self.d_x + self.d_y), torch.arange(self.d_x)])
-        order = order.to(self.joint.mean.device)
+    def copy(self) -> JointMoments:
+        """Independent copy."""
+        return self._with(self.d_x, self.d_y, self.joint.copy())
+
+    @staticmethod
+    def _with(d_x: int, d_y: int, joint: Moments) -> JointMoments:
         new = JointMoments.__new__(JointMoments)
-        new.d_x, new.d_y, new.joint = self.d_y, self.d_x, Moments.__new__(Moments)
-        new.joint.count, new.joint.mean = self.count, self.joint.mean[order]
-        new.joint.scatter = self.joint.scatter[order][:, order]
+        new.d_x, new.d_y, new.joint = d_x, d_y, joint
         return new
 
-    def projected(self, x_basis: Float[Tensor, "d_x p"], y_basis: Float[Tensor, "d_y q"]) -> JointMoments:
-        """Moments of the pairs (x @ x_basis, y @ y_basis)."""
-        new = JointMoments.__new__(JointMoments)
-        new.d_x, new.d_y, new.joint = x_basis.shape[1], y_basis.shape[1], Moments.__new__(Moments)
-        a, b = x_basis.to(self.joint.mean), y_basis.to(self.joint.mean)
-        scatter, split = self.joint.scatter, self.d_x
-        cross = a.mT @ scatter[:split, split:] @ b
-        new.joint.count, new.joint.mean = self.count, torch.cat([self.mean_x @ a, self.mean_y @ b])
-        new.joint.scatter = torch.cat(
-            [
-                torch.cat([a.mT @ scatter[:split, :split] @ a, cross], dim=1),
-                torch.cat([cross.mT, b.mT @ scatter[split:, split:] @ b], dim=1),
-            ]
+    def swapped(self) -> JointMoments:
+        """Moments of the pairs (y, x)."""
+        order = torch.arange(self.d_x + self.d_y, device=self.joint.mean.device).roll(self.d_y)
+        joint = Moments.from_state(
+            {
+                "count": torch.tensor([self.count], dtype=torch.float64),
+                "mean": self.joint.mean[order],
+                "scatter": self.joint.scatter[order][:, order],
+            }
         )
-        return new
+        return self._with(self.d_y, self.d_x, joint)
+
+    def map(self, x: maps.AffineMap, y: maps.AffineMap) -> JointMoments:
+        """Moments of the pairs (x(row), y(row)), in O(d^3) without the rows."""
+        left, right = x.matrix.to(self.joint.mean), y.matrix.to(self.joint.mean)
+        s, d = self.joint.scatter, self.d_x
+        cross = left @ s[:d, d:] @ right.mT
+        top = torch.cat([left @ s[:d, :d] @ left.mT, cross], dim=1)
+        joint = Moments.from_state(
+            {
+                "count": torch.tensor([self.count], dtype=torch.float64),
+                "mean": torch.cat([x.map(self.mean_x.unsqueeze(0))[0], y.map(self.mean_y.unsqueeze(0))[0]]),
+                "scatter": torch.cat([top, torch.cat([cross.mT, right @ s[d:, d:] @ right.mT], dim=1)]),
+            }
+        )
+        return self._with(len(left), len(right), joint)
 
     def procrustes(
         self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None
@@ -400,20 +409,23 @@ class JointMoments:
 
         Costs O((m + p) d^2 + m p d) instead of a kernel matrix per pair. Source: Maniparambil et al., 2024.
         """
+        # In double precision: with n pairs the scores of one query differ in the relative order of 1/n.
+        center_x, center_y = self.mean_x.double(), self.mean_y.double()
+        a, b = as_tensor(x, "x", ndim=2).to(center_x), as_tensor(y, "y", ndim=2).to(center_y)
+        if a.shape[1] != self.d_x or b.shape[1] != self.d_y:
+            raise ValueError(f"x, y: expected {self.d_x} and {self.d_y} columns, got {a.shape[1]} and {b.shape[1]}")
+        a, b = a - center_x, b - center_y
         factor = self.count / (self.count + 1)
-        a = as_tensor(x, "x", ndim=2).to(self.mean_x) - self.mean_x
-        b = as_tensor(y, "y", ndim=2).to(self.mean_y) - self.mean_y
-        degrees = self.count - 1
-        s_xx, s_xy, s_yy = self.cov_xx * degrees, self.cov_xy * degrees, self.cov_yy * degrees
+        scatter, d = self.joint.scatter.double(), self.d_x
+        s_xx, s_xy, s_yy = scatter[:d, :d], scatter[:d, d:], scatter[d:, d:]
 
-        def norm_squared(s: Tensor, left: Tensor, right: Tensor, inner: Tensor) -> Tensor:
-            quartic = left.square().sum(-1, keepdim=True) * right.square().sum(-1)
-            return s.square().sum() + 2 * factor * inner + factor**2 * quartic
+        def own(s: Tensor, rows: Tensor) -> Tensor:
+            linear, quartic = ((rows @ s) * rows).sum(-1), rows.square().sum(-1).square()
+            return s.square().sum() + 2 * factor * linear + factor**2 * quartic
 
-        cross = norm_squared(s_xy, a, b, a @ s_xy @ b.mT)
-        own_x = s_xx.square().sum() + 2 * factor * ((a @ s_xx) * a).sum(-1) + factor**2 * a.square().sum(-1).square()
-        own_y = s_yy.square().sum() + 2 * factor * ((b @ s_yy) * b).sum(-1) + factor**2 * b.square().sum(-1).square()
-        return cross / (own_x.sqrt().unsqueeze(-1) * own_y.sqrt())
+        quartic = a.square().sum(-1, keepdim=True) * b.square().sum(-1)
+        cross = s_xy.square().sum() + 2 * factor * (a @ s_xy @ b.mT) + factor**2 * quartic
+        return cross / (own(s_xx, a).sqrt().unsqueeze(-1) * own(s_yy, b).sqrt())
 
 
 class GroupedMoments:
