@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
+from subspan.align.irepa import RepresentationAlignment, spatial_structure_of
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
 from subspan.align.realign import ReAlign
@@ -20,10 +21,12 @@ __all__ = [
     "ProjectedAffine",
     "ReAlign",
     "ReVision",
+    "RepresentationAlignment",
     "RevisionCollator",
     "SpaceMap",
     "cosine_divergence",
     "mixing_rate",
+    "spatial_structure_of",
 ]
 
 
