@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,7 +62,7 @@ class FlowMatching(LightningModule):
         self.betas = betas
         self.weight_decay = weight_decay
         self.warmup = warmup
-        self.ema = AveragedModel(copy.deepcopy(denoiser), multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
+        self.ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.ema.requires_grad_(False)
 
     def noised(

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def cosine_matching_loss(x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"]) -> Float[Tensor, ""]:
+def cosine_matching_loss(x: Float[Tensor, "*b d"], y: Float[Tensor, "*c e"]) -> Float[Tensor, ""]:
     """Minus the mean cosine of paired vectors, in [-1, 1]; zero vectors count as orthogonal to everything.
 
     Computed in float32 or wider. Raises ValueError for shapes that differ or hold nothing.

@@ -77,7 +77,7 @@ class PatchProjector(nn.Module):
         self,
         d_in: int,
         d_out: int,
-        kind: Literal["conv", "mlp", "linear"] = "conv",
+        kind: str = "conv",
         kernel_size: int = 3,
         hidden: int = 2048,
     ) -> None:
