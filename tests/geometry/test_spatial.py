@@ -16,9 +16,7 @@ def tokens(b: int = 2, h: int = 4, w: int = 4, d: int = 7, *, dtype: torch.dtype
     return torch.randn(b, h * w, d, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-def by_loops(
-    image: torch.Tensor, h: int, w: int, mask: list[bool], near: int, far: int, dmax: int
-) -> dict[str, float]:
+def by_loops(image: torch.Tensor, h: int, w: int, mask: list[bool], near: int, far: int, dmax: int) -> dict[str, float]:
     """The four definitions, pair by pair."""
     places = list(itertools.product(range(h), range(w)))
     unit = [row / row.norm() for row in image]

@@ -69,7 +69,9 @@ def test_leading_directions_are_removed_in_place_of_the_mean() -> None:
     assert not bool(SpatialNorm(1.0, remove_rank=1)(torch.ones(1, 5, 3, dtype=torch.float64)).any())
 
 
-@pytest.mark.parametrize("options", [{"gamma": 1.5}, {"gamma": -0.1}, {"eps": -1.0}, {"remove_rank": 0}, {"floor": -1.0}])
+@pytest.mark.parametrize(
+    "options", [{"gamma": 1.5}, {"gamma": -0.1}, {"eps": -1.0}, {"remove_rank": 0}, {"floor": -1.0}]
+)
 def test_bad_options_are_named(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         SpatialNorm(**options)

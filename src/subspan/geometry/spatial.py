@@ -109,7 +109,9 @@ def gram_agreement(x: Float[Tensor, "b t p"], y: Float[Tensor, "b t q"]) -> Floa
     # What rounding leaves of equal cosines.
     flat = (norms <= 1e-6 * math.sqrt(upper.shape[1])).any(0)
     if bool(flat.any()):
-        warnings.warn(f"{int(flat.sum())} of {len(flat)} images have equal cosines; their agreement is NaN", stacklevel=2)
+        warnings.warn(
+            f"{int(flat.sum())} of {len(flat)} images have equal cosines; their agreement is NaN", stacklevel=2
+        )
     return ((cosines[0] * cosines[1]).sum(1) / norms.prod(0)).masked_fill(flat, torch.nan)
 
 

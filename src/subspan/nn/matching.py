@@ -14,6 +14,8 @@ def cosine_matching_loss(x: Float[Tensor, "*b d"], y: Float[Tensor, "*c e"]) -> 
     Computed in float32 or wider. Raises ValueError for shapes that differ or hold nothing.
     """
     if x.shape != y.shape or not x.numel():
-        raise ValueError(f"y: the shape of x, {tuple(x.shape)}, with at least one vector is needed, got {tuple(y.shape)}")
+        raise ValueError(
+            f"y: the shape of x, {tuple(x.shape)}, with at least one vector is needed, got {tuple(y.shape)}"
+        )
     wide = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     return -F.cosine_similarity(x.to(wide), y.to(wide), dim=-1).mean()

@@ -177,17 +177,13 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
     from ..nn.flow_matching import FlowMatching
 
     torch.manual_seed(seed)
-    denoiser = FlowTransformer(
-        32, width=recipe.width, depth=recipe.depth, heads=4, classes=int(data.label.max()) + 1
-    )
+    denoiser = FlowTransformer(32, width=recipe.width, depth=recipe.depth, heads=4, classes=int(data.label.max()) + 1)
     alignment = None
     if arm is not None:
         kind, normalised = arm
         d = data.teacher.shape[1]
         size = 9 * recipe.width * d + d
-        projector = PatchProjector(
-            recipe.width, d, kind, hidden=PatchProjector.hidden_for(size, recipe.width, d)
-        )
+        projector = PatchProjector(recipe.width, d, kind, hidden=PatchProjector.hidden_for(size, recipe.width, d))
         norm = SpatialNorm() if normalised else None
         alignment = RepresentationAlignment(denoiser, TAP, None, projector, norm, weight=recipe.weight)
     model = FlowMatching(denoiser, alignment=alignment, learning_rate=recipe.learning_rate, warmup=20, ema_decay=0.99)
@@ -303,7 +299,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     over_none = min(a - b for a, b in zip(agreement["REPA"], agreement["none"]))
     mean = {name: float(np.mean(values)) for name, values in agreement.items()}
     return Outcome(
-        claim="What makes an encoder a good teacher for a diffusion transformer is spatial structure rather than global "
+        claim="What makes an encoder a good teacher for a diffusion transformer is spatial structure, not global "
         "information; a convolutional projector and spatial normalisation of the teacher's tokens (iREPA) transfer it "
         "better than REPA, which transfers some.",
         data=f"{N_PHOTOGRAPHS} {source} for the metrics; {images.name}, {len(data.image)} images to train on and "
@@ -323,8 +319,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "column beside it is against the normalised ones.",
             "All arms of a seed share initial denoiser, batches and noise; all projectors have the same number of "
             "parameters to within a percent, and every arm the same weight.",
-            "The mean token stands in for the class token that the paper mixes in. It leaves the direction of the pooled "
-            "feature as it is, so the probe on it is kept by construction; the probe on one token is not.",
+            "The mean token stands in for the class token that the paper mixes in. It leaves the direction of the "
+            "pooled feature as it is, so the probe on it is kept by construction; the probe on one token is not.",
             "The correlation of the metrics with generation quality over encoders was not repeated: it needs a trained "
             "generator an encoder.",
         ],
