@@ -1,4 +1,4 @@
-"""What the metrics of spatial structure and the alignment cost: beside loops over images, and beside a plain training step.
+"""What metrics of spatial structure and alignment cost: beside loops over images, and beside a plain training step.
 
 Run: python benchmarks/irepa.py. Ratios are of times measured side by side in this process.
 """

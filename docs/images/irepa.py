@@ -22,6 +22,7 @@ def colours(values: np.ndarray) -> np.ndarray:
 
 
 def enlarged(pixels: np.ndarray) -> np.ndarray:
+    """One square a cell."""
     return np.asarray(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.NEAREST)).copy()
 
 
@@ -36,6 +37,7 @@ def framed(panel: np.ndarray, grid: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Write the picture beside this file."""
     photograph = load("photographs")["cat"]
     side = min(photograph.shape[:2])
     left = (photograph.shape[1] - side) // 2

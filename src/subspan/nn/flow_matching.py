@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -152,7 +153,7 @@ class FlowMatching(LightningModule):
             noise = torch.randn(len(label), *self.denoiser.image_shape, generator=generator)
         x = noise.to(self.device)
         times = torch.linspace(1, 0, steps + 1)
-        for t, following in zip(times[:-1], times[1:]):
+        for t, following in pairwise(times):
             dt = following - t
             first = self._guided(x, t, label, guidance, model)
             x_next = x + dt * first

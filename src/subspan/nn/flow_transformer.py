@@ -1,4 +1,4 @@
-"""A compact diffusion transformer: patches, adaptive layer norm by time and class (Peebles & Xie, 2023; Ma et al., 2024)."""
+"""A compact diffusion transformer with adaptive layer norm by time and class (Peebles & Xie, 2023; Ma et al., 2024)."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TimeEmbedding(nn.Module):
 
 
 def sinusoidal_grid(h: int, w: int, width: int) -> Float[Tensor, "t d"]:
-    """Fixed embeddings of the places of an h × w grid: a quarter of the width each for sin and cos of row and column."""
+    """Fixed embeddings of the places of an h × w grid: sin and cos of row and column, a quarter of the width each."""
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     parts = [_angles(axis.flatten().float(), width // 4) for axis in (rows, columns)]
     return torch.cat([turned for angle in parts for turned in (angle.sin(), angle.cos())], -1)

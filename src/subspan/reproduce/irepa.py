@@ -1,4 +1,4 @@
-"""iREPA on real images: what spatial normalisation does to an encoder's maps, and to a flow model pulled towards them."""
+"""iREPA on real images: spatial normalisation of encoders' maps, and flow models that are pulled towards them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..align import RepresentationAlignment
