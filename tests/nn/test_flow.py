@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("lightning", reason="flow matching trains with Lightning (extra: train)")
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from subspan.align import RepresentationAlignment
 from subspan.nn import FlowTransformer, PatchProjector
@@ -206,6 +206,31 @@ def test_resuming_is_as_if_never_stopped(tmp_path: Path) -> None:
     resumed = fit(2, str(sorted(tmp_path.glob("last*.ckpt"))[-1]))
     for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         torch.testing.assert_close(value, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class EqualWeights(Callback):
+    """Every process ends with the weights of the others."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: FlowMatching) -> None:
+        for parameter in pl_module.parameters():
+            first, second = pl_module.all_gather(parameter.detach())
+            assert torch.equal(first, second)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_processes_train_one_model() -> None:
+    denoiser = small()
+    # The weight is zero at first: the projector must take part all the same.
+    alignment = RepresentationAlignment(
+        denoiser, "blocks.0", None, PatchProjector(16, 6), weight=lambda step: 0.5 * (step > 0)
+    )
+    model = FlowMatching(denoiser, alignment=alignment, learning_rate=1e-2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"devices": 2, "strategy": "ddp_fork", "enable_checkpointing": False, "callbacks": [EqualWeights()]}
+    Trainer(max_epochs=1, **options, **QUIET).fit(model, loader(batches(6)))
+    assert int(model.ema.n_averaged) == 3
+    for name in ("denoiser.head.weight", "alignment.projectors.0.layers.weight", "ema.module.head.weight"):
+        assert not torch.equal(model.state_dict()[name], before[name])
 
 
 def test_class_dropout_uses_no_class() -> None:

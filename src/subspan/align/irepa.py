@@ -32,7 +32,7 @@ class RepresentationAlignment(nn.Module):
     student: any module, also compiled (before its first call) or wrapped in DistributedDataParallel; its parameters
     are not those of this module, the projector's are. layer: as in `subspan.models.layer_names`, one layer. teacher:
     images → tokens (b, t, d), a map (b, d, h, w), or a `FeatureGrid`; None where `loss` is given cached features; or a
-    list of teachers, then with a list of projectors. A teacher that is a module runs in evaluation mode and is neither
+    list of teachers, then with a list of projectors (`PatchProjector`, or any module of tokens). A teacher that is a module runs in evaluation mode and is neither
     trained nor saved. norm: `SpatialNorm()` (iREPA; the default), None (REPA). weight: a number, or a function of the
     step. tokens: how h and x become tokens (b, t, d): "infer" takes (b, t, d) without the first `drop_tokens`
     (`teacher_drop_tokens`) and flattens (b, d, h, w); or a function of the layer's output, for h alone. hw, teacher_hw:
@@ -68,7 +68,8 @@ class RepresentationAlignment(nn.Module):
             raise ValueError(f"weight: finite and not negative, got {weight}")
         if min(drop_tokens, teacher_drop_tokens) < 0:
             raise ValueError("drop_tokens, teacher_drop_tokens: counts of 0 or more")
-        projectors = [projector] if isinstance(projector, nn.Module) else list(projector)
+        several = not isinstance(projector, nn.Module) or isinstance(projector, nn.ModuleList)
+        projectors: list[Any] = list(projector) if several else [projector]
         teachers = None if teacher is None else list(teacher) if isinstance(teacher, Sequence) else [teacher]
         if not projectors or (teachers is not None and len(teachers) != len(projectors)):
             raise ValueError(f"projector: one a teacher is needed, got {len(projectors)} for {len(teachers or [])}")
