@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +40,7 @@ class FlowMatching(LightningModule):
         denoiser: FlowTransformer,
         *,
         alignment: nn.Module | None = None,
-        prediction: Literal["velocity", "image"] = "velocity",
+        prediction: str = "velocity",
         class_dropout: float = 0.1,
         learning_rate: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -132,7 +132,7 @@ class FlowMatching(LightningModule):
         label: Int[Tensor, " b"],
         *,
         steps: int = 50,
-        method: Literal["euler", "heun"] = "heun",
+        method: str = "heun",
         guidance: float = 1.0,
         averaged: bool = True,
         noise: Float[Tensor, "b c h w"] | None = None,
