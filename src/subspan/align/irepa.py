@@ -32,12 +32,12 @@ class RepresentationAlignment(nn.Module):
     student: any module, also compiled (before its first call) or wrapped in DistributedDataParallel; its parameters
     are not those of this module, the projector's are. layer: as in `subspan.models.layer_names`, one layer. teacher:
     images → tokens (b, t, d), a map (b, d, h, w), or a `FeatureGrid`; None where `loss` is given cached features; or a
-    list of teachers, then with a list of projectors (`PatchProjector`, or any module of tokens). A teacher that is a module runs in evaluation mode and is neither
-    trained nor saved. norm: `SpatialNorm()` (iREPA; the default), None (REPA). weight: a number, or a function of the
-    step. tokens: how h and x become tokens (b, t, d): "infer" takes (b, t, d) without the first `drop_tokens`
-    (`teacher_drop_tokens`) and flattens (b, d, h, w); or a function of the layer's output, for h alone. hw, teacher_hw:
-    (rows, columns) of the token grids, None = square. resize: how teacher tokens of another grid are brought to the
-    student's: "bicubic", "bilinear", "area", or None = an error.
+    list of teachers, then with a list of projectors. A teacher that is a module runs in evaluation mode and is neither
+    trained nor saved. projector: `PatchProjector`, or any module of tokens. norm: `SpatialNorm()` (iREPA; the default),
+    None (REPA). weight: a number, or a function of the step. tokens: how h and x become tokens (b, t, d): "infer" takes
+    (b, t, d) without the first `drop_tokens` (`teacher_drop_tokens`) and flattens (b, d, h, w); or a function of the
+    layer's output, for h alone. hw, teacher_hw: (rows, columns) of the token grids, None = square. resize: how teacher
+    tokens of another grid are brought to the student's: "bicubic", "bilinear", "area", or None = an error.
     The hook is taken off by `remove()`, or at the end of a with-block. Raises ValueError for a layer that is not there,
     states that are no tokens, grids or widths that do not fit.
     Source: Singh et al. (2026), arXiv 2512.10794; with MLP projectors and norm=None: Yu et al. (2024), REPA.
