@@ -68,8 +68,9 @@ class RepresentationAlignment(nn.Module):
             raise ValueError(f"weight: finite and not negative, got {weight}")
         if min(drop_tokens, teacher_drop_tokens) < 0:
             raise ValueError("drop_tokens, teacher_drop_tokens: counts of 0 or more")
-        several = not isinstance(projector, nn.Module) or isinstance(projector, nn.ModuleList)
-        projectors: list[Any] = list(projector) if several else [projector]
+        single = isinstance(projector, nn.Module) and not isinstance(projector, nn.ModuleList)
+        given: Any = [projector] if single else projector
+        projectors: list[nn.Module] = list(given)
         teachers = None if teacher is None else list(teacher) if isinstance(teacher, Sequence) else [teacher]
         if not projectors or (teachers is not None and len(teachers) != len(projectors)):
             raise ValueError(f"projector: one a teacher is needed, got {len(projectors)} for {len(teachers or [])}")

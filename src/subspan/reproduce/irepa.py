@@ -190,7 +190,7 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(data.image), generator=generator) for _ in range(_epochs(data, recipe))])
     batches = order[: recipe.steps * recipe.batch].split(recipe.batch)
-    rows = [{"image": data.image[i], "label": data.label[i], "teacher": data.teacher[i]} for i in batches]
+    rows: Any = [{"image": data.image[i], "label": data.label[i], "teacher": data.teacher[i]} for i in batches]
     torch.manual_seed(seed)
     trainer = lightning.Trainer(
         max_epochs=1,
