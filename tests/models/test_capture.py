@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 
@@ -302,3 +303,14 @@ def test_early_exit_on_the_packaged_language_model_is_bit_equal() -> None:
     (early,) = iterate_representations(model, [batch], "model.layers.*", pool="none")
     for index, states in enumerate(list(early.values())[:-1]):
         assert torch.equal(states, full.hidden_states[index + 1])
+
+
+def test_a_deep_copy_does_not_write_into_the_capture() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    with capture(model, "0") as states:
+        average = copy.deepcopy(model)
+        model(torch.ones(4, 2))
+        average(torch.ones(7, 2))
+        assert len(states["0"]) == 4
+        states.clear()
+        assert not states

@@ -6,6 +6,7 @@ from subspan.align.adapter import EmbeddingAdapter
 from subspan.align.backfill import backfill_order
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
 from subspan.align.cross_modal import CrossModalReport, cross_modal_report, distance_correlation, relative_coordinates
+from subspan.align.irepa import RepresentationAlignment, spatial_structure_of
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
 from subspan.align.plato_3d_text import SubspaceAligner
@@ -28,6 +29,7 @@ __all__ = [
     "ProjectedAffine",
     "ReAlign",
     "ReVision",
+    "RepresentationAlignment",
     "RevisionCollator",
     "SpaceMap",
     "UnpairedReport",
@@ -39,6 +41,7 @@ __all__ = [
     "distance_correlation",
     "mixing_rate",
     "relative_coordinates",
+    "spatial_structure_of",
 ]
 
 

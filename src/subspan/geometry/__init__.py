@@ -25,6 +25,7 @@ from .rank import (
     RankRule,
     rank_rule,
 )
+from .spatial import gram_agreement, spatial_structure
 from .spectra import (
     coding_rate,
     effective_rank,
@@ -55,6 +56,7 @@ __all__ = [
     "expected_overlap",
     "explained_ratio",
     "gaussian_transport",
+    "gram_agreement",
     "inverse_sqrt",
     "like",
     "linear_cka",
@@ -68,6 +70,7 @@ __all__ = [
     "rank_rule",
     "ridge",
     "shrink_covariance",
+    "spatial_structure",
     "subspace_distance",
     "subspace_overlap",
     "von_neumann_entropy",

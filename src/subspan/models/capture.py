@@ -70,6 +70,10 @@ class Capture(Mapping[str, Tensor]):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def clear(self) -> None:
+        """Forget the states, so that the next reading is of a pass after this."""
+        self._states.clear()
+
     def remove(self) -> None:
         """Take every hook off the model; the captured states stay readable."""
         while self._hooks:
@@ -99,11 +103,18 @@ class Capture(Mapping[str, Tensor]):
         return self
 
     def _register(self, name: str, module: nn.Module) -> Any:
+        # A deep copy of the model (an average of its weights) carries the hooks along; its states are not asked for.
+        def record_input(called: nn.Module, args: Any, kwargs: Any) -> None:
+            if called is module:
+                self._record(name, args or kwargs)
+
+        def record_output(called: nn.Module, args: Any, output: object) -> None:
+            if called is module:
+                self._record(name, output)
+
         if self.site == "input":
-            return module.register_forward_pre_hook(
-                lambda _, args, kwargs: self._record(name, args or kwargs), with_kwargs=True
-            )
-        return module.register_forward_hook(lambda _, args, output: self._record(name, output))
+            return module.register_forward_pre_hook(record_input, with_kwargs=True)
+        return module.register_forward_hook(record_output)
 
     def _record(self, name: str, value: object) -> None:
         if self._running and name in self._states:

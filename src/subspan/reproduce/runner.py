@@ -72,6 +72,14 @@ SYSTEMS = (
         "align",
         "SubspaceAligner",
     ),
+    System(
+        "irepa",
+        "Representation alignment that transfers an encoder's spatial structure",
+        "Singh et al.: What Matters for Representation Alignment (ICLR 2026, arXiv 2512.10794)",
+        2026,
+        "align",
+        "RepresentationAlignment",
+    ),
 )
 """Every system with a protocol."""
 
