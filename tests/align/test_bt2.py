@@ -169,7 +169,9 @@ def test_the_head_follows_the_published_wiring():
 
 def test_zero_features_give_no_nan():
     head = BT2Head(20, 12, 8, 3, num_classes=5)
-    loss, _ = BT2Loss(torch.randn(5, 8))(head(torch.zeros(2, 20)), torch.tensor([0, 1]), unit(2, 8).float(), unit(2, 12).float())
+    loss, _ = BT2Loss(torch.randn(5, 8))(
+        head(torch.zeros(2, 20)), torch.tensor([0, 1]), unit(2, 8).float(), unit(2, 12).float()
+    )
     loss.backward()
     assert bool(torch.isfinite(loss))
     assert all(bool(torch.isfinite(p.grad).all()) for p in head.parameters() if p.grad is not None)

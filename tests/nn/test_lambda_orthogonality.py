@@ -1,6 +1,7 @@
 """The gated pull towards the orthogonal matrices."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_it_grows_with_the_defect_and_tends_to_the_soft_penalty_and_to_nothing()
     for stretch in torch.linspace(0.01, 3, 30):
         defects.append(float(orthogonality_defect(q * (1 + stretch).sqrt())))
         losses.append(float(LambdaOrthogonality(2.0)(q * (1 + stretch).sqrt())))
-    assert all(a < b for a, b in zip(losses, losses[1:]))
+    assert all(a < b for a, b in pairwise(losses))
     weight = q * 1.3
     r = float(orthogonality_defect(weight))
     assert float(LambdaOrthogonality(0.0, alpha=1e3)(weight)) == pytest.approx(r, rel=1e-9)
@@ -68,7 +69,9 @@ def test_the_smaller_gram_matrix_decides_and_convolutions_are_flattened():
     assert half.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("lam", "weight_of_penalty", "stays"), [(3.0, 1.0, True), (12.0, 1.0, True), (6.0, 1e-3, False)])
+@pytest.mark.parametrize(
+    ("lam", "weight_of_penalty", "stays"), [(3.0, 1.0, True), (12.0, 1.0, True), (6.0, 1e-3, False)]
+)
 def test_a_planted_stretched_rotation_is_approached_until_the_limit(lam, weight_of_penalty, stays):
     n = 64
     u, v = (random_basis(n, n, generator=generator(seed)).float() for seed in (1, 2))
