@@ -84,7 +84,7 @@ def stretched(n=64, rows=1500):
     """Old rows that are a stretched rotation of the new ones, far beyond any λ tested."""
     u, v = (random_basis(n, n, generator=torch.Generator().manual_seed(seed)).float() for seed in (1, 2))
     new = torch.randn(rows, n, generator=torch.Generator().manual_seed(3))
-    return new, new @ (u @ torch.diag(torch.linspace(0.2, 2.2, n)) @ v.mT).mT
+    return new, new @ (u @ torch.diag(torch.linspace(0.1, 2.8, n)) @ v.mT).mT
 
 
 @pytest.mark.parametrize("lam", [6.0, 12.0])

@@ -373,8 +373,8 @@ def _outcome(
         claim="with a backward map held to a rotation new queries search an old gallery better than old ones; with λ "
         "it adapts to the pairs and keeps what the new model knows elsewhere; the farthest items are re-embedded first",
         data=f"{data.name}: {min(setting.train, len(data.train_labels))} training pairs a seed, {len(data.labels)} "
-        f"held-out pictures as gallery, {min(setting.queries, len(data.labels))} of them as queries; elsewhere: {data.other}, "
-        f"{len(data.elsewhere_labels)} pictures",
+        f"held-out pictures as gallery, {min(setting.queries, len(data.labels))} of them as queries; elsewhere: "
+        f"{data.other}, {len(data.elsewhere_labels)} pictures",
         model=f"EfficientNet-Lite0 (old) and Lite2 (new) at 128 px, frozen; {setting.d} principal directions each, "
         f"{setting.epochs} epochs",
         metric="CMC top-1, new queries in the old gallery",
