@@ -138,7 +138,9 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         for name in ("lam", "lam_rel", "alpha", "penalty", "weight_decay"):
             value: Any = getattr(self, name)
-            if not (value is None and name in ("lam", "lam_rel")) and not value >= 0:
+            if value is None and name in ("lam", "lam_rel"):
+                continue
+            if not value >= 0:
                 raise ValueError(f"{name}: must be >= 0, got {value}")
         if len(self.weights) != 3 or not all(value >= 0 for value in self.weights):
             raise ValueError(f"weights: expected three numbers >= 0, got {self.weights!r}")

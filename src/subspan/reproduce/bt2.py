@@ -49,6 +49,11 @@ class Setting(NamedTuple):
     epochs: int = 12
     seeds: int = 3
 
+    @property
+    def sweep(self) -> list[int]:
+        """Numbers of extra dimensions that are tried, as far as the old width allows."""
+        return sorted({k for k in (*EXTRA, self.k) if k <= self.d})
+
 
 class Data(NamedTuple):
     """Inputs of each model for training and testing, class numbers; `seen`: training rows of the old classes."""
@@ -250,7 +255,7 @@ def one_seed(data: Data, setting: Setting, seed: int, folder: Path, tell: Callab
         tell(name)
         model = influenced(data, last, old.train, extra, setting, seed)
         found[name] = report(data, old.test, model.encode(inputs, "compatible"), model.encode(inputs))
-    for k in sorted({*EXTRA, setting.k}):
+    for k in setting.sweep:
         tell(f"BT², k = {k}")
         model = bt2(data, last, old.train, new.train, k, setting, seed)
         found[f"BT², k = {k}"] = report(data, old.test, model.encode(inputs, "compatible"), model.encode(inputs))
@@ -304,7 +309,7 @@ def _outcome(data: Data, setting: Setting, reports: list[dict[str, Report]], ste
     worst = min(found[ours].cross - found["old"].own for found in reports)
     loss = {name: mean["independent"].own - mean[name].own for name in (ours, "BCT")}
     margin = mean[ours].cross - mean[naive].cross
-    sweep = {k: mean[f"BT², k = {k}"] for k in sorted({*EXTRA, setting.k})}
+    sweep = {k: mean[f"BT², k = {k}"] for k in setting.sweep}
     own = [value.own for value in sweep.values()]
     cross = [value.cross for k, value in sweep.items() if k <= setting.k]
     checks = [

@@ -90,7 +90,8 @@ def load(setting: Setting, seed: int) -> Data:
     for model in (OLD, NEW):
         features = images.features(model)
         basis = Subspace.fit(features[train], rank=min(setting.d, len(train) - 1))
-        parts[model] = tuple(normalize_rows(basis.coordinates(features[part]).float()) for part in (train, test))
+        fit, held_out = (normalize_rows(basis.coordinates(features[part]).float()) for part in (train, test))
+        parts[model] = fit, held_out
         if model == NEW:
             elsewhere = normalize_rows(basis.coordinates(features[rows] if other is None else other).float())
     return Data(
@@ -243,11 +244,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         for name in ("no map", "strict", f"{_OURS}, {LIMITS[2]}"):
             progress(f"seed {number + 1}: old width {setting.narrow}, {name}", (number + 0.95) / setting.seeds)
             narrow.setdefault(name, []).append(five_ways(thin, methods[name](thin), setting))
-    own = {
-        "old/old": top_one(data.old, data.old, data.labels, setting.queries),
-        "new/new": top_one(data.new, data.new, data.labels, setting.queries),
-        "narrow old/old": top_one(*[data.old[:, : setting.narrow]] * 2, data.labels, setting.queries),
-    }
+    alone = {"old/old": data.old, "new/new": data.new, "narrow old/old": data.old[:, : setting.narrow]}
+    own = {name: top_one(rows, rows, data.labels, setting.queries) for name, rows in alone.items()}
     return _outcome(data, setting, measured, limits, narrow, curves, own)
 
 
