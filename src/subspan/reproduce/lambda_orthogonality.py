@@ -37,10 +37,10 @@ class Setting(NamedTuple):
 
     d: int = 128
     narrow: int = 64
-    train: int = 5000
+    train: int = 3000
     test: int = 2000
-    queries: int = 1000
-    elsewhere: int = 1500
+    queries: int = 600
+    elsewhere: int = 1000
     epochs: int = 15
     seeds: int = 3
 
