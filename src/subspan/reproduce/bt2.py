@@ -35,7 +35,7 @@ from .protocol import Check, Outcome, Progress, Table
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 EXTRA = (0, 8, 32, 64)
-_HIDDEN = 384
+_HIDDEN = 512
 
 
 class Setting(NamedTuple):
@@ -134,9 +134,9 @@ def load(setting: Setting, seed: int, models: tuple[str, ...]) -> Data:
     return Data(images.name, train, test, images.labels[rows[0]], images.labels[rows[1]], len(images.classes))
 
 
-def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    """The backbone of every new model, with a final ReLU."""
-    return nn.Sequential(nn.Linear(inputs, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, outputs), nn.ReLU())
+def hidden_layer(inputs: int) -> nn.Sequential:
+    """The backbone of every new model; its head adds the second layer."""
+    return nn.Sequential(nn.Linear(inputs, _HIDDEN), nn.ReLU())
 
 
 def trained(
@@ -170,7 +170,7 @@ class Generation(NamedTuple):
 def plain(
     data: Data, model: str, rows: np.ndarray, d: int, setting: Setting, seed: int, folder: Path, *, deep: bool
 ) -> Generation:
-    """An embedding trained by cross entropy alone, as every encoder begins; deep: with the new models' backbone."""
+    """An embedding trained by cross entropy alone, as every encoder begins; deep: with the new models' hidden layer."""
     inputs = data.train[model]
     width = inputs.shape[1]
     placeholder = np.ones((int(rows.sum()), 1), np.float32)
@@ -178,7 +178,7 @@ def plain(
     none = torch.ones(len(chosen.classes), d)
 
     def make() -> tuple[nn.Module, nn.Module, nn.Module]:
-        backbone, pooled = (mlp(width, 2 * d), 2 * d) if deep else (nn.Identity(), width)
+        backbone, pooled = (hidden_layer(width), _HIDDEN) if deep else (nn.Identity(), width)
         return backbone, PrefixHead(pooled, d, d, len(chosen.classes)), InfluenceLoss(none, 0.0)
 
     network = trained(make, chosen, setting.epochs, seed)
@@ -215,8 +215,8 @@ def bt2(
     d_old, d_new = old.shape[1], new.shape[1]
 
     def make() -> tuple[nn.Module, nn.Module, nn.Module]:
-        head = BT2Head(d_new + d_old, d_new, d_old, k, num_classes=len(dataset.classes))
-        return mlp(data.train[model].shape[1], d_new + d_old), head, BT2Loss(means)
+        head = BT2Head(_HIDDEN, d_new, d_old, k, num_classes=len(dataset.classes))
+        return hidden_layer(data.train[model].shape[1]), head, BT2Loss(means)
 
     return trained(make, dataset, setting.epochs, seed)
 
@@ -230,8 +230,8 @@ def influenced(
     d_old = old.shape[1]
 
     def make() -> tuple[nn.Module, nn.Module, nn.Module]:
-        head = PrefixHead(2 * d_old, d_old + extra, d_old, len(dataset.classes))
-        return mlp(data.train[model].shape[1], 2 * d_old), head, InfluenceLoss(means, 10.0)
+        head = PrefixHead(_HIDDEN, d_old + extra, d_old, len(dataset.classes))
+        return hidden_layer(data.train[model].shape[1]), head, InfluenceLoss(means, 10.0)
 
     return trained(make, dataset, setting.epochs, seed)
 
