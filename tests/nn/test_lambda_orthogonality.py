@@ -87,8 +87,11 @@ def test_a_planted_stretched_rotation_is_approached_until_the_limit(lam, weight_
         loss.backward()
         optimizer.step()
     r = float(orthogonality_defect(weight.detach()))
-    assert (abs(r - lam) < 0.1 * lam) is stays
-    if not stays:
+    # The gate opens over some 1 / α: the weight comes to rest a few such widths inside, whatever λ is.
+    assert (0 < lam - r < 0.9) is stays
+    if stays:
+        assert r > (0.9 if lam > 10 else 0.75) * lam
+    else:
         assert r > 1.5 * lam
 
 
