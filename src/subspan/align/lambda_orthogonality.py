@@ -347,7 +347,8 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             nn.Linear(d_new, d_new, bias="backward.bias" in arrays),
             _forward(model.forward, d_old, d_new),
         )
-        nn.ModuleDict({"backward": backward, "forward": forward}).load_state_dict(arrays)
+        for part, prefix in ((backward, "backward."), (forward, "forward.")):
+            part.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
         model._n_features_out = model.n_features_in_ = d_new
         model.n_features_old_, model.lam_, model.history_ = d_old, facts["lam"], []
         model._keep(backward, forward)
