@@ -1,12 +1,22 @@
 """Maps between representation spaces: one modality onto another, one encoder onto another."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from subspan.align.adapter import EmbeddingAdapter
 from subspan.align.backfill import backfill_order
+from subspan.align.bt2 import (
+    BasisTransform,
+    BT2Head,
+    BT2Loss,
+    TeacherDataset,
+    old_class_means,
+    teacher_features,
+)
 from subspan.align.comparators import C3, BlockwiseCovariance, MeanShift
 from subspan.align.cross_modal import CrossModalReport, cross_modal_report, distance_correlation, relative_coordinates
 from subspan.align.irepa import RepresentationAlignment, spatial_structure_of
+from subspan.align.lambda_orthogonality import LambdaOrthogonalAdapter
 from subspan.align.modality import ModalityMap, ProjectedAffine
 from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_rate
 from subspan.align.plato_3d_text import SubspaceAligner
@@ -16,13 +26,19 @@ from subspan.align.unpaired import UnpairedReport
 from subspan.align.upgrade import UpgradeMap
 
 if TYPE_CHECKING:
+    from subspan.align.bt2_training import BackwardCompatibleModule
     from subspan.align.revision import ReVision, RevisionCollator
 
 __all__ = [
     "C3",
+    "BT2Head",
+    "BT2Loss",
+    "BackwardCompatibleModule",
+    "BasisTransform",
     "BlockwiseCovariance",
-    "EmbeddingAdapter",
     "CrossModalReport",
+    "EmbeddingAdapter",
+    "LambdaOrthogonalAdapter",
     "MeanShift",
     "ModalityGap",
     "ModalityMap",
@@ -32,23 +48,29 @@ __all__ = [
     "RepresentationAlignment",
     "RevisionCollator",
     "SpaceMap",
+    "SubspaceAligner",
+    "TeacherDataset",
     "UnpairedReport",
     "UpgradeMap",
     "backfill_order",
-    "SubspaceAligner",
     "cosine_divergence",
     "cross_modal_report",
     "distance_correlation",
     "mixing_rate",
+    "old_class_means",
     "relative_coordinates",
     "spatial_structure_of",
+    "teacher_features",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """ReVision is a Lightning module; Lightning (extra: train) is imported when it is first asked for."""
-    if name in ("ReVision", "RevisionCollator"):
-        from subspan.align import revision
-
-        return getattr(revision, name)
+    """Lightning modules; Lightning (extra: train) is imported when one of them is first asked for."""
+    module = {
+        "BackwardCompatibleModule": "bt2_training",
+        "ReVision": "revision",
+        "RevisionCollator": "revision",
+    }.get(name)
+    if module is not None:
+        return getattr(import_module(f"subspan.align.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

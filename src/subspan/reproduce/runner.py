@@ -49,6 +49,22 @@ SYSTEMS = (
         "ReAlign",
     ),
     System(
+        "bt2",
+        "Backward-compatible training by two basis changes and a few extra dimensions",
+        "Zhou et al.: BT² (ICCV 2023, arXiv 2211.03989)",
+        2023,
+        "align",
+        "BasisTransform",
+    ),
+    System(
+        "lambda-orthogonality",
+        "Maps between frozen embedding models, as near to a rotation as one asks",
+        "Ricci et al.: λ-Orthogonality Regularization (NeurIPS 2025, arXiv 2509.16664)",
+        2025,
+        "align",
+        "LambdaOrthogonalAdapter",
+    ),
+    System(
         "sts",
         "Test-time steering of a zero-shot classifier in the spectrum of its prototypes",
         "Dafnis & Metaxas: Spectrum-Aware Test-Time Steering (NeurIPS 2025, arXiv 2511.09809)",
