@@ -1,6 +1,15 @@
 """Numerical work that several systems share."""
 
 from .neighbours import knn_overlap, nearest, recall_at_k
+from .prefixes import (
+    blocks_between,
+    halving_sizes,
+    prefix,
+    prefix_similarities,
+    prefix_sizes,
+    prefix_squared_norms,
+    smallest_sufficient,
+)
 from .retrieval import (
     BackfillCurve,
     RetrievalScores,
@@ -9,6 +18,7 @@ from .retrieval import (
     backfill_curve,
     common_prefix,
     compatibility_matrix,
+    prefix_retrieval_scores,
     retrieval_scores,
     template_gallery,
 )
@@ -19,11 +29,19 @@ __all__ = [
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
+    "blocks_between",
     "common_prefix",
     "compatibility_matrix",
+    "halving_sizes",
     "knn_overlap",
     "nearest",
+    "prefix",
+    "prefix_retrieval_scores",
+    "prefix_similarities",
+    "prefix_sizes",
+    "prefix_squared_norms",
     "recall_at_k",
     "retrieval_scores",
+    "smallest_sufficient",
     "template_gallery",
 ]
