@@ -1,6 +1,6 @@
 """Stationary representations: models that change for years against a classifier that never does (Biondi et al., 2024).
 
-`SimplexClassifier` is that classifier; here are a model's conversion to it and the memory of earlier tasks. The training
+`SimplexClassifier` is that classifier; here are a model's conversion to it and the memory of earlier tasks. Training
 over tasks and replacements is `subspan.align.StationaryModule`.
 """
 

@@ -48,7 +48,7 @@ class MatryoshkaLinear(nn.Module):
 
     dims: sizes in any order; d = the largest. efficient: all prefixes share one weight and one bias (MRL-E) and the
     logits are running sums over the blocks between cuts, O(num_classes · d) for all sizes; else each has its own
-    (MRL). normalize: every prefix is scaled to unit length on its own. Raises ValueError for embeddings narrower than d.
+    (MRL). normalize: every prefix is scaled to unit length on its own. Raises ValueError for narrower embeddings.
     """
 
     def __init__(

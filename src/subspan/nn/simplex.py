@@ -137,7 +137,7 @@ class SimplexClassifier(nn.Module):
         return chosen if self.index == "front" else self.preallocated - 1 - chosen
 
     def embed(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n e"]:
-        """Embeddings (…, K - 1), not normalised; retrieval uses their directions. Raises ValueError for another width."""
+        """Embeddings (…, K - 1), not normalised. Raises ValueError for features of another width."""
         if features.shape[-1] != self.in_features:
             raise ValueError(
                 f"features: expected {self.in_features} columns, got {features.shape[-1]}; pass in_features="
@@ -163,10 +163,10 @@ class SimplexClassifier(nn.Module):
 class HOCLoss(nn.Module):
     """Higher-order compatibility: features of the new model contrasted with the same items' features of the old one.
 
-    mean_i [ -mu⟨o_i, n_i⟩ + log Σ_j exp(s_ij) ] on unit features, s_ij = mu⟨o_i, n_j⟩ for labels that differ. same_class:
-    pairs of one label, the positive among them, count as s_ij = 0 each ("constant", the authors' program) or not at all
-    ("exclude"). No gradient reaches the old features. Computed in float32 at least; a zero vector has no direction and
-    counts as zero. Warns where a batch holds one class only. Raises ValueError for NaN.
+    mean_i [ -mu⟨o_i, n_i⟩ + log Σ_j exp(s_ij) ] on unit features, s_ij = mu⟨o_i, n_j⟩ for labels that differ.
+    same_class: pairs of one label, the positive among them, count as s_ij = 0 each ("constant", the authors' program)
+    or not at all ("exclude"). No gradient reaches the old features. Computed in float32 at least; a zero vector has no
+    direction and counts as zero. Warns where a batch holds one class only. Raises ValueError for NaN.
     """
 
     def __init__(self, mu: float = 10.0, *, same_class: Literal["constant", "exclude"] = "constant") -> None:
@@ -196,7 +196,6 @@ class HOCLoss(nn.Module):
             if self.same_class == "exclude":
                 return -positive.mean()
         if self.same_class == "exclude":
-            # An anchor whose class fills the batch has an empty sum; every other one does not.
             kept = similarity.masked_fill(same, -torch.inf)
             return (kept.logsumexp(1) - positive).mean()
         return (similarity.masked_fill(same, 0).logsumexp(1) - positive).mean()

@@ -32,11 +32,10 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     """Map embeddings X (n, d) to coordinates (n, max(dims)) of which the first m serve, for every m in `dims`.
 
     kind: "pca", the principal directions in order (closed form, any stream of rows) · "rotation", a learnt orthogonal
-    map of the leading max(dims) principal directions, which keeps inner products among them · "linear", any linear map ·
-    "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), and what for
-    depends on y: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
+    map of the leading max(dims) principal directions, which keeps inner products among them · "linear", any linear map
+    · "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), on what y is: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
     `temperature` in the batch; None → every prefix keeps the batch's cosines.
-    dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: subtract the mean first,
+    dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
     which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
     epochs, batch_size, learning_rate, weight_decay, dims_per_step: of the training. trainer: options of Lightning's
     Trainer (devices, callbacks, progress, …).
