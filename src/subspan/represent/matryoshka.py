@@ -33,7 +33,8 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     kind: "pca", the principal directions in order (closed form, any stream of rows) · "rotation", a learnt orthogonal
     map of the leading max(dims) principal directions, which keeps inner products among them · "linear", any linear map
-    · "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), on what y is: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
+    · "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), for what y
+    says: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
     `temperature` in the batch; None → every prefix keeps the batch's cosines.
     dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
     which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
