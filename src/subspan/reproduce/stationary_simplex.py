@@ -408,8 +408,8 @@ def _outcome(
             "replacements; the tasks take its back."
             if not quick
             else "Digits stand in for CIFAR-100 in the quick run.",
-            "All arms share one recipe: SGD 0.05 with a cosine, batches of half memory (20 items a class); the authors' "
-            "70 epochs at 1e-3 are for whole networks.",
+            "All arms share one recipe: SGD 0.05 with a cosine, batches of half memory (20 items a class); the "
+            "authors' 70 epochs at 1e-3 are for whole networks.",
             "After a replacement the learnable classifier starts anew, as a downloaded model brings its own.",
         ],
     )
