@@ -187,10 +187,11 @@ def funnel_rows(model: Matryoshka, split: Split) -> list[list[Any]]:
     last = DIMS[-1]
     schedules: dict[str, Any] = {
         "exact": [(last, 10)],
-        "funnel from 16": [(16, 200), (32, 100), (64, 50), (128, 25), (last, 10)],
-        "funnel from 8": [(8, 200), (16, 100), (32, 50), (64, 25), (last, 10)],
-        "16 → 256": [(16, 200), (last, 10)],
-        "8 → 256": [(8, 200), (last, 10)],
+        **{
+            f"funnel from {start}": [(m, max(10, 200 >> step)) for step, m in enumerate(DIMS[DIMS.index(start) :])]
+            for start in (16, 8)
+        },
+        **{f"{start} → {last}": [(start, 200), (last, 10)] for start in (16, 8)},
     }
     for name, schedule in schedules.items():
         index = MatryoshkaIndex(schedule=schedule).fit(base)
@@ -230,7 +231,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     source, split = picture_split(quick=quick)
     seeds = range(seed, seed + (1 if quick else 3))
     epochs = 6 if quick else 15
-    sizes = (4, 8, 16, 64, 256) if quick else DIMS
+    sizes = DIMS[:3] + DIMS[4::2] if quick else DIMS
     runs: list[dict[str, dict[int, tuple[float, float, float]]]] = []
     cascades, funnels = [], []
     for number, one in enumerate(seeds):
