@@ -192,6 +192,19 @@ def test_independent_networks_meet_at_the_vertices_and_not_elsewhere():
     assert float(free.mean().abs()) < 0.6
 
 
+def test_a_warm_start_turns_class_means_onto_their_vertices():
+    head = SimplexClassifier(5, 12, preallocated=16, index="back")
+    labels = torch.arange(50) % 5
+    means = active_subspace(16, head.class_index(torch.arange(5))).basis
+    turn = torch.linalg.qr(draw(12, 5, seed=3, dtype=torch.float64)).Q
+    features = (simplex_vertices(16)[head.class_index(labels)] @ means @ turn.mT).float()
+    head.warm_start(features, labels)
+    cosines = torch.nn.functional.cosine_similarity(head.embed(features), head.weight[head.class_index(labels)])
+    assert float(cosines.min()) > 1 - 1e-5
+    with pytest.raises(ValueError, match="in_features"):
+        SimplexClassifier(5, preallocated=16).warm_start(draw(50, 15), labels)
+
+
 def test_the_active_subspace_holds_its_vertices_and_nothing_of_the_residual():
     w = simplex_vertices(12)
     space = active_subspace(12, [1, 5, 5, 9])

@@ -45,19 +45,19 @@ class StationaryModule(LightningModule):
         learning_rate: float = 1e-3,
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.teacher: nn.ModuleDict | None = None
         self.loss = CompatibleCE(lam, hoc=HOCLoss(mu))
-        self.rehearsal = Rehearsal(memory, generator=generator)
+        self.rehearsal = Rehearsal(memory, seed=seed)
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
-        self.generator = generator
+        self.seed = seed
         self.tasks = 0
 
     def start_task(
@@ -88,7 +88,7 @@ class StationaryModule(LightningModule):
     def loader(self, data: Dataset[Any], labels: Any, **options: Any) -> DataLoader[Any]:
         """Batches (x, label) for a trainer, half of `data`, half of the memory; labels (n,): those of `data`."""
         self.head.class_index(torch.as_tensor(labels))
-        sampler = BalancedBatches(len(labels), len(self.rehearsal), self.batch_size, generator=self.generator)
+        sampler = BalancedBatches(len(labels), len(self.rehearsal), self.batch_size, seed=self.seed)
         return DataLoader(self.rehearsal.joined(data), batch_sampler=sampler, **options)
 
     def end_task(self, data: Dataset[Any], labels: Any) -> None:

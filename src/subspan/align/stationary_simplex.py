@@ -52,13 +52,16 @@ def make_stationary(
 
 
 class Rehearsal:
-    """A random memory of `per_class` items of every class seen; items stay in the data sets that they came from."""
+    """A random memory of `per_class` items of every class seen; items stay in the data sets that they came from.
 
-    def __init__(self, per_class: int = 20, *, generator: torch.Generator | None = None) -> None:
+    The same seed keeps the same items on every process.
+    """
+
+    def __init__(self, per_class: int = 20, *, seed: int = 0) -> None:
         if per_class < 1:
             raise ValueError(f"per_class: must be at least 1, got {per_class}")
         self.per_class = per_class
-        self.generator = generator
+        self.generator = torch.Generator().manual_seed(seed)
         self.parts: list[Subset[Any]] = []
         self.classes: set[int] = set()
 
@@ -88,34 +91,47 @@ class BalancedBatches(Sampler[list[int]]):
     """Batches of row numbers, half new rows [0, n_new) and half memory [n_new, n_new + n_memory).
 
     An epoch is one pass over the new rows; the memory is drawn with repetition where it is smaller. Without a memory
-    all rows are new. Lightning splits it over processes as it does any batch sampler.
+    all rows are new. In a torch.distributed group every process takes its share of the batches, the same number each
+    (Lightning's Trainer needs use_distributed_sampler=False).
     """
 
-    def __init__(
-        self, n_new: int, n_memory: int, batch_size: int = 128, *, generator: torch.Generator | None = None
-    ) -> None:
+    def __init__(self, n_new: int, n_memory: int, batch_size: int = 128, *, seed: int = 0) -> None:
         if n_new < 1 or n_memory < 0:
             raise ValueError(f"n_new, n_memory: expected at least 1 and 0, got {n_new} and {n_memory}")
         if batch_size < 2:
             raise ValueError(f"batch_size: must be at least 2, got {batch_size}")
         self.n_new, self.n_memory = n_new, n_memory
         self.batch_size = batch_size
-        self.generator = generator
+        self.seed = seed
+        self.epoch = 0
 
     @property
     def _new_per_batch(self) -> int:
         return self.batch_size - self.batch_size // 2 if self.n_memory else self.batch_size
 
     def __len__(self) -> int:
-        return -(-self.n_new // self._new_per_batch)
+        return -(-self.n_new // (self._new_per_batch * _process()[1]))
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.n_new, generator=self.generator)
-        remembered = self._memory()
-        for rows in order.split(self._new_per_batch):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        self.epoch += 1
+        remembered = self._memory(generator)
+        batches = []
+        for rows in torch.randperm(self.n_new, generator=generator).split(self._new_per_batch):
             old = [next(remembered) for _ in range(len(rows))] if self.n_memory else []
-            yield [*rows.tolist(), *old]
+            batches.append([*rows.tolist(), *old])
+        rank, world = _process()
+        for step in range(len(self)):
+            # Where the batches do not divide evenly, the first ones come twice.
+            yield batches[(step * world + rank) % len(batches)]
 
-    def _memory(self) -> Iterator[int]:
+    def _memory(self, generator: torch.Generator) -> Iterator[int]:
         while self.n_memory:
-            yield from (torch.randperm(self.n_memory, generator=self.generator) + self.n_new).tolist()
+            yield from (torch.randperm(self.n_memory, generator=generator) + self.n_new).tolist()
+
+
+def _process() -> tuple[int, int]:
+    """Number of this process and of all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

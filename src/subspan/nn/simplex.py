@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..geometry.arrays import as_tensor
 from ..geometry.grassmann import orthonormalize
 from ..geometry.subspace import Subspace
+from ..solvers.retrieval import template_gallery
 
 
 def _check_vertices(count: int, name: str) -> int:
@@ -135,6 +136,18 @@ class SimplexClassifier(nn.Module):
         """The vertex number of each label. Raises ValueError for labels outside [0, num_classes)."""
         chosen = _check_index(labels, self.num_classes, "labels")
         return chosen if self.index == "front" else self.preallocated - 1 - chosen
+
+    @torch.no_grad()
+    def warm_start(self, features: Float[Tensor, "n f"], labels: Int[Tensor, " n"]) -> None:
+        """Turn the projection so that the class means of unit features come nearest to their vertices (Procrustes)."""
+        if not isinstance(self.projection, nn.Linear):
+            raise ValueError(
+                f"in_features: {self.in_features} features are embeddings already; nothing is to be turned"
+            )
+        means, classes = template_gallery(features, self.class_index(labels))
+        cross = simplex_vertices(self.preallocated)[torch.as_tensor(classes)].mT @ means.double().cpu()
+        u, _, vh = torch.linalg.svd(cross, full_matrices=False)
+        self.projection.weight.copy_(u @ vh)
 
     def embed(self, features: Float[Tensor, "*n f"]) -> Float[Tensor, "*n e"]:
         """Embeddings (…, K - 1), not normalised. Raises ValueError for features of another width."""

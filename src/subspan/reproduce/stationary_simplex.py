@@ -123,8 +123,7 @@ def train(module: StationaryModule, data: TensorDataset, labels: Tensor, epochs:
 
 def module_of(backbone: nn.Module, head: SimplexClassifier, lam: float, rate: float, seed: int) -> StationaryModule:
     """The recipe that all arms share."""
-    generator = torch.Generator().manual_seed(seed)
-    return StationaryModule(backbone, head, lam=lam, learning_rate=rate, batch_size=128, generator=generator)
+    return StationaryModule(backbone, head, lam=lam, learning_rate=rate, batch_size=128, seed=seed)
 
 
 def pretrained(stream: Stream, fixed: bool, epochs: int, rate: float, seed: int) -> list[nn.Module]:
