@@ -142,7 +142,10 @@ class MatryoshkaIndex(BaseEstimator):
         lengths = self._lengths(k)
         counted = 0
         values, indices = [], []
-        step = max(1, min(_ROWS, _BLOCK // len(self.database_)))
+        # Room for the scores of the whole database, and for the vectors of every list.
+        blocks = blocks_between(self._sizes)
+        widest = max(length * (block.stop - block.start) for length, block in zip([lengths[0], *lengths], blocks))
+        step = max(1, min(_ROWS, _BLOCK // max(len(self.database_), widest)))
         for start in range(0, len(queries), step):
             block = queries[start : start + step].to(self._head.device, torch.float32)
             score, found, visited = self._search(block, lengths)
