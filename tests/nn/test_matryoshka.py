@@ -159,17 +159,17 @@ def test_the_optimal_nested_linear_code_of_gaussian_rows_is_the_principal_flag()
     frame = torch.linalg.qr(draw(d, d, seed=5, dtype=torch.float64)).Q
     spread = torch.tensor([3.0, 2.0, 1.4, 1.0, 0.6, 0.3], dtype=torch.float64)
     covariance = frame @ spread.square().diag() @ frame.mT
-    # Squared error of the best linear decoder of each prefix, whitened so that no direction is slow.
-    encoder = torch.linalg.qr(draw(d, 4, seed=6, dtype=torch.float64)).Q.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [encoder], lr=1.0, max_iter=800, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
 
     def reconstruction(code):
+        # Squared error of the best linear decoder of coordinates code'x.
         cross = covariance @ code
-        return covariance.trace() - (torch.linalg.solve(code.mT @ cross, cross.mT) @ cross).trace()
+        return covariance.trace() - (torch.linalg.solve(code.mT @ cross, cross.mT) * cross.mT).sum()
 
     loss = MatryoshkaLoss(reconstruction, dims, normalize=False)
+    encoder = torch.linalg.qr(draw(d, d, seed=6, dtype=torch.float64)).Q[:, :4].contiguous().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [encoder], max_iter=400, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -180,8 +180,8 @@ def test_the_optimal_nested_linear_code_of_gaussian_rows_is_the_principal_flag()
     optimizer.step(closure)
     for m in dims:
         learnt = torch.linalg.qr(encoder.detach()[:, :m]).Q
-        cosines = torch.linalg.svdvals(learnt.mT @ frame[:, :m])
-        assert float(torch.linalg.matrix_norm(learnt - frame[:, :m] @ (frame[:, :m].mT @ learnt), 2)) < 1e-3, cosines
+        outside = learnt - frame[:, :m] @ (frame[:, :m].mT @ learnt)
+        assert float(torch.linalg.matrix_norm(outside, 2)) < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,6 @@ def test_the_optimal_nested_linear_code_of_gaussian_rows_is_the_principal_flag()
         (lambda: MatryoshkaLinear([], 3), "dims"),
         (lambda: MatryoshkaLinear([4, 4], 3), "repeated"),
         (lambda: MatryoshkaLinear([0, 4], 3), "dims"),
-        (lambda: MatryoshkaLinear([2.5], 3), "dims"),
         (lambda: MatryoshkaLinear([4], 0), "num_classes"),
         (lambda: MatryoshkaLinear([4], 2)(torch.zeros(1, 3)), "at least 4"),
         (lambda: MatryoshkaLinear([2, 4], 2).logits(torch.zeros(1, 4), 3), "m: expected one of"),

@@ -7,7 +7,7 @@ over tasks and replacements is `subspan.align.StationaryModule`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ def make_stationary(
     num_classes: int,
     *,
     preallocated: int = 1024,
-    index: Literal["front", "back"] = "front",
+    index: str = "front",
 ) -> SimplexClassifier:
     """Put a `SimplexClassifier` in the place of a model's last linear layer, in place, and return it.
 

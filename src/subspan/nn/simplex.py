@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -95,7 +95,7 @@ class SimplexClassifier(nn.Module):
         in_features: int | None = None,
         *,
         preallocated: int = 1024,
-        index: Literal["front", "back"] = "front",
+        index: str = "front",
         normalize: bool = False,
         scale: float = 1.0,
     ) -> None:
@@ -182,7 +182,7 @@ class HOCLoss(nn.Module):
     direction and counts as zero. Warns where a batch holds one class only. Raises ValueError for NaN.
     """
 
-    def __init__(self, mu: float = 10.0, *, same_class: Literal["constant", "exclude"] = "constant") -> None:
+    def __init__(self, mu: float = 10.0, *, same_class: str = "constant") -> None:
         super().__init__()
         if not mu > 0:
             raise ValueError(f"mu: must be positive, got {mu}")

@@ -25,7 +25,7 @@ from ..statistics import Moments, fit_moments, is_stream
 
 _KINDS = ("pca", "rotation", "linear", "mlp")
 _BLOCK = 8192
-_SAVED = ("kind", "dims", "center", "normalize", "efficient", "hidden")
+_SAVED = ("kind", "center", "normalize", "efficient", "hidden")
 
 
 class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -255,7 +255,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         """Write the fitted map, and the heads where there are some, to a safetensors file, whole or not at all."""
         check_is_fitted(self, "adapter_")
         arrays: dict[str, Tensor] = {f"adapter.{k}": v for k, v in self.adapter_.state_dict().items()}
-        facts = {name: getattr(self, name) for name in _SAVED if name != "dims"}
+        facts: dict[str, Any] = {"parameters": {name: getattr(self, name) for name in _SAVED}}
         if hasattr(self, "heads_"):
             arrays |= {f"heads.{k}": v for k, v in self.heads_.state_dict().items()}
             facts["classes"] = self.classes_.tolist()
@@ -265,7 +265,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def load(cls, path: str | os.PathLike[str]) -> Matryoshka:
         """Read a file written by `save`. Raises ValueError when it is not one."""
         arrays, facts = load_arrays(path, "matryoshka")
-        model = cls(**{name: facts[name] for name in _SAVED})
+        model = cls(**facts["parameters"], dims=facts["dims"])
         model.dims_, model.n_features_in_ = tuple(facts["dims"]), int(facts["d"])
         model._n_features_out = model.dims_[-1]
         parts = {
