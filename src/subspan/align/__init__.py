@@ -22,22 +22,34 @@ from subspan.align.modality_gap import ModalityGap, cosine_divergence, mixing_ra
 from subspan.align.plato_3d_text import SubspaceAligner
 from subspan.align.realign import ReAlign
 from subspan.align.space_map import SpaceMap
+from subspan.align.stationary_simplex import (
+    BalancedBatches,
+    CompatibleCE,
+    HOCLoss,
+    Rehearsal,
+    SimplexClassifier,
+    make_stationary,
+)
 from subspan.align.unpaired import UnpairedReport
 from subspan.align.upgrade import UpgradeMap
 
 if TYPE_CHECKING:
     from subspan.align.bt2_training import BackwardCompatibleModule
     from subspan.align.revision import ReVision, RevisionCollator
+    from subspan.align.stationary_module import StationaryModule
 
 __all__ = [
     "C3",
     "BT2Head",
     "BT2Loss",
     "BackwardCompatibleModule",
+    "BalancedBatches",
     "BasisTransform",
     "BlockwiseCovariance",
+    "CompatibleCE",
     "CrossModalReport",
     "EmbeddingAdapter",
+    "HOCLoss",
     "LambdaOrthogonalAdapter",
     "MeanShift",
     "ModalityGap",
@@ -45,9 +57,12 @@ __all__ = [
     "ProjectedAffine",
     "ReAlign",
     "ReVision",
+    "Rehearsal",
     "RepresentationAlignment",
     "RevisionCollator",
+    "SimplexClassifier",
     "SpaceMap",
+    "StationaryModule",
     "SubspaceAligner",
     "TeacherDataset",
     "UnpairedReport",
@@ -56,6 +71,7 @@ __all__ = [
     "cosine_divergence",
     "cross_modal_report",
     "distance_correlation",
+    "make_stationary",
     "mixing_rate",
     "old_class_means",
     "relative_coordinates",
@@ -63,14 +79,17 @@ __all__ = [
     "teacher_features",
 ]
 
+# Lightning modules; Lightning (extra: train) is imported when the first of them is asked for.
+_LAZY = {
+    "BackwardCompatibleModule": "bt2_training",
+    "ReVision": "revision",
+    "RevisionCollator": "revision",
+    "StationaryModule": "stationary_module",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Lightning modules; Lightning (extra: train) is imported when one of them is first asked for."""
-    module = {
-        "BackwardCompatibleModule": "bt2_training",
-        "ReVision": "revision",
-        "RevisionCollator": "revision",
-    }.get(name)
-    if module is not None:
-        return getattr(import_module(f"subspan.align.{module}"), name)
+    """The Lightning modules of the room."""
+    if name in _LAZY:
+        return getattr(import_module(f"subspan.align.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,22 +10,51 @@ from subspan.nn.lambda_orthogonality import (
     register_lambda_orthogonality,
 )
 from subspan.nn.matching import cosine_matching_loss
+from subspan.nn.matryoshka import (
+    MatryoshkaAdapter,
+    MatryoshkaLinear,
+    MatryoshkaLogitLoss,
+    MatryoshkaLoss,
+    nesting_weights,
+)
+from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
 from subspan.nn.orthogonal import OrthogonalLinear
+from subspan.nn.simplex import (
+    CompatibleCE,
+    HOCLoss,
+    SimplexClassifier,
+    active_subspace,
+    simplex_logits,
+    simplex_vertices,
+)
 from subspan.nn.spatial import PatchProjector, SpatialNorm, resize_tokens
 
 __all__ = [
+    "CompatibleCE",
     "ContrastiveLoss",
     "FlowTransformer",
+    "HOCLoss",
     "LambdaOrthogonality",
+    "MatryoshkaAdapter",
+    "MatryoshkaLinear",
+    "MatryoshkaLogitLoss",
+    "MatryoshkaLoss",
+    "NeuralCollapse",
     "OrthogonalLinear",
     "PatchProjector",
+    "SimplexClassifier",
     "SpatialNorm",
+    "active_subspace",
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
     "limit_orthogonality_defect",
     "multi_positive_info_nce",
+    "nesting_weights",
+    "neural_collapse",
     "orthogonality_defect",
     "register_lambda_orthogonality",
     "resize_tokens",
+    "simplex_logits",
+    "simplex_vertices",
 ]

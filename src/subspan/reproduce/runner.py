@@ -96,6 +96,22 @@ SYSTEMS = (
         "align",
         "RepresentationAlignment",
     ),
+    System(
+        "matryoshka",
+        "One embedding whose prefixes are embeddings, for adaptive classification and search",
+        "Kusupati et al.: Matryoshka Representation Learning (NeurIPS 2022, arXiv 2205.13147)",
+        2022,
+        "represent",
+        "Matryoshka",
+    ),
+    System(
+        "stationary-simplex",
+        "Embeddings that stay comparable through fine-tuning and replacement, on a fixed simplex",
+        "Biondi et al.: Stationary Representations (CVPR 2024, arXiv 2405.02581)",
+        2024,
+        "align",
+        "SimplexClassifier",
+    ),
 )
 """Every system with a protocol."""
 

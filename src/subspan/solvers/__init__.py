@@ -3,6 +3,15 @@
 from .assignment import assign
 from .neighbours import knn_overlap, nearest, neighbour_purity, recall_at_k
 from .point_clouds import chamfer_distances
+from .prefixes import (
+    blocks_between,
+    halving_sizes,
+    prefix,
+    prefix_similarities,
+    prefix_sizes,
+    prefix_squared_norms,
+    smallest_sufficient,
+)
 from .retrieval import (
     BackfillCurve,
     RetrievalScores,
@@ -11,6 +20,7 @@ from .retrieval import (
     backfill_curve,
     common_prefix,
     compatibility_matrix,
+    prefix_retrieval_scores,
     retrieval_scores,
     template_gallery,
 )
@@ -22,13 +32,21 @@ __all__ = [
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
+    "blocks_between",
     "chamfer_distances",
     "common_prefix",
     "compatibility_matrix",
+    "halving_sizes",
     "knn_overlap",
     "nearest",
     "neighbour_purity",
+    "prefix",
+    "prefix_retrieval_scores",
+    "prefix_similarities",
+    "prefix_sizes",
+    "prefix_squared_norms",
     "recall_at_k",
     "retrieval_scores",
+    "smallest_sufficient",
     "template_gallery",
 ]

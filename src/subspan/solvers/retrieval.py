@@ -17,6 +17,7 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from ..geometry.arrays import as_tensor, check_matrix, normalize_rows
+from .prefixes import prefix_similarities, prefix_sizes
 
 _BLOCK = 1 << 24
 _METRICS = ("cosine", "inner", "l2")
@@ -98,6 +99,49 @@ def retrieval_scores(
     if len(kept) == 0:
         raise ValueError("query_labels: no query has an item of its label in the gallery")
     return RetrievalScores(first[kept], precision[kept], kept)
+
+
+def prefix_retrieval_scores(
+    queries: Any,
+    gallery: Any,
+    query_labels: Any,
+    gallery_labels: Any,
+    dims: Sequence[int],
+    *,
+    metric: str = "cosine",
+    exclude_self: bool = False,
+    k: int | None = None,
+) -> dict[int, RetrievalScores]:
+    """`retrieval_scores` of every prefix size of both sides, from one running sum of inner products."""
+    q = check_matrix(queries, "queries")
+    g = check_matrix(gallery, "gallery", columns=q.shape[1])
+    if k is not None and not 1 <= k <= len(g):
+        raise ValueError(f"k: must lie in [1, {len(g)}], got {k}")
+    if exclude_self and len(q) > len(g):
+        raise ValueError(f"queries: with exclude_self at most {len(g)} rows, got {len(q)}")
+    sizes = prefix_sizes(dims, q.shape[1])
+    q_code, g_code = _codes(
+        _labels(query_labels, len(q), "query_labels"), _labels(gallery_labels, len(g), "gallery_labels")
+    )
+    parts: dict[int, list[tuple[Tensor, Tensor]]] = {size: [] for size in sizes}
+    step = max(1, _BLOCK // len(g))
+    for start in range(0, len(q), step):
+        relevant = q_code[start : start + step, None] == g_code
+        rows = torch.arange(len(relevant))
+        if exclude_self:
+            relevant[rows, rows + start] = False
+        for size, score in prefix_similarities(q[start : start + step], g, sizes, metric=metric):
+            if exclude_self:
+                score[rows.to(score.device), (rows + start).to(score.device)] = -torch.inf
+            parts[size].append(_scores(score, relevant.to(score.device), k))
+    scores = {}
+    for size, found in parts.items():
+        first, precision = (torch.cat(column) for column in zip(*found))
+        kept = (first > 0).nonzero()[:, 0]
+        if len(kept) == 0:
+            raise ValueError("query_labels: no query has an item of its label in the gallery")
+        scores[size] = RetrievalScores(first[kept], precision[kept], kept)
+    return scores
 
 
 def _scores(

@@ -1,0 +1,297 @@
+"""Matryoshka: nested prefixes on the embeddings of a frozen encoder (Kusupati et al., 2022)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from ..geometry.arrays import check_matrix, like, normalize_rows
+from ..geometry.extras import require
+from ..geometry.files import load_arrays, save_arrays
+from ..geometry.subspace import Subspace
+from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
+from ..solvers.prefixes import halving_sizes, prefix, prefix_sizes
+from ..statistics import Moments, fit_moments, is_stream
+
+_KINDS = ("pca", "rotation", "linear", "mlp")
+_BLOCK = 8192
+_SAVED = ("kind", "center", "normalize", "efficient", "hidden")
+
+
+class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Map embeddings X (n, d) to coordinates (n, max(dims)) of which the first m serve, for every m in `dims`.
+
+    kind: "pca", the principal directions in order (closed form, any stream of rows) · "rotation", a learnt orthogonal
+    map of the leading max(dims) principal directions, which keeps inner products among them · "linear", any linear map
+    · "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), for what y
+    says: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
+    `temperature` in the batch; None → every prefix keeps the batch's cosines.
+    dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
+    which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
+    epochs, batch_size, learning_rate, weight_decay, dims_per_step: of the training. trainer: options of Lightning's
+    Trainer (devices, callbacks, progress, …).
+    Attributes: dims_; adapter_, a torch module; subspace_, for "pca" and "rotation", whose `truncate` and `split` are
+    the nested subspaces; heads_ and classes_, where trained with labels; losses_, the mean loss of each epoch.
+    """
+
+    def __init__(
+        self,
+        dims: Any = None,
+        kind: Any = "pca",
+        weights: Any = None,
+        center: Any = False,
+        normalize: Any = True,
+        efficient: Any = False,
+        hidden: Any = 512,
+        temperature: Any = 0.05,
+        epochs: Any = 15,
+        batch_size: Any = 256,
+        learning_rate: Any = 1e-3,
+        weight_decay: Any = 1e-4,
+        dims_per_step: Any = None,
+        trainer: Any = None,
+        random_state: Any = None,
+    ) -> None:
+        self.dims = dims
+        self.kind = kind
+        self.weights = weights
+        self.center = center
+        self.normalize = normalize
+        self.efficient = efficient
+        self.hidden = hidden
+        self.temperature = temperature
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.dims_per_step = dims_per_step
+        self.trainer = trainer
+        self.random_state = random_state
+
+    # ------------------------------------------------------------------ fitting
+
+    def fit(self, X: Any, y: Any = None) -> Matryoshka:
+        """Fit to rows X (n, d), and for the trained kinds to labels y (n,), paired rows y (n, d) or neither.
+
+        Raises ValueError for NaN, sizes beyond d (except "mlp"), labels of another length, or a single class.
+        """
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind: expected one of {_KINDS}, got {self.kind!r}")
+        for name in ("subspace_", "heads_", "classes_", "losses_"):
+            self.__dict__.pop(name, None)
+        if self.kind == "pca" and (isinstance(X, Tensor) or (is_stream(X) and not issparse(X))):
+            moments = fit_moments(X)
+            self.n_features_in_ = moments.d
+            self.__dict__.pop("feature_names_in_", None)
+        else:
+            rows = self._validated(X, reset=True)
+            moments = self._moments(rows)
+        if moments.count < 2:
+            raise ValueError(f"X: needs at least 2 rows (n_samples = {moments.count:g})")
+        d = self.n_features_in_
+        self.dims_ = (
+            halving_sizes(d) if self.dims is None else prefix_sizes(list(self.dims), None if self.kind == "mlp" else d)
+        )
+        nesting_weights(self.dims_ if self.dims is None else list(self.dims), self.weights)
+        self._n_features_out = self.dims_[-1]
+        flag, scale = self._principal(moments)
+        if self.kind == "pca":
+            self._set_subspace(flag, scale)
+        else:
+            self._train(rows, y, flag, scale)
+        return self
+
+    def _validated(self, X: Any, *, reset: bool) -> Tensor:
+        if isinstance(X, Tensor):
+            columns = None if reset else self.n_features_in_
+            rows = check_matrix(X, "X", columns=columns)
+            self.n_features_in_ = rows.shape[1]
+            return rows
+        options: Any = {"dtype": [np.float64, np.float32], "reset": reset}
+        return check_matrix(validate_data(self, X, **options, **({"ensure_min_samples": 2} if reset else {})), "X")
+
+    def _moments(self, rows: Tensor) -> Moments:
+        moments = Moments(rows.shape[1])
+        for block in rows.split(_BLOCK):
+            moments.update(block)
+        return moments
+
+    def _principal(self, moments: Moments) -> tuple[Subspace, float]:
+        """The leading directions (as many as the largest size, d at most), and the scale of unit mean variance."""
+        matrix = moments.covariance() if self.center else moments.second_moment()
+        values, vectors = torch.linalg.eigh(matrix)
+        total = float(values.clamp_min(0).sum())
+        if not total > 1e-28 * float(moments.mean.square().sum()) or total == 0:
+            raise ValueError("X: the rows are constant; there is no direction to keep")
+        width = min(self.dims_[-1], moments.d)
+        kept = values.flip(-1).clamp_min(0)
+        flag = Subspace(
+            vectors.flip(-1)[:, :width].contiguous(),
+            center=moments.mean if self.center else None,
+            variances=kept[:width],
+            spectrum=kept,
+            count=moments.count,
+        )
+        return flag, (total / moments.d) ** 0.5
+
+    def _set_subspace(self, flag: Subspace, scale: float) -> None:
+        self.subspace_ = flag
+        self.adapter_ = MatryoshkaAdapter(
+            flag.ambient_dim, self.dims_, basis=flag.basis, shift=flag.center, scale=scale, trainable=False
+        )
+
+    def _train(self, rows: Tensor, y: Any, flag: Subspace, scale: float) -> None:
+        from .nested_training import NestedTraining
+
+        rows = rows.detach().float().cpu()
+        target, objective, classes = self._target(y, rows)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            torch.manual_seed(int(check_random_state(self.random_state).randint(2**31)))
+            basis = None if self.kind == "mlp" else flag.basis
+            options: Any = {"basis": basis, "shift": flag.center, "scale": scale, "hidden": self.hidden}
+            module = NestedTraining(
+                MatryoshkaAdapter(rows.shape[1], self.dims_, kind=self.kind, **options),
+                objective,
+                dims=self.dims_ if self.dims is None else list(self.dims),
+                weights=self.weights,
+                num_classes=classes,
+                efficient=self.efficient,
+                temperature=self.temperature,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                dims_per_step=self.dims_per_step,
+            )
+            self._run(module, rows, target)
+        self.losses_ = list(module.losses)
+        adapter = module.adapter.eval().requires_grad_(False)
+        if module.heads is not None:
+            self.heads_ = module.heads.eval().requires_grad_(False)
+        if self.kind == "rotation":
+            matrix = adapter.matrix
+            assert matrix is not None
+            turned = torch.linalg.qr(matrix.double().mT)
+            signs = turned.R.diagonal().sign()
+            self._set_subspace(Subspace(turned.Q * signs, center=flag.center), scale)
+        else:
+            self.adapter_ = adapter
+
+    def _target(self, y: Any, rows: Tensor) -> tuple[Tensor | None, str, int]:
+        if y is None:
+            return None, "similarity", 0
+        labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+        if labels.shape[:1] != (len(rows),):
+            raise ValueError(f"y: expected {len(rows)} labels or rows to go with X, got shape {labels.shape}")
+        if labels.ndim == 1:
+            self.classes_, place = np.unique(labels, return_inverse=True)
+            if len(self.classes_) < 2:
+                raise ValueError(f"y: at least 2 classes are needed, got 1 class ({self.classes_[0]!r})")
+            return torch.as_tensor(place), "labels", len(self.classes_)
+        return check_matrix(labels, "y", columns=rows.shape[1]).float(), "pairs", 0
+
+    def _run(self, module: Any, rows: Tensor, target: Tensor | None) -> None:
+        lightning = require("lightning", extra="train")
+        columns = [rows] if target is None else [rows, target]
+
+        def batch(index: list[int]) -> list[Tensor]:
+            return [column[index] for column in columns]
+
+        size = min(self.batch_size, len(rows))
+        index: Any = range(len(rows))
+        loader = torch.utils.data.DataLoader(index, size, shuffle=True, drop_last=True, collate_fn=batch)
+        defaults = {
+            "max_epochs": self.epochs,
+            "accelerator": "cpu",
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        lightning.Trainer(**{**defaults, **(self.trainer or {})}).fit(module, loader)
+
+    # ------------------------------------------------------------------ use
+
+    def transform(self, X: Any) -> Any:
+        """Nested coordinates (n, max(dims)) of rows X (n, d); numpy or torch as given, in its dtype."""
+        check_is_fitted(self, "adapter_")
+        return like(self._coordinates(X, self.normalize), X)
+
+    def shorten(self, X: Any, m: int) -> Any:
+        """The first m of the nested coordinates, scaled to unit length again where `normalize` is set."""
+        check_is_fitted(self, "adapter_")
+        return like(prefix(self._coordinates(X, False), m, normalize=bool(self.normalize)), X)
+
+    @torch.no_grad()
+    def logits(self, X: Any) -> Any:
+        """Logits (l, n, classes) of every prefix, smallest first, by the heads that were trained with labels."""
+        check_is_fitted(self, "heads_")
+        return like(self.heads_(self._coordinates(X, False).float()), X)
+
+    @torch.no_grad()
+    def _coordinates(self, X: Any, normalize: bool) -> Tensor:
+        rows = self._validated(X, reset=False)
+        adapter = self.adapter_.to(rows.device)
+        # An MLP's weights are float32; a linear map is applied in the digits of the rows.
+        wide = torch.float32 if self.kind in ("mlp", "linear") else torch.promote_types(rows.dtype, torch.float32)
+        blocks = [adapter(block.to(wide)) for block in rows.split(_BLOCK)]
+        return torch.cat([normalize_rows(z) if normalize else z for z in blocks]).to(rows.dtype)
+
+    def as_module(self) -> MatryoshkaAdapter:
+        """The fitted map as a torch module, before any normalisation."""
+        check_is_fitted(self, "adapter_")
+        return self.adapter_
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted map, and the heads where there are some, to a safetensors file, whole or not at all."""
+        check_is_fitted(self, "adapter_")
+        arrays: dict[str, Tensor] = {f"adapter.{k}": v for k, v in self.adapter_.state_dict().items()}
+        facts: dict[str, Any] = {"parameters": {name: getattr(self, name) for name in _SAVED}}
+        if hasattr(self, "heads_"):
+            arrays |= {f"heads.{k}": v for k, v in self.heads_.state_dict().items()}
+            facts["classes"] = self.classes_.tolist()
+        save_arrays(path, "matryoshka", arrays, dims=list(self.dims_), d=self.n_features_in_, **facts)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Matryoshka:
+        """Read a file written by `save`. Raises ValueError when it is not one."""
+        arrays, facts = load_arrays(path, "matryoshka")
+        model = cls(**facts["parameters"], dims=facts["dims"])
+        model.dims_, model.n_features_in_ = tuple(facts["dims"]), int(facts["d"])
+        model._n_features_out = model.dims_[-1]
+        parts = {
+            part: {name.removeprefix(f"{part}."): value for name, value in arrays.items() if name.startswith(part)}
+            for part in ("adapter", "heads")
+        }
+        state = parts["adapter"]
+        kept = model.kind in ("pca", "rotation")
+        options: Any = {"kind": "rotation" if kept else model.kind, "hidden": model.hidden, "trainable": not kept}
+        if kept:
+            center = state["shift"] if model.center else None
+            model.subspace_ = Subspace(_orthonormal(state["basis"]), center=center)
+            options["basis"] = state["basis"]
+        adapter = MatryoshkaAdapter(model.n_features_in_, model.dims_, **options)
+        adapter.load_state_dict(state)
+        model.adapter_ = adapter.eval().requires_grad_(False)
+        if parts["heads"]:
+            model.classes_ = np.asarray(facts["classes"])
+            bias = any(name.endswith("bias") for name in parts["heads"])
+            heads = MatryoshkaLinear(model.dims_, len(model.classes_), efficient=model.efficient, bias=bias)
+            heads.load_state_dict(parts["heads"])
+            model.heads_ = heads.eval().requires_grad_(False)
+        return model
+
+
+def _orthonormal(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:
+    """Stored single-precision directions, orthonormal in double precision again."""
+    turned = torch.linalg.qr(basis.double())
+    return turned.Q * turned.R.diagonal().sign()

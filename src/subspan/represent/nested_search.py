@@ -1,0 +1,239 @@
+"""Funnel search: a shortlist by a short prefix, re-ranked by longer ones (Kusupati et al., 2022)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
+from ..geometry.extras import require
+from ..geometry.files import load_arrays, save_arrays
+from ..solvers.prefixes import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
+
+_METRICS = ("cosine", "l2")
+_BACKENDS = ("exact", "faiss")
+_BLOCK = 1 << 24
+_ROWS = 8192
+_SAVED = ("dims", "shortlist", "schedule", "metric", "backend", "factory")
+
+
+class MatryoshkaIndex(BaseEstimator):
+    """Nearest neighbours among rows X (n, d) by growing prefixes and shrinking lists; one database serves all sizes.
+
+    schedule: [(size, list length), …], the first from the whole database, each next re-ranking the list before it ·
+    "funnel", over `dims` (by default d, d/2, … down to 8) with `shortlist` halved at every size · "two-step", a
+    shortlist by the smallest of `dims`, re-ranked by the largest. The last list is as long as what is asked for.
+    metric: "cosine" (every prefix normalised on its own) or "l2". Inner products grow by the new block of coordinates
+    only, so a candidate costs what its longest prefix costs. backend: "exact", or "faiss" (extra: index) for the
+    shortlist, with an index by `factory`, such as "Flat" or "HNSW32".
+    X may be a memory map, which stays on disk; only the shortlist's prefix is copied.
+    Attributes: schedule_, the stages; cost_per_query_, multiply-adds a query (after `kneighbors` for approximate
+    shortlists, whose cost is counted); exact_cost_, those of one search by the last size.
+    """
+
+    def __init__(
+        self,
+        dims: Any = None,
+        shortlist: Any = 200,
+        schedule: Any = "funnel",
+        metric: Any = "cosine",
+        backend: Any = "exact",
+        factory: Any = "HNSW32",
+    ) -> None:
+        self.dims = dims
+        self.shortlist = shortlist
+        self.schedule = schedule
+        self.metric = metric
+        self.backend = backend
+        self.factory = factory
+
+    def fit(self, X: Any, y: Any = None) -> MatryoshkaIndex:
+        """Index the rows X (n, d). Raises ValueError for NaN, sizes beyond d, or lists that grow along the schedule.
+
+        Lists longer than the database are cut to it, with a warning.
+        """
+        if self.metric not in _METRICS:
+            raise ValueError(f"metric: expected one of {_METRICS}, got {self.metric!r}")
+        if self.backend not in _BACKENDS:
+            raise ValueError(f"backend: expected one of {_BACKENDS}, got {self.backend!r}")
+        rows = as_tensor(X, "X", ndim=2)
+        if not len(rows):
+            raise ValueError("X: holds no rows")
+        self.n_features_in_ = rows.shape[1]
+        stages = self._stages(rows.shape[1])
+        if stages[0][1] > len(rows):
+            warnings.warn(
+                f"shortlist: {stages[0][1]} is longer than the database of {len(rows)} rows and is cut to it",
+                stacklevel=2,
+            )
+        self.schedule_ = [(size, min(length, len(rows))) for size, length in stages]
+        self._sizes = tuple(size for size, _ in self.schedule_)
+        self.database_ = rows
+        first = self._sizes[0]
+        head = torch.empty(len(rows), first, dtype=torch.float32, device=rows.device)
+        norms = torch.empty(len(rows), len(self._sizes), device=rows.device)
+        for start in range(0, len(rows), _ROWS):
+            block = check_finite(rows[start : start + _ROWS], "X").float()
+            squares = prefix_squared_norms(block, self._sizes)
+            norms[start : start + _ROWS] = squares
+            part = block[:, :first]
+            if self.metric == "cosine":
+                part = part * _inverse(squares[:, :1])
+            head[start : start + _ROWS] = part
+        self._head, self._squares = head, norms
+        self._index = self._faiss_index(head) if self.backend == "faiss" else None
+        rerank = sum(
+            (self._sizes[level + 1] - self._sizes[level]) * self.schedule_[level][1]
+            for level in range(len(self._sizes) - 1)
+        )
+        self._rerank_cost = rerank
+        self.exact_cost_ = float(self._sizes[-1] * len(rows))
+        approximate = self._index is not None and self.factory != "Flat"
+        self.cost_per_query_ = float("nan") if approximate else float(first * len(rows) + rerank)
+        return self
+
+    def _stages(self, d: int) -> list[tuple[int, int]]:
+        if isinstance(self.schedule, str):
+            if self.schedule not in ("funnel", "two-step"):
+                raise ValueError(f"schedule: expected 'funnel', 'two-step' or a list of pairs, got {self.schedule!r}")
+            sizes = halving_sizes(d) if self.dims is None else prefix_sizes(list(self.dims), d)
+            if isinstance(self.shortlist, bool) or self.shortlist < 1:
+                raise ValueError(f"shortlist: must be at least 1, got {self.shortlist}")
+            if self.schedule == "two-step":
+                sizes = (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes
+            return [(size, max(1, self.shortlist >> level)) for level, size in enumerate(sizes)]
+        stages = [(int(size), int(length)) for size, length in self.schedule]
+        if not stages:
+            raise ValueError("schedule: at least one (size, list length) is needed")
+        sizes = prefix_sizes([size for size, _ in stages], d, name="schedule")
+        lengths = [length for _, length in stages]
+        if list(sizes) != [size for size, _ in stages] or lengths != sorted(lengths, reverse=True) or lengths[-1] < 1:
+            raise ValueError(f"schedule: sizes must grow and list lengths shrink, got {stages}")
+        return stages
+
+    def _faiss_index(self, head: Float[Tensor, "n m"]) -> Any:
+        faiss: Any = require("faiss", extra="index")
+        # On unit rows the order by inner product is that by distance.
+        index = faiss.index_factory(head.shape[1], self.factory, faiss.METRIC_L2)
+        rows = np.ascontiguousarray(head.cpu().numpy())
+        if not index.is_trained:
+            index.train(rows)
+        index.add(rows)
+        return index
+
+    # ------------------------------------------------------------------ search
+
+    def kneighbors(self, X: Any, k: int = 10) -> tuple[Any, Any]:
+        """Distances and row numbers (q, k) of the k nearest rows found for queries X (q, d), nearest first.
+
+        Distances are 1 - cosine, or Euclidean for "l2", by the last size. Raises ValueError where a list of the
+        schedule is shorter than k (lists of "funnel" and "two-step" behind the shortlist grow to k by themselves).
+        """
+        check_is_fitted(self, "schedule_")
+        queries = check_matrix(X, "X", columns=self.n_features_in_)
+        lengths = self._lengths(k)
+        counted = 0
+        values, indices = [], []
+        # Room for the scores of the whole database, and for the vectors of every list.
+        blocks = blocks_between(self._sizes)
+        widest = max(length * (block.stop - block.start) for length, block in zip([lengths[0], *lengths], blocks))
+        step = max(1, min(_ROWS, _BLOCK // max(len(self.database_), widest)))
+        for start in range(0, len(queries), step):
+            block = queries[start : start + step].to(self._head.device, torch.float32)
+            score, found, visited = self._search(block, lengths)
+            counted += visited
+            values.append(score)
+            indices.append(found)
+        if self._index is not None and self.factory != "Flat":
+            self.cost_per_query_ = counted * self._sizes[0] / len(queries) + self._rerank_cost
+        score, found = torch.cat(values), torch.cat(indices)
+        distance = 1 - score if self.metric == "cosine" else (-score).clamp_min(0).sqrt()
+        return like(distance, X), like(found, X)
+
+    def _lengths(self, k: int) -> list[int]:
+        if isinstance(k, bool) or not 1 <= k <= len(self.database_):
+            raise ValueError(f"k: must lie in [1, {len(self.database_)}], got {k}")
+        lengths = [length for _, length in self.schedule_]
+        growing = isinstance(self.schedule, str)
+        if lengths[0] < k or (not growing and min(lengths) < k):
+            raise ValueError(f"shortlist: lists of {lengths} are shorter than k = {k}")
+        lengths = [max(length, k) for length in lengths]
+        return [*lengths[:-1], k]
+
+    def _search(self, queries: Float[Tensor, "q d"], lengths: list[int]) -> tuple[Tensor, Tensor, int]:
+        squares = prefix_squared_norms(queries, self._sizes)
+        blocks = blocks_between(self._sizes)
+        head = queries[:, blocks[0]]
+        visited = 0
+        if self._index is None:
+            products = head @ self._head.mT
+            score = products if self.metric == "cosine" else 2 * products - self._squares[:, 0]
+            found = score.topk(lengths[0], dim=1).indices
+        else:
+            found, visited = self._faiss_search(head, squares[:, :1], lengths[0])
+        rows = self._rows(found, blocks[0])
+        products = torch.einsum("qm,qkm->qk", head, rows)
+        score = self._score(products, squares, found, 0)
+        for level, block in enumerate(blocks[1:], start=1):
+            # The list of the stage before, best first; a shorter list keeps its head.
+            found, products = _best(score, lengths[level - 1], found, products)
+            products = products + torch.einsum("qm,qkm->qk", queries[:, block], self._rows(found, block))
+            score = self._score(products, squares, found, level)
+        order = score.argsort(dim=1, descending=True, stable=True)[:, : lengths[-1]]
+        return score.gather(1, order), found.gather(1, order), visited
+
+    def _rows(self, found: Int[Tensor, "q k"], block: slice) -> Float[Tensor, "q k m"]:
+        return self.database_[:, block][found].float()
+
+    def _score(self, products: Tensor, squares: Tensor, found: Tensor, level: int) -> Tensor:
+        theirs = self._squares[:, level][found]
+        ours = squares[:, level : level + 1]
+        if self.metric == "cosine":
+            return products * _inverse(ours) * _inverse(theirs)
+        return 2 * products - ours - theirs
+
+    def _faiss_search(self, head: Tensor, squares: Tensor, length: int) -> tuple[Tensor, int]:
+        faiss: Any = require("faiss", extra="index")
+        query = head * _inverse(squares) if self.metric == "cosine" else head
+        statistics = faiss.cvar.hnsw_stats
+        statistics.reset()
+        if hasattr(self._index, "hnsw"):
+            # A search list shorter than what is asked for returns places without a row.
+            self._index.hnsw.efSearch = max(self._index.hnsw.efSearch, length)
+        found = self._index.search(np.ascontiguousarray(query.cpu().numpy()), length)[1]
+        if (found < 0).any():
+            raise ValueError(f"factory: the index {self.factory!r} found fewer than {length} rows for a query")
+        return torch.as_tensor(found, device=head.device), int(statistics.ndis)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the database and the schedule to a safetensors file, whole or not at all."""
+        check_is_fitted(self, "schedule_")
+        save_arrays(path, "matryoshka-index", {"database": self.database_}, **self.get_params())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MatryoshkaIndex:
+        """Read a file written by `save` and index it anew. Raises ValueError when it is not one."""
+        arrays, facts = load_arrays(path, "matryoshka-index")
+        return cls(**{name: facts[name] for name in _SAVED}).fit(arrays["database"])
+
+
+def _inverse(squares: Tensor) -> Tensor:
+    """1 / length, and 0 where a prefix is zero."""
+    return torch.rsqrt(squares).nan_to_num(posinf=0)
+
+
+def _best(score: Tensor, length: int, *columns: Tensor) -> tuple[Tensor, ...]:
+    if length >= score.shape[1]:
+        return columns
+    kept = score.topk(length, dim=1).indices
+    return tuple(column.gather(1, kept) for column in columns)

@@ -1,0 +1,136 @@
+"""Tasks, memory and replacement of models under the fixed simplex."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+pytest.importorskip("lightning", reason="StationaryModule trains with Lightning (extra: train)")
+
+from lightning import Trainer
+
+from subspan.align import BalancedBatches, Rehearsal, SimplexClassifier, StationaryModule, make_stationary
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*no negatives")
+
+CENTERS = 3 * torch.randn(8, 10, generator=torch.Generator().manual_seed(7))
+
+
+def task(classes, n=24, seed=0):
+    labels = torch.tensor(classes).repeat_interleave(n)
+    noise = torch.randn(len(labels), 10, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(CENTERS[labels] + 0.5 * noise, labels), labels
+
+
+def backbone(seed=0, width=15):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, width))
+
+
+def fit(module, data, labels, epochs=30):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(module, module.loader(data, labels))
+
+
+def test_balanced_batches_are_half_memory_and_cover_what_is_new():
+    sampler = BalancedBatches(50, 7, 16)
+    batches = list(sampler)
+    assert len(batches) == len(sampler) == 7
+    assert sorted(row for batch in batches for row in batch if row < 50) == list(range(50))
+    for batch in batches:
+        assert sum(row >= 50 for row in batch) == sum(row < 50 for row in batch)
+    remembered = [row for batch in batches for row in batch if row >= 50]
+    counts = torch.bincount(torch.tensor(remembered) - 50)
+    assert int(counts.max()) - int(counts.min()) <= 1
+    alone = list(BalancedBatches(10, 0, 4))
+    assert [len(batch) for batch in alone] == [4, 4, 2]
+
+
+def test_processes_share_the_batches(monkeypatch):
+    whole = list(BalancedBatches(50, 7, 16))
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr("subspan.align.stationary_simplex._process", lambda rank=rank: (rank, 2))
+        sampler = BalancedBatches(50, 7, 16)
+        parts.append(list(sampler))
+        assert len(parts[-1]) == len(sampler) == 4
+    assert [batch for pair in zip(*parts) for batch in pair][:7] == whole
+    assert parts[1][-1] == whole[0]
+
+
+def test_the_memory_keeps_so_many_of_every_class_once():
+    memory = Rehearsal(5)
+    data, labels = task([0, 1])
+    memory.remember(data, labels)
+    memory.remember(*task([1, 2], n=3, seed=1))
+    kept = [int(memory.joined(data)[len(data) + i][1]) for i in range(len(memory))]
+    assert sorted(kept) == [0] * 5 + [1] * 5 + [2] * 3
+    assert len(memory.joined(data)) == len(data) + 13
+
+
+def test_the_teacher_is_the_model_that_the_task_starts_from():
+    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16, learning_rate=0.05)
+    data, labels = task([0, 1, 2, 3])
+    module.start_task(4)
+    start = {name: value.clone() for name, value in module.backbone.state_dict().items()}
+    fit(module, data, labels, epochs=2)
+    for name, value in module.teacher["backbone"].state_dict().items():
+        assert torch.equal(value, start[name])
+    assert not torch.equal(module.backbone[0].weight, start["0.weight"])
+    module.end_task(data, labels)
+    other = backbone(5)
+    module.start_task(6, replace_with=other)
+    assert torch.equal(module.teacher["backbone"][0].weight, other[0].weight)
+    assert torch.equal(module.backbone[0].weight, other[0].weight)
+    assert module.backbone is not other
+    assert not module.train().teacher["backbone"].training
+    assert module.tasks == 2
+    fit(module, *task([4, 5]), epochs=1)
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_replaced_models_of_another_width_stay_comparable():
+    elsewhere = StationaryModule(
+        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=32, learning_rate=0.1
+    )
+    elsewhere.loss.lam = 1.0
+    data, labels = task([0, 1, 2, 3], seed=3)
+    elsewhere.start_task(4)
+    fit(elsewhere, data, labels)
+    here = StationaryModule(
+        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=32, learning_rate=0.1
+    )
+    here.start_task(4)
+    fit(here, data, labels)
+    old = here(data.tensors[0]).detach()
+    here.end_task(data, labels)
+    here.start_task(4, replace_with=(elsewhere.backbone, elsewhere.head))
+    new = here(data.tensors[0]).detach()
+    assert new.shape == old.shape
+    means = [torch.stack([z[labels == c].mean(0) for c in range(4)]) for z in (old, new)]
+    cross = torch.nn.functional.normalize(means[1], dim=1) @ torch.nn.functional.normalize(means[0], dim=1).mT
+    assert cross.argmax(1).tolist() == [0, 1, 2, 3]
+    assert float(cross.diagonal().min()) > 0.9
+    with pytest.raises(ValueError, match="vertices"):
+        here.start_task(4, replace_with=(backbone(), SimplexClassifier(4, preallocated=8)))
+
+
+def test_labels_without_a_vertex_are_refused_before_training():
+    module = StationaryModule(backbone(), SimplexClassifier(2, preallocated=16))
+    with pytest.raises(ValueError, match="labels"):
+        module.loader(*task([0, 5]))
+
+
+def test_a_model_is_made_stationary_in_place():
+    model = torch.nn.Sequential()
+    model.add_module("features", torch.nn.Linear(4, 6))
+    model.add_module("classifier", torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Linear(6, 5)))
+    head = make_stationary(model, "classifier.1", 5, preallocated=32)
+    assert model.classifier[1] is head
+    assert model(torch.zeros(2, 4)).shape == (2, 32)
+    assert "classifier.1.projection.weight" in model.state_dict()
+    with pytest.raises(ValueError, match=r"'fc'.*features"):
+        make_stationary(model, "fc", 5)
+    with pytest.raises(ValueError, match="Dropout"):
+        make_stationary(model, "classifier.0", 5)

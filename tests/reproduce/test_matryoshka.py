@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the protocol trains with Lightning")
+
+from subspan.reproduce import matryoshka
+from subspan.reproduce.matryoshka import Split
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def planted(n, seed, classes=8, d=48):
+    labels = np.arange(n) % classes
+    centers = np.random.default_rng(7).standard_normal((classes, d))
+    scale = np.linspace(3, 0.4, d)
+    x = np.random.default_rng(seed).standard_normal((n, d)) * scale + 1.2 * centers[labels]
+    return torch.from_numpy(x.astype(np.float32)), labels
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matryoshka, "picture_split", lambda quick: ("planted", Split(*planted(480, 0), *planted(240, 1))))
+        patch.setattr(matryoshka, "is_installed", lambda name: False)
+        patch.setattr(matryoshka, "DIMS", (4, 8, 16, 32))
+        patch.setattr(matryoshka, "UNSEEN", (6, 12, 24))
+        patch.setattr(matryoshka, "_HIDDEN", 64)
+        return matryoshka.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
+
+
+def test_the_protocol_measures_every_arm_and_its_checks_follow(outcome):
+    arms = [row[0] for row in outcome.tables[0].rows]
+    assert arms[0] == "MRL"
+    assert len(arms) == 11
+    values = [v for row in outcome.tables[0].rows for v in row[1:] if v is not None]
+    assert 0 <= min(values) <= max(values) <= 1
+    for check in outcome.checks:
+        bound = float(check.bar.split()[1])
+        expected = {">=": check.value >= bound, "<=": check.value <= bound, ">": check.value > bound}
+        assert check.holds == expected[check.bar.split()[0]]
+    assert outcome.holds == outcome.checks[0].holds
+    exact, *cheap = outcome.tables[5].rows
+    assert all(row[3] < exact[3] for row in cheap)
+
+
+def test_average_precision_of_neighbours_is_the_loop():
+    split = Split(torch.zeros(4, 1), np.array([0, 1, 0, 1]), torch.zeros(2, 1), np.array([0, 1]))
+    found = np.array([[0, 1, 2], [0, 1, 3]])
+    first, precision = matryoshka.neighbour_scores(found, split)
+    assert first == 0.5
+    assert precision == pytest.approx(((1 + 2 / 3) / 3 + (1 / 2 + 2 / 3) / 3) / 2)
+
+
+def test_pair_scores():
+    items = torch.eye(12)
+    assert matryoshka.pair_scores(items, items) == (1.0, 1.0)
+    queries = items.clone()
+    queries[0] = torch.tensor([0.5, 1.0, *[0.0] * 10])
+    gain, recall = matryoshka.pair_scores(queries, items)
+    assert recall == 1.0
+    assert gain == pytest.approx((11 + 1 / np.log2(3)) / 12, abs=1e-6)
+
+
+def test_text_adapters_beat_cutting_on_planted_pairs(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(400, 6, generator=generator)
+    sides = [
+        torch.cat([2 * torch.randn(400, 18, generator=generator), shared + 0.1 * torch.randn(400, 6)], 1)
+        for _ in range(2)
+    ]
+    monkeypatch.setattr(matryoshka, "code_pairs", lambda count, seed: tuple(sides))
+    monkeypatch.setattr(matryoshka, "TEXT_DIMS", (6, 24))
+    rows = {(row[0], row[1]): row[2] for row in matryoshka.text_table(range(1), 400, 15)}
+    assert len(rows) == 10
+    assert rows["adapter, linear", 6] > rows["first m of MiniLM", 6] + 0.05
