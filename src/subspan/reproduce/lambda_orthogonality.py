@@ -25,6 +25,8 @@ from .image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 
 OLD, NEW = "efficientnet-lite0", "efficientnet-lite2"
+# At one resolution both embed these small pictures equally well, and the method supposes a better new model.
+PIXELS = {OLD: 64, NEW: 128}
 LIMITS = (0.1, 0.2, 0.375, 0.75, 1.5)
 """λ / √n of the sweep; the third is the paper's."""
 SOFT_WEIGHTS = (1.0, 0.1, 0.01)
@@ -37,11 +39,11 @@ class Setting(NamedTuple):
 
     d: int = 128
     narrow: int = 64
-    train: int = 3000
+    train: int = 5000
     test: int = 2000
     queries: int = 600
     elsewhere: int = 1000
-    epochs: int = 15
+    epochs: int = 80
     seeds: int = 3
 
 
@@ -78,7 +80,7 @@ def load(setting: Setting, seed: int) -> Data:
         others = labelled_images("fashion_mnist")
         rows = np.random.default_rng(0).permutation(others.test)[: setting.elsewhere]
         name, other_labels = others.name, others.labels[rows]
-        other = pooled_features(others.images[rows], image_encoder(128, NEW), 128)
+        other = pooled_features(others.images[rows], image_encoder(PIXELS[NEW], NEW), PIXELS[NEW])
     else:
         # Without a second set of pictures, half of the classes is withheld and stands for it.
         half = len(images.classes) // 2
@@ -88,7 +90,7 @@ def load(setting: Setting, seed: int) -> Data:
     parts: dict[str, tuple[Tensor, Tensor]] = {}
     elsewhere = torch.empty(0)
     for model in (OLD, NEW):
-        features = images.features(model)
+        features = images.features(model, PIXELS[model])
         basis = Subspace.fit(features[train], rank=min(setting.d, len(train) - 1))
         fit, held_out = (normalize_rows(basis.coordinates(features[part]).float()) for part in (train, test))
         parts[model] = fit, held_out
@@ -219,7 +221,7 @@ def backfilled(data: Data, maps: Maps, setting: Setting, seed: int) -> dict[str,
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """No map, Procrustes, ridge, FCT, strict, λ sweep, affine, soft orthogonality; unequal widths; backfilling."""
-    setting = Setting(d=64, narrow=32, train=1200, test=600, queries=600, elsewhere=400, epochs=4, seeds=1)
+    setting = Setting(d=64, narrow=32, train=1200, test=600, queries=600, elsewhere=400, epochs=30, seeds=1)
     setting = setting if quick else Setting()
     progress("features", 0.0)
     data = load(setting, seed)
@@ -373,7 +375,7 @@ def _outcome(
         data=f"{data.name}: {min(setting.train, len(data.train_labels))} training pairs a seed, {len(data.labels)} "
         f"held-out pictures as gallery, {min(setting.queries, len(data.labels))} of them as queries; elsewhere: "
         f"{data.other}, {len(data.elsewhere_labels)} pictures",
-        model=f"EfficientNet-Lite0 (old) and Lite2 (new) at 128 px, frozen; {setting.d} principal directions each, "
+        model=f"EfficientNet-Lite0 at 64 px (old) and Lite2 at 128 px (new), frozen; {setting.d} principal directions each, "
         f"{setting.epochs} epochs",
         metric="CMC top-1, new queries in the old gallery",
         ours=strict["B(new)/old"],
@@ -384,7 +386,8 @@ def _outcome(
         checks=checks,
         tables=tables,
         notes=[
-            "The paper's encoders are a ResNet-18 and a ViT-L; these two are near in quality: there is less to gain.",
+            "The paper's encoders are a ResNet-18 and a ViT-L. Of these two the old one gets its pictures at half the "
+            "resolution: at one resolution they embed them equally well, and the method supposes a better new model.",
             "Each network was pretrained on ImageNet; a second set of labelled pictures stands for the original data.",
         ],
     )
