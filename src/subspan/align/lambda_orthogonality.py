@@ -137,11 +137,11 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             if value not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         for name in ("lam", "lam_rel", "alpha", "penalty", "weight_decay"):
-            value: Any = getattr(self, name)
-            if value is None and name in ("lam", "lam_rel"):
+            number: Any = getattr(self, name)
+            if number is None and name in ("lam", "lam_rel"):
                 continue
-            if not value >= 0:
-                raise ValueError(f"{name}: must be >= 0, got {value}")
+            if not number >= 0:
+                raise ValueError(f"{name}: must be >= 0, got {number}")
         if len(self.weights) != 3 or not all(value >= 0 for value in self.weights):
             raise ValueError(f"weights: expected three numbers >= 0, got {self.weights!r}")
         for name in ("temperature", "learning_rate"):

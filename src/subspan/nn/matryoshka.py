@@ -171,7 +171,8 @@ class MatryoshkaLoss(nn.Module):
         for m in sizes:
             cut = named | {name: prefix(x, m, normalize=unit[name]) for name, x in wide.items()}
             positional = [cut[index] for index in range(len(arguments))]
-            terms.append(self.weights[m] * self.base_loss(*positional, **{name: cut[name] for name in options}))
+            loss: Tensor = self.base_loss(*positional, **{name: cut[name] for name in options})
+            terms.append(self.weights[m] * loss)
         return torch.stack(terms).sum() * factor
 
     def _embeddings(self, named: Mapping[int | str, Any]) -> dict[int | str, Tensor]:

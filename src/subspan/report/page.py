@@ -607,7 +607,11 @@ def _upgrade_verdict(facts: dict[str, Any]) -> str:
 
 def _upgrade_recall(facts: dict[str, Any]) -> str:
     rows = [
-        [escape(name), f"{entry['value']:.3f}", _interval(*entry["interval"], lambda value: f"{value:.3f}")]
+        [
+            escape(name),
+            f"{entry['value']:.3f}",
+            _interval(entry["interval"][0], entry["interval"][1], lambda value: f"{value:.3f}"),
+        ]
         for name, entry in facts["retrieval"].items()
         if entry is not None
     ]
@@ -660,7 +664,7 @@ def _upgrade_index(facts: dict[str, Any]) -> str:
         ["Stored as", escape(index["dtype"]) + ("" if index["exact"] else ", as codes: rows are reconstructions")],
         ["Ranked by", escape(facts["metric"])],
         ["Ids", escape(index["ids"])],
-        ["Length of the vectors", _interval(*index["lengths"], _number)],
+        ["Length of the vectors", _interval(index["lengths"][0], index["lengths"][1], _number)],
         ["Dimensions of the new encoder", _count(facts["dimensions"]["new"])],
         ["Map of queries, new to old", escape(scores["queries"]["method"])],
         ["Map of vectors, old to new", escape(scores["vectors"]["method"])],

@@ -172,7 +172,7 @@ def assess(
         "new/migrated": bench.recall(bench.queries_new, mapped),
         "new/new": bench.recall(bench.queries_new, base_new),
     }
-    retrieval = {name: None if hits is None else _summary(hits, seed) for name, hits in found.items()}
+    retrieval: dict[str, Any] = {name: None if hits is None else _summary(hits, seed) for name, hits in found.items()}
     curves = _backfill(bench, mapped, metric, seed, progress)
     need = target * retrieval["new/new"]["value"]
     shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
@@ -259,10 +259,11 @@ class _Bench:
                 self.queries_old = self.queries_old[:MOST_QUERIES]
             asked = None if queries.labels is None else queries.labels[:MOST_QUERIES]
         if labels is not None and asked is not None:
-            self.relevant: Bool[np.ndarray, "q j"] | None = asked[:, None] == labels[None, :]
+            relevant: Bool[np.ndarray, "q j"] = asked[:, None] == labels[None, :]
             if self.own is not None:
-                self.relevant[np.arange(len(self.own)), self.own] = False
-            self._kept = self.relevant.any(axis=1)
+                relevant[np.arange(len(self.own)), self.own] = False
+            self.relevant: Bool[np.ndarray, "q j"] | None = relevant
+            self._kept = relevant.any(axis=1)
             if not self._kept.any():
                 raise ValueError("--labels: no query shares its label with a held-out item")
             self.truth_in_words = "held-out items with the label of the query (share of them among the first 10)"
@@ -383,7 +384,8 @@ def order_of_backfill(
     chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, _CLUSTER_SAMPLE), replace=False))
     sample = upgrade.migrated(index.take(chosen)).astype(np.float32)
     clusters = max(1, round((len(sample) / 2) ** 0.5))
-    model = MiniBatchKMeans(clusters, batch_size=4096, n_init=3, random_state=seed).fit(sample)
+    options: dict[str, Any] = {"batch_size": 4096, "n_init": 3, "random_state": seed}
+    model = MiniBatchKMeans(clusters, **options).fit(sample)
     place = np.empty(n, dtype=np.int64)
     start = 0
     for rows in _Migrated(index, upgrade):

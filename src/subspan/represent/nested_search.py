@@ -205,10 +205,11 @@ class MatryoshkaIndex(BaseEstimator):
         query = head * _inverse(squares) if self.metric == "cosine" else head
         statistics = faiss.cvar.hnsw_stats
         statistics.reset()
-        if hasattr(self._index, "hnsw"):
+        index: Any = self._index
+        if hasattr(index, "hnsw"):
             # A search list shorter than what is asked for returns places without a row.
-            self._index.hnsw.efSearch = max(self._index.hnsw.efSearch, length)
-        found = self._index.search(np.ascontiguousarray(query.cpu().numpy()), length)[1]
+            index.hnsw.efSearch = max(index.hnsw.efSearch, length)
+        found = index.search(np.ascontiguousarray(query.cpu().numpy()), length)[1]
         if (found < 0).any():
             raise ValueError(f"factory: the index {self.factory!r} found fewer than {length} rows for a query")
         return torch.as_tensor(found, device=head.device), int(statistics.ndis)

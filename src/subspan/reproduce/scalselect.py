@@ -208,8 +208,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                         [
                             name,
                             *(_shown(values[name]) for values in (kept, error, taught)),
-                            f"{np.mean([_effective_classes(labels[x]) for x in found]):.2f}",
-                            f"{np.mean([np.mean(np.asarray(lengths)[x]) for x in found]):.0f}",
+                            f"{float(sum(_effective_classes(labels[x]) for x in found) / len(found)):.2f}",
+                            f"{float(sum(np.asarray(lengths)[x].mean() for x in found) / len(found)):.0f}",
                         ]
                         for name, found in selections.items()
                     ],
