@@ -401,8 +401,8 @@ def _outcome(data: Data, setting: Setting, reports: list[dict[str, Report]], ste
         tables=tables,
         notes=[
             "The paper trains ResNet-50 from scratch for 100 epochs; here small networks on frozen features of two "
-            "independently pretrained encoders. The old one gets its pictures at half the resolution: at one resolution "
-            "the two networks embed them equally well, and the method supposes a better new model.",
+            "independently pretrained encoders. The old one gets its pictures at half the resolution: at one "
+            "resolution the two networks embed them equally well, and the method supposes a better new model.",
             "Teachers see the same deterministic views as the student; the authors' code caches one random flip.",
         ],
     )

@@ -221,7 +221,7 @@ def backfilled(data: Data, maps: Maps, setting: Setting, seed: int) -> dict[str,
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """No map, Procrustes, ridge, FCT, strict, λ sweep, affine, soft orthogonality; unequal widths; backfilling."""
-    setting = Setting(d=64, narrow=32, train=1200, test=600, queries=600, elsewhere=400, epochs=30, seeds=1)
+    setting = Setting(d=64, narrow=32, train=1200, test=600, queries=600, elsewhere=400, epochs=16, seeds=1)
     setting = setting if quick else Setting()
     progress("features", 0.0)
     data = load(setting, seed)
