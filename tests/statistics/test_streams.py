@@ -168,7 +168,7 @@ def test_all_reduce_over_two_processes(tmp_path, rows):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(240)
         assert worker.exitcode == 0
     exact = np.cov(rows.T)
     for name in ("m0", "m1", "g0", "g1"):

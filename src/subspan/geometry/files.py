@@ -24,7 +24,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not target.parent.is_dir():
         raise ValueError(f"path: the folder {str(target.parent)!r} does not exist")
     with temporary_folder(target) as folder:
-        temporary = folder / target.name
+        temporary = folder / f"unfinished{target.suffix}"
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
