@@ -17,7 +17,8 @@ from ..statistics import Moments
 
 _ROWS = 4000
 _ROUNDS = 40
-_STARTS = 4
+_STARTS = 16
+_FINALISTS = 2
 _SIGNED_AXES = 8
 _START_ROWS = 400
 _SETTLED = 0.005
@@ -29,7 +30,8 @@ class UnpairedReport:
     """Whether alignment without pairs worked.
 
     agreement: two maps, fitted to disjoint halves, send held-out rows to the same k neighbours this often; chance: what
-    unrelated maps would reach. mutual_share: rows that are each other's nearest after the map. recall: of the known
+    unrelated maps would reach. Where known pairs are given their recall decides, else the agreement, which is cautious:
+    a right map of all rows is doubted where one of the halves was too small to find it. mutual_share: rows that are each other's nearest after the map. recall: of the known
     pairs that were given to check, else None. converged: the matches settled.
     """
 
@@ -88,14 +90,16 @@ def align_unpaired(
         k_check = min(k, len(truth) - 1)
         own = torch.arange(len(truth)).unsqueeze(1)
         recall = float((nearest(mapped, truth, k_check, metric=metric)[1] == own).any(1).double().mean())
-        lucky = (k_check + 1) / len(truth)
+        lucky = k_check / len(truth)
     reason = ""
-    if not whole.converged:
+    if recall is not None:
+        # Known pairs measure what agreement can only suggest.
+        if recall < 5 * lucky:
+            reason = f"recall of the known pairs is {recall:.3f} (chance {lucky:.3f})"
+    elif not whole.converged:
         reason = f"the matches had not settled after {whole.rounds} rounds"
     elif agreement < max(_LEAST_AGREEMENT, 5 * chance):
         reason = f"maps fitted to two halves agree on {agreement:.3f} of the neighbours (chance {chance:.3f})"
-    elif recall is not None and recall < 2 * lucky:
-        reason = f"recall of the known pairs is {recall:.3f} (chance {lucky:.3f})"
     report = UnpairedReport(
         agreement, chance, whole.mutual_share, whole.converged, whole.rounds, recall, not reason, reason
     )
@@ -112,13 +116,12 @@ def _fit(
     axes = min(x.shape[1], y.shape[1], len(x) - 1, len(y) - 1)
     zx, zy = _principal(x, axes), _principal(y, axes)
     pairs = _starts(zx, zy) if starts is None else (_mutual(s.map(x), y) for s in starts)
-    best: tuple[float, Tensor, Tensor, bool, int] | None = None
-    for left, right in pairs:
-        result = _refine(zx, zy, left, right)
-        if best is None or result[0] < best[0]:
-            best = result
-    assert best is not None
-    _, left, right, converged, rounds = best
+    most = min(zx.shape[1], zy.shape[1])
+    first = [_refine(zx, zy, left, right, [min(_SIGNED_AXES, most), min(24, most)], 15) for left, right in pairs]
+    first.sort(key=lambda result: result[0])
+    wide = sorted({min(24, most), min(64, most), min(256, most)})
+    finished = [_refine(zx, zy, left, right, wide, _ROUNDS) for _, left, right, _, _ in first[:_FINALISTS]]
+    _, left, right, converged, rounds = min(finished, key=lambda result: result[0])
     share = len(left) / min(len(x), len(y))
     # The final rotation is fitted in the spaces themselves, where the strong directions count by their variance.
     a, b = x[left], y[right]
@@ -176,27 +179,25 @@ def _starts(zx: Float[Tensor, "n p"], zy: Float[Tensor, "m p"]) -> Iterator[tupl
 
 
 def _refine(
-    zx: Float[Tensor, "n p"], zy: Float[Tensor, "m p"], left: Tensor, right: Tensor
+    zx: Float[Tensor, "n p"], zy: Float[Tensor, "m p"], left: Tensor, right: Tensor, widths: list[int], most_rounds: int
 ) -> tuple[float, Tensor, Tensor, bool, int]:
     """Matches → rotation → matches on more and more axes, until they settle: distance, matches, settled, rounds."""
-    most = min(zx.shape[1], zy.shape[1])
-    rounds, converged = 0, False
-    a, b, rotation = zx[:, :most], zy[:, :most], torch.eye(most, dtype=zx.dtype)
-    for width in sorted({min(_SIGNED_AXES, most), min(24, most), min(64, most), min(256, most)}):
+    rounds, converged, distance = 0, False, float("inf")
+    for width in widths:
         a, b = zx[:, :width], zy[:, :width]
-        converged, previous = False, 0.0
-        rotation = torch.eye(width, dtype=zx.dtype)
-        for _ in range(_ROUNDS):
+        converged, previous, rotation = False, 0.0, torch.eye(width, dtype=zx.dtype)
+        for _ in range(most_rounds):
             if len(left) < 2:
                 break
             rounds += 1
             rotation = procrustes(a[left].mT @ b[right]).matrix
-            before = {*zip(left.tolist(), right.tolist())}
+            before = left * len(b) + right
             left, right = _mutual(a @ rotation.mT, b)
             share = len(left) / min(len(a), len(b))
-            changed = 1 - len(before & {*zip(left.tolist(), right.tolist())}) / max(1, len(left))
-            if changed < _SETTLED or (rounds > 10 and abs(share - previous) < _SETTLED / 5):
+            kept = int(torch.isin(left * len(b) + right, before).sum())
+            if kept >= (1 - _SETTLED) * len(left) or (rounds > 10 and abs(share - previous) < _SETTLED / 5):
                 converged = True
                 break
             previous = share
-    return _distance(a @ rotation.mT, b), left, right, converged, rounds
+        distance = _distance(a @ rotation.mT, b)
+    return distance, left, right, converged, rounds
