@@ -25,7 +25,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
 from ..align import CrossModalReport, cross_modal_report, distance_correlation
-from ..align.cross_modal import split_queries
+from ..align.cross_modal import METHODS, split_queries
 from ..align.plato_3d_text import SubspaceAligner
 from ..datasets import is_available, load, procedural_shapes, stdlib_docstrings
 from ..datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
@@ -41,6 +41,7 @@ PACKAGES = ("numpy", "scipy", "sklearn", "networkx")
 
 COMPONENTS = (10, 25, 50, 100, 200)
 QUICK_COMPONENTS = (10, 50, 200)
+QUICK_METHODS = ("affine", "ridge", "local_cka")
 STEPS, BATCH = 300, 64
 """Batches that train the point network, and their size."""
 
@@ -332,8 +333,7 @@ def _table(world: World, found: list[CrossModalReport]) -> Table:
     largest = world.anchors[-1]
     settings = {(r["subspace"], r["k"], r["method"]) for r in found[0].rows if r["n_anchors"] == largest}
     order = {"full": 0, "pca": 1, "cca": 2}
-    names = ("none", "affine", "ridge", "local_cka", "relative")
-    for subspace, k, method in sorted(settings, key=lambda s: (order[s[0]], s[1], names.index(s[2]))):
+    for subspace, k, method in sorted(settings, key=lambda s: (order[s[0]], s[1], METHODS.index(s[2]))):
         where = {"subspace": subspace, "k": k, "method": method, "n_anchors": largest}
         row: list[Any] = ["full" if not k else f"{subspace.upper()}-{k}", method.replace("_", " ")]
         for metric in ("top1", "top5", "matching"):
@@ -423,8 +423,8 @@ def _checks(world: World, found: list[CrossModalReport]) -> list[Check]:
     return checks
 
 
-def _analysis(world: World, k: int, seeds: range, checks: list[Check]) -> Table:
-    found = [semantics(world, k, seed) for seed in seeds]
+def _analysis(world: World, k: int, seeds: range, checks: list[Check], shapes: int) -> Table:
+    found = [semantics(world, k, seed, shapes) for seed in seeds]
     mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
     rise = mean["Chamfer, captions in the subspace"] - mean["Chamfer, captions"]
     purer = mean["family of neighbours, 3D subspace"] - mean["family of neighbours, 3D"]
@@ -445,7 +445,7 @@ def _analysis(world: World, k: int, seeds: range, checks: list[Check]) -> Table:
         ),
     ]
     return Table(
-        f"{world.name}: geometry and meaning of {min(world.n_queries, 200)} shapes held out (CCA-{k})",
+        f"{world.name}: geometry and meaning of {min(world.n_queries, shapes)} shapes held out (CCA-{k})",
         ["measure", "value"],
         [[name, round(value, 4)] for name, value in mean.items()],
     )
@@ -459,7 +459,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     worlds += shape_worlds()
     seeds = range(seed, seed + (1 if quick else 3))
     ks = QUICK_COMPONENTS if quick else COMPONENTS
-    methods = ("none", "affine", "ridge", "local_cka", "relative")
+    methods = QUICK_METHODS if quick else METHODS
     checks: list[Check] = []
     tables: list[Table] = []
     measured: dict[str, list[CrossModalReport]] = {}
@@ -478,7 +478,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         own = _checks(world, found)
         if world.points is not None:
             k = _best_k(found, "top5", _SUBSPACE, "affine", world.anchors[-1])[0]
-            tables.append(_analysis(world, k, seeds, own))
+            tables.append(_analysis(world, k, seeds, own, 80 if quick else 200))
         # The card sets its bars for code and for made shapes; a few hundred real models are reported beside.
         checks += own if world.name != "real models and names" else [replace(check, required=False) for check in own]
     world = worlds[0]
@@ -486,7 +486,9 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     largest = max(r["n_anchors"] for r in found[0].rows)
     k, ours = _best_k(found, "top5", _SUBSPACE, "affine", largest)
     baselines = {}
-    for method in ("affine", "ridge", "local_cka", "relative"):
+    for method in methods:
+        if method == "none":
+            continue
         baselines[f"full, {method.replace('_', ' ')}"] = _mean(
             found, "top5", subspace="full", method=method, n_anchors=largest
         )
