@@ -627,8 +627,11 @@ def shorten(
     ] = None,
     rank: Rank = "0.95",
     method: Annotated[
-        Literal["pca", "prefix"],
-        typer.Option(help="The leading principal directions, or the first columns as they are (--rank N)."),
+        Literal["pca", "matryoshka", "prefix"],
+        typer.Option(
+            help="The leading principal directions; a rotation of them, trained so that every prefix serves (--rank N); "
+            "or the first columns as they are (--rank N)."
+        ),
     ] = "pca",
     center: Annotated[
         bool, typer.Option("--center", help="Subtract the mean first. Without it cosines are kept best.")
@@ -656,6 +659,8 @@ def shorten(
 
     - `subspan shorten vectors.parquet --id-column id --rank marchenko-pastur --center -o short.parquet`
 
+    - `subspan shorten vectors.npy --method matryoshka --rank 64 -o short.npy`
+
     - `subspan shorten images.faiss --method prefix --rank 256 -o short.faiss`
     """
     from .datasets.faiss_files import FAISS_SUFFIXES
@@ -666,7 +671,7 @@ def shorten(
     _output(subspace, ".safetensors")
     ranked = _rank(rank)
     from .report import read_embeddings
-    from .report.shorten import pca_head, prefix_head
+    from .report.shorten import matryoshka_head, pca_head, prefix_head
     from .report.shorten import shorten as shorten_vectors
 
     with _progress("reading") as progress:
@@ -679,11 +684,12 @@ def shorten(
             )  # fmt: skip
             named = data.ids if id_column is not None else None
             source = in_memory(data.rows, data.argument or data.name, named)
-        head = (
-            pca_head(source, ranked, center=center, progress=progress)
-            if method == "pca"
-            else prefix_head(source, ranked)
-        )
+        if method == "pca":
+            head = pca_head(source, ranked, center=center, progress=progress)
+        elif method == "matryoshka":
+            head = matryoshka_head(source, ranked, seed=seed, progress=progress)
+        else:
+            head = prefix_head(source, ranked)
         facts = shorten_vectors(source, head, output, subspace=subspace, seed=seed, progress=progress)
     if as_json:
         _print_json(facts)

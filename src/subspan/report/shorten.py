@@ -14,6 +14,7 @@ from jaxtyping import Float
 from ..datasets.index_writing import Map, write_index
 from ..datasets.indexes import StoredVectors
 from ..geometry import Subspace, normalize_rows
+from ..represent import Matryoshka
 from ..solvers.neighbours import nearest, recall_at_k
 from ..statistics import Moments
 from .embeddings import Progress, silent
@@ -21,13 +22,14 @@ from .facts import NEIGHBOURS, mean_interval
 
 SEARCHED = 10_000
 _QUERIES = 1000
+_TRAINED_ON = 20_000
 
 
 @dataclass(frozen=True)
 class Head:
     """A way to shorten: `apply` maps rows (n, d) to (n, columns), of which the first k serve for every smaller k.
 
-    subspace: that of a PCA, None for other ways.
+    subspace: whose coordinates these are, None for a plain prefix.
     """
 
     name: str
@@ -57,6 +59,22 @@ def prefix_head(source: StoredVectors, rank: int | float | str) -> Head:
     if not 1 <= rank <= source.shape[1]:
         raise ValueError(f"--rank: {rank} columns asked for of {source.shape[1]}")
     return Head("prefix", rank, lambda rows: np.ascontiguousarray(rows[:, :rank]))
+
+
+def matryoshka_head(source: StoredVectors, rank: int | float | str, *, seed: int, progress: Progress = silent) -> Head:
+    """A rotation of the leading principal directions, trained so that every prefix keeps the cosines (extra: train).
+
+    It is trained on at most 20 000 of the vectors.
+    """
+    if not isinstance(rank, int):
+        raise ValueError(f"--rank: --method matryoshka takes a number of columns, got {rank!r}")
+    if not 1 <= rank <= source.shape[1]:
+        raise ValueError(f"--rank: {rank} columns asked for of {source.shape[1]}")
+    progress("training a rotation", 0.05)
+    chosen = np.random.default_rng(seed).choice(len(source), min(len(source), _TRAINED_ON), replace=False)
+    sizes = [*_sizes(rank), rank]
+    model = Matryoshka(sizes, "rotation", normalize=False, random_state=seed).fit(source.take(np.sort(chosen)))
+    return Head("matryoshka", rank, model.transform, model.subspace_)
 
 
 def shorten(
@@ -89,7 +107,7 @@ def shorten(
             subspace.unlink(missing_ok=True)
         raise
     facts = {"rows": len(source), "columns": source.shape[1], "kept": head.columns, "method": head.name}
-    if head.subspace is not None:
+    if head.subspace is not None and head.subspace.spectrum is not None:
         facts["explained"] = float(head.subspace.explained_ratio)
     facts |= {"output": str(destination), **({"map": str(subspace)} if subspace is not None else {})}
     return {**facts, "form": written["form"], "verified": written["verified"], "curve": curve}

@@ -375,8 +375,8 @@ def _outcome(
         data=f"{data.name}: {min(setting.train, len(data.train_labels))} training pairs a seed, {len(data.labels)} "
         f"held-out pictures as gallery, {min(setting.queries, len(data.labels))} of them as queries; elsewhere: "
         f"{data.other}, {len(data.elsewhere_labels)} pictures",
-        model=f"EfficientNet-Lite0 at 64 px (old) and Lite2 at 128 px (new), frozen; {setting.d} principal directions each, "
-        f"{setting.epochs} epochs",
+        model=f"EfficientNet-Lite0 at 64 px (old) and Lite2 at 128 px (new), frozen; {setting.d} principal directions "
+        f"each, {setting.epochs} epochs",
         metric="CMC top-1, new queries in the old gallery",
         ours=strict["B(new)/old"],
         baselines={"old/old": own["old/old"]}
