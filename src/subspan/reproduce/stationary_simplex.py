@@ -281,7 +281,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         center, spread = features[data.train].mean(0), features[data.train].std(0).mean()
         parts.append((features - center) / spread)
     x = torch.cat(parts, 1)
-    epochs, rate = (20 if quick else 30), 0.05
+    epochs, rate = (12 if quick else 30), 0.05
     seeds = range(seed, seed + (1 if quick else 3))
     results: dict[str, list[tuple[float, float, float, float]]] = {}
     matrices: dict[str, np.ndarray] = {}
