@@ -32,6 +32,8 @@ LAMBDAS = (0.1, 0.3, 0.6, 1.0)
 
 _HIDDEN = 256
 _BATCH = 64
+_EPOCHS = 30
+_QUICK_EPOCHS = 12
 _LEARNABLE = "learnable classifier (ER)"
 _ENTROPY = "simplex, cross entropy"
 _HOC = "simplex, HOC"
@@ -281,7 +283,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         center, spread = features[data.train].mean(0), features[data.train].std(0).mean()
         parts.append((features - center) / spread)
     x = torch.cat(parts, 1)
-    epochs, rate = (12 if quick else 30), 0.05
+    epochs, rate = (_QUICK_EPOCHS if quick else _EPOCHS), 0.05
     seeds = range(seed, seed + (1 if quick else 3))
     results: dict[str, list[tuple[float, float, float, float]]] = {}
     matrices: dict[str, np.ndarray] = {}
