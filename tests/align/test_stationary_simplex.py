@@ -92,14 +92,14 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
 
 def test_replaced_models_of_another_width_stay_comparable():
     elsewhere = StationaryModule(
-        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=16, learning_rate=0.1
+        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=16, learning_rate=0.02
     )
     elsewhere.loss.lam = 1.0
     data, labels = task([0, 1, 2, 3], seed=3)
     elsewhere.start_task(4)
     fit(elsewhere, data, labels, epochs=60)
     here = StationaryModule(
-        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=16, learning_rate=0.1
+        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=16, learning_rate=0.02
     )
     here.start_task(4)
     fit(here, data, labels, epochs=60)

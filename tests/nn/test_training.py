@@ -19,7 +19,7 @@ class Line(LightningModule):
         self.layer = torch.nn.Linear(2, 1)
 
     def training_step(self, batch, batch_index=0):
-        warnings.warn("a step of one's own", stacklevel=2)
+        warnings.warn("a step of one's own", stacklevel=1)
         return self.layer(batch).square().mean()
 
     def configure_optimizers(self):
