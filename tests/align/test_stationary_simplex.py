@@ -92,17 +92,17 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
 
 def test_replaced_models_of_another_width_stay_comparable():
     elsewhere = StationaryModule(
-        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=32, learning_rate=0.1
+        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=16, learning_rate=0.02
     )
     elsewhere.loss.lam = 1.0
     data, labels = task([0, 1, 2, 3], seed=3)
     elsewhere.start_task(4)
-    fit(elsewhere, data, labels)
+    fit(elsewhere, data, labels, epochs=60)
     here = StationaryModule(
-        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=32, learning_rate=0.1
+        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=16, learning_rate=0.02
     )
     here.start_task(4)
-    fit(here, data, labels)
+    fit(here, data, labels, epochs=60)
     old = here(data.tensors[0]).detach()
     here.end_task(data, labels)
     here.start_task(4, replace_with=(elsewhere.backbone, elsewhere.head))

@@ -211,9 +211,13 @@ def test_expected_sizes_are_the_means_over_rows(logits):
 
 def test_lazy_classification_is_the_prediction_from_all_logits(logits, tmp_path):
     head = MatryoshkaLinear(DIMS, 5)
-    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    for layer in head.heads:
+        torch.nn.init.normal_(layer.weight, generator=generator)
+        torch.nn.init.zeros_(layer.bias)
+    x = torch.randn(50, 8, generator=generator)
     model = MatryoshkaCascade(DIMS).fit(*logits)
-    model.thresholds_ = np.array([0.3, 0.4])
+    model.thresholds_ = np.array([0.6, 0.8])
     layers = head(x).detach()
     assert len(model.route(layers).unique()) == 3
     assert torch.equal(model.classify(x, head), model.predict(layers))

@@ -12,7 +12,7 @@ from subspan.reproduce.matryoshka import Split
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def planted(n, seed, classes=8, d=48):
+def planted(n, seed, classes=8, d=160):
     labels = np.arange(n) % classes
     centers = np.random.default_rng(7).standard_normal((classes, d))
     scale = np.linspace(3, 0.4, d)
@@ -23,9 +23,11 @@ def planted(n, seed, classes=8, d=48):
 @pytest.fixture(scope="module")
 def outcome():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matryoshka, "picture_split", lambda quick: ("planted", Split(*planted(480, 0), *planted(240, 1))))
+        patch.setattr(
+            matryoshka, "picture_split", lambda quick: ("planted", Split(*planted(1600, 0), *planted(240, 1)))
+        )
         patch.setattr(matryoshka, "is_installed", lambda name: False)
-        patch.setattr(matryoshka, "DIMS", (4, 8, 16, 32))
+        patch.setattr(matryoshka, "DIMS", (4, 8, 16, 32, 64, 128))
         patch.setattr(matryoshka, "UNSEEN", (6, 12, 24))
         patch.setattr(matryoshka, "_HIDDEN", 64)
         return matryoshka.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
@@ -42,8 +44,23 @@ def test_the_protocol_measures_every_arm_and_its_checks_follow(outcome):
         expected = {">=": check.value >= bound, "<=": check.value <= bound, ">": check.value > bound}
         assert check.holds == expected[check.bar.split()[0]]
     assert outcome.holds == outcome.checks[0].holds
-    exact, *cheap = outcome.tables[5].rows
+    exact, *cheap = next(table for table in outcome.tables if table.title == "funnel search").rows
     assert all(row[3] < exact[3] for row in cheap)
+    assert "funnel" in [check.name for check in outcome.checks]
+
+
+def test_a_model_is_scored_by_its_own_heads(outcome):
+    own, probe = ({row[0]: row[1:] for row in table.rows} for table in outcome.tables[:2])
+    assert own["MRL"] != probe["MRL"]
+    assert own["plain, PCA"] == probe["plain, PCA"]
+    assert own["MRL"][0] > own["plain, first m"][0]
+
+
+def test_too_few_rows_for_a_cheap_funnel_leave_its_check_out():
+    exact, funnel = ["exact", 0.5, 0.5, 1000.0], ["funnel", 0.5, 0.4, 200.0]
+    assert matryoshka._funnel_checks([exact, funnel]) == []
+    (check,) = matryoshka._funnel_checks([exact, ["funnel", 0.5, 0.4, 100.0]])
+    assert not check.holds
 
 
 def test_average_precision_of_neighbours_is_the_loop():
@@ -68,11 +85,11 @@ def test_text_adapters_beat_cutting_on_planted_pairs(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     shared = torch.randn(400, 6, generator=generator)
     sides = [
-        torch.cat([2 * torch.randn(400, 18, generator=generator), shared + 0.1 * torch.randn(400, 6)], 1)
-        for _ in range(2)
+        torch.cat([1.2 * torch.randn(400, 18, generator=generator), shared + 0.1 * noise], 1)
+        for noise in torch.randn(2, 400, 6, generator=generator)
     ]
     monkeypatch.setattr(matryoshka, "code_pairs", lambda count, seed: tuple(sides))
     monkeypatch.setattr(matryoshka, "TEXT_DIMS", (6, 24))
-    rows = {(row[0], row[1]): row[2] for row in matryoshka.text_table(range(1), 400, 15)}
+    rows = {(row[0], row[1]): row[2] for row in matryoshka.text_table(range(1), 400, 60)}
     assert len(rows) == 10
     assert rows["adapter, linear", 6] > rows["first m of MiniLM", 6] + 0.05

@@ -26,14 +26,15 @@ class PlantedImages(LabelledImages):
 
 @pytest.fixture(scope="module")
 def outcome():
-    labels = np.arange(300) % 10
-    index = np.arange(300)
+    labels = np.arange(1200) % 10
+    index = np.arange(1200)
     names = tuple("0123456789")
     data = PlantedImages("planted", None, labels, index[index % 30 < 20], index[index % 30 >= 20], names)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stationary_simplex, "labelled_images", lambda source: data)
         patch.setattr(stationary_simplex, "VERTICES", 16)
         patch.setattr(stationary_simplex, "_HIDDEN", 32)
+        patch.setattr(stationary_simplex, "_QUICK_EPOCHS", 30)
         return stationary_simplex.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
 
 

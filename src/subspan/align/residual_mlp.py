@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..geometry.extras import require
 from ..geometry.maps import AffineMap
+from ..nn.training import quiet_trainer
 from ..solvers import nearest
 
 if TYPE_CHECKING:
@@ -96,7 +97,6 @@ def train_residual(
     epochs: int = _EPOCHS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Train on 85 % of the rows, stop by the recall of the rest; weights of the network's two layers."""
-    lightning: Any = require("lightning", extra="train")
     callbacks: Any = require("lightning.pytorch.callbacks", extra="train")
     x, y = x.float(), y.float()
     with torch.random.fork_rng():
@@ -123,17 +123,10 @@ def train_residual(
         with tempfile.TemporaryDirectory() as folder:
             best = callbacks.ModelCheckpoint(folder, monitor="recall", mode="max", save_weights_only=True)
             stop = callbacks.EarlyStopping("recall", mode="max", patience=_PATIENCE)
-            trainer = lightning.Trainer(
-                max_epochs=epochs,
-                accelerator="cpu",
-                logger=False,
-                callbacks=[best, stop],
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-            )
-            before = trainer.validate(model, once, verbose=False)[0]["recall"]
-            trainer.fit(model, train, once)
+            options: Any = {"callbacks": [best, stop], "enable_checkpointing": True, "num_sanity_val_steps": 0}
+            with quiet_trainer(max_epochs=epochs, **options) as trainer:
+                before = trainer.validate(model, once, verbose=False)[0]["recall"]
+                trainer.fit(model, train, once)
             state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
             if best.best_model_score is not None and float(best.best_model_score) <= before:
                 state |= {name: torch.zeros_like(state[name]) for name in ("second.weight", "second.bias")}

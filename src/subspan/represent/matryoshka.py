@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.extras import require
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.subspace import Subspace
 from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
+from ..nn.training import quiet_trainer
 from ..solvers.prefixes import halving_sizes, prefix, prefix_sizes
 from ..statistics import Moments, fit_moments, is_stream
 
@@ -104,11 +103,15 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         )
         nesting_weights(self.dims_ if self.dims is None else list(self.dims), self.weights)
         self._n_features_out = self.dims_[-1]
-        flag, scale = self._principal(moments)
-        if self.kind == "pca":
-            self._set_subspace(flag, scale)
+        matrix = moments.covariance() if self.center else moments.second_moment()
+        scale = self._scale(matrix, moments)
+        shift = moments.mean if self.center else None
+        if self.kind == "mlp":
+            self._train(rows, y, None, shift, scale)
+        elif self.kind == "pca":
+            self._set_subspace(self._principal(matrix, moments), scale)
         else:
-            self._train(rows, y, flag, scale)
+            self._train(rows, y, self._principal(matrix, moments).basis, shift, scale)
         return self
 
     def _validated(self, X: Any, *, reset: bool) -> Tensor:
@@ -126,23 +129,25 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             moments.update(block)
         return moments
 
-    def _principal(self, moments: Moments) -> tuple[Subspace, float]:
-        """The leading directions (as many as the largest size, d at most), and the scale of unit mean variance."""
-        matrix = moments.covariance() if self.center else moments.second_moment()
-        values, vectors = torch.linalg.eigh(matrix)
-        total = float(values.clamp_min(0).sum())
+    def _scale(self, matrix: Float[Tensor, "d d"], moments: Moments) -> float:
+        """The scale of unit mean variance."""
+        total = float(matrix.diagonal().clamp_min(0).sum())
         if not total > 1e-28 * float(moments.mean.square().sum()) or total == 0:
             raise ValueError("X: the rows are constant; there is no direction to keep")
-        width = min(self.dims_[-1], moments.d)
+        return (total / moments.d) ** 0.5
+
+    def _principal(self, matrix: Float[Tensor, "d d"], moments: Moments) -> Subspace:
+        """The leading directions, as many as the largest size."""
+        values, vectors = torch.linalg.eigh(matrix)
+        width = self.dims_[-1]
         kept = values.flip(-1).clamp_min(0)
-        flag = Subspace(
+        return Subspace(
             vectors.flip(-1)[:, :width].contiguous(),
             center=moments.mean if self.center else None,
             variances=kept[:width],
             spectrum=kept,
             count=moments.count,
         )
-        return flag, (total / moments.d) ** 0.5
 
     def _set_subspace(self, flag: Subspace, scale: float) -> None:
         self.subspace_ = flag
@@ -150,16 +155,16 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             flag.ambient_dim, self.dims_, basis=flag.basis, shift=flag.center, scale=scale, trainable=False
         )
 
-    def _train(self, rows: Tensor, y: Any, flag: Subspace, scale: float) -> None:
+    def _train(
+        self, rows: Tensor, y: Any, basis: Float[Tensor, "d k"] | None, shift: Float[Tensor, " d"] | None, scale: float
+    ) -> None:
         from .nested_training import NestedTraining
 
         rows = rows.detach().float().cpu()
         target, objective, classes = self._target(y, rows)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(check_random_state(self.random_state).randint(2**31)))
-            basis = None if self.kind == "mlp" else flag.basis
-            options: Any = {"basis": basis, "shift": flag.center, "scale": scale, "hidden": self.hidden}
+            options: Any = {"basis": basis, "shift": shift, "scale": scale, "hidden": self.hidden}
             module = NestedTraining(
                 MatryoshkaAdapter(rows.shape[1], self.dims_, kind=self.kind, **options),
                 objective,
@@ -182,7 +187,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             assert matrix is not None
             turned = torch.linalg.qr(matrix.double().mT)
             signs = turned.R.diagonal().sign()
-            self._set_subspace(Subspace(turned.Q * signs, center=flag.center), scale)
+            self._set_subspace(Subspace(turned.Q * signs, center=shift), scale)
         else:
             self.adapter_ = adapter
 
@@ -200,7 +205,6 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return check_matrix(labels, "y", columns=rows.shape[1]).float(), "pairs", 0
 
     def _run(self, module: Any, rows: Tensor, target: Tensor | None) -> None:
-        lightning = require("lightning", extra="train")
         columns = [rows] if target is None else [rows, target]
 
         def batch(index: list[int]) -> list[Tensor]:
@@ -209,15 +213,8 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         size = min(self.batch_size, len(rows))
         index: Any = range(len(rows))
         loader = torch.utils.data.DataLoader(index, size, shuffle=True, drop_last=True, collate_fn=batch)
-        defaults = {
-            "max_epochs": self.epochs,
-            "accelerator": "cpu",
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-        }
-        lightning.Trainer(**{**defaults, **(self.trainer or {})}).fit(module, loader)
+        with quiet_trainer(**{"max_epochs": self.epochs, **(self.trainer or {})}) as trainer:
+            trainer.fit(module, loader)
 
     # ------------------------------------------------------------------ use
 

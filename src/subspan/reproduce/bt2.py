@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from ..align import (
     teacher_features,
 )
 from ..geometry import Subspace
-from ..geometry.extras import require
 from ..nn import influence_loss
+from ..nn.training import quiet_trainer
 from ..solvers.retrieval import common_prefix, compatibility_matrix, retrieval_scores
 from ..statistics import JointMoments
 from .image_features import labelled_images
@@ -146,19 +146,11 @@ def trained(
     make: Callable[[], tuple[nn.Module, nn.Module, nn.Module]], data: TeacherDataset, epochs: int, seed: int
 ) -> BackwardCompatibleModule:
     """A module of backbone, head and loss, trained on the data: the same optimiser and schedule for every method."""
-    lightning: Any = require("lightning", extra="train")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BackwardCompatibleModule(*make(), learning_rate=2e-3)
-        trainer = lightning.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(model, data.loader(128))
+        with quiet_trainer(max_epochs=epochs) as trainer:
+            trainer.fit(model, data.loader(128))
     return model.eval()
 
 

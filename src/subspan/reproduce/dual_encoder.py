@@ -20,10 +20,10 @@ from subspan.datasets import load
 from subspan.datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
 from subspan.datasets.packages import load_sentence_encoder
 from subspan.datasets.shared import is_available
-from subspan.geometry.extras import require
 from subspan.geometry.files import load_arrays, save_arrays
 from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
+from subspan.nn.training import quiet_trainer
 from subspan.reproduce.image_features import image_encoder, pooled_features
 from subspan.reproduce.protocol import Progress
 
@@ -274,7 +274,6 @@ def _text_features(captions: Sequence[str], encoder: SentenceEncoder) -> Float[T
 
 
 def _fit_heads(heads: DualEncoder, columns: dict[str, Tensor], recipe: Recipe) -> None:
-    lightning = require("lightning", extra="train")
     heads.set_scales(columns["image"], columns["text"])
 
     def rows(index: list[int]) -> dict[str, Tensor]:
@@ -287,12 +286,5 @@ def _fit_heads(heads: DualEncoder, columns: dict[str, Tensor], recipe: Recipe) -
                 module.reset_parameters()
         index: Any = range(len(columns["group"]))
         loader = torch.utils.data.DataLoader(index, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=rows)
-        trainer = lightning.Trainer(
-            max_epochs=recipe.epochs,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(heads, loader)
+        with quiet_trainer(max_epochs=recipe.epochs) as trainer:
+            trainer.fit(heads, loader)

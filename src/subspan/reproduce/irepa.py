@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,10 @@ from ..align import RepresentationAlignment
 from ..datasets import image_preprocessing, is_available, load, load_model
 from ..datasets.cache import cached_features
 from ..geometry import gram_agreement, spatial_structure
-from ..geometry.extras import require
 from ..models import Capture, FeatureGrid, ImagePreprocessing
 from ..models.capture import evaluation
 from ..nn import FlowTransformer, PatchProjector, SpatialNorm
+from ..nn.training import quiet_trainer
 from .protocol import Check, Outcome, Progress, Table
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
@@ -173,7 +172,6 @@ def material(data: LabelledImages, held_out: int) -> Material:
 
 def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: int) -> Any:
     """A flow model after `recipe.steps` steps; the same seed gives every arm the same denoiser, batches and noise."""
-    lightning = require("lightning", extra="train")
     from ..nn.flow_matching import FlowMatching
 
     torch.manual_seed(seed)
@@ -192,17 +190,7 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
     batches = order[: recipe.steps * recipe.batch].split(recipe.batch)
     rows: Any = [{"image": data.image[i], "label": data.label[i], "teacher": data.teacher[i]} for i in batches]
     torch.manual_seed(seed)
-    trainer = lightning.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
+    with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
         trainer.fit(model, torch.utils.data.DataLoader(rows, batch_size=None))
     return model.eval()
 

@@ -30,9 +30,9 @@ from ..align.plato_3d_text import SubspaceAligner
 from ..datasets import is_available, load, procedural_shapes, stdlib_docstrings
 from ..datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
 from ..datasets.packages import load_sentence_encoder
-from ..geometry.extras import require
 from ..geometry.files import load_arrays, save_arrays
 from ..models import SentenceEncoder
+from ..nn.training import quiet_trainer
 from ..solvers import chamfer_distances, neighbour_purity
 from .protocol import Check, Outcome, Progress, Table
 
@@ -170,7 +170,6 @@ def _text_features(texts: Sequence[str]) -> Float[Tensor, "n q"]:
 
 def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any:
     """A PointNet trained on unlabelled clouds by contrast of two views, or the same from the cache folder."""
-    lightning = require("lightning", extra="train")
     from ..nn.pointnet import PointContrast
 
     with torch.random.fork_rng():
@@ -184,16 +183,8 @@ def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any
             if unfinished is not None:
                 data: Any = torch.from_numpy(clouds)
                 loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True)
-                trainer = lightning.Trainer(
-                    max_steps=steps,
-                    max_epochs=-1,
-                    accelerator="cpu",
-                    logger=False,
-                    enable_checkpointing=False,
-                    enable_progress_bar=False,
-                    enable_model_summary=False,
-                )
-                trainer.fit(model, loader)
+                with quiet_trainer(max_steps=steps, max_epochs=-1) as trainer:
+                    trainer.fit(model, loader)
                 save_arrays(unfinished / "network.safetensors", "point-contrast", model.state_dict())
     model.load_state_dict(load_arrays(folder / "network.safetensors", "point-contrast")[0])
     return model.eval().requires_grad_(False)

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from ..align import SimplexClassifier, StationaryModule
-from ..geometry.extras import require
 from ..geometry.maps import AffineMap
 from ..nn import active_subspace, neural_collapse, simplex_vertices
+from ..nn.training import quiet_trainer
 from ..solvers import average_accuracy, average_compatibility, compatibility_matrix, template_gallery
 from ..statistics import GroupedMoments, JointMoments
 from .image_features import LabelledImages, labelled_images
@@ -31,6 +31,9 @@ VERTICES = 128
 LAMBDAS = (0.1, 0.3, 0.6, 1.0)
 
 _HIDDEN = 256
+_BATCH = 64
+_EPOCHS = 30
+_QUICK_EPOCHS = 12
 _LEARNABLE = "learnable classifier (ER)"
 _ENTROPY = "simplex, cross entropy"
 _HOC = "simplex, HOC"
@@ -111,19 +114,15 @@ class Stream:
 
 def train(module: StationaryModule, data: TensorDataset, labels: Tensor, epochs: int, seed: int) -> None:
     """One task of training."""
-    lightning = require("lightning", extra="train")
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
+    with torch.random.fork_rng(devices=[]), quiet_trainer(max_epochs=epochs) as trainer:
         warnings.filterwarnings("ignore", message=".*no negatives")
         torch.manual_seed(seed)
-        trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", enable_model_summary=False, **quiet)
         trainer.fit(module, module.loader(data, labels))
 
 
 def module_of(backbone: nn.Module, head: SimplexClassifier, lam: float, rate: float, seed: int) -> StationaryModule:
     """The recipe that all arms share."""
-    return StationaryModule(backbone, head, lam=lam, learning_rate=rate, batch_size=128, seed=seed)
+    return StationaryModule(backbone, head, lam=lam, learning_rate=rate, batch_size=_BATCH, seed=seed)
 
 
 def pretrained(stream: Stream, fixed: bool, epochs: int, rate: float, seed: int) -> list[nn.Module]:
@@ -284,7 +283,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         center, spread = features[data.train].mean(0), features[data.train].std(0).mean()
         parts.append((features - center) / spread)
     x = torch.cat(parts, 1)
-    epochs, rate = (10 if quick else 30), 0.05
+    epochs, rate = (_QUICK_EPOCHS if quick else _EPOCHS), 0.05
     seeds = range(seed, seed + (1 if quick else 3))
     results: dict[str, list[tuple[float, float, float, float]]] = {}
     matrices: dict[str, np.ndarray] = {}
@@ -323,7 +322,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 matrix = matrix_of(stream, h.gallery, h.queries)
                 sweep[lam] = [(average_compatibility(matrix), average_accuracy(matrix), h.accuracy)]
     mean = {name: np.mean(rows, axis=0).tolist() for name, rows in results.items()}
-    return _outcome(data, roles, mean, results, matrices, collapse, sweep, quick, len(seeds))
+    return _outcome(data, roles, mean, results, matrices, collapse, sweep, quick, epochs, len(seeds))
 
 
 def _outcome(
@@ -335,6 +334,7 @@ def _outcome(
     collapse: list[list[Any]],
     sweep: dict[float, list[tuple[float, float, float]]],
     quick: bool,
+    epochs: int,
     seeds: int,
 ) -> Outcome:
     er, ce, hoc = (mean[name] for name in (_LEARNABLE, _ENTROPY, _HOC))
@@ -407,8 +407,8 @@ def _outcome(
             "replacements; the tasks take its back."
             if not quick
             else "Digits stand in for CIFAR-100 in the quick run.",
-            "All arms share one recipe: SGD 0.05 with a cosine, batches of half memory (20 items a class); the "
-            "authors' 70 epochs at 1e-3 are for whole networks.",
+            f"All arms share one recipe: {epochs} epochs a task of SGD at 0.05 with a cosine, batches of {_BATCH}, "
+            "half of them memory (20 items a class); the authors' 70 epochs at 1e-3 are for whole networks.",
             "After a replacement the learnable classifier starts anew, as a downloaded model brings its own.",
         ],
     )

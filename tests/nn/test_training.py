@@ -1,0 +1,52 @@
+"""A trainer that says nothing and leaves everything as it was."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the trainer is Lightning's (extra: train)")
+
+from lightning import LightningModule
+
+from subspan.nn.training import quiet_trainer
+
+
+class Line(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_index=0):
+        warnings.warn("a step of one's own", stacklevel=1)
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_is_silent_inside_and_itself_again_outside(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    level = logging.getLogger("lightning.pytorch").level
+    handler = logging.StreamHandler()
+    logging.getLogger("lightning.pytorch").addHandler(handler)
+    try:
+        with pytest.warns(UserWarning, match="of one's own") as caught, quiet_trainer(max_epochs=2) as trainer:
+            trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(8, 2), 4))
+    finally:
+        logging.getLogger("lightning.pytorch").removeHandler(handler)
+    assert trainer.current_epoch == 2
+    assert {str(warning.message) for warning in caught} == {"a step of one's own"}
+    assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+    assert logging.getLogger("lightning.pytorch").level == level
+
+
+def test_levels_return_after_an_error_and_options_win():
+    level = logging.getLogger("lightning.fabric").level
+    context = quiet_trainer(max_epochs=1, enable_progress_bar=True)
+    assert context.__enter__().progress_bar_callback is not None
+    assert logging.getLogger("lightning.fabric").level == logging.ERROR
+    assert context.__exit__(RuntimeError, RuntimeError("stop"), None) is not True
+    assert logging.getLogger("lightning.fabric").level == level
