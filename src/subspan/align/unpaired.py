@@ -31,8 +31,9 @@ class UnpairedReport:
 
     agreement: two maps, fitted to disjoint halves, send held-out rows to the same k neighbours this often; chance: what
     unrelated maps would reach. Where known pairs are given their recall decides, else the agreement, which is cautious:
-    a right map of all rows is doubted where one of the halves was too small to find it. mutual_share: rows that are each other's nearest after the map. recall: of the known
-    pairs that were given to check, else None. converged: the matches settled.
+    a right map of all rows is doubted where one of the halves was too small to find it. mutual_share: rows that are
+    each other's nearest after the map. recall: of the known pairs that were given to check, else None. converged: the
+    matches settled.
     """
 
     agreement: float
