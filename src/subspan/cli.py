@@ -629,8 +629,8 @@ def shorten(
     method: Annotated[
         Literal["pca", "matryoshka", "prefix"],
         typer.Option(
-            help="The leading principal directions; a rotation of them, trained so that every prefix serves (--rank N); "
-            "or the first columns as they are (--rank N)."
+            help="The leading principal directions; a rotation of them, trained so that every prefix serves "
+            "(--rank N); or the first columns as they are (--rank N)."
         ),
     ] = "pca",
     center: Annotated[
@@ -699,7 +699,7 @@ def shorten(
     _print_table(
         [
             {"columns": entry["columns"], "bytes a row": entry["bytes"]}
-            | {name: entry[name]["recall"] for name in ("pca", "prefix") if name in entry}
+            | {name: entry[name]["recall"] for name in ("pca", "matryoshka", "prefix") if name in entry}
             for entry in facts["curve"]
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,6 @@ from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_back
 
 _ADAPTERS = (".safetensors", ".onnx", ".faiss")
 _LINEAR = ("procrustes", "scaled", "low-rank", "cca", "ridge")
-_FEW = ("procrustes", "scaled", "ridge")
 METHODS = ("linear", "auto", *_LINEAR, "mlp")
 
 
@@ -129,16 +129,15 @@ def _fitter(method: str, metric: str, unit: bool, seed: int) -> Fit:
     def fit(x: np.ndarray, y: np.ndarray, chosen: Any = None) -> UpgradeMap:
         if chosen is not None:
             fixed = {name: value for name, value in chosen.parameters_.items() if name in ("alpha", "rank", "k")}
-            return UpgradeMap(chosen.method_, **options, **fixed).fit(x, y)
-        if method != "linear":
-            return UpgradeMap(method, **options).fit(x, y)
-        few = len(x) < max(x.shape[1], y.shape[1])
-        tried = [UpgradeMap(name, **options).fit(x, y) for name in (_FEW if few else _LINEAR)]
-        best = max(tried, key=lambda fitted: fitted.recall_)
-        row = next(row for row in best.scores_ if row["method"] == best.method_)
-        good = [fitted for fitted in tried if fitted.recall_ >= best.recall_ - (row["standard_error"] or 0.0)]
-        # From the least free to the freest: the simplest that cannot be told from the best.
-        return good[0]
+            model = UpgradeMap(chosen.method_, **options, **fixed)
+        elif method == "linear":
+            model = UpgradeMap("auto", candidates=_LINEAR, **options)
+        else:
+            model = UpgradeMap(method, **options)
+        with warnings.catch_warnings():
+            # The facts say it once, for all four maps.
+            warnings.filterwarnings("ignore", message="X, Y: .* pairs are fewer than")
+            return model.fit(x, y)
 
     return fit
 
