@@ -80,8 +80,17 @@ def main() -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit code."""
+    said: set[str] = set()
+
+    def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+        """Each warning as one line, and once."""
+        line = f"warning: {' '.join(str(message).split())}"
+        if line not in said:
+            said.add(line)
+            _say(line)
+
     with warnings.catch_warnings():
-        warnings.showwarning = _one_line_warning
+        warnings.showwarning = warn
         try:
             code = int(app(arguments, prog_name="subspan", standalone_mode=False) or 0)
         except (KeyboardInterrupt, typer.Abort):
@@ -104,10 +113,6 @@ def _is_input_error(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore
     return " ".join(message.split()) or type(error).__name__
-
-
-def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"warning: {' '.join(str(message).split())}")
 
 
 def _say(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -134,10 +133,7 @@ def _fitter(method: str, metric: str, unit: bool, seed: int) -> Fit:
             model = UpgradeMap("auto", candidates=_LINEAR, **options)
         else:
             model = UpgradeMap(method, **options)
-        with warnings.catch_warnings():
-            # The facts say it once, for all four maps.
-            warnings.filterwarnings("ignore", message="X, Y: .* pairs are fewer than")
-            return model.fit(x, y)
+        return model.fit(x, y)
 
     return fit
 

@@ -50,7 +50,7 @@ class Setting(NamedTuple):
     train: int | None = None
     test: int | None = None
     queries: int = 1000
-    epochs: int = 20
+    epochs: int = 10
     seeds: int = 3
 
     @property

@@ -39,11 +39,11 @@ class Setting(NamedTuple):
 
     d: int = 128
     narrow: int = 64
-    train: int = 5000
+    train: int = 4000
     test: int = 2000
     queries: int = 600
     elsewhere: int = 1000
-    epochs: int = 80
+    epochs: int = 30
     seeds: int = 3
 
 
