@@ -126,7 +126,7 @@ def test_report_writes_page_and_facts(run: Callable[..., Ran], table: Path, labe
     assert ran.err == ""
     facts = json.loads(Path("facts.json").read_text())
     assert (facts["contents"]["rows"], facts["contents"]["columns"]) == (120, 16)
-    assert facts["labels"]["name"] == "labels"
+    assert facts["labels"]["name"] == "label"
     assert facts["outliers"]["examples"][0]["row"] == 17
     assert '<section id="labels"' in Path("page.html").read_text()
     assert sorted(os.listdir()) == ["facts.json", "labels.txt", "page.html", "table.npy"]

