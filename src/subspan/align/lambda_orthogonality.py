@@ -138,9 +138,8 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         for name in ("lam", "lam_rel", "alpha", "penalty", "weight_decay"):
             number: Any = getattr(self, name)
-            if number is None and name in ("lam", "lam_rel"):
-                continue
-            if not number >= 0:
+            absent = number is None and name in ("lam", "lam_rel")
+            if not absent and (number is None or not number >= 0):
                 raise ValueError(f"{name}: must be >= 0, got {number}")
         if len(self.weights) != 3 or not all(value >= 0 for value in self.weights):
             raise ValueError(f"weights: expected three numbers >= 0, got {self.weights!r}")

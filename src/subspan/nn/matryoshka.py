@@ -171,7 +171,7 @@ class MatryoshkaLoss(nn.Module):
         for m in sizes:
             cut = named | {name: prefix(x, m, normalize=unit[name]) for name, x in wide.items()}
             positional = [cut[index] for index in range(len(arguments))]
-            loss: Tensor = self.base_loss(*positional, **{name: cut[name] for name in options})
+            loss: Any = self.base_loss(*positional, **{name: cut[name] for name in options})
             terms.append(self.weights[m] * loss)
         return torch.stack(terms).sum() * factor
 

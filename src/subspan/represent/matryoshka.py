@@ -120,8 +120,8 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             rows = check_matrix(X, "X", columns=columns)
             self.n_features_in_ = rows.shape[1]
             return rows
-        options: Any = {"dtype": [np.float64, np.float32], "reset": reset}
-        return check_matrix(validate_data(self, X, **options, **({"ensure_min_samples": 2} if reset else {})), "X")
+        options: Any = {"dtype": [np.float64, np.float32], "reset": reset, "ensure_min_samples": 2 if reset else 1}
+        return check_matrix(validate_data(self, X, **options), "X")
 
     def _moments(self, rows: Tensor) -> Moments:
         moments = Moments(rows.shape[1])

@@ -134,8 +134,8 @@ class Pictures:
         """Measure the prefixes of coordinates; own: accuracies of trained heads by size."""
         for m in sizes:
             if m <= z_train.shape[1]:
-                cut = (prefix(z, m, normalize=False) for z in (z_train, z_test))
-                self.scores.setdefault(name, {})[m] = measures(self.split, *cut, (own or {}).get(m))
+                first, second = (prefix(z, m, normalize=False) for z in (z_train, z_test))
+                self.scores.setdefault(name, {})[m] = measures(self.split, first, second, (own or {}).get(m))
 
     def add_model(self, name: str, model: Matryoshka, sizes: tuple[int, ...]) -> None:
         """Measure the prefixes of a model's coordinates."""
@@ -175,8 +175,8 @@ class Pictures:
         self.add_model("PCA of the frozen features", self.model((DIMS[-1],), kind="pca", center=True), sizes)
         options: Any = {"solver": "eigen", "shrinkage": 0.1}
         directions = LinearDiscriminantAnalysis(**options).fit(split.train.double().numpy(), split.train_labels)
-        lda = (torch.from_numpy(directions.transform(x.double().numpy())) for x in (split.train, split.test))
-        self.add("LDA of the frozen features", *lda, sizes)
+        train, test = (torch.from_numpy(directions.transform(x.double().numpy())) for x in (split.train, split.test))
+        self.add("LDA of the frozen features", train, test, sizes)
         return nested, shared
 
 
