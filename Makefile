@@ -34,7 +34,7 @@ report: .venv/.installed
 # One thread a test: the work is small, and threads on a busy machine wait for one another.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
-	.venv/bin/python -m pytest -n 2 $(ARGS)
+	.venv/bin/python -m pytest $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -16,10 +16,10 @@ CSV = 'label,text\na,one\nb,"two\nlines"\n'
     ("name", "data"),
     [
         ("t.jsonl", JSON.encode()),
-        ("t.jsonl.gz", gzip.compress(JSON.encode())),
+        ("t.jsonl.gz", gzip.compress(JSON.encode(), mtime=0)),
         ("t.csv", CSV.encode()),
         ("t.csv", b"\xef\xbb\xbf" + CSV.encode()),
-        ("t.csv.gz", gzip.compress(CSV.encode())),
+        ("t.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("t.tsv", CSV.replace(",", "\t").encode()),
     ],
 )

@@ -75,7 +75,7 @@ def test_every_system_has_its_protocol_its_page_and_its_public_name():
     import importlib
 
     for system in SYSTEMS:
-        assert callable(importlib.import_module(f"subspan.reproduce.{system.name}").protocol)
+        assert callable(importlib.import_module(f"subspan.reproduce.{system.module}").protocol)
         assert hasattr(importlib.import_module(f"subspan.{system.room}"), system.public)
         page = (ROOT / "docs" / "systems" / f"{system.name}.md").read_text(encoding="utf-8")
         assert f"<!-- results: {system.name} -->" in page or f"subspan reproduce {system.name}" in page
