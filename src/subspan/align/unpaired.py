@@ -23,6 +23,7 @@ _SIGNED_AXES = 8
 _START_ROWS = 400
 _SETTLED = 0.005
 _LEAST_AGREEMENT = 0.25
+_LEAST_RECALL = 0.5
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def align_unpaired(
     reason = ""
     if recall is not None:
         # Known pairs measure what agreement can only suggest.
-        if recall < 5 * lucky:
+        if recall < max(_LEAST_RECALL, 5 * lucky):
             reason = f"recall of the known pairs is {recall:.3f} (chance {lucky:.3f})"
     elif not whole.converged:
         reason = f"the matches had not settled after {whole.rounds} rounds"
