@@ -1,11 +1,8 @@
 """What compatible maps cost: a training step beside a plain linear layer's, and fitting beside closed forms.
 
-Run: python benchmarks/compatibility.py [--quick]. Ratios are of times measured side by side in this process.
+Run: python benchmarks/compatibility.py [--quick]. Ratios are of processor times measured side by side in this process.
 """
 
-import os
-import platform
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -16,23 +13,13 @@ from scipy.linalg import orthogonal_procrustes
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from record import Record, parser, timed
 from subspan.align import BasisTransform, LambdaOrthogonalAdapter, SpaceMap
 from subspan.geometry import normalize_rows
 from subspan.nn import LambdaOrthogonality, OrthogonalLinear
 from subspan.solvers import nearest
 
 BATCH = 256
-
-
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def step(layer: nn.Module, x: torch.Tensor, y: torch.Tensor, penalty: nn.Module | None = None) -> Callable[[], None]:
@@ -61,11 +48,10 @@ class Compatible(nn.Module):
         return self.transform(x, x[:, :32]).compatible
 
 
-def steps(d: int, repeats: int) -> None:
+def steps(record: Record, d: int, repeats: int) -> None:
     x, y = (normalize_rows(torch.randn(BATCH, d, generator=torch.Generator().manual_seed(s))) for s in (0, 1))
-    plain = seconds(step(nn.Linear(d, d), x, y), repeats)
-    print(f"\none step, batch {BATCH}, d = {d}: plain linear layer {1e3 * plain:.2f} ms; times that:")
-    rows = {
+    layers = {
+        "plain linear layer": step(nn.Linear(d, d), x, y),
         "linear with the λ penalty": step(nn.Linear(d, d), x, y, LambdaOrthogonality()),
         **{
             f"orthogonal, {kind}": step(OrthogonalLinear(d, orthogonal_map=kind), x, y)
@@ -73,8 +59,10 @@ def steps(d: int, repeats: int) -> None:
         },
         "BT² (two orthogonal maps, matrix_exp)": step(Compatible(d), x, y),
     }
-    for name, once in rows.items():
-        print(f"  {name:40s} {seconds(once, repeats) / plain:6.1f}")
+    taken = {name: timed(once, repeats).processor for name, once in layers.items()}
+    plain = taken["plain linear layer"]
+    rows = [[name, 1e3 * each, each / plain] for name, each in taken.items()]
+    record.table(f"One step of training, batch {BATCH}, d = {d}", ["", "processor ms", "x plain"], rows)
 
 
 def embeddings(n: int, d: int) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +84,7 @@ def translated(new: np.ndarray, old: np.ndarray) -> Callable[[np.ndarray], np.nd
     return lambda rows: (rows - mean_x) / std_x @ rotation * std_y + mean_y
 
 
-def fits(n: int, d: int, epochs: int) -> None:
+def fits(record: Record, n: int, d: int, epochs: int) -> None:
     new, old = embeddings(n + 2000, d)
     train, test = slice(0, n), slice(n, None)
     options = {"epochs": epochs, "random_state": 0}
@@ -112,27 +100,29 @@ def fits(n: int, d: int, epochs: int) -> None:
             for kind in ("strict", "lambda", "affine")
         },
     }
-    print(f"\nfitting {n} pairs, d = {d} (adapters: {epochs} epochs), and recall@1 of the paired old row among 2000:")
+    rows = []
     for name, fit in methods.items():
-        taken = seconds(fit, 1) if "adapter" not in name else _once(fit)
-        mapped = torch.as_tensor(np.asarray(fit()(new[test]), np.float32))
+        start = time.process_time()
+        mapping = fit()
+        taken = time.process_time() - start
+        mapped = torch.as_tensor(np.asarray(mapping(new[test]), np.float32))
         found = nearest(mapped, torch.from_numpy(old[test]), 1, metric="cosine")[1][:, 0]
-        print(f"  {name:40s} {taken:7.2f} s   recall@1 {float((found == torch.arange(2000)).float().mean()):.3f}")
-
-
-def _once(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+        rows.append([name, float((found == torch.arange(2000)).float().mean()), taken])
+    title = f"Fitting {n} pairs, d = {d} (adapters: {epochs} epochs); recall@1 of the paired old row among 2000"
+    record.table(title, ["", "recall@1", "processor seconds"], rows)
 
 
 def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--quick", action="store_true", help="small sizes")
+    options = arguments.parse_args()
     warnings.simplefilter("ignore")
-    quick = "--quick" in sys.argv
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
+    quick = options.quick
+    record = Record("compatibility", "random rows for the steps, planted pairs for the fits; float32")
     for d in (128,) if quick else (128, 512, 1024):
-        steps(d, 3 if quick else max(2, 2048 // d))
-    fits(2000 if quick else 10_000, 128 if quick else 256, 2 if quick else 10)
+        steps(record, d, 3)
+    fits(record, 2000 if quick else 10_000, 128 if quick else 256, 2 if quick else 10)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

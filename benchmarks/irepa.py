@@ -1,33 +1,20 @@
 """What metrics of spatial structure and alignment cost: beside loops over images, and beside a plain training step.
 
-Run: python benchmarks/irepa.py. Ratios are of times measured side by side in this process.
+Run: python benchmarks/irepa.py. Ratios are of processor times measured side by side in this process.
 """
 
-import os
-import platform
-import time
 from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
+from record import Record, parser, timed
 from subspan.align import RepresentationAlignment
 from subspan.geometry import spatial_structure
 from subspan.geometry.spatial import manhattan_distances
 from subspan.nn import FlowTransformer, PatchProjector, SpatialNorm
 
 IMAGES, SIDE, D = 32, 16, 384
-
-
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def by_distance(features: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -75,27 +62,31 @@ def training_step(denoiser: FlowTransformer, alignment: RepresentationAlignment 
 
 
 def main() -> None:
+    options = parser(__doc__).parse_args()
     torch.manual_seed(0)
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
+    record = Record("irepa", f"{IMAGES} images of {SIDE} × {SIDE} tokens of width {D}; a denoiser of 32 px, batch 32")
     features = torch.randn(IMAGES, SIDE * SIDE, D)
     ours, theirs = spatial_structure(features), by_distance(features)
-    print(f"largest difference: {max(float((ours[name] - theirs[name]).abs().max()) for name in ours):.1e}")
-    whole = seconds(lambda: spatial_structure(features))
-    print(f"LDS, CDS, RMSC of {IMAGES} × {SIDE}×{SIDE} tokens of width {D}")
-    print(f"ours                              {whole:.3f} s")
+    gap = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    whole = timed(lambda: spatial_structure(features)).processor
+    rows = [["ours", whole, 1.0]]
     for name, function in (("a mean a distance, batched", by_distance), ("the same, image by image", by_image)):
-        other = seconds(lambda function=function: function(features))
-        print(f"{name:<34}{other:.3f} s   {other / whole:.1f} × ours")
+        other = timed(lambda function=function: function(features)).processor
+        rows.append([name, other, other / whole])
+    record.table("LDS, CDS and RMSC", ["", "processor seconds", "x ours"], rows)
     denoiser = FlowTransformer(32, width=192, depth=6, heads=6)
-    plain = seconds(training_step(denoiser, None))
-    print(f"training step without alignment   {plain:.3f} s")
+    plain = timed(training_step(denoiser, None)).processor
+    rows = [["without alignment", plain, 1.0]]
     for name, projector, norm in (
         ("REPA (MLP 2048)", PatchProjector(192, 112, "mlp"), None),
         ("iREPA", PatchProjector(192, 112), SpatialNorm()),
     ):
         with RepresentationAlignment(denoiser, "blocks.1", None, projector, norm) as alignment:
-            other = seconds(training_step(denoiser, alignment))
-        print(f"{name:<34}{other:.3f} s   {other / plain:.2f} × the plain step")
+            other = timed(training_step(denoiser, alignment)).processor
+        rows.append([name, other, other / plain])
+    record.table("A training step with cached teacher features", ["", "processor seconds", "x without alignment"], rows)
+    record.target("largest difference of the metrics from the loop, float32", gap, most=1e-4)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

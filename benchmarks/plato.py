@@ -4,9 +4,6 @@ Run: python benchmarks/plato.py. Times are of one process; numbers marked "extra
 form is timed at the sizes shown and continued with n².
 """
 
-import argparse
-import os
-import platform
 import resource
 import time
 import warnings
@@ -17,13 +14,14 @@ import numpy as np
 import torch
 from sklearn.cross_decomposition import CCA
 
+from record import Record, parser
 from subspan.align import SubspaceAligner
 from subspan.statistics import JointMoments, local_kernel_cka
 
 P, Q, SHARED = 512, 384, 20
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def once(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
@@ -48,13 +46,13 @@ def spaces(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--anchors", type=int, default=30_000)
-    parser.add_argument("--queries", type=int, default=500)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--anchors", type=int, default=30_000)
+    arguments.add_argument("--queries", type=int, default=500)
+    options = arguments.parse_args()
     warnings.simplefilter("ignore")
     n, m = options.anchors, options.queries
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
+    record = Record("plato", f"{n} anchors of {P} and {Q} columns, {m} x {m} queries")
     x, y = spaces(n + m)
     anchors, queries = (x[:n], y[:n]), (x[n:], y[n:])
     before = peak()
@@ -65,46 +63,54 @@ def main() -> None:
             model.partial_fit(*(rows[start : start + 5000] for rows in anchors))
         return model
 
-    fitting, model = timed(stream)
-    solving, correlations = timed(lambda: model.canonical_correlations_)
-    scoring, scores = timed(lambda: model.similarity(*queries))
+    fitting, model = once(stream)
+    solving, correlations = once(lambda: model.canonical_correlations_)
+    scoring, scores = once(lambda: model.similarity(*queries))
     full = SubspaceAligner(subspace=None, method="local_cka")
-    full_time, _ = timed(lambda: full.fit(*anchors).similarity(*queries))
-    print(f"{n} anchors of {P} and {Q} columns, {m} x {m} queries")
-    print(f"  moments in one pass              {fitting:8.2f} s")
-    print(f"  CCA, its held-out check included {solving:8.2f} s")
-    print(f"  local CKA of all pairs, k = 50   {scoring:8.3f} s   ({m * m} scores)")
-    print(f"  full spaces, fit and local CKA   {full_time:8.2f} s")
-    print(f"  memory added                     {peak() - before:8.0f} MiB ((p + q)² and copies; one kernel of")
-    print(f"                                            {n} anchors would take {n * n * 8 / 2**20:.0f} MiB)")
+    full_time, _ = once(lambda: full.fit(*anchors).similarity(*queries))
+    rows = [
+        ["moments in one pass", fitting],
+        ["CCA, its held-out check included", solving],
+        [f"local CKA of all {m * m} pairs, k = 50", scoring],
+        ["full spaces, fit and local CKA", full_time],
+    ]
+    record.table("Closed forms", ["", "seconds"], rows)
+    record.note(
+        f"Memory added: {peak() - before:.0f} MiB; one kernel of {n} anchors would take {n * n * 8 / 2**20:.0f} MiB."
+    )
     top = float(((scores >= scores.diagonal().unsqueeze(1)).sum(1) <= 5).double().mean())
-    print(f"  top-5 of the planted pairs {top:.3f}, first correlation {correlations[0]:.3f}")
+    record.note(f"Top-5 of the planted pairs {top:.3f}, first correlation {correlations[0]:.3f}.")
 
-    print("kernel matrices for each query, one thread, 4 x 4 queries of the same coordinates")
     side_x, side_y = model.coordinates_
-    sizes, seconds = (250, 500, 1000, 2000), []
+    sizes, seconds, rows = (250, 500, 1000, 2000), [], []
     for size in sizes:
         a, b = side_x.map(anchors[0][:size].double()), side_y.map(anchors[1][:size].double())
         u, v = side_x.map(queries[0][:4].double()), side_y.map(queries[1][:4].double())
-        spent, naive = timed(lambda a=a, b=b, u=u, v=v: local_kernel_cka(a, b, u, v, kernel="linear"))
+        spent, naive = once(lambda a=a, b=b, u=u, v=v: local_kernel_cka(a, b, u, v, kernel="linear"))
         ours = JointMoments(50, 50).update(a, b).local_cka(u, v)
         seconds.append(spent)
-        print(f"  n = {size:5d}   {spent:8.3f} s   largest difference {float((ours - naive).abs().max()):.1e}")
+        rows.append([size, spent, float((ours - naive).abs().max())])
+    columns = ["anchors", "seconds", "largest difference from the closed form"]
+    record.table("Kernel matrices for each query, 4 x 4 queries of the same coordinates", columns, rows)
     # Kernels are made once a query and side here; the published program makes them for each of the m² pairs. Time grows
     # at least with their n² numbers.
     per_query = seconds[-1] / 8 * (n / sizes[-1]) ** 2
-    print(f"  extrapolated (n²) to {n} anchors and {m} + {m} queries: {per_query * 2 * m / 3600:.1f} h,")
-    print(f"  {per_query * 2 * m / scoring:.0f} x the closed form, {n * n * 8 / 2**20:.0f} MiB a kernel")
+    record.note(
+        f"Extrapolated with n², not measured, to {n} anchors and {m} + {m} queries: {per_query * 2 * m / 3600:.1f} h, "
+        f"{per_query * 2 * m / scoring:.0f} x the closed form, {n * n * 8 / 2**20:.0f} MiB a kernel."
+    )
 
-    print("CCA of 2000 rows, 30 and 24 columns, 5 pairs; scikit-learn with its own settings")
     a, b = (rows[:2000, :columns].double() for rows, columns in zip(anchors, (30, 24)))
     a, b = a + 2 * b @ torch.randn(24, 30, dtype=torch.float64), b
-    ours, small = timed(lambda: SubspaceAligner(5, shrinkage=0.0).fit(a, b))
-    theirs, peer = timed(lambda: CCA(5).fit(a.numpy(), b.numpy()))
+    ours, small = once(lambda: SubspaceAligner(5, shrinkage=0.0).fit(a, b))
+    theirs, peer = once(lambda: CCA(5).fit(a.numpy(), b.numpy()))
     found = [np.corrcoef(u, v)[0, 1] for u, v in zip(*(part.T for part in peer.transform(a.numpy(), b.numpy())))]
     difference = np.abs(small.canonical_correlations_ - found).max()
-    print(f"  subspan {ours:.3f} s, scikit-learn {theirs:.3f} s ({theirs / ours:.1f} x ours)")
-    print(f"  largest difference of the correlations {difference:.1e}")
+    rows = [["subspan", ours, 1.0], ["scikit-learn, its own settings", theirs, theirs / ours]]
+    record.table("CCA of 2000 rows, 30 and 24 columns, 5 pairs", ["", "seconds", "x ours"], rows)
+    record.target("local CKA of all query pairs and CCA, seconds", solving + scoring, most=10)
+    record.target("largest difference of the correlations from scikit-learn's", float(difference), most=1e-3)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

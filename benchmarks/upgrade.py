@@ -4,8 +4,6 @@ Run: python benchmarks/upgrade.py. Ratios are of times measured side by side in 
 which fitted nothing, in the index of all old rows.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable
 
@@ -16,22 +14,12 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from record import Record, parser, timed
 from subspan.align import UpgradeMap
 from subspan.align.held_out import Retrieval
 
 ROWS, FIT, D = 6000, 4000, 256
 QUERIES = 200_000
-
-
-def seconds(function: Callable[[], object], repeats: int = 3) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def spaces() -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +68,9 @@ def latentis() -> dict[str, Callable[..., Callable[[np.ndarray], np.ndarray]]]:
 
 
 def main() -> None:
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, torch on {torch.get_num_threads()} threads")
+    options = parser(__doc__).parse_args()
+    setting = f"{FIT} pairs of {D} dimensions; recall@10 of {ROWS - FIT} queries among {ROWS}"
+    record = Record("upgrade", setting)
     new, old = spaces()
     retrieval = Retrieval(torch.from_numpy(old), 10, "cosine", "neighbours")
     own = torch.arange(FIT, ROWS)
@@ -94,20 +84,25 @@ def main() -> None:
         "scale, Ridge(alpha=1)": regression(Ridge(1.0)),
         **latentis(),
     }
-    print(f"{FIT} pairs of {D} dimensions; recall@10 of {ROWS - FIT} queries among {ROWS}")
+    rows = []
     for name, fit in fits.items():
-        started = time.perf_counter()
+        started = time.process_time()
         mapped = fit(new[:FIT], old[:FIT])
-        took = time.perf_counter() - started
+        took = time.process_time() - started
         recall = retrieval.recall(torch.from_numpy(np.asarray(mapped(new[FIT:]), dtype=np.float32)), own, truth)
-        print(f"{name:28s} recall {float(recall.mean()):.4f}   fit {took:.2f} s")
+        rows.append([name, float(recall.mean()), took])
+    record.table("Fitting a map", ["", "recall@10", "processor seconds"], rows)
     queries = np.random.default_rng(1).standard_normal((QUERIES, D), dtype=np.float32)
     model = UpgradeMap("ridge", alpha=0.01).fit(new[:FIT], old[:FIT])
     matrix = model.map_.matrix.float().mT.contiguous().numpy()
-    product = seconds(lambda: queries @ matrix)
-    mapped = seconds(lambda: model.transform(queries))
-    module = seconds(lambda: model.to_module()(torch.from_numpy(queries)))
-    print(f"mapping {QUERIES} rows: plain product 1, transform {product / mapped:.2f}, module {product / module:.2f}")
+    product = timed(lambda: queries @ matrix).processor
+    mapped = timed(lambda: model.transform(queries)).processor
+    module = timed(lambda: model.to_module()(torch.from_numpy(queries))).processor
+    ways = {"the plain product": product, "transform": mapped, "as a module": module}
+    columns = ["", "processor seconds", "speed over that of the product"]
+    record.table(f"Mapping {QUERIES} rows", columns, [[name, t, product / t] for name, t in ways.items()])
+    record.target("speed of transform over that of the plain product", product / mapped, least=0.8)
+    record.save(options.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What `subspan upgrade` costs: memory of migrating a large index in a stream, and mapping beside a plain product.
 
-Run: python benchmarks/upgrade_index.py [ROWS]. Ratios are of times measured side by side in this process; the index
-lies in a temporary folder (12 GB for a million rows) that is removed at the end.
+Run: python benchmarks/upgrade_index.py [--rows ROWS]. Ratios are of processor times measured side by side in this
+process; the index lies in a temporary folder (12 GB for a million rows) that is removed at the end.
 """
 
 import json
@@ -10,29 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
 
+from record import Record, parser, timed
 from subspan.align import EmbeddingAdapter
 from subspan.datasets.faiss_files import flat_header
 from subspan.solvers.neighbours import nearest
 
 D, PAIRS, BLOCK = 768, 4000, 4096
-
-
-def seconds(function: Callable[[], object], repeats: int = 5) -> float:
-    """Best of several runs after one to warm up."""
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -53,7 +42,7 @@ def large_index(path: Path, rows: int) -> np.ndarray:
     return first
 
 
-def stream(rows: int) -> None:
+def stream(record: Record, rows: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         first = large_index(folder / "old.faiss", rows)
@@ -74,43 +63,53 @@ def stream(rows: int) -> None:
             raise SystemExit(done.stderr)
         facts = json.loads(done.stdout)
         size = (folder / "migrated.faiss").stat().st_size / 2**30
-        print(f"{rows} x {D} float32, flat FAISS index to flat FAISS index of {size:.2f} GiB")
-        print(f"  whole command: peak memory {peak:.2f} GiB, {elapsed:.0f} s")
-        print(f"  read back: {facts['written']['migrated_index']['verified']}")
+        columns = ["rows", "written, GiB", "peak memory, GiB", "seconds"]
+        record.table("A flat FAISS index migrated by the command", columns, [[rows, size, peak, elapsed]])
+        record.note(f"Read back: {facts['written']['migrated_index']['verified']}")
+        record.target("peak memory of the whole command, GiB", peak, most=2)
 
 
-def speed() -> None:
+def speed(record: Record) -> None:
     torch.manual_seed(0)
     old = torch.nn.functional.normalize(torch.randn(50_000, D), dim=-1)
     queries = torch.nn.functional.normalize(torch.randn(2000, D), dim=-1)
     turn = torch.linalg.qr(torch.randn(D, D)).Q.contiguous()
     adapter = EmbeddingAdapter(turn, torch.zeros(D))
     normal = EmbeddingAdapter(turn, torch.zeros(D), normalize_input=True, normalize_output=True)
+    index = faiss.IndexFlatIP(D)
+    index.add(old.numpy())
+    wrapped = faiss.IndexPreTransform(index)
+    for transform in reversed(adapter.to_faiss()):
+        wrapped.prepend_transform(transform)
+
+    def searched() -> object:
+        return nearest(adapter(queries), old, 10, metric="inner")
+
     with torch.no_grad():
-        plain = seconds(lambda: old @ turn.T)
-        print(f"mapping {len(old)} rows: plain product {plain:.3f} s")
-        for name, module in (("adapter", adapter), ("adapter with both normalisations", normal)):
-            print(f"  {name}: {plain / seconds(lambda module=module: module(old)):.0%} of the speed of the product")
-
-        def searched() -> object:
-            return nearest(adapter(queries), old, 10, metric="inner")
-
-        def product() -> object:
-            return (queries @ turn.T) @ old.T
-
-        plain = seconds(product, 3)
-        print(f"mapping {len(queries)} queries and searching {len(old)} rows: products alone {plain:.3f} s")
-        print(f"  adapter and subspan's exact search: {plain / seconds(searched, 3):.0%} of their speed")
-        index = faiss.IndexFlatIP(D)
-        index.add(old.numpy())
-        wrapped = faiss.IndexPreTransform(index)
-        for transform in reversed(adapter.to_faiss()):
-            wrapped.prepend_transform(transform)
-        rows = queries.numpy()
-        bare = seconds(lambda: index.search(rows, 10), 3)
-        print(f"  FAISS behind the transform: {bare / seconds(lambda: wrapped.search(rows, 10), 3):.0%} of FAISS bare")
+        plain = timed(lambda: old @ turn.T).processor
+        mapping = [plain / timed(lambda module=module: module(old)).processor for module in (adapter, normal)]
+        product = timed(lambda: (queries @ turn.T) @ old.T).processor
+        search = timed(searched).processor
+        bare, behind = (timed(lambda i=i: i.search(queries.numpy(), 10)).processor for i in (index, wrapped))
+    rows = [
+        [f"mapping {len(old)} rows, over the product", mapping[0]],
+        ["the same with both normalisations", mapping[1]],
+        [
+            f"mapping {len(queries)} queries and searching {len(old)} rows, over the two products",
+            product / search,
+        ],
+        ["FAISS's search behind the map, over FAISS's search alone", bare / behind],
+    ]
+    record.table("Speed", ["", "ratio"], rows)
+    record.target("speed of mapping over that of the plain product", mapping[0], least=0.8)
+    record.target("speed of mapping and retrieval over that of the two products", product / search, least=0.8)
 
 
 if __name__ == "__main__":
-    stream(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
-    speed()
+    arguments = parser(__doc__)
+    arguments.add_argument("--rows", type=int, default=1_000_000)
+    chosen = arguments.parse_args()
+    made = Record("upgrade_index", f"{chosen.rows} x {D} float32; a temporary folder, removed at the end")
+    stream(made, chosen.rows)
+    speed(made)
+    made.save(chosen.json)

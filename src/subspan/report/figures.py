@@ -110,6 +110,18 @@ def spectrum_figure(facts: dict[str, Any]) -> Figure:
     }
 
 
+def _intervals(curve: list[dict[str, Any]], value: str, color: str) -> dict[str, Any]:
+    """Error bars from the points' intervals."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [point["interval"][1] - point[value] for point in curve],
+        "arrayminus": [point[value] - point["interval"][0] for point in curve],
+        "color": color,
+        "thickness": 1.5,
+    }
+
+
 def shortening_figure(facts: dict[str, Any]) -> Figure:
     """Recall of the true neighbours against dimensions."""
     names = {"pca": ("PCA", "first"), "prefix": ("first columns as they are", "second")}
@@ -123,14 +135,7 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
                 name,
                 role,
                 markers=True,
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [point["interval"][1] - point["recall"] for point in curve],
-                    "arrayminus": [point["recall"] - point["interval"][0] for point in curve],
-                    "color": role,
-                    "thickness": 1.5,
-                },
+                error_y=_intervals(curve, "recall", role),
             )
         )
     shape, words = _rule(0.95, "95 %", axis="y")
@@ -328,14 +333,7 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
                 name,
                 role,
                 markers=True,
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [point["interval"][1] - point["value"] for point in curve],
-                    "arrayminus": [point["value"] - point["interval"][0] for point in curve],
-                    "color": role,
-                    "thickness": 1.5,
-                },
+                error_y=_intervals(curve, "value", role),
             )
         )
     shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
