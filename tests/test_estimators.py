@@ -16,7 +16,6 @@ CHECKS = {"parametrize_with_checks", "check_estimator", "estimator_checks_genera
 # scikit-learn's checks give an estimator one matrix of rows. These take something else, and say here what.
 EXCUSED = {
     "MatryoshkaCascade": "logits (sizes, rows, classes)",
-    "MatryoshkaIndex": "not checked yet",
     "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
     "ModalityMap": "the base of the maps between modalities, which are checked",
     "SubspaceAD": "images and a network; its SubspaceDetector is checked",

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.nn import MatryoshkaLinear
 from subspan.represent import MatryoshkaCascade, MatryoshkaIndex
@@ -246,3 +247,9 @@ def test_ties_take_the_smallest_threshold_and_one_class_is_warned_of():
 def test_bad_cascade_input_is_named(layers, y, message):
     with pytest.raises(ValueError, match=message):
         MatryoshkaCascade(DIMS).fit(layers, y)
+
+
+@pytest.mark.filterwarnings("ignore:shortlist")
+@parametrize_with_checks([MatryoshkaIndex()])
+def test_the_index_is_a_scikit_learn_estimator(estimator, check):
+    check(estimator)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
@@ -64,10 +64,7 @@ class MatryoshkaIndex(BaseEstimator):
             raise ValueError(f"metric: expected one of {_METRICS}, got {self.metric!r}")
         if self.backend not in _BACKENDS:
             raise ValueError(f"backend: expected one of {_BACKENDS}, got {self.backend!r}")
-        rows = as_tensor(X, "X", ndim=2)
-        if not len(rows):
-            raise ValueError("X: holds no rows")
-        self.n_features_in_ = rows.shape[1]
+        rows = self._validated(X, reset=True)
         stages = self._stages(rows.shape[1])
         if stages[0][1] > len(rows):
             warnings.warn(
@@ -99,6 +96,15 @@ class MatryoshkaIndex(BaseEstimator):
         approximate = self._index is not None and self.factory != "Flat"
         self.cost_per_query_ = float("nan") if approximate else float(first * len(rows) + rerank)
         return self
+
+    def _validated(self, X: Any, *, reset: bool) -> Tensor:
+        if not isinstance(X, Tensor):
+            X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32, np.float16])
+        rows = as_tensor(X, "X", ndim=2) if reset else check_matrix(X, "X", columns=self.n_features_in_)
+        if not len(rows):
+            raise ValueError("X: holds no rows")
+        self.n_features_in_ = rows.shape[1]
+        return rows
 
     def _stages(self, d: int) -> list[tuple[int, int]]:
         if isinstance(self.schedule, str):
@@ -138,7 +144,7 @@ class MatryoshkaIndex(BaseEstimator):
         schedule is shorter than k (lists of "funnel" and "two-step" behind the shortlist grow to k by themselves).
         """
         check_is_fitted(self, "schedule_")
-        queries = check_matrix(X, "X", columns=self.n_features_in_)
+        queries = self._validated(X, reset=False)
         lengths = self._lengths(k)
         counted = 0
         values, indices = [], []
