@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -71,8 +71,12 @@ class FoldedPairs:
 
     def without(self, *left_out: int) -> JointMoments:
         """Moments of all folds but some."""
-        kept = [moments for number, moments in enumerate(self.folds) if number not in left_out]
-        return sum(kept[1:], kept[0])
+        return _without(self.folds, left_out)
+
+
+def _without(folds: list[JointMoments], left_out: tuple[int, ...]) -> JointMoments:
+    kept = [moments for number, moments in enumerate(folds) if number not in left_out]
+    return sum(kept[1:], kept[0])
 
 
 def grid(method: str, moments: JointMoments, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -220,13 +224,26 @@ class CrossValidation:
     """
 
     def __init__(
-        self, pairs: FoldedPairs, *, k: int, metric: str, target: str, max_queries: int, normalize: bool
+        self,
+        pairs: FoldedPairs,
+        total: JointMoments,
+        *,
+        k: int,
+        metric: str,
+        target: str,
+        max_queries: int,
+        normalize: bool,
     ) -> None:
         self.pairs = pairs
         self.normalize = normalize
-        total = pairs.without()
         self.x_axes, self.y_axes = (_leading_axes(side.covariance()) for side in (total.x, total.y))
-        self._reduced = self.x_axes is not None or self.y_axes is not None
+        self._folds = pairs.folds
+        if self.x_axes is not None or self.y_axes is not None:
+            sides = [
+                torch.eye(d, dtype=torch.float64) if axes is None else axes.mT
+                for d, axes in ((total.d_x, self.x_axes), (total.d_y, self.y_axes))
+            ]
+            self._folds = [fold.map(AffineMap(sides[0]), AffineMap(sides[1])) for fold in pairs.folds]
         self.fold, self.x, self.y = pairs.sample
         m = len(self.fold)
         self.retrieval = Retrieval(self.y, max(1, min(k, (m - 1) // 2)), metric, target)
@@ -240,32 +257,54 @@ class CrossValidation:
     def train(self, *left_out: int) -> tuple[JointMoments, dict[str, Any]]:
         """Moments of the other folds, on the leading axes where the spaces are wide, and what closed forms share."""
         if left_out not in self._moments:
-            moments = self.pairs.without(*left_out)
-            shared: dict[str, Any] = {"mean_y": moments.mean_y}
-            if self._reduced:
-                x_axes = torch.eye(moments.d_x, dtype=torch.float64) if self.x_axes is None else self.x_axes
-                y_axes = torch.eye(moments.d_y, dtype=torch.float64) if self.y_axes is None else self.y_axes
-                moments = moments.map(AffineMap(x_axes.mT), AffineMap(y_axes.mT))
-            self._moments[left_out] = (moments, shared)
+            self._moments[left_out] = (_without(self._folds, left_out), {"mean_y": self._mean_y(left_out)})
         return self._moments[left_out]
 
-    def in_full(self, affine: AffineMap, moments_mean_y: Tensor) -> AffineMap:
+    def _mean_y(self, left_out: tuple[int, ...]) -> Float[Tensor, " d_y"]:
+        """Mean y of the other folds in the whole space."""
+        kept = [fold for number, fold in enumerate(self.pairs.folds) if number not in left_out]
+        return sum((fold.count * fold.mean_y for fold in kept), 0 * kept[0].mean_y) / sum(fold.count for fold in kept)
+
+    def in_full(self, affine: AffineMap, mean_y: Float[Tensor, " d_y"]) -> AffineMap:
         """A map between leading axes as a map between the spaces."""
-        if not self._reduced:
-            return affine
         matrix = affine.matrix if self.x_axes is None else affine.matrix @ self.x_axes.mT
         bias = affine.bias if affine.bias is not None else matrix.new_zeros(len(matrix))
         if self.y_axes is not None:
             matrix, bias = self.y_axes @ matrix, self.y_axes @ bias
-            bias = bias + moments_mean_y - self.y_axes @ (self.y_axes.mT @ moments_mean_y)
+            bias = bias + mean_y - self.y_axes @ (self.y_axes.mT @ mean_y)
         return AffineMap(matrix, bias)
 
-    def maps(self, method: str, left_out: tuple[int, ...], parameters: Sequence[Mapping[str, Any]]) -> list[AffineMap]:
-        """Maps of the whole spaces from the folds that are not left out."""
+    def through(self, affine: AffineMap, mean_y: Float[Tensor, " d_y"]) -> Callable[[Tensor], Tensor]:
+        """The same, applied axes by axes: no matrix of the whole spaces is formed."""
+
+        def mapped(x: Float[Tensor, "q d_x"]) -> Float[Tensor, "q d_y"]:
+            y = affine.map(x if self.x_axes is None else x @ self.x_axes.to(x))
+            if self.y_axes is None:
+                return y
+            rest = mean_y - self.y_axes @ (self.y_axes.mT @ mean_y)
+            return y @ self.y_axes.mT.to(y) + rest.to(y)
+
+        return mapped
+
+    def maps(
+        self, method: str, left_out: tuple[int, ...], parameters: Sequence[Mapping[str, Any]]
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Maps of rows x (q, d_x) from the folds that are not left out."""
         if method == "none":
-            return [AffineMap(torch.eye(self.y.shape[1], self.x.shape[1], dtype=torch.float64))]
+            yield self._identity().map
+            return
         moments, shared = self.train(*left_out)
-        return [self.in_full(affine, shared["mean_y"]) for affine in closed_forms(method, moments, parameters, shared)]
+        yield from (self.through(a, shared["mean_y"]) for a in closed_forms(method, moments, parameters, shared))
+
+    def _identity(self) -> AffineMap:
+        return AffineMap(torch.eye(self.y.shape[1], self.x.shape[1], dtype=torch.float64))
+
+    def full_map(self, method: str, fold: int, parameters: Mapping[str, Any]) -> AffineMap:
+        """One map from all folds but one, between the whole spaces."""
+        if method == "none":
+            return self._identity()
+        moments, shared = self.train(fold)
+        return self.in_full(next(iter(closed_forms(method, moments, [parameters], shared))), shared["mean_y"])
 
     def apply(self, affine: Any, fold: int) -> tuple[Tensor, Tensor]:
         """Mapped queries of a fold, and their places among all queries."""
@@ -290,23 +329,23 @@ class CrossValidation:
         inner = {fold: torch.zeros(len(parameters)) for fold in range(count)}
         if len(parameters) > 1:
             for first, second in sorted({tuple(sorted((f, self.partner(f)))) for f in range(count)}):
-                for number, affine in enumerate(self.maps(method, (first, second), parameters)):
+                for number, mapped in enumerate(self.maps(method, (first, second), parameters)):
                     # The score on one fold chooses for the other; the odd fold's partner keeps its own choice.
                     for outer, validation in ((first, second), (second, first)):
                         if self.partner(outer) == validation:
-                            inner[outer][number] = self.recall(*self.apply(affine.map, validation)).mean()
+                            inner[outer][number] = self.recall(*self.apply(mapped, validation)).mean()
         recall = torch.zeros(len(self.queries), dtype=torch.float64)
-        mapped = torch.zeros(len(self.queries), self.y.shape[1])
+        images = torch.zeros(len(self.queries), self.y.shape[1])
         overall = torch.zeros(len(parameters), dtype=torch.float64)
         for fold in range(count):
             chosen = int(inner[fold].argmax())
-            for number, affine in enumerate(self.maps(method, (fold,), parameters)):
-                rows, place = self.apply(affine.map, fold)
+            for number, mapped in enumerate(self.maps(method, (fold,), parameters)):
+                rows, place = self.apply(mapped, fold)
                 scores = self.recall(rows, place)
                 overall[number] += scores.sum()
                 if number == chosen:
-                    recall[place], mapped[place] = scores, rows.float()
-        return HeldOut(method, parameters[int(overall.argmax())], recall, mapped)
+                    recall[place], images[place] = scores, rows.float()
+        return HeldOut(method, parameters[int(overall.argmax())], recall, images)
 
 
 def _leading_axes(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d p"] | None:

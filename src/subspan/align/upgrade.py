@@ -190,6 +190,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             return
         validation = CrossValidation(
             pairs,
+            total,
             k=self.n_neighbors,
             metric=self.metric,
             target=self.target,
@@ -274,7 +275,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         recall, mapped = torch.zeros_like(base.recall), torch.zeros_like(base.mapped)
         hidden: Any = ()
         for fold in range(len(validation.pairs.folds)):
-            affine = validation.maps(base.method, (fold,), [base.parameters])[0]
+            affine = validation.full_map(base.method, fold, base.parameters)
             kept = validation.fold != fold
             hidden = self._train_mlp(affine, validation.x[kept], validation.y[kept])
             adapter = EmbeddingAdapter(affine.matrix, affine.bias, hidden=hidden)
