@@ -112,6 +112,14 @@ SYSTEMS = (
         "align",
         "SimplexClassifier",
     ),
+    System(
+        "s2cag",
+        "Clustering the nodes of a graph by attributes and links, in linear time",
+        "Lin et al.: Spectral Subspace Clustering for Attributed Graphs (KDD 2025, arXiv 2411.11074)",
+        2025,
+        "cluster",
+        "S2CAG",
+    ),
 )
 """Every system with a protocol."""
 
