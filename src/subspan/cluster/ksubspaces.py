@@ -58,7 +58,7 @@ class KSubspaces(_RowClusterer):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> KSubspaces:
-        """Cluster rows X (n, d). Raises ValueError for NaN, rows of zeros (unless affine), dim >= d, k > n."""
+        """Cluster rows X (n, d). Raises ValueError for NaN, dim >= d, k > n."""
         if self.init not in ("neighbours", "random", "lsr"):
             raise ValueError(f"init: expected 'neighbours', 'random' or 'lsr', got {self.init!r}")
         for name, value in (("dim", self.dim), ("n_init", self.n_init), ("max_iter", self.max_iter)):

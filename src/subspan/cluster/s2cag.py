@@ -56,7 +56,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
     n_iter : power iterations; None means 7 (conductance) or 50 (modularity). oversample : extra random directions.
     features : "tfidf", "l2" (rows of unit length; the only one for negative attributes) or None (as given).
     solver : "explicit" forms Z (n, d), "implicit" only multiplies with it, "auto" takes the cheaper by operation count.
-    rounding, n_init : see `solvers.round_embedding`.
+    rounding, n_init : see `solvers.round_embedding`; 10 starts of k-means can leave the accuracy to the seed.
     rescale : rows of Z for the modularity, times sqrt(row sum) ("rowsum", the published code), over sqrt(w)
         ("degree"), or to unit length ("l2").
     loops : 2 for P = rownorm(D^(-1/2)(A+I)D^(-1/2) + I), the published code; 1 for rownorm(A + I).
@@ -87,7 +87,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         rounding: Any = "kmeans+snem",
         rescale: Any = "rowsum",
         loops: Any = 2,
-        n_init: Any = 10,
+        n_init: Any = 50,
         random_state: Any = None,
     ):
         self.n_clusters = n_clusters

@@ -188,8 +188,8 @@ def elastic_net_self_expression(
 
     r = l1_ratio (1: the lasso of SSC); alpha = alpha_0 / gamma a row, alpha_0 = max |<x_i, x_j>| / r being the least at
     which c = 0. Each row starts from its `working_set` most correlated others; the problem there is solved by
-    coordinate descent, and others whose correlation with the residual exceeds alpha r are
-    taken in until none is left. At most `max_support` of the largest coefficients of a row are kept.
+    coordinate descent, and others whose correlation with the residual exceeds alpha r are taken in until none is left,
+    into a larger set where the support fills it. At most `max_support` of the largest coefficients of a row are kept.
     """
     n = len(x)
     if n < 2:
@@ -198,7 +198,7 @@ def elastic_net_self_expression(
         raise ValueError(f"gamma, l1_ratio: must be > 0 and in (0, 1], got {gamma} and {l1_ratio}")
     size = min(working_set, n - 1)
     blocks = [
-        _elastic_net_block(x, rows, gamma, l1_ratio, size, min(max_support, size), n_rounds, tolerance)
+        _elastic_net_block(x, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance)
         for rows in _row_blocks(n, progress, width=max(n, size * x.shape[1]))
     ]
     return _assemble(blocks, n)
@@ -236,8 +236,14 @@ def _elastic_net_block(
         again = (count > 0).nonzero().squeeze(1)
         if not len(again):
             break
-        room = min(size, n - 1)
-        value, newcomers = excess[again].topk(min(room, n), dim=1)
+        if size < n - 1 and bool(((c[again] != 0).sum(1) > 0.8 * size).any()):
+            # Supports that fill the working set need a larger one; settled rows are padded with zeros.
+            extra = min(n - 1, size + max(10, size // 2)) - size
+            chosen, coefficients = (torch.nn.functional.pad(part, (0, extra)) for part in (chosen, coefficients))
+            chosen[live[again], size:] = excess[again].topk(extra, dim=1).indices
+            size += extra
+            continue
+        value, newcomers = excess[again].topk(size, dim=1)
         c_again, chosen_again = c[again], chosen[live[again]]
         zero_first = c_again.abs().argsort(dim=1)
         free = (c_again == 0).sum(1)
@@ -253,7 +259,7 @@ def _elastic_net_block(
         kept = torch.where(entering, torch.zeros_like(value), c_again.gather(1, places))
         c_again.scatter_(1, places, kept)
         chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
-    best = coefficients.abs().topk(keep, dim=1).indices
+    best = coefficients.abs().topk(min(keep, size), dim=1).indices
     return rows, chosen.gather(1, best), coefficients.gather(1, best)
 
 
