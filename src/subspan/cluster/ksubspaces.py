@@ -170,9 +170,12 @@ def _principal(rows: Tensor, start: Tensor) -> Tensor:
         if len(rows) >= d:
             basis = torch.linalg.eigh((rows.mT @ rows).double()).eigenvectors[:, -dim:].flip(1)
             return torch.linalg.qr(basis.to(start.dtype)).Q
-        _, s, vh = torch.linalg.svd(rows, full_matrices=False)
-        strong = int((s > s[:1] * torch.finfo(s.dtype).eps * max(rows.shape)).sum()) if len(s) else 0
-        directions = vh[: min(strong, dim)].mT
+        wide = rows.double()
+        values, left = torch.linalg.eigh(wide @ wide.mT)
+        values, left = values.flip(0), left.flip(1)
+        strong = int((values > 1e-12 * values[:1]).sum())
+        directions = (wide.mT @ left[:, : min(strong, dim)]).to(start.dtype)
+        directions = torch.linalg.qr(directions).Q
         return torch.linalg.qr(torch.cat([directions, start], dim=1)).Q[:, :dim] if strong < dim else directions
     # Each step of orthogonal iteration captures at least as much energy as the one before.
     for _ in range(3):

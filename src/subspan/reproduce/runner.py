@@ -120,6 +120,14 @@ SYSTEMS = (
         "cluster",
         "S2CAG",
     ),
+    System(
+        "subspace-clustering",
+        "Clustering rows by the subspaces that they lie in: self-expression and K-subspaces",
+        "You et al.: Oracle Based Active Set Algorithm for Scalable Elastic Net Subspace Clustering (CVPR 2016)",
+        2016,
+        "cluster",
+        "ElasticNetSubspaceClustering",
+    ),
 )
 """Every system with a protocol."""
 
