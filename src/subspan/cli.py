@@ -739,9 +739,8 @@ def _cluster_graph(
     graph = read_graph(table, attributes, id_column=id_column, label_column=labels)
     _check_clusters(clusters, len(graph))
     found = cluster_graph(graph, clusters, progress=progress, **options)
-    source = (
-        f"{len(graph)} nodes with {graph.attributes.shape[1]} attributes and {found.facts['edges']} edges of {table}."
-    )
+    width = found.facts["columns"]
+    source = f"{len(graph)} nodes with {width} attributes and {found.facts['edges']} edges of {table}."
     named = None if graph.labels is None else np.where(graph.labels >= 0, graph.labels.astype(str), "")
     # The page needs names and labels; the attributes stay sparse.
     stand_in = np.zeros((len(graph), 1), dtype=np.float32)
@@ -759,7 +758,7 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 
     arrays = {name: np.asarray(values) for name, values in columns.items() if name not in ("row", "cluster")}
     with atomic_write(path) as unfinished:
-        np.savez(unfinished, cluster=found.labels, **arrays)
+        np.savez(unfinished, allow_pickle=False, cluster=found.labels, **arrays)
 
 
 def _print_clusters(facts: dict[str, Any]) -> None:

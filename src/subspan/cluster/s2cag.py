@@ -150,7 +150,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         """
         check_is_fitted(self)
         rows = self._rows(X, reset=False)
-        m, n = rows.shape[0], self._graph.shape[0]
+        m, n = rows.shape[0], self._attributes.shape[0]
         among = sparse.csr_matrix((m, m)) if adjacency is None else as_adjacency(adjacency, m)
         to_fitted = sparse.csr_matrix((m, n)) if links is None else _links(links, m, n)
         attributes = _stack(self._attributes, self._normalized(rows))
@@ -405,7 +405,7 @@ def _links(links: Any, m: int, n: int) -> sparse.csr_matrix:
     if isinstance(links, Tensor):
         links = links.detach().cpu()
         links = links.to_dense().numpy() if links.layout != torch.strided else links.numpy()
-    matrix = sparse.csr_matrix(links).astype(np.float64)
+    matrix = sparse.csr_matrix(links, dtype=np.float64)
     if matrix.shape != (m, n):
         raise ValueError(f"links: expected shape ({m}, {n}), new nodes by fitted ones, got {matrix.shape}")
     if not np.isfinite(matrix.data).all() or (matrix.data < 0).any():

@@ -90,9 +90,10 @@ class SelfExpressiveClustering(_RowClusterer):
         rows = self._rows(X, reset=True)
         points = self._points(rows)
         _warn_of_copies(points)
-        found = self._represent(points)
-        self.representation_ = found.numpy() if isinstance(found, Tensor) else found
-        self.affinity_ = affinity_from_representation(self.representation_, kind=self.affinity, retain=self.retain)
+        found: Any = self._represent(points)
+        self.representation_: Any = found.numpy() if isinstance(found, Tensor) else found
+        retain = None if self.retain is None else int(self.retain)
+        self.affinity_ = affinity_from_representation(self.representation_, kind=self.affinity, retain=retain)
         labels = spectral_labels(
             self.affinity_, self.n_clusters, rounding=self.rounding, n_init=self.n_init,
             random_state=check_random_state(self.random_state),

@@ -42,7 +42,7 @@ class AttributedGraph:
     names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
-        return self.adjacency.shape[0]
+        return int(self.attributes.indptr.size - 1)
 
     @property
     def labelled(self) -> np.ndarray:
