@@ -756,9 +756,10 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 
     from .geometry.files import atomic_write
 
-    arrays = {name: np.asarray(values) for name, values in columns.items() if name not in ("row", "cluster")}
+    arrays: dict[str, Any] = {}
+    arrays |= {name: np.asarray(values) for name, values in columns.items() if name not in ("row", "cluster")}
     with atomic_write(path) as unfinished:
-        np.savez(unfinished, allow_pickle=False, cluster=found.labels, **arrays)
+        np.savez(unfinished, cluster=found.labels, **arrays)
 
 
 def _print_clusters(facts: dict[str, Any]) -> None:
