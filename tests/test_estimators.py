@@ -18,6 +18,7 @@ EXCUSED = {
     "MatryoshkaCascade": "logits (sizes, rows, classes)",
     "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
     "ModalityMap": "the base of the maps between modalities, which are checked",
+    "SelfExpressiveClustering": "the base of the clusterers by self-expression, which are checked",
     "SubspaceAD": "images and a network; its SubspaceDetector is checked",
 }
 

@@ -617,6 +617,173 @@ def _size(text: str) -> int | float:
         raise ValueError(f"--size: a number of rows or a share is needed, got {text!r}") from None
 
 
+# ---------------------------------------------------------------------- cluster
+
+
+@app.command()
+def cluster(
+    table: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TABLE|FOLDER|GRAPH",
+            help="What the other verbs read, or a graph: an edge list (.edges, or any text with --attributes) or an "
+            ".npz with adj_* and attr_* arrays.",
+            show_default=False,
+        ),
+    ] = None,
+    clusters: Annotated[
+        int | None, typer.Option("-c", "--clusters", min=1, help="How many. Left out: found by the largest eigengap.")
+    ] = None,
+    method: Annotated[
+        Literal["auto", "lsr", "lrr", "ssc", "ensc", "omp", "tsc", "ksubspaces"],
+        typer.Option(help="Rows: how each is expressed by others. auto: lsr up to 5 000 rows, tsc above."),
+    ] = "auto",
+    dim: Annotated[int | None, typer.Option("--dim", min=1, help="Dimension that each cluster's subspace has.")] = None,
+    affine: Annotated[bool, typer.Option("--affine", help="The subspaces need not go through the origin.")] = False,
+    attributes: Annotated[
+        str | None, typer.Option("--attributes", metavar="TABLE", help="Graphs: a row of attributes for each node.")
+    ] = None,
+    objective: Annotated[
+        Literal["conductance", "modularity"], typer.Option(help="Graphs: S²CAG or M-S²CAG.")
+    ] = "conductance",
+    order: Annotated[int, typer.Option(min=0, help="Graphs: steps of the walks that smooth the attributes.")] = 10,
+    decay: Annotated[float, typer.Option(min=0, help="Graphs: weight of each step against the one before.")] = 0.9,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Write the cluster of every row: .csv, .json or .npz.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option("--report", help="Write a page on the clusters, .html.")] = None,
+    labels: Labels = None,
+    column: Column = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    skip_nan: SkipNan = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Cluster rows, images or the nodes of a graph by the subspaces that they lie in.
+
+    Labels, where given, are compared with the clusters and never used to find them.
+
+    Examples:
+
+    - `subspan cluster faces/ -c 40 --dim 9 -o clusters.csv --report clusters.html`
+
+    - `subspan cluster vectors.npy --json`
+
+    - `subspan cluster cora.npz -c 7 --order 16 --decay 1.2`
+
+    - `subspan cluster links.edges --attributes words.csv --id-column id -o clusters.npz`
+    """
+    _output(output, ".csv", ".json", ".npz")
+    _output(page, ".html", ".htm")
+    from .datasets.graphs import is_graph_file
+
+    graph = table is not None and (attributes is not None or (Path(table).is_file() and is_graph_file(table)))
+    with _progress("reading") as progress:
+        if graph:
+            if method != "auto" or dim is not None or affine or text_column is not None or column is not None:
+                raise ValueError("--method, --dim, --affine, --column and --text-column: for rows, not for a graph")
+            data, found = _cluster_graph(
+                str(table), attributes, clusters, labels, id_column, progress,
+                objective=objective, order=order, decay=decay, seed=seed,
+            )  # fmt: skip
+        else:
+            from .report import read_embeddings
+            from .report.clusters import cluster_rows
+
+            if attributes is not None:
+                raise ValueError("--attributes: needs an edge list")
+            data = read_embeddings(
+                table, labels=labels, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
+                progress=progress,
+            )  # fmt: skip
+            _check_clusters(clusters, len(data))
+            found = cluster_rows(data, clusters, method=method, dim=dim, affine=affine, seed=seed, progress=progress)
+    facts = found.facts
+    columns = {
+        **_naming(data, range(len(data))),
+        "cluster": found.labels.tolist(),
+        "residual": found.residuals.tolist(),
+    }
+    if output is not None:
+        _write_clusters(output, columns, found)
+        facts["output"] = str(output)
+    if page is not None:
+        from .report.page import render_clusters
+
+        facts["report"] = str(page)
+        _write(page, render_clusters(facts, data))
+    if as_json:
+        _print_json({**facts, "labels": found.labels.tolist()})
+        return
+    _print_clusters(facts)
+
+
+def _check_clusters(clusters: int | None, n: int) -> None:
+    if clusters is not None and clusters > n:
+        raise ValueError(f"--clusters: {clusters} asked for of {n} rows")
+    if n < 4:
+        raise ValueError(f"{n} rows are too few to cluster")
+
+
+def _cluster_graph(
+    table: str, attributes: str | None, clusters: int | None, labels: str | None, id_column: str | None,
+    progress: Progress, **options: Any,
+) -> tuple[Embeddings, Any]:  # fmt: skip
+    import numpy as np
+
+    from .datasets.graphs import read_graph
+    from .report import Embeddings
+    from .report.clusters import cluster_graph
+
+    graph = read_graph(table, attributes, id_column=id_column, label_column=labels)
+    _check_clusters(clusters, len(graph))
+    found = cluster_graph(graph, clusters, progress=progress, **options)
+    width = found.facts["columns"]
+    source = f"{len(graph)} nodes with {width} attributes and {found.facts['edges']} edges of {table}."
+    named = None if graph.labels is None else np.where(graph.labels >= 0, graph.labels.astype(str), "")
+    # The page needs names and labels; the attributes stay sparse.
+    stand_in = np.zeros((len(graph), 1), dtype=np.float32)
+    data = Embeddings(stand_in, Path(table).name, argument=table, source=source, labels=named, ids=graph.names)
+    return data, found
+
+
+def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> None:
+    if path.suffix.lower() != ".npz":
+        _write_rows(path, columns)
+        return
+    import numpy as np
+
+    from .geometry.files import atomic_write
+
+    arrays: dict[str, Any] = {}
+    arrays |= {name: np.asarray(values) for name, values in columns.items() if name not in ("row", "cluster")}
+    with atomic_write(path) as unfinished:
+        np.savez(unfinished, cluster=found.labels, **arrays)
+
+
+def _print_clusters(facts: dict[str, Any]) -> None:
+    names = ("rows", "method", "clusters", "silhouette", "modularity", "output", "report")
+    shown = {name: facts[name] for name in names if facts.get(name) is not None}
+    print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
+    if "count" in facts:
+        count = facts["count"]
+        line = f"number of clusters by the eigengap, certainty {count['certainty']:.2f}, next best {count['runner_up']}"
+        if count.get("resampled"):
+            line += f", resamples {count['resampled'][0]} to {count['resampled'][-1]}"
+        print(line)
+    if "scores" in facts:
+        print("against the labels: " + ", ".join(f"{name} {value:.3f}" for name, value in facts["scores"].items()))
+    _print_table(
+        [
+            {"cluster": index, "rows": size, "dimensions": dim, "representatives": " ".join(map(str, rows))}
+            for index, (size, dim, rows) in enumerate(
+                zip(facts["sizes"], facts["dimensions"], facts["representatives"])
+            )
+        ]
+    )
+
+
 # ---------------------------------------------------------------------- shorten
 
 

@@ -670,3 +670,61 @@ def _upgrade_index(facts: dict[str, Any]) -> str:
         ["Map of vectors, old to new", escape(scores["vectors"]["method"])],
     ]
     return _table(["", ""], rows)
+
+
+# ---------------------------------------------------------------------- clusters
+
+
+def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
+    """The page (HTML) for the facts of `subspan cluster`; texts and thumbnails of rows are taken from `data`."""
+    sections = {
+        "clusters": ("The clusters", _cluster_table(facts)),
+        "angles": ("How their subspaces lie", _cluster_angles(facts)),
+        "representatives": ("Who stands for them", _cluster_members(facts, data)),
+    }
+    body = "\n".join(
+        f'<section id="{name}" aria-labelledby="{name}-title">\n'
+        f'<h2 id="{name}-title">{title}</h2>\n{content}\n</section>'
+        for name, (title, content) in sections.items()
+    )
+    links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in sections.items())
+    tiles = [(_count(facts["clusters"]), "clusters"), (_count(facts["rows"]), "rows")]
+    tiles += [(f"{facts['silhouette']:.2f}", "silhouette of the subspaces")] if "silhouette" in facts else []
+    tiles += [(f"{value:.3f}", f"{name}, against the labels") for name, value in facts.get("scores", {}).items()]
+    items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
+    top = f'<p class="source">{escape(data.source)}</p><ul class="tiles">{items}</ul>'
+    return document(data.name, "subspan cluster", top, links, body, facts)
+
+
+def _cluster_table(facts: dict[str, Any]) -> str:
+    lead = f"{_count(facts['clusters'])} clusters by {escape(facts['method'])}"
+    count = facts.get("count")
+    if count is None:
+        lead += ", as many as were asked for."
+    else:
+        lead += (
+            f". Their number was found by the largest eigengap; the next best is {count['runner_up']}, and the "
+            f"certainty, 1 - (second gap / largest gap), {count['certainty']:.2f}."
+        )
+        if count.get("resampled"):
+            lead += f" Of {len(count['resampled'])} resamples {_percent(count['agreement'])} give the same number."
+    rows = [
+        [str(cluster), _count(size), _percent(size / facts["rows"]), _count(dim)]
+        for cluster, (size, dim) in enumerate(zip(facts["sizes"], facts["dimensions"]))
+    ]
+    return f'<p class="lead">{lead}</p>{_table(["Cluster", "rows", "share", "dimensions"], rows)}'
+
+
+def _cluster_angles(facts: dict[str, Any]) -> str:
+    k = facts["clusters"]
+    rows = [[str(i), *("" if i == j else f"{facts['angles'][i][j]:.0f}°" for j in range(k))] for i in range(k)]
+    note = "Mean principal angle of each pair: the nearer to 90°, the further apart; near 0° two clusters may be one."
+    return f'<p class="note">{note}</p>' + _table(["", *map(str, range(k))], rows)
+
+
+def _cluster_members(facts: dict[str, Any], data: Embeddings) -> str:
+    parts = []
+    for cluster, members in enumerate(facts["representatives"]):
+        cards = _cards([(row, f"cluster {cluster}") for row in members], data)
+        parts.append(_details(f"Cluster {cluster}: {_count(facts['sizes'][cluster])} rows", cards))
+    return "".join(parts)

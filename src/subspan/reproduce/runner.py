@@ -112,6 +112,22 @@ SYSTEMS = (
         "align",
         "SimplexClassifier",
     ),
+    System(
+        "s2cag",
+        "Clustering the nodes of a graph by attributes and links, in linear time",
+        "Lin et al.: Spectral Subspace Clustering for Attributed Graphs (KDD 2025, arXiv 2411.11074)",
+        2025,
+        "cluster",
+        "S2CAG",
+    ),
+    System(
+        "subspace-clustering",
+        "Clustering rows by the subspaces that they lie in: self-expression and K-subspaces",
+        "You et al.: Oracle Based Active Set Algorithm for Scalable Elastic Net Subspace Clustering (CVPR 2016)",
+        2016,
+        "cluster",
+        "ElasticNetSubspaceClustering",
+    ),
 )
 """Every system with a protocol."""
 

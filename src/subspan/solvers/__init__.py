@@ -1,7 +1,25 @@
 """Numerical work that several systems share."""
 
 from .assignment import assign
+from .graph_filters import (
+    FilteredOperator,
+    PolynomialFilter,
+    as_adjacency,
+    geometric_weights,
+    smooth,
+    symmetric_normalized,
+    transition_matrix,
+)
+from .low_rank import MatrixOperator, Operator, orthogonal_iteration, orthonormal_columns, randomized_svd
 from .neighbours import knn_overlap, nearest, neighbour_purity, recall_at_k
+from .partitions import (
+    clustering_accuracy,
+    conductance,
+    connectivity,
+    feature_detection_error,
+    modularity,
+    pairwise_f1,
+)
 from .point_clouds import chamfer_distances
 from .prefixes import (
     blocks_between,
@@ -24,29 +42,50 @@ from .retrieval import (
     retrieval_scores,
     template_gallery,
 )
+from .rounding import ROUNDINGS, round_embedding
 
 __all__ = [
+    "ROUNDINGS",
     "BackfillCurve",
+    "FilteredOperator",
+    "MatrixOperator",
+    "Operator",
+    "PolynomialFilter",
     "RetrievalScores",
+    "as_adjacency",
     "assign",
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
     "blocks_between",
     "chamfer_distances",
+    "clustering_accuracy",
     "common_prefix",
     "compatibility_matrix",
+    "conductance",
+    "connectivity",
+    "feature_detection_error",
+    "geometric_weights",
     "halving_sizes",
     "knn_overlap",
+    "modularity",
     "nearest",
     "neighbour_purity",
+    "orthogonal_iteration",
+    "orthonormal_columns",
+    "pairwise_f1",
     "prefix",
     "prefix_retrieval_scores",
     "prefix_similarities",
     "prefix_sizes",
     "prefix_squared_norms",
+    "randomized_svd",
     "recall_at_k",
     "retrieval_scores",
+    "round_embedding",
     "smallest_sufficient",
+    "smooth",
+    "symmetric_normalized",
     "template_gallery",
+    "transition_matrix",
 ]

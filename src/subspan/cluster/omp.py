@@ -1,0 +1,49 @@
+"""Sparse subspace clustering by orthogonal matching pursuit (You, Robinson & Vidal, 2016)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scipy import sparse
+from torch import Tensor
+
+from ..solvers.self_expression import omp_self_expression
+from .self_expressive import SelfExpressiveClustering
+
+
+class OMPSubspaceClustering(SelfExpressiveClustering):
+    """Subspace clustering by greedy sparse self-expression, for many rows.
+
+    n_nonzero: others that express a row, at most; near the dimension of the subspaces. tolerance: squared residual at
+    which a row stops. The other parameters and the attributes are those of `SelfExpressiveClustering`. Time
+    O(n_nonzero n^2 d) in matrix products, memory O(n n_nonzero): no n x n numbers are held.
+    Source: You, Robinson & Vidal, Scalable sparse subspace clustering by OMP, CVPR 2016.
+    """
+
+    def __init__(
+        self,
+        n_clusters: Any = 8,
+        *,
+        n_nonzero: Any = 10,
+        tolerance: Any = 1e-6,
+        affine: Any = False,
+        retain: Any = None,
+        affinity: Any = "symmetric",
+        rank: Any = 0.9,
+        rounding: Any = "kmeans",
+        n_init: Any = 20,
+        random_state: Any = None,
+    ):
+        self.n_clusters = n_clusters
+        self.n_nonzero = n_nonzero
+        self.tolerance = tolerance
+        self.affine = affine
+        self.retain = retain
+        self.affinity = affinity
+        self.rank = rank
+        self.rounding = rounding
+        self.n_init = n_init
+        self.random_state = random_state
+
+    def _represent(self, points: Tensor) -> sparse.csr_matrix:
+        return omp_self_expression(points, min(int(self.n_nonzero), len(points) - 1), tolerance=float(self.tolerance))

@@ -1,0 +1,172 @@
+"""Graphs as sparse matrices, and polynomials of them applied to attributes without ever forming a power."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import sparse
+from torch import Tensor
+
+_DENSE_NODES = 5000
+
+
+def as_adjacency(adjacency: Any, n: int, name: str = "adjacency") -> sparse.csr_matrix:
+    """An undirected graph of n nodes as a symmetric CSR matrix of non-negative float64 weights; loops are kept.
+
+    Takes a SciPy sparse matrix, a torch sparse tensor, an edge index (2, m) of integers, each edge in one direction or
+    both, or, up to 5000 nodes, a dense square array. An asymmetric matrix is symmetrised by the larger of the two
+    weights, with a warning. Raises ValueError for a wrong shape, NaN, negative weights, or nodes out of range.
+    """
+    if isinstance(adjacency, Tensor) and adjacency.layout != torch.strided:
+        coo = adjacency.detach().cpu().to_sparse_coo().coalesce()
+        rows, columns = coo.indices().numpy()
+        matrix = sparse.csr_matrix((coo.values().double().numpy(), (rows, columns)), shape=tuple(coo.shape))
+    elif sparse.issparse(adjacency):
+        matrix = sparse.csr_matrix(adjacency, dtype=np.float64, copy=True)
+    else:
+        array = adjacency.detach().cpu().numpy() if isinstance(adjacency, Tensor) else np.asarray(adjacency)
+        if array.ndim == 2 and array.shape[0] == 2 and array.dtype.kind in "iu" and n != 2:
+            return _from_edges(array, n, name)
+        if array.ndim != 2 or array.dtype.kind not in "fiub":
+            raise TypeError(
+                f"{name}: expected a sparse matrix, an edge index (2, m) of integers or a square array, "
+                f"got shape {array.shape} of {array.dtype}"
+            )
+        if len(array) > _DENSE_NODES:
+            raise ValueError(f"{name}: a dense array of {len(array)} nodes; give a sparse matrix or an edge index")
+        matrix = sparse.csr_matrix(array.astype(np.float64))
+    if matrix.shape != (n, n):
+        raise ValueError(f"{name}: expected shape ({n}, {n}), one row a row of X, got {tuple(matrix.shape)}")
+    matrix.sum_duplicates()
+    if not np.isfinite(matrix.data).all():
+        raise ValueError(f"{name}: holds NaN or infinite weights")
+    if (matrix.data < 0).any():
+        raise ValueError(f"{name}: {int((matrix.data < 0).sum())} weights are negative; they must be >= 0")
+    matrix.eliminate_zeros()
+    transposed = matrix.T.tocsr()
+    if abs(matrix - transposed).max() > 1e-10 * max(1.0, float(matrix.data.max(initial=0.0))):
+        warnings.warn(f"{name}: is not symmetric; the larger of the two weights is taken", stacklevel=3)
+        matrix = matrix.maximum(transposed)
+    return sparse.csr_matrix(matrix)
+
+
+def _from_edges(edges: np.ndarray, n: int, name: str) -> sparse.csr_matrix:
+    if edges.size and not (edges.min() >= 0 and edges.max() < n):
+        raise ValueError(f"{name}: the edge index names nodes {edges.min()} to {edges.max()}; there are {n}, from 0")
+    index = edges.astype(np.int64)
+    ones = np.ones(index.shape[1])
+    matrix = sparse.csr_matrix((ones, (index[0], index[1])), shape=(n, n))
+    matrix.data[:] = 1
+    return sparse.csr_matrix(matrix.maximum(matrix.T))
+
+
+def symmetric_normalized(adjacency: sparse.csr_matrix) -> sparse.csr_matrix:
+    """D^(-1/2) A D^(-1/2); nodes without edges stay zero."""
+    degree = np.asarray(adjacency.sum(1)).ravel()
+    scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0.0)
+    return sparse.csr_matrix(sparse.diags(scale) @ adjacency @ sparse.diags(scale))
+
+
+def transition_matrix(adjacency: sparse.csr_matrix, loops: int = 2) -> sparse.csr_matrix:
+    """Row-stochastic P: rownorm(A + I) with loops=1; rownorm(D^(-1/2)(A + I)D^(-1/2) + I) with loops=2."""
+    if loops not in (1, 2):
+        raise ValueError(f"loops: expected 1 or 2, got {loops!r}")
+    identity = sparse.identity(adjacency.shape[0], format="csr")
+    matrix = sparse.csr_matrix(adjacency + identity)
+    if loops == 2:
+        matrix = sparse.csr_matrix(symmetric_normalized(matrix) + identity)
+    return sparse.csr_matrix(sparse.diags(1 / np.asarray(matrix.sum(1)).ravel()) @ matrix)
+
+
+def geometric_weights(order: int, decay: float) -> Float[np.ndarray, " t"]:
+    """w_t proportional to decay^t for t = 0 … order, with sum 1; any decay >= 0 (above 1: far hops weigh more).
+
+    Computed from logarithms, so that no power overflows.
+    """
+    if order < 0:
+        raise ValueError(f"order: must be at least 0, got {order}")
+    if not decay >= 0 or math.isinf(decay):
+        raise ValueError(f"decay: must be a finite number >= 0, got {decay}")
+    steps = np.arange(order + 1)
+    if decay == 0:
+        return (steps == 0).astype(np.float64)
+    exponents = steps * math.log(decay)
+    weights = np.exp(exponents - exponents.max())
+    return weights / weights.sum()
+
+
+class PolynomialFilter:
+    """sum_t weights[t] P^t of a square matrix P, dense or sparse, numpy or torch, applied by Horner's rule.
+
+    With weights of sum 1 and a stochastic P every number on the way stays as large as the input.
+    """
+
+    def __init__(self, matrix: Any, weights: Any) -> None:
+        if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"matrix: must be square, got shape {tuple(matrix.shape)}")
+        self.matrix = matrix
+        self.weights = [float(weight) for weight in weights]
+        if not self.weights or not all(map(math.isfinite, self.weights)):
+            raise ValueError("weights: expected at least one finite number")
+        self.shape: tuple[int, int] = tuple(matrix.shape)
+        self._transposed: Any = None
+
+    def matmul(self, x: Any) -> Any:
+        """The filter applied to x (n, b)."""
+        return self._horner(self.matrix, x)
+
+    def rmatmul(self, y: Any) -> Any:
+        """The transposed filter applied to y (n, b)."""
+        if self._transposed is None:
+            turned = self.matrix.T if not isinstance(self.matrix, Tensor) else self.matrix.t()
+            self._transposed = turned.tocsr() if sparse.issparse(turned) else turned
+        return self._horner(self._transposed, y)
+
+    def _horner(self, matrix: Any, x: Any) -> Any:
+        result = x * self.weights[-1]
+        for weight in reversed(self.weights[:-1]):
+            result = matrix @ result
+            if weight == 0:
+                continue
+            if isinstance(result, np.ndarray):
+                result += weight * x
+            else:
+                result = result + weight * x
+        return result
+
+
+class FilteredOperator:
+    """F X for a `PolynomialFilter` F (n, n) and attributes X (n, d), never formed: an `Operator`."""
+
+    def __init__(self, polynomial: PolynomialFilter, attributes: Any) -> None:
+        self.polynomial, self.attributes = polynomial, attributes
+        self._transposed = attributes.T.tocsr() if sparse.issparse(attributes) else attributes.T
+        self.shape: tuple[int, int] = tuple(attributes.shape)
+
+    def matmul(self, y: Any) -> Any:
+        """F X y."""
+        return self.polynomial.matmul(self.attributes @ y)
+
+    def rmatmul(self, y: Any) -> Any:
+        """X'F'y."""
+        return self._transposed @ self.polynomial.rmatmul(y)
+
+
+def smooth(x: Any, adjacency: Any, order: int = 10, decay: float = 0.9, *, loops: int = 2) -> Any:
+    """sum_t w_t P^t x: attributes (n, d) averaged over walks of up to `order` steps; w_t as in `geometric_weights`.
+
+    A tensor gives a tensor, differentiable in x; other attributes give a numpy array. P is `transition_matrix`.
+    """
+    n = len(x) if isinstance(x, Tensor) else x.shape[0]
+    matrix: Any = transition_matrix(as_adjacency(adjacency, n), loops)
+    if isinstance(x, Tensor):
+        coo = matrix.tocoo()
+        index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
+        matrix = torch.sparse_coo_tensor(index, torch.from_numpy(coo.data), coo.shape, dtype=x.dtype, device=x.device)
+    rows = x.toarray() if sparse.issparse(x) else x if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
+    return PolynomialFilter(matrix, geometric_weights(order, decay)).matmul(rows)

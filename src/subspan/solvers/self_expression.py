@@ -1,0 +1,319 @@
+"""Each row as a combination of other rows: the solvers of self-expression, all with a coefficient of zero on itself.
+
+Rows x_i are samples and are expected to have unit length; row i of the answer (n, n) holds the coefficients of x_i.
+The sparse solvers work on blocks of rows, so that correlations are matrix products, and never hold n x n numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import enet_path
+from torch import Tensor
+
+_BLOCK = 1 << 24
+_DENSE_ROWS = 20_000
+
+Progress = Callable[[float], None]
+
+
+def ridge_self_expression(x: Float[Tensor, "n d"], alpha: float, *, zero_diagonal: bool = True) -> Float[Tensor, "n n"]:
+    """min |x_i - c X|^2 + alpha |c|^2 in closed form (least squares regression; Lu et al., 2012).
+
+    zero_diagonal: c_i = 0, C_ij = -D_ij / D_ii with D = (XX' + alpha I)^(-1); else C = XX' D. Where n > d, D comes by
+    Woodbury from a d x d system. Dense: n up to 20 000.
+    """
+    _check_dense(len(x))
+    if not alpha > 0:
+        raise ValueError(f"alpha: must be > 0, got {alpha}")
+    n, d = x.shape
+    if n > d:
+        inner = x.mT @ x
+        inner.diagonal().add_(alpha)
+        smooth = x @ torch.linalg.solve(inner, x.mT)  # XX'(XX' + alpha I)^(-1), and D = (I - smooth) / alpha
+        if not zero_diagonal:
+            return smooth
+        inverse = smooth.neg_()
+        inverse.diagonal().add_(1)
+    else:
+        gram = x @ x.mT
+        gram.diagonal().add_(alpha)
+        inverse = torch.linalg.inv(gram)
+        if not zero_diagonal:
+            inverse.mul_(-alpha)
+            inverse.diagonal().add_(1)
+            return inverse
+    c = -inverse / inverse.diagonal().unsqueeze(1)
+    c.fill_diagonal_(0)
+    return c
+
+
+def low_rank_self_expression(x: Float[Tensor, "n d"], alpha: float) -> Float[Tensor, "n n"]:
+    """min |C|_* + alpha/2 |X - CX|_F^2 in closed form: U (I - S^(-2)/alpha) U' over singular values > 1/sqrt(alpha).
+
+    alpha = inf gives the shape-interaction matrix UU'. Source: Favaro, Vidal & Ravichandran, 2011.
+    """
+    _check_dense(len(x))
+    if not alpha > 0:
+        raise ValueError(f"alpha: must be > 0, got {alpha}")
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    kept = s > max(alpha**-0.5 if alpha < float("inf") else 0.0, float(s[0]) * torch.finfo(s.dtype).eps * max(x.shape))
+    u, s = u[:, kept], s[kept]
+    return (u * (1 - s.pow(-2) / alpha)) @ u.mT
+
+
+def robust_low_rank_self_expression(
+    x: Float[Tensor, "n d"], alpha: float, *, n_iter: int = 200, tolerance: float = 1e-6
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n d"]]:
+    """min |C|_* + alpha |E|_{2,1} with X = CX + E, rows of E being the corrupted samples; returns (C, E).
+
+    Inexact augmented Lagrangian in the row space of X. Source: Liu et al., Robust recovery by LRR, 2013.
+    """
+    _check_dense(len(x))
+    # With X = B Q', B (n, r): C = J B' for J (n, n) -> unknown (n, r), as the optimal C lies in the column space of X.
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    r = int((s > s[0] * torch.finfo(s.dtype).eps * max(x.shape)).sum())
+    u, a = u[:, :r], s[:r].unsqueeze(1) * vh[:r]  # X = u a, C = z u' with z (n, r): CX = z a
+    gram_inverse = torch.linalg.inv(torch.eye(r, dtype=x.dtype, device=x.device) + a @ a.mT)
+    z, j, e = (torch.zeros(len(x), width, dtype=x.dtype, device=x.device) for width in (r, r, x.shape[1]))
+    y1, y2 = torch.zeros_like(e), torch.zeros_like(j)
+    mu, scale = 1e-2, float(x.abs().max())
+    for _ in range(n_iter):
+        left, values, right = torch.linalg.svd(z + y2 / mu, full_matrices=False)
+        j = (left * (values - 1 / mu).clamp_min(0)) @ right
+        z = ((x - e + y1 / mu) @ a.mT + j - y2 / mu) @ gram_inverse
+        rest = x - z @ a + y1 / mu
+        norms = rest.norm(dim=1, keepdim=True)
+        e = rest * ((norms - alpha / mu).clamp_min(0) / norms.clamp_min(1e-300))
+        gap1, gap2 = x - z @ a - e, z - j
+        y1, y2, mu = y1 + mu * gap1, y2 + mu * gap2, min(mu * 1.2, 1e8)
+        if max(float(gap1.abs().max()), float(gap2.abs().max())) < tolerance * scale:
+            break
+    return z @ u.mT, e
+
+
+def omp_self_expression(
+    x: Float[Tensor, "n d"], n_nonzero: int, *, tolerance: float = 1e-6, progress: Progress | None = None
+) -> sparse.csr_matrix:
+    """Orthogonal matching pursuit of each row by the others, at most `n_nonzero` of them (You, Robinson & Vidal, 2016).
+
+    A row stops when its squared residual is below `tolerance`. Correlations of a block of rows are one product a step;
+    the least squares are updated by a batched Cholesky factor.
+    """
+    n = len(x)
+    if not 1 <= n_nonzero < n:
+        raise ValueError(f"n_nonzero: must lie in [1, {n - 1}], got {n_nonzero}")
+    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress)]
+    return _assemble(blocks, n)
+
+
+def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, chosen (b, s), coefficients (b, s)) with coefficient 0 where a row stopped early."""
+    target, b = x[rows], len(rows)
+    every = torch.arange(b, device=x.device)
+    chosen = torch.zeros(b, n_nonzero, dtype=torch.int64, device=x.device)
+    used = torch.zeros(b, n_nonzero, dtype=torch.bool, device=x.device)
+    basis = x.new_zeros(b, n_nonzero, x.shape[1])  # orthonormalised atoms
+    triangle = torch.eye(n_nonzero, dtype=x.dtype, device=x.device).repeat(b, 1, 1)  # atoms = triangle' basis
+    weights = x.new_zeros(b, n_nonzero)
+    residual, active = target.clone(), torch.ones(b, dtype=torch.bool, device=x.device)
+    taken = torch.zeros(b, len(x), dtype=torch.bool, device=x.device)
+    taken[every, rows] = True
+    for step in range(n_nonzero):
+        active &= residual.square().sum(1) > tolerance
+        if not bool(active.any()):
+            break
+        live = active.nonzero().squeeze(1)
+        score = (residual[live] @ x.mT).abs_()
+        score.masked_fill_(taken[live], -1.0)
+        best, atom = score.max(1)
+        taken[live, atom] = True
+        fresh = x[atom]
+        inner = (basis[live, :step] @ fresh.unsqueeze(2)).squeeze(2)
+        fresh = fresh - (basis[live, :step].mT @ inner.unsqueeze(2)).squeeze(2)
+        norm = fresh.norm(dim=1)
+        # An atom inside the span of those chosen (a duplicate) adds nothing; the row stops.
+        good = (norm > 1e3 * torch.finfo(x.dtype).eps) & (best > 0)
+        active[live[~good]] = False
+        live, atom, inner, norm, fresh = live[good], atom[good], inner[good], norm[good], fresh[good]
+        direction = fresh / norm.unsqueeze(1)
+        basis[live, step] = direction
+        triangle[live, :step, step] = inner[:, :step]
+        triangle[live, step, step] = norm
+        weight = (residual[live] * direction).sum(1)
+        weights[live, step], chosen[live, step], used[live, step] = weight, atom, True
+        residual[live] = residual[live] - weight.unsqueeze(1) * direction
+    coefficients = torch.linalg.solve_triangular(triangle, weights.unsqueeze(2), upper=True).squeeze(2)
+    return rows, chosen, torch.where(used, coefficients, torch.zeros_like(coefficients))
+
+
+def thresholded_similarities(
+    x: Float[Tensor, "n d"], n_neighbors: int, *, progress: Progress | None = None
+) -> sparse.csr_matrix:
+    """exp(-2 arccos |<x_i, x_j>|) on the `n_neighbors` largest absolute inner products of each row.
+
+    Source: Heckel & Bölcskei, Robust subspace clustering via thresholding, 2015.
+    """
+    n = len(x)
+    if not 1 <= n_neighbors < n:
+        raise ValueError(f"n_neighbors: must lie in [1, {n - 1}], got {n_neighbors}")
+    blocks = []
+    for rows in _row_blocks(n, progress):
+        score = (x[rows] @ x.mT).abs_()
+        score[torch.arange(len(rows), device=x.device), rows] = -1
+        value, found = score.topk(n_neighbors, dim=1)
+        blocks.append((rows, found, torch.exp(-2 * torch.arccos(value.clamp(0, 1)))))
+    return _assemble(blocks, n)
+
+
+def elastic_net_self_expression(
+    x: Float[Tensor, "n d"],
+    *,
+    gamma: float = 50.0,
+    l1_ratio: float = 0.95,
+    max_support: int = 50,
+    working_set: int = 100,
+    n_rounds: int = 10,
+    tolerance: float = 1e-4,
+    progress: Progress | None = None,
+) -> sparse.csr_matrix:
+    """min |x_i - cX|^2 / 2 + alpha (r |c|_1 + (1 - r)/2 |c|^2) by active sets (You, Li, Robinson & Vidal, 2016).
+
+    r = l1_ratio (1: the lasso of SSC); alpha = alpha_0 / gamma a row, alpha_0 = max |<x_i, x_j>| / r being the least at
+    which c = 0. Each row starts from its `working_set` most correlated others; the problem there is solved by
+    coordinate descent, and others whose correlation with the residual exceeds alpha r are taken in until none is left,
+    into a larger set where the support fills it. At most `max_support` of the largest coefficients of a row are kept.
+    """
+    n = len(x)
+    if n < 2:
+        raise ValueError(f"x: needs at least 2 rows, got {n}")
+    if not gamma > 0 or not 0 < l1_ratio <= 1:
+        raise ValueError(f"gamma, l1_ratio: must be > 0 and in (0, 1], got {gamma} and {l1_ratio}")
+    size = min(working_set, n - 1)
+    blocks = [
+        _elastic_net_block(x, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance)
+        for rows in _row_blocks(n, progress, width=max(n, size * x.shape[1]))
+    ]
+    return _assemble(blocks, n)
+
+
+def _elastic_net_block(
+    x: Tensor, rows: Tensor, gamma: float, r: float, size: int, keep: int, n_rounds: int, tolerance: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    target, b, n = x[rows], len(rows), len(x)
+    every = torch.arange(b, device=x.device)
+    score = target @ x.mT
+    score[every, rows] = 0
+    order = score.abs().topk(size, dim=1)
+    chosen = order.indices
+    alpha = order.values[:, 0] / r / gamma
+    coefficients = x.new_zeros(b, size)
+    # What the inner solver leaves open must not look like a violation.
+    margin = max(0.01, 10 * tolerance) if tolerance > 1e-7 else 1e-4
+    pending = alpha > 0
+    for _ in range(n_rounds):
+        if not bool(pending.any()):
+            break
+        live = pending.nonzero().squeeze(1)
+        atoms = x[chosen[live]]
+        c = _elastic_nets(atoms, target[live], alpha[live], r, coefficients[live], tolerance)
+        coefficients[live] = c
+        residual = target[live] - (atoms.mT @ c.unsqueeze(2)).squeeze(2)
+        excess = (residual @ x.mT).abs_() - (alpha[live] * r * (1 + margin)).unsqueeze(1)
+        excess[torch.arange(len(live), device=x.device), rows[live]] = -1
+        # Inside the working set the conditions hold; what violates them elsewhere takes the place of zeros.
+        excess.scatter_(1, chosen[live], -1.0)
+        violated = excess > 0
+        count = violated.sum(1)
+        pending[live[count == 0]] = False
+        again = (count > 0).nonzero().squeeze(1)
+        if not len(again):
+            break
+        if size < n - 1 and bool(((c[again] != 0).sum(1) > 0.8 * size).any()):
+            # Supports that fill the working set need a larger one; settled rows are padded with zeros.
+            extra = min(n - 1, size + max(10, size // 2)) - size
+            chosen, coefficients = (torch.nn.functional.pad(part, (0, extra)) for part in (chosen, coefficients))
+            chosen[live[again], size:] = excess[again].topk(extra, dim=1).indices
+            size += extra
+            continue
+        value, newcomers = excess[again].topk(size, dim=1)
+        c_again, chosen_again = c[again], chosen[live[again]]
+        zero_first = c_again.abs().argsort(dim=1)
+        free = (c_again == 0).sum(1)
+        # At most half of the places go to newcomers, so that the support can settle; a full working set lets go of
+        # its smallest coefficient.
+        take = torch.minimum(torch.minimum(count[again], free), torch.full_like(free, max(1, size // 2))).clamp_min(1)
+        slot = torch.arange(newcomers.shape[1], device=x.device).unsqueeze(0)
+        entering = (slot < take.unsqueeze(1)) & (value > 0)
+        width = newcomers.shape[1]
+        places = zero_first[:, :width]
+        updated = torch.where(entering, newcomers, chosen_again.gather(1, places))
+        chosen_again.scatter_(1, places, updated)
+        kept = torch.where(entering, torch.zeros_like(value), c_again.gather(1, places))
+        c_again.scatter_(1, places, kept)
+        chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
+    best = coefficients.abs().topk(min(keep, size), dim=1).indices
+    return rows, chosen.gather(1, best), coefficients.gather(1, best)
+
+
+def _elastic_nets(atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float) -> Tensor:
+    """Elastic nets (b, s) of targets (b, d) on their own atoms (b, s, d), from Gram matrices that come in one product.
+
+    The coordinate descent itself is scikit-learn's, one row at a time: rows settle after very different numbers of
+    sweeps.
+    """
+    grams = (atoms @ atoms.mT).numpy()
+    linear = (atoms @ target.unsqueeze(2)).squeeze(2).numpy()
+    rows, penalties, initial = atoms.numpy(), (alpha / atoms.shape[2]).tolist(), start.numpy()
+    result = np.empty_like(initial)
+    with warnings.catch_warnings():
+        # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for row in range(len(result)):
+            result[row] = enet_path(
+                rows[row].T, target[row].numpy(), l1_ratio=r, alphas=[penalties[row]], precompute=grams[row],
+                Xy=linear[row], coef_init=initial[row], check_input=False, tol=tolerance, max_iter=200,
+            )[1][:, 0]  # fmt: skip
+    return torch.from_numpy(result)
+
+
+def _row_blocks(n: int, progress: Progress | None, width: int | None = None) -> Iterator[Tensor]:
+    step = max(1, min(n, _BLOCK // (width or n)))
+    for start in range(0, n, step):
+        yield torch.arange(start, min(n, start + step))
+        if progress is not None:
+            progress(min(1.0, (start + step) / n))
+
+
+def _assemble(blocks: list[tuple[Tensor, Tensor, Tensor]], n: int) -> sparse.csr_matrix:
+    rows: Int[np.ndarray, " m"] = np.concatenate(
+        [np.repeat(block.cpu().numpy(), found.shape[1]) for block, found, _ in blocks]
+    )
+    columns = np.concatenate([found.cpu().numpy().ravel() for _, found, _ in blocks])
+    values = np.concatenate([value.cpu().numpy().ravel() for _, _, value in blocks])
+    kept = values != 0
+    return sparse.csr_matrix((values[kept], (rows[kept], columns[kept])), shape=(n, n))
+
+
+def _check_dense(n: int) -> None:
+    if n > _DENSE_ROWS:
+        raise ValueError(
+            f"X: {n} rows need an n x n matrix here; use OMP, elastic net, thresholding or K-subspaces beyond "
+            f"{_DENSE_ROWS}"
+        )
+
+
+def check_rows(x: Any) -> None:
+    """Refuse rows of zeros, which no others express, naming them."""
+    zero = torch.linalg.vector_norm(x, dim=1) == 0
+    if bool(zero.any()):
+        found = zero.nonzero().squeeze(1).tolist()
+        shown = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
+        raise ValueError(f"X: {len(found)} rows are zero and lie in every subspace (rows {shown}); remove them")

@@ -1,0 +1,163 @@
+"""`subspan cluster`: labels, files, the page, counting, and one line for every input that cannot be used."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from subspan import cli
+from subspan.datasets import attributed_block_model
+
+GRAPH = attributed_block_model(160, 4, mean_degree=10, inside=0.9, n_attributes=40, words=10, random_state=0)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> Any:
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> np.ndarray:
+    """Rows of three independent subspaces in table.npy and their labels in truth.txt."""
+    random = np.random.default_rng(0)
+    rows = [random.normal(size=(40, 3)) @ np.linalg.qr(random.normal(size=(20, 3)))[0].T for _ in range(3)]
+    labels = np.repeat(np.arange(3), 40)
+    order = random.permutation(120)
+    x = np.vstack(rows) + 0.005 * random.normal(size=(120, 20))
+    np.save(tmp_path / "table.npy", x[order])
+    (tmp_path / "truth.txt").write_text("".join(f"kind{label}\n" for label in labels[order]))
+    return labels[order]
+
+
+def write_graph() -> None:
+    a = GRAPH.adjacency.tocoo()
+    lines = [f"n{i} n{j}" for i, j in zip(a.row, a.col) if i < j]
+    Path("links.edges").write_text("\n".join(lines) + "\n")
+    with Path("words.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "kind", *(f"w{j}" for j in range(40))])
+        for i, row in enumerate(GRAPH.attributes.toarray()):
+            writer.writerow([f"n{i}", f"k{GRAPH.labels[i]}", *row])
+
+
+def test_rows_are_counted_clustered_and_written(run: Callable[..., Any], planted: np.ndarray) -> None:
+    code, out, err = run(
+        "cluster",
+        "table.npy",
+        "--dim",
+        "3",
+        "--labels",
+        "truth.txt",
+        "--json",
+        "-o",
+        "found.csv",
+        "--report",
+        "page.html",
+    )
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["clusters"] == 3
+    assert facts["count"]["n_clusters"] == 3
+    assert facts["count"]["agreement"] > 0.8
+    assert facts["scores"] == {"accuracy": 1.0, "nmi": pytest.approx(1), "ari": 1.0}
+    assert adjusted_rand_score(planted, facts["labels"]) == 1
+    assert facts["dimensions"] == [3, 3, 3]
+    assert facts["silhouette"] > 0.9
+    assert min(facts["angles"][i][j] for i in range(3) for j in range(i)) > 30
+    for cluster, rows in enumerate(facts["representatives"]):
+        assert {facts["labels"][row] for row in rows} == {cluster}
+    with Path("found.csv").open() as file:
+        written = list(csv.DictReader(file))
+    assert [int(row["cluster"]) for row in written] == facts["labels"]
+    assert [row["label"] for row in written[:2]] == [f"kind{planted[0]}", f"kind{planted[1]}"]
+    page = Path("page.html").read_text(encoding="utf-8")
+    assert "3 clusters by lsr" in page
+    assert "http://" not in page.split("<script>")[0]
+
+
+@pytest.mark.parametrize("method", ["omp", "tsc", "ensc", "ksubspaces"])
+def test_methods_by_name(run: Callable[..., Any], planted: np.ndarray, method: str) -> None:
+    code, out, err = run(
+        "cluster", "table.npy", "-c", "3", "--dim", "3", "--method", method, "-o", "found.npz", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["method"] == method
+    with np.load("found.npz", allow_pickle=False) as found:
+        assert adjusted_rand_score(planted, found["cluster"]) == 1
+        assert found["residual"].shape == (120,)
+
+
+def test_a_graph_as_edges_and_as_an_archive(run: Callable[..., Any]) -> None:
+    write_graph()
+    code, out, err = run(
+        "cluster", "links.edges", "--attributes", "words.csv", "--id-column", "id", "--labels", "kind", "-c", "4",
+        "--json", "-o", "found.csv", "--report", "page.html",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads(out)
+    assert adjusted_rand_score(GRAPH.labels, facts["labels"]) == 1
+    assert facts["scores"]["accuracy"] == 1
+    assert facts["modularity"] > 0.5
+    assert Path("found.csv").read_text().splitlines()[1].startswith("0,n0,")
+    assert "160 nodes" in Path("page.html").read_text(encoding="utf-8")
+    arrays = {}
+    for prefix, matrix in (("adj", GRAPH.adjacency), ("attr", GRAPH.attributes)):
+        arrays |= {f"{prefix}_{key}": getattr(matrix, key) for key in ("data", "indices", "indptr")}
+        arrays[f"{prefix}_shape"] = np.array(matrix.shape)
+    np.savez("graph.npz", **arrays)
+    code, out, err = run("cluster", "graph.npz", "--objective", "modularity", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["clusters"] == facts["count"]["n_clusters"]
+    assert adjusted_rand_score(GRAPH.labels, facts["labels"]) > 0.6
+
+
+def test_what_is_printed(run: Callable[..., Any], planted: np.ndarray) -> None:
+    code, out, err = run("cluster", "table.npy", "--dim", "3")
+    assert code == 0, err
+    assert out.startswith("rows 120, method lsr, clusters 3")
+    assert "number of clusters by the eigengap, certainty" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.npy"], "no such file"),
+        (["table.npy", "-c", "121"], "121 asked for of 120 rows"),
+        (["table.npy", "--method", "ksubspaces"], "K-subspaces needs the number"),
+        (["table.npy", "-o", "found.txt"], "must end in .csv, .json, .npz"),
+        (["table.npy", "--report", "page.pdf"], "must end in .html"),
+        (["links.edges"], "a table with a row a node is needed"),
+        (["links.edges", "--attributes", "words.csv", "--id-column", "id", "--method", "omp"], "not for a graph"),
+        (["links.edges", "--attributes", "table.npy"], "which is no node"),
+        (["bad.npy"], "NaN"),
+        (["zero.npy", "-c", "2"], "rows are zero"),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: Callable[..., Any], planted: np.ndarray, arguments: list[str], message: str
+) -> None:
+    write_graph()
+    np.save("bad.npy", np.full((9, 3), np.nan))
+    np.save("zero.npy", np.vstack([np.zeros((1, 4)), np.eye(4)]))
+    code, out, err = run("cluster", *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.splitlines()[-1].startswith("subspan: error: ")
+    assert not Path("found.txt").exists()
