@@ -5,6 +5,8 @@ Geodesics and transport follow Edelman, Arias & Smith (1998).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
@@ -21,10 +23,28 @@ def orthonormalize(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
     return q * phase.unsqueeze(-2)
 
 
+class _Polar(torch.autograd.Function):
+    """The polar factor, with the derivative of the factor itself: that of the SVD has poles at equal singular values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        ctx.save_for_backward(u, s, vh)
+        return u @ vh
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        u, s, vh = ctx.saved_tensors
+        inner = u.mH @ grads[0] @ vh.mH
+        within = (inner - inner.mH) / (s.unsqueeze(-1) + s.unsqueeze(-2))
+        outside = (grads[0] @ vh.mH - u @ inner) / s.unsqueeze(-2)
+        return (u @ within + outside) @ vh
+
+
 def polar(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
-    """Nearest matrix with orthonormal columns (polar factor) in the Frobenius norm."""
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ vh
+    """Nearest matrix with orthonormal columns (polar factor) in the Frobenius norm; differentiable at full rank."""
+    return _Polar.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def random_basis(
@@ -88,6 +108,33 @@ def parallel_transport(
     inner = u.mH @ x
     turned = -(basis @ vh.mH) @ ((s * t).sin().unsqueeze(-1) * inner) + u @ ((s * t).cos().unsqueeze(-1) * inner)
     return turned + x - u @ inner
+
+
+def gram_geodesic(
+    basis: Inexact[Tensor, "*b d k"],
+    tangent: Inexact[Tensor, "*b d k"],
+    t: float | Float[Tensor, "*b"] = 1.0,
+    carried: Inexact[Tensor, "*b d k"] | None = None,
+) -> tuple[Inexact[Tensor, "*b d k"], Inexact[Tensor, "*b d k"] | None]:
+    """`geodesic`, and `parallel_transport` of `carried`, from the k x k Gram matrix of `tangent`: a step of training.
+
+    With G'G = V diag(s²) V' the point is S V cos(ts) V' + G V sin(ts)/s V', all of it smooth functions of s² with no
+    division at s = 0, so the frame is that of the geodesic. One eigendecomposition of k x k in place of an SVD of
+    d x k; t may differ along the batch. The point is orthonormal to rounding, which callers that iterate must mend.
+    """
+    values, v = torch.linalg.eigh(tangent.mH @ tangent)
+    s = values.clamp_min(0).sqrt()
+    t = torch.as_tensor(t, dtype=s.dtype, device=s.device).unsqueeze(-1)
+    # torch.sinc(x) is sin(πx)/(πx), so these are sin(ts)/s and (1 - cos(ts))/s².
+    sine = t * torch.sinc(t * s / torch.pi)
+    versine = 0.5 * t.square() * torch.sinc(t * s / (2 * torch.pi)).square()
+    frame, direction = basis @ v, tangent @ v
+    moved = (frame * (t * s).cos().unsqueeze(-2) + direction * sine.unsqueeze(-2)) @ v.mH
+    if carried is None:
+        return moved, None
+    inner = direction.mH @ carried
+    turned = frame @ (sine.unsqueeze(-1) * inner) + direction @ (versine.unsqueeze(-1) * inner)
+    return moved, carried - turned
 
 
 def chordal_mean(

@@ -2,6 +2,7 @@
 
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.flow_transformer import FlowTransformer
+from subspan.nn.gcr import GrassmannHead
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -18,7 +19,8 @@ from subspan.nn.matryoshka import (
     nesting_weights,
 )
 from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
-from subspan.nn.orthogonal import OrthogonalLinear
+from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
+from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from subspan.nn.simplex import (
     CompatibleCE,
     HOCLoss,
@@ -33,6 +35,8 @@ __all__ = [
     "CompatibleCE",
     "ContrastiveLoss",
     "FlowTransformer",
+    "GrassmannHead",
+    "GrassmannParameter",
     "HOCLoss",
     "LambdaOrthogonality",
     "MatryoshkaAdapter",
@@ -42,8 +46,10 @@ __all__ = [
     "NeuralCollapse",
     "OrthogonalLinear",
     "PatchProjector",
+    "RiemannianSGD",
     "SimplexClassifier",
     "SpatialNorm",
+    "WithRiemannian",
     "active_subspace",
     "cosine_matching_loss",
     "influence_loss",
@@ -54,7 +60,9 @@ __all__ = [
     "neural_collapse",
     "orthogonality_defect",
     "register_lambda_orthogonality",
+    "register_orthonormal",
     "resize_tokens",
     "simplex_logits",
     "simplex_vertices",
+    "with_riemannian",
 ]

@@ -112,6 +112,14 @@ SYSTEMS = (
         "align",
         "SimplexClassifier",
     ),
+    System(
+        "gcr",
+        "A classifier whose classes are subspaces, learned by steps along geodesics",
+        "Wang, Li & Zhang: Grassmann Class Representation (ICCV 2023, arXiv 2308.01547)",
+        2023,
+        "nn",
+        "GrassmannHead",
+    ),
 )
 """Every system with a protocol."""
 
