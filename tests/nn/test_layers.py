@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.nn import GrassmannHead, OrthogonalLinear
+from subspan.nn import Butterfly, GrassmannHead, GroupedSimVQ, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,12 +25,21 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     wrong: tuple[int, ...]
     onnx: bool = True
-    inference: bool = False
 
 
 LAYERS = {
     "OrthogonalLinear": Case(lambda: OrthogonalLinear(8, init="random"), (3, 8), (3, 7), onnx=False),
     "GrassmannHead": Case(lambda: GrassmannHead(8, 5, rank=2), (3, 8), (3, 7)),
+    "Butterfly": Case(lambda: Butterfly(8, 5), (3, 8), (3, 7)),
+    "Butterfly, BPBP": Case(
+        lambda: Butterfly(8, 8, complex=True, real_part=True, blocks=2, permutation="bit-reversal"), (3, 8), (3, 7), False
+    ),
+    "Butterfly, orthogonal": Case(lambda: Butterfly(8, 8, constraint="orthogonal"), (3, 8), (3, 7)),
+    "SimVQ": Case(lambda: SimVQ(8, 32), (3, 4, 8), (3, 4, 7)),
+    "SimVQ, rotation": Case(lambda: SimVQ(8, 32, estimator="rotation"), (3, 4, 8), (3, 4, 7)),
+    "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
+    "SubspaceAttention": Case(lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4)),
+    "GroupedSimVQ": Case(lambda: GroupedSimVQ(8, 32, 2), (3, 4, 8), (3, 4, 7)),
 }
 
 each_layer = pytest.mark.parametrize("name", LAYERS)

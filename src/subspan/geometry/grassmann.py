@@ -137,6 +137,26 @@ def gram_geodesic(
     return moved, carried - turned
 
 
+def plucker(u: Inexact[Tensor, "*b r"], v: Inexact[Tensor, "*b r"]) -> Inexact[Tensor, "*b p"]:
+    """Plücker coordinates u_i v_j - u_j v_i, i < j, of the oriented plane of two vectors; p = r (r - 1) / 2.
+
+    Their length is `parallelogram_area`; unit coordinates of two planes have inner product ± cos θ₁ cos θ₂.
+    """
+    i, j = torch.triu_indices(u.shape[-1], u.shape[-1], 1, device=u.device)
+    return u[..., i] * v[..., j] - u[..., j] * v[..., i]
+
+
+def parallelogram_area(u: Float[Tensor, "*b r"], v: Float[Tensor, "*b r"], floor: float = 0.0) -> Float[Tensor, "*b"]:
+    """Area of the parallelogram of two vectors, |u ∧ v|, in r numbers; at least floor · |u| |v|, with a finite gradient.
+
+    Parallel vectors have the area 0, and a direction of their plane only to rounding: floor says from where on.
+    """
+    uu, vv = u.square().sum(-1), v.square().sum(-1)
+    square = uu * vv - (u * v).sum(-1).square()
+    tiny = torch.finfo(u.dtype).tiny ** 0.5
+    return torch.maximum(square, floor**2 * uu * vv).clamp_min(tiny).sqrt()
+
+
 def chordal_mean(
     bases: Inexact[Tensor, "m d p"],
     k: int | None = None,

@@ -1,5 +1,6 @@
 """Neural building blocks: layers, heads and losses as plain torch modules and functions."""
 
+from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
@@ -20,6 +21,7 @@ from subspan.nn.matryoshka import (
 )
 from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
 from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
+from subspan.nn.replacement import Site, Surgery, multiply_adds, replace
 from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from subspan.nn.simplex import (
     CompatibleCE,
@@ -29,14 +31,20 @@ from subspan.nn.simplex import (
     simplex_logits,
     simplex_vertices,
 )
+from subspan.nn.simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage
 from subspan.nn.spatial import PatchProjector, SpatialNorm, resize_tokens
+from subspan.nn.ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 __all__ = [
+    "Butterfly",
+    "ButterflyFactors",
+    "CodeUsage",
     "CompatibleCE",
     "ContrastiveLoss",
     "FlowTransformer",
     "GrassmannHead",
     "GrassmannParameter",
+    "GroupedSimVQ",
     "HOCLoss",
     "LambdaOrthogonality",
     "MatryoshkaAdapter",
@@ -46,22 +54,35 @@ __all__ = [
     "NeuralCollapse",
     "OrthogonalLinear",
     "PatchProjector",
+    "Quantized",
+    "ResidualSimVQ",
     "RiemannianSGD",
+    "SimVQ",
     "SimplexClassifier",
+    "Site",
     "SpatialNorm",
+    "SubspaceAttention",
+    "Surgery",
     "WithRiemannian",
     "active_subspace",
+    "attention_entropy",
+    "butterfly_factorize",
+    "butterfly_multiply",
+    "code_usage",
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
     "limit_orthogonality_defect",
     "multi_positive_info_nce",
+    "multiply_adds",
     "nesting_weights",
     "neural_collapse",
     "orthogonality_defect",
     "register_lambda_orthogonality",
     "register_orthonormal",
+    "replace",
     "resize_tokens",
+    "shape_preserving_blocks",
     "simplex_logits",
     "simplex_vertices",
     "with_riemannian",

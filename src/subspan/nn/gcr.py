@@ -6,8 +6,10 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,9 +78,8 @@ class GrassmannHead(nn.Module):
                 raise ValueError(f"moments: groups are class numbers below {self.num_classes}, got {label!r}")
             if own.d != self.in_features:
                 raise ValueError(f"moments: expected {self.in_features} features, got {own.d}")
-            values, vectors = torch.linalg.eigh(own.second_moment())
-            leading = vectors.flip(-1)[:, : self.rank]
-            known = values.flip(-1)[: self.rank] > 1e-10 * values[-1]
+            values, leading = _leading_eigenvectors(own.second_moment(), self.rank)
+            known = values > 1e-10 * values[0]
             if not bool(known.all()):
                 rest = random_basis(self.in_features, self.rank, dtype=leading.dtype)[:, int(known.sum()) :]
                 leading = torch.cat([leading[:, known], rest.to(leading)], 1)
@@ -117,6 +118,17 @@ class GrassmannHead(nn.Module):
         return (
             f"in_features={self.in_features}, num_classes={self.num_classes}, rank={self.rank}, scale={self.scale:g}"
         )
+
+
+def _leading_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues, descending, and their vectors; by Lanczos where they are few among many."""
+    if 8 * k < matrix.shape[0]:
+        start = np.ones(matrix.shape[0])  # ARPACK's own start is random
+        values, vectors = (torch.from_numpy(part) for part in eigsh(matrix.cpu().double().numpy(), k, v0=start))
+        order = values.argsort(descending=True)
+        return values[order], vectors[:, order]
+    values, vectors = torch.linalg.eigh(matrix)
+    return values.flip(-1)[:k], vectors.flip(-1)[:, :k]
 
 
 def _check_rows(x: Tensor) -> None:

@@ -120,6 +120,22 @@ SYSTEMS = (
         "nn",
         "GrassmannHead",
     ),
+    System(
+        "simvq",
+        "Vector quantisation that uses all its codes: one learnt map of a frozen codebook",
+        "Zhu et al.: Addressing Representation Collapse with One Linear Layer (arXiv 2411.02038)",
+        2024,
+        "nn",
+        "SimVQ",
+    ),
+    System(
+        "butterfly",
+        "Linear maps as products of sparse butterfly factors: learnt, built, or found in a matrix by algebra",
+        "Dao et al.: Learning Fast Algorithms for Linear Transforms (ICML 2019, arXiv 1903.05895)",
+        2019,
+        "nn",
+        "Butterfly",
+    ),
 )
 """Every system with a protocol."""
 

@@ -1,7 +1,7 @@
 """Numerical work that several systems share."""
 
 from .assignment import assign
-from .neighbours import knn_overlap, nearest, neighbour_purity, recall_at_k
+from .neighbours import knn_overlap, nearest, nearest_code, neighbour_purity, recall_at_k
 from .point_clouds import chamfer_distances
 from .prefixes import (
     blocks_between,
@@ -39,6 +39,7 @@ __all__ = [
     "halving_sizes",
     "knn_overlap",
     "nearest",
+    "nearest_code",
     "neighbour_purity",
     "prefix",
     "prefix_retrieval_scores",
