@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.nn import Butterfly, GrassmannHead, GroupedSimVQ, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
+from subspan.nn import Butterfly, GrassmannBlock, GrassmannHead, GrassmannMixing, GroupedSimVQ, HouseholderProjector, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -38,6 +38,9 @@ LAYERS = {
     "SimVQ": Case(lambda: SimVQ(8, 32), (3, 4, 8), (3, 4, 7)),
     "SimVQ, rotation": Case(lambda: SimVQ(8, 32, estimator="rotation"), (3, 4, 8), (3, 4, 7)),
     "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
+    "HouseholderProjector": Case(lambda: HouseholderProjector(8, 6, 3, gain="learned"), (3, 8), (3, 7), onnx=False),
+    "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7)),
+    "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7)),
     "SubspaceAttention": Case(lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4)),
     "GroupedSimVQ": Case(lambda: GroupedSimVQ(8, 32, 2), (3, 4, 8), (3, 4, 7)),
 }

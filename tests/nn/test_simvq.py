@@ -144,7 +144,7 @@ def test_codes_gather_in_the_plane_of_the_latents():
     plane = torch.linalg.qr(torch.randn(16, 3, generator=generator)).Q
     layer = made(dim=16, num_codes=256, bias=False)
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
-    for _ in range(150):
+    for _ in range(100):
         z = torch.randn(128, 3, generator=generator) @ plane.mT
         optimizer.zero_grad()
         layer(z).loss.backward()

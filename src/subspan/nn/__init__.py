@@ -4,6 +4,8 @@ from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factoriz
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
+from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
+from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -42,15 +44,21 @@ __all__ = [
     "CompatibleCE",
     "ContrastiveLoss",
     "FlowTransformer",
+    "GrassmannBlock",
     "GrassmannHead",
+    "GrassmannLanguageModel",
+    "GrassmannMixing",
     "GrassmannParameter",
     "GroupedSimVQ",
     "HOCLoss",
+    "HouseholderFrame",
+    "HouseholderProjector",
     "LambdaOrthogonality",
     "MatryoshkaAdapter",
     "MatryoshkaLinear",
     "MatryoshkaLogitLoss",
     "MatryoshkaLoss",
+    "MixingState",
     "NeuralCollapse",
     "OrthogonalLinear",
     "PatchProjector",
@@ -72,12 +80,14 @@ __all__ = [
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
+    "latent_directions",
     "limit_orthogonality_defect",
     "multi_positive_info_nce",
     "multiply_adds",
     "nesting_weights",
     "neural_collapse",
     "orthogonality_defect",
+    "path_length",
     "register_lambda_orthogonality",
     "register_orthonormal",
     "replace",

@@ -22,7 +22,7 @@ _FAR = 0.5
 
 def butterfly_multiply(
     twiddle: Inexact[Tensor, "*s levels half 2 2"], x: Inexact[Tensor, "*n d"], *, increasing: bool = True
-) -> Inexact[Tensor, "*n d"]:
+) -> Inexact[Tensor, "..."]:
     """Rows x (…, N) → B x, B the product of log₂ N levels, O(N log N).
 
     Level l mixes the pairs (i, i + 2^l) by the 2 x 2 matrices twiddle[l], in the order of the pairs. increasing: the
