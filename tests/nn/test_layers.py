@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.nn import Butterfly, GrassmannBlock, GrassmannHead, GrassmannMixing, GroupedSimVQ, HouseholderProjector, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
+from subspan.nn import Butterfly, CRATEDecoderLayer, CRATELayer, GrassmannBlock, GrassmannHead, GrassmannMixing, GroupedSimVQ, HouseholderProjector, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,6 +25,8 @@ class Case(NamedTuple):
     shape: tuple[int, ...]
     wrong: tuple[int, ...]
     onnx: bool = True
+    # Half precision comes in as it is, or, as with torch's own linear layers, to a layer of half precision.
+    half: bool = True
 
 
 LAYERS = {
@@ -39,8 +41,13 @@ LAYERS = {
     "SimVQ, rotation": Case(lambda: SimVQ(8, 32, estimator="rotation"), (3, 4, 8), (3, 4, 7)),
     "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
     "HouseholderProjector": Case(lambda: HouseholderProjector(8, 6, 3, gain="learned"), (3, 8), (3, 7), onnx=False),
-    "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7)),
-    "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7)),
+    "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
+    "GrassmannBlock": Case(
+        lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False
+    ),
+    "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
+    "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict=True), (3, 6, 8), (3, 6, 7), False, False),
+    "CRATEDecoderLayer": Case(lambda: CRATEDecoderLayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
     "SubspaceAttention": Case(lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4)),
     "GroupedSimVQ": Case(lambda: GroupedSimVQ(8, 32, 2), (3, 4, 8), (3, 4, 7)),
 }
@@ -104,6 +111,8 @@ def test_half_precision_by_autocast_and_by_input(name):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = value(layer(x)).detach()
     assert float((mixed - expected).abs().max()) < 0.05 * scale
+    if not LAYERS[name].half:
+        layer = layer.bfloat16()
     half = value(layer(x.bfloat16())).detach()
     assert float((half - expected).abs().max()) < 0.05 * scale
 

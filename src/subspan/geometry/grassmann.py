@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 
@@ -137,12 +137,15 @@ def gram_geodesic(
     return moved, carried - turned
 
 
-def plucker(u: Inexact[Tensor, "*b r"], v: Inexact[Tensor, "*b r"]) -> Inexact[Tensor, "*b p"]:
+def plucker(
+    u: Inexact[Tensor, "*b r"], v: Inexact[Tensor, "*b r"], pairs: Int[Tensor, "2 p"] | None = None
+) -> Inexact[Tensor, "*b p"]:
     """Plücker coordinates u_i v_j - u_j v_i, i < j, of the oriented plane of two vectors; p = r (r - 1) / 2.
 
     Their length is `parallelogram_area`; unit coordinates of two planes have inner product ± cos θ₁ cos θ₂.
+    pairs: the (i, j), where a caller keeps them; torch.triu_indices(r, r, 1) otherwise.
     """
-    i, j = torch.triu_indices(u.shape[-1], u.shape[-1], 1, device=u.device)
+    i, j = torch.triu_indices(u.shape[-1], u.shape[-1], 1, device=u.device) if pairs is None else pairs
     return u[..., i] * v[..., j] - u[..., j] * v[..., i]
 
 

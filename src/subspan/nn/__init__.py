@@ -3,6 +3,16 @@
 from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.flow_transformer import FlowTransformer
+from subspan.nn.crate import (
+    CRATE,
+    ISTA,
+    CRATEAutoencoder,
+    CRATEDecoderLayer,
+    CRATELayer,
+    SubspaceSelfAttention,
+    compression_gradient,
+    compression_rate,
+)
 from subspan.nn.gcr import GrassmannHead
 from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
 from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length
@@ -38,8 +48,13 @@ from subspan.nn.spatial import PatchProjector, SpatialNorm, resize_tokens
 from subspan.nn.ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 __all__ = [
+    "CRATE",
+    "ISTA",
     "Butterfly",
     "ButterflyFactors",
+    "CRATEAutoencoder",
+    "CRATEDecoderLayer",
+    "CRATELayer",
     "CodeUsage",
     "CompatibleCE",
     "ContrastiveLoss",
@@ -70,6 +85,7 @@ __all__ = [
     "Site",
     "SpatialNorm",
     "SubspaceAttention",
+    "SubspaceSelfAttention",
     "Surgery",
     "WithRiemannian",
     "active_subspace",
@@ -77,6 +93,8 @@ __all__ = [
     "butterfly_factorize",
     "butterfly_multiply",
     "code_usage",
+    "compression_gradient",
+    "compression_rate",
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",

@@ -64,6 +64,9 @@ class GrassmannMixing(nn.Module):
         self.project = nn.Linear(rank * (rank - 1) // 2, d_model)
         self.output = nn.Linear(d_model, d_model) if output_projection else nn.Identity()
         self.gate = nn.Linear(2 * d_model, d_model)
+        self.register_buffer("pairs", torch.triu_indices(rank, rank, 1), persistent=False)
+
+    pairs: Tensor
 
     def forward(
         self, states: Float[Tensor, "n L d"], mask: Bool[Tensor, "n L"] | None = None
@@ -90,7 +93,7 @@ class GrassmannMixing(nn.Module):
             if self.normalize:
                 area = parallelogram_area(z.unsqueeze(-2).expand_as(partners), partners, self.epsilon)
                 weight = torch.where(valid > 0, weight / area, 0)
-            coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2))
+            coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2), self.pairs)
         any_pair = (valid.amax(-1, keepdim=True) > 0).to(states.dtype)
         g = self.output(self.project(coordinates.to(self.project.weight.dtype))) * any_pair
         alpha = torch.sigmoid(self.gate(torch.cat([states, g.to(states.dtype)], -1)))

@@ -101,7 +101,8 @@ class HouseholderProjector(nn.Module):
         layer = cls(linear.in_features, linear.out_features, rank, gain=gain, bias=linear.bias is not None)
         layer = layer.to(linear.weight.device)
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        known = int((s[:rank] > 1e-10 * s[0]).sum())
+        tolerance = torch.finfo(linear.weight.dtype).eps * max(weight.shape)
+        known = int((s[:rank] > tolerance * s[0]).sum())
         if known < rank:
             warnings.warn(f"rank: the weight has {known} directions, {rank - known} are filled up", stacklevel=2)
         # Left and right vectors of zero singular values are orthonormal too: they are the filling.
@@ -173,7 +174,7 @@ def jacobian_gram(
     with torch.enable_grad():
         columns = [
             torch.func.jvp(effect, (latents,), (direction.expand_as(latents).contiguous(),))[1].detach().flatten(1)
-            for direction in directions.mT
+            for direction in directions.mT.to(latents.dtype)
         ]
     stacked = torch.stack(columns, -1).double()
     return (stacked.mT @ stacked).mean(0)

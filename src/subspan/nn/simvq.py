@@ -126,7 +126,7 @@ class SimVQ(nn.Module):
         return Quantized(values, codes.unflatten(0, z.shape[:-1]), loss)
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def decode(self, codes: Tensor) -> Float[Tensor, "..."]:
         """The quantised values of stored codes, those of `forward` to the last bit.
 
         Raises TypeError for codes that are no integers, ValueError for codes outside [0, K).

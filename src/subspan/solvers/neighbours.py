@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..geometry.arrays import check_matrix, normalize_rows
 
@@ -78,7 +79,7 @@ def nearest_code(
             best = torch.full_like(part[:, 0], torch.inf)
             index = torch.zeros_like(best, dtype=torch.int64)
             for start in range(0, len(codes), across):
-                score = half_squares[start : start + across] - part @ codes[start : start + across].mT
+                score = half_squares[start : start + across] - F.linear(part, codes[start : start + across])
                 least, place = score.min(1)
                 # Strictly better only: of equal distances the earlier block keeps its place.
                 better = least < best
