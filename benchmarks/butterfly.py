@@ -34,9 +34,7 @@ def main() -> None:
 
         dense_step = timed(lambda: both(lambda w, x: x @ w.mT, weight)).processor
         our_step = timed(lambda: both(butterfly_multiply, twiddle)).processor
-        rows.append(
-            [n, 1e3 * dense, dense / ours, dense_step / our_step, ours_complex / fourier, n / (2 * levels)]
-        )
+        rows.append([n, 1e3 * dense, dense / ours, dense_step / our_step, ours_complex / fourier, n / (2 * levels)])
         n *= 2
     record.table(
         "Multiply",
@@ -52,7 +50,9 @@ def main() -> None:
     matrix = torch.fft.fft(torch.eye(n, dtype=torch.complex128))
     seconds = timed(lambda: butterfly_factorize(matrix), repeats=1).processor
     record.target(f"processor seconds to peel the DFT of length {n}", seconds, most=5)
-    record.note(f"Floor: {2 * n * 10:,} multiply-adds a row at N = {n} against {n * n:,}; a level reads and writes all.")
+    record.note(
+        f"Floor: {2 * n * 10:,} multiply-adds a row at N = {n} against {n * n:,}; a level reads and writes all."
+    )
     record.save(options.json)
 
 

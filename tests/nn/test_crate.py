@@ -150,7 +150,9 @@ def test_images_classes_profiles_and_subspaces():
     layer = model.layers[1].compress
     w = F.normalize(layer.subspace_map(model.layers[1].compress_norm(z)).unflatten(-1, (3, 4)), dim=-1)
     rates = [
-        0.5 * torch.logdet(torch.eye(4) + 4 / (5 * 0.01) * w[i, :, k].mT @ w[i, :, k]) for i in range(5) for k in range(3)
+        0.5 * torch.logdet(torch.eye(4) + 4 / (5 * 0.01) * w[i, :, k].mT @ w[i, :, k])
+        for i in range(5)
+        for k in range(3)
     ]
     assert profile[1].compression == pytest.approx(float(torch.stack(rates).sum()) / 5, rel=1e-4)
     assert [each.basis.shape for each in model.subspaces()] == [(3, 12, 4)] * 2

@@ -13,7 +13,20 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.nn import Butterfly, CRATEDecoderLayer, CRATELayer, GrassmannBlock, GrassmannHead, GrassmannMixing, GroupedSimVQ, HouseholderProjector, OrthogonalLinear, ResidualSimVQ, SimVQ, SubspaceAttention
+from subspan.nn import (
+    Butterfly,
+    CRATEDecoderLayer,
+    CRATELayer,
+    GrassmannBlock,
+    GrassmannHead,
+    GrassmannMixing,
+    GroupedSimVQ,
+    HouseholderProjector,
+    OrthogonalLinear,
+    ResidualSimVQ,
+    SimVQ,
+    SubspaceAttention,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -34,7 +47,10 @@ LAYERS = {
     "GrassmannHead": Case(lambda: GrassmannHead(8, 5, rank=2), (3, 8), (3, 7)),
     "Butterfly": Case(lambda: Butterfly(8, 5), (3, 8), (3, 7)),
     "Butterfly, BPBP": Case(
-        lambda: Butterfly(8, 8, complex=True, real_part=True, blocks=2, permutation="bit-reversal"), (3, 8), (3, 7), False
+        lambda: Butterfly(8, 8, complex=True, real_part=True, blocks=2, permutation="bit-reversal"),
+        (3, 8),
+        (3, 7),
+        False,
     ),
     "Butterfly, orthogonal": Case(lambda: Butterfly(8, 8, constraint="orthogonal"), (3, 8), (3, 7)),
     "SimVQ": Case(lambda: SimVQ(8, 32), (3, 4, 8), (3, 4, 7)),
@@ -42,9 +58,7 @@ LAYERS = {
     "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
     "HouseholderProjector": Case(lambda: HouseholderProjector(8, 6, 3, gain="learned"), (3, 8), (3, 7), onnx=False),
     "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
-    "GrassmannBlock": Case(
-        lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False
-    ),
+    "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False),
     "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
     "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict=True), (3, 6, 8), (3, 6, 7), False, False),
     "CRATEDecoderLayer": Case(lambda: CRATEDecoderLayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),

@@ -85,7 +85,10 @@ def test_other_parameters_take_torch_s_steps():
     ours, theirs = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
     theirs.load_state_dict(ours.state_dict())
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
-    pairs = [(ours, RiemannianSGD(ours.parameters(), **options)), (theirs, torch.optim.SGD(theirs.parameters(), **options))]
+    pairs = [
+        (ours, RiemannianSGD(ours.parameters(), **options)),
+        (theirs, torch.optim.SGD(theirs.parameters(), **options)),
+    ]
     x = torch.randn(8, 4)
     for layer, optimizer in pairs:
         for _ in range(5):

@@ -82,7 +82,9 @@ def test_search_keeps_its_digits_far_from_the_origin_and_in_half_precision():
         lambda **o: GroupedSimVQ(6, 40, 2, **o),
     ],
 )
-@pytest.mark.parametrize(("shape", "channel_dim"), [((7, 6), -1), ((2, 6, 5), 1), ((2, 3, 4, 6), -1), ((2, 6, 3, 4), 1)])
+@pytest.mark.parametrize(
+    ("shape", "channel_dim"), [((7, 6), -1), ((2, 6, 5), 1), ((2, 3, 4, 6), -1), ((2, 6, 3, 4), 1)]
+)
 def test_stored_codes_decode_to_the_last_bit(make, shape, channel_dim):
     torch.manual_seed(3)
     layer = make(channel_dim=channel_dim)

@@ -79,7 +79,9 @@ def test_training_uses_the_batch_and_memory_formats_do_not_matter():
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, width, 3, padding=1))
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 1), nn.ReLU(), nn.Conv2d(2 * width, width, 3, padding=1)
+        )
 
     def forward(self, x):
         return x + self.layers(x)

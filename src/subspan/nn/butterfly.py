@@ -450,9 +450,11 @@ def bit_reversal(n: int) -> Int[Tensor, " n"]:
     """The index that reads numbers below n = 2^m with their bits in reverse."""
     bits = _check_size(n)
     index = torch.arange(n)
-    return torch.stack([(index >> bit) & 1 for bit in range(bits)]).mul(
-        2 ** torch.arange(bits - 1, -1, -1).unsqueeze(-1)
-    ).sum(0)
+    return (
+        torch.stack([(index >> bit) & 1 for bit in range(bits)])
+        .mul(2 ** torch.arange(bits - 1, -1, -1).unsqueeze(-1))
+        .sum(0)
+    )
 
 
 def _permutation(permutation: str | Tensor, n: int) -> Tensor:

@@ -115,9 +115,7 @@ class GrassmannHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print."""
-        return (
-            f"in_features={self.in_features}, num_classes={self.num_classes}, rank={self.rank}, scale={self.scale:g}"
-        )
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, rank={self.rank}, scale={self.scale:g}"
 
 
 def _leading_eigenvectors(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,9 @@ class GrassmannMixing(nn.Module):
         if rank < 2:
             raise ValueError(f"rank: a plane needs at least 2 dimensions, got {rank}")
         if not offsets or any(not isinstance(each, int) or each < 1 for each in offsets):
-            raise ValueError(f"offsets: expected positive whole numbers (only the past is paired), got {tuple(offsets)}")
+            raise ValueError(
+                f"offsets: expected positive whole numbers (only the past is paired), got {tuple(offsets)}"
+            )
         if len(set(offsets)) < len(offsets):
             raise ValueError(f"offsets: {tuple(offsets)} has one twice")
         if not epsilon > 0:
@@ -99,7 +101,9 @@ class GrassmannMixing(nn.Module):
         alpha = torch.sigmoid(self.gate(torch.cat([states, g.to(states.dtype)], -1)))
         return alpha * states + (1 - alpha) * g.to(states.dtype)
 
-    def step(self, state: Float[Tensor, "n d"], past: MixingState | None = None) -> tuple[Float[Tensor, "n d"], MixingState]:
+    def step(
+        self, state: Float[Tensor, "n d"], past: MixingState | None = None
+    ) -> tuple[Float[Tensor, "n d"], MixingState]:
         """One more token (n, d), as `forward` would mix it; the second result is `past` for the next. O(max offset)."""
         window = max(self.offsets)
         z = self.reduce(state)
@@ -165,7 +169,13 @@ class GrassmannLanguageModel(nn.Module):
     """
 
     def __init__(
-        self, vocabulary: int, mixing: Sequence[nn.Module], *, d_model: int = 256, context: int = 128, dropout: float = 0.1
+        self,
+        vocabulary: int,
+        mixing: Sequence[nn.Module],
+        *,
+        d_model: int = 256,
+        context: int = 128,
+        dropout: float = 0.1,
     ) -> None:
         super().__init__()
         if not mixing:

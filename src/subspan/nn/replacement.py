@@ -46,7 +46,9 @@ class Surgery:
         """One line a site, and a sum."""
         lines = []
         for site in self.sites:
-            line = f"{site.name}: {site.before} → {site.after}, {site.parameters:,} → {site.new_parameters:,} parameters"
+            line = (
+                f"{site.name}: {site.before} → {site.after}, {site.parameters:,} → {site.new_parameters:,} parameters"
+            )
             if site.multiply_adds is not None:
                 line += f", {site.multiply_adds:,} → {site.new_multiply_adds:,} multiply-adds"
             lines.append(line if site.error is None else f"{line}, error {site.error:.3g}")

@@ -134,9 +134,7 @@ class SimVQ(nn.Module):
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"codes: expected integers, got {codes.dtype}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
-            raise ValueError(
-                f"codes: must lie in [0, {self.num_codes}), got {int(codes.min())} to {int(codes.max())}"
-            )
+            raise ValueError(f"codes: must lie in [0, {self.num_codes}), got {int(codes.min())} to {int(codes.max())}")
         return self._frozen_codebook()[codes].movedim(-1, self.channel_dim)
 
     def _frozen_codebook(self) -> Tensor:

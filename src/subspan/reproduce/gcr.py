@@ -198,9 +198,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         found[name].append(measured)
         if isinstance(module.head, GrassmannHead) and module.head.rank > 1:
             planes[name] = plane_angles(module.head.subspaces())
-    mean = {
-        name: {key: float(np.mean([r[key] for r in runs])) for key in runs[0]} for name, runs in found.items()
-    }
+    mean = {name: {key: float(np.mean([r[key] for r in runs])) for key in runs[0]} for name, runs in found.items()}
     ours = mean["GCR, k = 8"]
     probe = {name: value["fine probe"] for name, value in mean.items()}
     ladder = [mean[f"GCR, k = {k}"]["within-class angle"] for k in (1, 4, 8) if f"GCR, k = {k}" in mean]
@@ -222,7 +220,9 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         holds=gain >= 2,
         checks=[
             Check("k = 8 beside k = 1", "difference of fine probes, points", over_line, ">= 0", over_line >= 0),
-            Check("spread grows with k", "least rise of the within-class angle over k = 1, 4, 8", rise, "> 0", rise > 0),
+            Check(
+                "spread grows with k", "least rise of the within-class angle over k = 1, 4, 8", rise, "> 0", rise > 0
+            ),
             Check("coarse accuracy is kept", "k = 8 less linear, points", lost, ">= -0.3", lost >= -0.3),
             Check(
                 "k = 8 beside the cosine head",

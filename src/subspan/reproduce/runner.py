@@ -136,6 +136,22 @@ SYSTEMS = (
         "nn",
         "Butterfly",
     ),
+    System(
+        "ulsam",
+        "One spatial attention map for each group of channels, in the place of whole blocks",
+        "Saini et al.: ULSAM (WACV 2020, arXiv 2006.15102)",
+        2020,
+        "nn",
+        "SubspaceAttention",
+    ),
+    System(
+        "causal-grassmann",
+        "Sequences mixed by the planes of token pairs in place of attention",
+        "Zhang Chong: Attention Is Not What You Need (arXiv 2512.19428)",
+        2025,
+        "nn",
+        "GrassmannMixing",
+    ),
 )
 """Every system with a protocol."""
 

@@ -16,11 +16,10 @@ from ..geometry import effective_rank
 from ..nn import Quantized, SimVQ, code_usage
 from ..nn.training import quiet_trainer
 from ..solvers import nearest_code
-from ..statistics import Moments
 from .protocol import Check, Outcome, Progress, Table
 
-SIDE, DIM, HIDDEN, BATCH, STEPS, RATE = 8, 32, 256, 1024, 250, 1e-3
-FEW, MANY = 1024, 8192
+SIDE, DIM, HIDDEN, BATCH, STEPS, RATE = 8, 16, 256, 512, 600, 3e-3
+FEW, MANY = 256, 2048
 
 
 def patches(images: np.ndarray) -> Float[Tensor, "n d"]:
@@ -81,18 +80,17 @@ class RestartedVQ(nn.Module):
         self.codes.copy_(self.total / self.weight.clamp_min(1e-6).unsqueeze(-1))
 
 
-Arms = dict[str, tuple[Callable[[], nn.Module], bool]]
+Arms = dict[str, Callable[[], nn.Module]]
 
 
 def arms(k: int) -> Arms:
-    """Every quantiser with K codes by name, and whether it starts from the latents' moments."""
+    """Every quantiser with K codes by name."""
     return {
-        "plain VQ": (lambda: PlainVQ(DIM, k), False),
-        "EMA, dead codes restarted": (lambda: RestartedVQ(DIM, k), False),
-        "basis trained, map frozen": (lambda: SimVQ(DIM, k, train_basis=True), False),
-        "SimVQ": (lambda: SimVQ(DIM, k), False),
-        "SimVQ, rotation": (lambda: SimVQ(DIM, k, estimator="rotation"), False),
-        "SimVQ, from moments": (lambda: SimVQ(DIM, k), True),
+        "plain VQ": lambda: PlainVQ(DIM, k),
+        "EMA, dead codes restarted": lambda: RestartedVQ(DIM, k),
+        "basis trained, map frozen": lambda: SimVQ(DIM, k, train_basis=True),
+        "SimVQ": lambda: SimVQ(DIM, k),
+        "SimVQ, rotation": lambda: SimVQ(DIM, k, estimator="rotation"),
     }
 
 
@@ -121,15 +119,12 @@ def autoencoder(d: int, quantizer: nn.Module) -> Any:
     return Autoencoder()
 
 
-def train(x: Float[Tensor, "n d"], make: Callable[[], nn.Module], moments: bool, steps: int, seed: int) -> Any:
+def train(x: Float[Tensor, "n d"], make: Callable[[], nn.Module], steps: int, seed: int) -> Any:
     """An autoencoder after `steps` steps; with one seed all arms share its start and its batches."""
     torch.manual_seed(seed)
     start = autoencoder(x.shape[1], nn.Identity())
     torch.manual_seed(seed + 1000)
     quantizer = make()
-    if isinstance(quantizer, SimVQ) and moments:
-        with torch.no_grad():
-            quantizer.init_from(Moments(DIM).update(start.encoder(x[:8192])))
     model = autoencoder(x.shape[1], quantizer)
     model.encoder.load_state_dict(start.encoder.state_dict())
     model.decoder.load_state_dict(start.decoder.state_dict())
@@ -171,15 +166,14 @@ def material() -> tuple[str, Float[Tensor, "n d"], Float[Tensor, "m d"]]:
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Every quantiser in the same autoencoder, at two sizes of the codebook."""
     source, x, held = material()
-    steps, seeds = (60, range(seed, seed + 1)) if quick else (STEPS, range(seed, seed + 3))
+    steps, seeds = (100, range(seed, seed + 1)) if quick else (STEPS, range(seed, seed + 3))
     held = held[:8192] if quick else held
-    wanted = [(MANY, name) for name in arms(MANY) if not quick or name in ("plain VQ", "SimVQ", "SimVQ, from moments")]
+    wanted = [(MANY, name) for name in arms(MANY) if not quick or name in ("plain VQ", "SimVQ")]
     wanted += [(FEW, name) for name in ("plain VQ", "SimVQ")]
     runs: dict[tuple[int, str], list[dict[str, float]]] = {each: [] for each in wanted}
     for done, (each, (k, name)) in enumerate((each, arm) for each in seeds for arm in wanted):
         progress(f"{name}, {k} codes, seed {each}", done / (len(seeds) * len(wanted)))
-        make, moments = arms(k)[name]
-        runs[k, name].append(judge(train(x, make, moments, steps, each), held, k))
+        runs[k, name].append(judge(train(x, arms(k)[name], steps, each), held, k))
     mean = {key: {fact: float(np.mean([r[fact] for r in each])) for fact in each[0]} for key, each in runs.items()}
     ours, plain = mean[MANY, "SimVQ"], mean[MANY, "plain VQ"]
     worst = min(run["reachable"] for run in runs[MANY, "SimVQ"])
@@ -189,7 +183,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         Check("plain VQ leaves codes behind", "percent reachable in use", plain["reachable"], "<= 30",
               plain["reachable"] <= 30),
         Check("reconstruction beside plain VQ", "ratio of lost variance", ratio, "<= 0.9", ratio <= 0.9),
-        Check("more codes reconstruct better", "SimVQ's lost variance, 8192 over 1024", scaling, "< 1", scaling < 1),
+        Check("more codes reconstruct better", f"SimVQ's lost variance, {MANY} over {FEW} codes", scaling, "< 1", scaling < 1),
     ]  # fmt: skip
     if not quick:
         restarted = ours["variance lost"] / mean[MANY, "EMA, dead codes restarted"]["variance lost"]
@@ -237,6 +231,6 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         notes=[
             "The paper trains image and audio tokenizers with adversarial losses for 50 epochs; here patches of 8 × 8 "
             f"pixels are coded one by one, for {steps} steps.",
-            "The start from moments is not part of the paper.",
+            "The rate was the better of two for one seed of SimVQ (at 4096 codes); every arm has it.",
         ],
     )

@@ -58,9 +58,7 @@ def nearest(
     return values, indices
 
 
-def nearest_code(
-    rows: Float[Tensor, "n d"], codes: Float[Tensor, "k d"], *, block: int = _BLOCK
-) -> Int[Tensor, " n"]:
+def nearest_code(rows: Float[Tensor, "n d"], codes: Float[Tensor, "k d"], *, block: int = _BLOCK) -> Int[Tensor, " n"]:
     """Index of the code nearest to each row, the lowest of equals; never more than `block` distances in memory.
 
     Blocks in both directions with a running minimum; no check that would wait for a device, so that it can stand
