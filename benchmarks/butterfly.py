@@ -11,6 +11,14 @@ from subspan.nn import butterfly_factorize, butterfly_multiply
 BATCH = 64
 
 
+def dense_multiply(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return x @ weight.mT
+
+
+def both(multiply, parameter: torch.Tensor, x: torch.Tensor) -> None:
+    multiply(parameter.requires_grad_(), x).square().sum().backward()
+
+
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--largest", type=int, default=4096)
@@ -28,12 +36,8 @@ def main() -> None:
             ours_complex = timed(lambda z=z, t=complex_twiddle: butterfly_multiply(t, z)).processor
             fourier = timed(lambda z=z: torch.fft.fft(z)).processor
 
-        def both(multiply, parameter, x=x):
-            parameter = parameter.requires_grad_()
-            multiply(parameter, x).square().sum().backward()
-
-        dense_step = timed(lambda: both(lambda w, x: x @ w.mT, weight)).processor
-        our_step = timed(lambda: both(butterfly_multiply, twiddle)).processor
+        dense_step = timed(lambda w=weight, x=x: both(dense_multiply, w, x)).processor
+        our_step = timed(lambda t=twiddle, x=x: both(butterfly_multiply, t, x)).processor
         rows.append([n, 1e3 * dense, dense / ours, dense_step / our_step, ours_complex / fourier, n / (2 * levels)])
         n *= 2
     record.table(
@@ -50,9 +54,7 @@ def main() -> None:
     matrix = torch.fft.fft(torch.eye(n, dtype=torch.complex128))
     seconds = timed(lambda: butterfly_factorize(matrix), repeats=1).processor
     record.target(f"processor seconds to peel the DFT of length {n}", seconds, most=5)
-    record.note(
-        f"Floor: {2 * n * 10:,} multiply-adds a row at N = {n} against {n * n:,}; a level reads and writes all."
-    )
+    record.note(f"Floor: {2 * n * 10:,} multiply-adds a row at N = {n} against {n * n:,}; each level moves all.")
     record.save(options.json)
 
 

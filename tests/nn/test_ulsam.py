@@ -114,7 +114,7 @@ def test_blocks_that_keep_their_shape_are_found_replaced_and_put_back():
 
 
 def test_mobilenet_s_published_savings():
-    """One 512 → 512 separable block at 14 × 14 costs 0.267 M parameters and 52.3 M multiply-adds; ours 1 k and 0.2 M."""
+    """One 512 → 512 separable block at 14 × 14 has 0.267 M parameters, 52.3 M multiply-adds; ours 1 k, 0.2 M."""
     block = nn.Sequential(
         nn.Conv2d(512, 512, 3, padding=1, groups=512, bias=False),
         nn.BatchNorm2d(512),

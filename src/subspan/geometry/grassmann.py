@@ -24,7 +24,7 @@ def orthonormalize(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
 
 
 class _Polar(torch.autograd.Function):
-    """The polar factor, with the derivative of the factor itself: that of the SVD has poles at equal singular values."""
+    """The polar factor, with its own derivative: that of the SVD has poles at equal singular values."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def plucker(
 
 
 def parallelogram_area(u: Float[Tensor, "*b r"], v: Float[Tensor, "*b r"], floor: float = 0.0) -> Float[Tensor, "*b"]:
-    """Area of the parallelogram of two vectors, |u ∧ v|, in r numbers; at least floor · |u| |v|, with a finite gradient.
+    """Area of the parallelogram of two vectors, |u ∧ v|, at least floor · |u| |v|, with a finite gradient; O(r).
 
     Parallel vectors have the area 0, and a direction of their plane only to rounding: floor says from where on.
     """

@@ -2,7 +2,6 @@
 
 from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
-from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.crate import (
     CRATE,
     ISTA,
@@ -13,6 +12,7 @@ from subspan.nn.crate import (
     compression_gradient,
     compression_rate,
 )
+from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
 from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
 from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length

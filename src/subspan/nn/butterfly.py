@@ -22,7 +22,7 @@ _FAR = 0.5
 
 def butterfly_multiply(
     twiddle: Inexact[Tensor, "*s levels half 2 2"], x: Inexact[Tensor, "*n d"], *, increasing: bool = True
-) -> Inexact[Tensor, "..."]:
+) -> Inexact[Tensor, "*m"]:
     """Rows x (…, N) → B x, B the product of log₂ N levels, O(N log N).
 
     Level l mixes the pairs (i, i + 2^l) by the 2 x 2 matrices twiddle[l], in the order of the pairs. increasing: the
@@ -416,8 +416,8 @@ def circulant(column: Inexact[Tensor, " n"]) -> Butterfly:
 def recover_dct(matrix: Float[Tensor, "n n"]) -> tuple[Butterfly, float]:
     """A real matrix as the real part of one complex butterfly, by peeling; the layer and its relative error.
 
-    cos and sin of the DCT's angles stand in rows k and n - k, so T[k] - i T[n - k] is a complex matrix of which T is the
-    real part; for the DCT-II it is a butterfly. Others are recovered as far as that holds. Raises as
+    cos and sin of the DCT's angles stand in rows k and n - k, so T[k] - i T[n - k] is a complex matrix with real part
+    T; for the DCT-II it is a butterfly. Others are recovered as far as that holds. Raises as
     `butterfly_factorize`.
     """
     n = matrix.shape[0]

@@ -50,9 +50,7 @@ class GrassmannMixing(nn.Module):
         if rank < 2:
             raise ValueError(f"rank: a plane needs at least 2 dimensions, got {rank}")
         if not offsets or any(not isinstance(each, int) or each < 1 for each in offsets):
-            raise ValueError(
-                f"offsets: expected positive whole numbers (only the past is paired), got {tuple(offsets)}"
-            )
+            raise ValueError(f"offsets: positive whole numbers (only the past is paired), got {tuple(offsets)}")
         if len(set(offsets)) < len(offsets):
             raise ValueError(f"offsets: {tuple(offsets)} has one twice")
         if not epsilon > 0:

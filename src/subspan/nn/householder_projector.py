@@ -143,10 +143,10 @@ class HouseholderProjector(nn.Module):
 
     @torch.no_grad()
     def canonicalize(self, effect: Callable[[Tensor], Tensor], latents: Float[Tensor, "n i"]) -> Float[Tensor, " k"]:
-        """Turn U and V together to axes ordered by their effect; the layer's map stays. Returns the mean squared effects.
+        """Turn U and V together to axes ordered by effect; the layer's map stays. Returns mean squared effects.
 
         effect: latents (n, in) → outputs (n, …), an image or features of it. The axes are the eigenvectors of the mean
-        of (J V)'(J V), J the Jacobian of `effect`, each with its largest entry positive: they do not depend on the gauge.
+        of (J V)'(J V), J the Jacobian of `effect`, each with its largest entry positive: no gauge is left.
         """
         gram = jacobian_gram(effect, latents, self.v.frame)
         values, turn = torch.linalg.eigh(gram)

@@ -293,7 +293,7 @@ def householder_vectors(q: Float[Tensor, "*b d k"]) -> tuple[Float[Tensor, "*b d
     determinant and stop that vector's gradient.
     """
     rest = q.clone()
-    d, k = q.shape[-2:]
+    k = q.shape[-1]
     v, sign = torch.zeros_like(q), torch.ones_like(q[..., 0, :])
     for column in range(k):
         x = rest[..., column:, column]

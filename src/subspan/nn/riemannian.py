@@ -25,9 +25,9 @@ class RiemannianSGD(Optimizer):
 
     Planes: the tangent part of the gradient is added to the momentum, which is carried along the step ("parallel"
     transport) or made tangent again at the new point ("project"); the step is exact (`gram_geodesic`), k x k work a
-    plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for gradient
-    clipping, since a step's length is an angle already. weight_decay, nesterov: for the other parameters alone, planes have no
-    scale. The rows are mended after each step, so they stay orthonormal; state in float32 at least.
+    plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for
+    gradient clipping, since a step's length is an angle already. weight_decay, nesterov: for the other parameters
+    alone, planes have no scale. Rows are mended after each step, so they stay orthonormal; state in float32 at least.
     Raises ValueError for values out of range. Source: Edelman, Arias & Smith (1998); Wang et al. (2023).
     """
 

@@ -23,8 +23,8 @@ class Quantized(NamedTuple):
     Of residual and grouped quantisers the codes have one dimension more at the end, a code a quantiser.
     """
 
-    values: Float[Tensor, "..."]
-    codes: Int[Tensor, "..."]
+    values: Float[Tensor, "*m"]
+    codes: Int[Tensor, "*n"]
     loss: Float[Tensor, ""]
 
 
@@ -34,8 +34,8 @@ class SimVQ(nn.Module):
     In a plain codebook only chosen codes have a gradient and the rest are left behind; here all are moved by one map.
     basis_dim: width of C, d by default; a K well above it is what couples the codes, and K < basis_dim warns, since
     nearly orthogonal rows of C are moved one by one again. C ~ N(0, 1/basis_dim). bias: lets the codes follow the mean.
-    loss: mean (sg(z) - e)² + commitment · mean (z - sg(e))². estimator: what the encoder's gradient is, "straight-through"
-    or "rotation" (turned and scaled as the latent is onto its code; Fifty et al., 2024). channel_dim: where the d are.
+    loss: mean (sg(z) - e)² + commitment · mean (z - sg(e))². estimator: the encoder's gradient, "straight-through" or
+    "rotation" (turned and scaled as the latent is onto its code; Fifty et al., 2024). channel_dim: where the d are.
     train_basis=True with a frozen W is plain vector quantisation: the control. Distances in float32 at least; of equal
     ones the lowest code. No matrix larger than `block` distances is formed.
     Raises ValueError for other widths and latents that are not finite. Source: Zhu et al. (2024), arXiv 2411.02038.
@@ -113,7 +113,7 @@ class SimVQ(nn.Module):
         self.transform.weight.copy_(F.pad(root, (0, width - kept)))
         self.transform.bias.copy_(moments.mean)
 
-    def forward(self, latents: Inexact[Tensor, "..."]) -> Quantized:
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
         """Quantise latents; values have their shape and dtype."""
         z = _channels_last(latents, self.dim, self.channel_dim)
         rows = z.flatten(0, -2).to(torch.promote_types(z.dtype, torch.float32))
@@ -126,7 +126,7 @@ class SimVQ(nn.Module):
         return Quantized(values, codes.unflatten(0, z.shape[:-1]), loss)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Float[Tensor, "..."]:
+    def decode(self, codes: Tensor) -> Float[Tensor, "*m"]:
         """The quantised values of stored codes, those of `forward` to the last bit.
 
         Raises TypeError for codes that are no integers, ValueError for codes outside [0, K).
@@ -175,7 +175,7 @@ class ResidualSimVQ(nn.Module):
         self.dropout = dropout
         self.quantizers = nn.ModuleList(SimVQ(dim, num_codes, **options) for _ in range(depth))
 
-    def forward(self, latents: Inexact[Tensor, "..."]) -> Quantized:
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
         """Quantise latents; codes (…, depth)."""
         z = _channels_last(latents, self.dim, self.channel_dim)
         rest = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -196,7 +196,7 @@ class ResidualSimVQ(nn.Module):
         return Quantized(estimate.to(latents.dtype).movedim(-1, self.channel_dim), torch.stack(codes, -1), loss)
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
         """The sum of the codes' values; -1 adds nothing, and fewer than `depth` codes are a prefix."""
         if not 1 <= codes.shape[-1] <= len(self.quantizers):
             raise ValueError(f"codes: expected 1 to {len(self.quantizers)} at the end, got {codes.shape[-1]}")
@@ -209,7 +209,7 @@ class ResidualSimVQ(nn.Module):
 
 
 class GroupedSimVQ(nn.Module):
-    """Channels cut into `groups` equal parts with a `SimVQ` each: K^groups values for K codes' work. options: of `SimVQ`."""
+    """Channels cut into `groups` equal parts with a `SimVQ` each: K^groups values. options: of `SimVQ`."""
 
     def __init__(self, dim: int, num_codes: int, groups: int, **options: Any) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class GroupedSimVQ(nn.Module):
         self.channel_dim = options.pop("channel_dim", -1)
         self.quantizers = nn.ModuleList(SimVQ(dim // groups, num_codes, **options) for _ in range(groups))
 
-    def forward(self, latents: Inexact[Tensor, "..."]) -> Quantized:
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
         """Quantise latents; codes (…, groups). The loss is the mean over groups."""
         z = _channels_last(latents, self.dim, self.channel_dim)
         parts = [one(part) for one, part in zip(self.quantizers, z.chunk(len(self.quantizers), -1))]
@@ -230,7 +230,7 @@ class GroupedSimVQ(nn.Module):
         )
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
         """The values of stored codes (…, groups)."""
         if codes.shape[-1] != len(self.quantizers):
             raise ValueError(f"codes: expected {len(self.quantizers)} at the end, got {codes.shape[-1]}")
@@ -240,14 +240,14 @@ class GroupedSimVQ(nn.Module):
 
 
 class CodeUsage(NamedTuple):
-    """active: share of codes used. reachable: share of the most that so many latents can use. perplexity: exp(entropy)."""
+    """active: share of codes used; reachable: of those that so many latents can use; perplexity: exp(entropy)."""
 
     active: float
     reachable: float
     perplexity: float
 
 
-def code_usage(codes: Int[Tensor, "..."], num_codes: int) -> CodeUsage:
+def code_usage(codes: Int[Tensor, "*n"], num_codes: int) -> CodeUsage:
     """How evenly codes are used; -1 (left out) does not count. Raises ValueError where there are none."""
     used = codes[codes >= 0]
     if not used.numel():

@@ -1,4 +1,4 @@
-"""Fast transforms found in their matrices, by algebra and by learning, and butterfly layers trained on grey pictures."""
+"""Fast transforms found in their matrices by algebra and by learning; butterfly layers trained on grey pictures."""
 
 from __future__ import annotations
 
@@ -207,8 +207,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     best = min(row[2] for row in learned if row[0] == "DFT" and row[1] == max(r[1] for r in learned))
     return Outcome(
         claim="Fast algorithms are learnt from a transform's matrix as butterfly factors to machine precision up to "
-        "N = 1024; as a hidden layer on grey CIFAR-10 complex BPBP reaches 49.93 where a dense layer reaches 46.03, with "
-        "39.4 times fewer parameters.",
+        "N = 1024; as a hidden layer on grey CIFAR-10 complex BPBP reaches 49.93 where a dense layer reaches 46.03, "
+        "with 39.4 times fewer parameters.",
         data=f"matrices of transforms; {source}: {len(x['train'])} training and {len(x['test'])} test pictures",
         model=f"one hidden layer of {PIXELS}, {1 if quick else EPOCHS} epochs of Adam, rate {RATE}",
         metric="largest relative error of the transforms that are recovered in closed form",
@@ -243,6 +243,6 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "Seconds are of the processor.",
             "Permutations are given, not learnt: bit reversal for the DFT, the cosine transform's own for the DCT. For "
             "the convolution one of the two factors is the known Fourier transform.",
-            "The paper tunes rates for every layer and trains to convergence; here all arms have one rate and few epochs.",
+            "The paper tunes rates for every layer and trains to the end; here all arms have one rate and few epochs.",
         ],
     )  # fmt: skip

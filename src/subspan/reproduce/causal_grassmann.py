@@ -1,4 +1,4 @@
-"""Language models whose layers mix tokens by planes of pairs, by attention, by simpler maps of the same pairs, or not."""
+"""Language models that mix tokens by planes of pairs, by attention, by simpler maps of the same pairs, or not."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             )
         ],
         notes=[
-            "The paper's text pairs a token with those after it, which a language model must not; pairs are with the past.",
+            "The paper's text pairs a token with those after it, which would leak; pairs are with the past.",
             "Bytes and a short run stand in for 30 epochs of word pieces at 13 to 18 million parameters; gaps between "
             "perplexities a byte are smaller than gaps a word.",
         ],

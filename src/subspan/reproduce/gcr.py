@@ -220,9 +220,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         holds=gain >= 2,
         checks=[
             Check("k = 8 beside k = 1", "difference of fine probes, points", over_line, ">= 0", over_line >= 0),
-            Check(
-                "spread grows with k", "least rise of the within-class angle over k = 1, 4, 8", rise, "> 0", rise > 0
-            ),
+            Check("spread grows with k", "least rise of the angle over k = 1, 4, 8", rise, "> 0", rise > 0),
             Check("coarse accuracy is kept", "k = 8 less linear, points", lost, ">= -0.3", lost >= -0.3),
             Check(
                 "k = 8 beside the cosine head",

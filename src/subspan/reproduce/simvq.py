@@ -183,7 +183,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         Check("plain VQ leaves codes behind", "percent reachable in use", plain["reachable"], "<= 30",
               plain["reachable"] <= 30),
         Check("reconstruction beside plain VQ", "ratio of lost variance", ratio, "<= 0.9", ratio <= 0.9),
-        Check("more codes reconstruct better", f"SimVQ's lost variance, {MANY} over {FEW} codes", scaling, "< 1", scaling < 1),
+        Check("more codes reconstruct better", f"SimVQ's lost variance, {MANY} over {FEW} codes", scaling, "< 1",
+              scaling < 1),
     ]  # fmt: skip
     if not quick:
         restarted = ours["variance lost"] / mean[MANY, "EMA, dead codes restarted"]["variance lost"]
@@ -194,8 +195,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                   ours["reachable"] - control, ">= 30", ours["reachable"] - control >= 30),
         ]  # fmt: skip
     return Outcome(
-        claim="One linear map in front of a frozen codebook ends codebook collapse: with 65,536 codes on ImageNet 100 % "
-        "are used where VQGAN uses 1.4 %, and larger codebooks reconstruct better.",
+        claim="One linear map in front of a frozen codebook ends codebook collapse: with 65,536 codes on ImageNet "
+        "100 % are used where VQGAN uses 1.4 %, and larger codebooks reconstruct better.",
         data=f"{SIDE} × {SIDE} patches of {source}: {len(x)} to train on, {len(held)} held out",
         model=f"patch autoencoder (two layers of {HIDDEN}, {DIM} latent dimensions), {steps} steps of {BATCH} patches",
         metric=f"percent of the {MANY} codes in use on held-out patches, of those that so many can reach",

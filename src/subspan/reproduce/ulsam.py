@@ -217,7 +217,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             ),
         ],
         notes=[
-            "No control of this kind was published: without it a gain over the whole network may be that of a shorter one.",
+            "No such control was published: without it a gain over the whole network may be that of a shorter one.",
             "The paper trains from scratch on ImageNet; here a pretrained tail is fine-tuned briefly.",
         ],
     )
