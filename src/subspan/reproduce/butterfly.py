@@ -22,12 +22,12 @@ from ..nn.training import quiet_trainer
 from .protocol import Check, Outcome, Progress, Table
 
 SIZES = (8, 64, 512, 1024)
-LEARNED = (8, 16, 32)
-RESTARTS, LEARNING_STEPS, LEARNING_RATE = 20, 1500, 0.02
+LEARNED = (8, 16)
+RESTARTS, LEARNING_STEPS, LEARNING_RATE = 20, 1000, 0.02
 MACHINE_PRECISION = 1e-4
 """Root of the mean squared error of an entry at which the paper calls a transform recovered."""
 
-PIXELS, BATCH, EPOCHS, RATE = 1024, 128, 3, 1e-3
+PIXELS, BATCH, EPOCHS, RATE = 1024, 128, 2, 1e-3
 
 
 def transforms(n: int, seed: int) -> dict[str, Inexact[Tensor, "n n"]]:

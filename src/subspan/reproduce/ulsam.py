@@ -22,7 +22,7 @@ from .protocol import Check, Outcome, Progress, Table
 MODEL, SIZE, CUT = "efficientnet-lite0", 96, 8
 """The network, its input, and the block that the tail begins with: the first of the stage of 112 channels."""
 
-N_TRAIN, N_TEST, BATCH, EPOCHS, RATE = 1000, 1000, 32, 2, 1e-3
+N_TRAIN, N_TEST, BATCH, EPOCHS, RATE = 640, 640, 32, 2, 1e-3
 
 
 class SqueezeExcite(nn.Module):
@@ -45,7 +45,6 @@ ARMS: dict[str, Maker | None] = {
     "blocks deleted": lambda channels: nn.Identity(),
     "ULSAM, 1 group": lambda channels: SubspaceAttention(channels, 1),
     "ULSAM, 4 groups": lambda channels: SubspaceAttention(channels, 4),
-    "ULSAM, 8 groups": lambda channels: SubspaceAttention(channels, 8),
     "squeeze and excite": lambda channels: SqueezeExcite(channels),
 }
 
@@ -157,7 +156,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     source, images, y = pictures()
     x = {part: stage_inputs(rows) for part, rows in images.items()}
     if quick:
-        x, y = ({part: rows[:256] for part, rows in parts.items()} for parts in (x, y))
+        x, y = ({part: rows[:128] for part, rows in parts.items()} for parts in (x, y))
     arms = {
         n: m for n, m in ARMS.items() if not quick or n in ("the network as it is", "blocks deleted", "ULSAM, 4 groups")
     }
