@@ -120,7 +120,7 @@ class ISTA(nn.Module):
         code = y
         for _ in range(self.steps):
             residual = y - F.linear(code, self.dictionary)
-            code = F.relu(code + self.step * F.linear(residual, self.dictionary.mT) - self.step * self.threshold)
+            code = F.relu(code + self.step * (residual @ self.dictionary) - self.step * self.threshold)
         return code
 
     def extra_repr(self) -> str:

@@ -122,7 +122,7 @@ class SimVQ(nn.Module):
         chosen = codebook[codes]
         loss = F.mse_loss(chosen, rows.detach()) + self.commitment * F.mse_loss(rows, chosen.detach())
         values = _estimate(rows, chosen.detach(), self.estimator)
-        values = values.unflatten(0, z.shape[:-1]).movedim(-1, self.channel_dim).to(latents.dtype)
+        values = _channels_back(values.unflatten(0, z.shape[:-1]), self.channel_dim).to(latents.dtype)
         return Quantized(values, codes.unflatten(0, z.shape[:-1]), loss)
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ class SimVQ(nn.Module):
             raise TypeError(f"codes: expected integers, got {codes.dtype}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
             raise ValueError(f"codes: must lie in [0, {self.num_codes}), got {int(codes.min())} to {int(codes.max())}")
-        return self._frozen_codebook()[codes].movedim(-1, self.channel_dim)
+        return _channels_back(self._frozen_codebook()[codes], self.channel_dim)
 
     def _frozen_codebook(self) -> Tensor:
         # All codes at once, as in `forward`: fewer rows may be multiplied in another order and differ in the last bit.
@@ -193,7 +193,8 @@ class ResidualSimVQ(nn.Module):
             codes.append(found)
             loss = loss + part
         estimate = _estimate(z.to(total.dtype), total, self.estimator)
-        return Quantized(estimate.to(latents.dtype).movedim(-1, self.channel_dim), torch.stack(codes, -1), loss)
+        values = _channels_back(estimate.to(latents.dtype), self.channel_dim)
+        return Quantized(values, torch.stack(codes, -1), loss)
 
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
@@ -205,7 +206,7 @@ class ResidualSimVQ(nn.Module):
             one: Any = quantizer
             values = one.decode(found.clamp_min(0)).masked_fill((found == -1).unsqueeze(-1), 0)
             total = values if total is None else total + values
-        return total.movedim(-1, self.channel_dim)
+        return _channels_back(total, self.channel_dim)
 
 
 class GroupedSimVQ(nn.Module):
@@ -224,7 +225,7 @@ class GroupedSimVQ(nn.Module):
         z = _channels_last(latents, self.dim, self.channel_dim)
         parts = [one(part) for one, part in zip(self.quantizers, z.chunk(len(self.quantizers), -1))]
         return Quantized(
-            torch.cat([part.values for part in parts], -1).movedim(-1, self.channel_dim),
+            _channels_back(torch.cat([part.values for part in parts], -1), self.channel_dim),
             torch.stack([part.codes for part in parts], -1),
             torch.stack([part.loss for part in parts]).mean(),
         )
@@ -236,7 +237,7 @@ class GroupedSimVQ(nn.Module):
             raise ValueError(f"codes: expected {len(self.quantizers)} at the end, got {codes.shape[-1]}")
         quantizers: Any = self.quantizers
         parts = [one.decode(found) for one, found in zip(quantizers, codes.unbind(-1))]
-        return torch.cat(parts, -1).movedim(-1, self.channel_dim)
+        return _channels_back(torch.cat(parts, -1), self.channel_dim)
 
 
 class CodeUsage(NamedTuple):
@@ -270,7 +271,12 @@ def _channels_last(latents: Tensor, dim: int, channel_dim: int) -> Tensor:
         torch.isfinite(latents.detach()).all()
     ):
         raise ValueError("latents: contain NaN or infinity")
-    return latents.movedim(channel_dim, -1)
+    return latents.movedim(channel_dim % latents.ndim, latents.ndim - 1)
+
+
+def _channels_back(values: Tensor, channel_dim: int) -> Tensor:
+    # Counted from the front: ONNX has no negative axes here.
+    return values.movedim(values.ndim - 1, channel_dim % values.ndim)
 
 
 def _estimate(rows: Tensor, chosen: Tensor, estimator: str) -> Tensor:
