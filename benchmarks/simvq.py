@@ -58,14 +58,16 @@ def main() -> None:
             "same as dense",
             "N x K, MB",
             "kept, MB",
-            "vector-quantize-pytorch / ours",
+            "the peer / ours",
         ],
         rows,
     )
     record.target("memory for distances at the largest codebook, MB", rows[-1][5], most=64)
     record.note(f"Floor: K d² + N K d multiply-adds, {DIM} (d) and {options.rows} (N) of them a code dimension.")
-    if peer is None:
-        record.note("vector-quantize-pytorch is not installed, so it was not measured.")
+    if peer is not None:
+        record.note("The peer is vector-quantize-pytorch's SimVQ with its straight-through estimator.")
+    else:
+        record.note("The peer, vector-quantize-pytorch, is not installed and was not measured.")
     record.save(options.json)
 
 
