@@ -53,7 +53,12 @@ def tail(classes: int) -> nn.Sequential:
     """The network from block `CUT` on, with a head of its own."""
     model = load_model(MODEL)
     parts = [model._conv_head, model._bn1, nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes)]
-    return copy.deepcopy(nn.Sequential(*model._blocks[CUT:], *parts)).requires_grad_(True)
+    made = copy.deepcopy(nn.Sequential(*model._blocks[CUT:], *parts)).requires_grad_(True)
+    for part in made.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            # The network's own 0.01 would keep the statistics of the whole network through a short fine-tuning.
+            part.momentum = 0.1
+    return made
 
 
 def middle_blocks(model: nn.Sequential, x: Float[Tensor, "n m h w"]) -> list[str]:
