@@ -211,7 +211,8 @@ def path_length(
 
 def latent_directions(weight: Any, rank: int) -> Subspace:
     """SeFa: the right-singular vectors of largest gain of a layer or its weight (out, in), with the gains' squares."""
-    matrix = check_finite(weight.weight.detach() if isinstance(weight, nn.Module) else weight, "weight").double()
+    matrix: Any = weight.weight.detach() if isinstance(weight, nn.Linear) else weight
+    matrix = check_finite(matrix, "weight").double()
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"rank: must lie in [1, {min(matrix.shape)}], got {rank}")
     _, s, vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -147,23 +148,26 @@ def _inputs(model: nn.Module, names: list[str], example: Any) -> dict[str, tuple
 
 
 def _site(name: str, old: nn.Module, new: nn.Module, inputs: tuple[Any, ...] | None) -> Site:
-    parameters = [sum(p.numel() for p in part.parameters()) for part in (old, new)]
-    facts = (name, type(old).__name__, type(new).__name__, *parameters)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (old, new)]
+    site = Site(name, type(old).__name__, type(new).__name__, sizes[0], sizes[1])
     if inputs is None:
-        return Site(*facts)
+        return site
     modes = [(part, part.training) for whole in (old, new) for part in whole.modules()]
     with torch.no_grad():
         before, after = old.eval()(*inputs), new.eval()(*inputs)
     for part, mode in modes:
         part.training = mode
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return Site(*facts, multiply_adds(old, *inputs), multiply_adds(new, *inputs))
-    if before.shape != after.shape:
+    if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape != after.shape:
         raise ValueError(
             f"sites: {name!r} would give {tuple(after.shape)} where it gave {tuple(before.shape)}; nothing was replaced"
         )
-    error = float(torch.linalg.norm((after - before).float()) / torch.linalg.norm(before.float()).clamp_min(1e-30))
-    return Site(*facts, multiply_adds(old, *inputs), multiply_adds(new, *inputs), error)
+    site = replace_fields(
+        site, multiply_adds=multiply_adds(old, *inputs), new_multiply_adds=multiply_adds(new, *inputs)
+    )
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return site
+    error = torch.linalg.norm((after - before).float()) / torch.linalg.norm(before.float()).clamp_min(1e-30)
+    return replace_fields(site, error=float(error))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

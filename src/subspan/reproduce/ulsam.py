@@ -51,7 +51,7 @@ ARMS: dict[str, Maker | None] = {
 
 def tail(classes: int) -> nn.Sequential:
     """The network from block `CUT` on, with a head of its own."""
-    model = load_model(MODEL)
+    model: Any = load_model(MODEL)
     parts = [model._conv_head, model._bn1, nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, classes)]
     made = copy.deepcopy(nn.Sequential(*model._blocks[CUT:], *parts)).requires_grad_(True)
     for part in made.modules():
@@ -74,13 +74,12 @@ def operate(model: nn.Sequential, names: list[str], make: Maker | None, x: Float
     if make is None:
         return None
     shapes = shape_preserving_blocks(model, x)
-    makers: Any = {name: lambda old, channels=shapes[name][1]: make(channels) for name in names}
-    return replace(model, makers, x)
+    return replace(model, {name: make(shapes[name][1]) for name in names}, x)
 
 
 def stage_inputs(images: np.ndarray) -> Float[Tensor, "n m h w"]:
     """What reaches the tail, for every image; float16 in the cache."""
-    model = load_model(MODEL)
+    model: Any = load_model(MODEL)
     prepare = ImagePreprocessing(**{**image_preprocessing(MODEL), "size": SIZE, "crop_fraction": 1.0})
     shapes: list[tuple[int, ...]] = []
 
