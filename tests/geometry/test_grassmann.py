@@ -7,6 +7,7 @@ from subspan.geometry import principal_angles, subspace_distance
 from subspan.geometry.grassmann import (
     chordal_mean,
     geodesic,
+    gram_geodesic,
     karcher_mean,
     logarithm,
     orthonormalize,
@@ -44,6 +45,30 @@ def test_transport_keeps_inner_products_and_carries_the_velocity():
     step = 1e-6
     later = (base @ vh.mT * (s * (1 + step)).cos() + u * (s * (1 + step)).sin()) @ vh
     torch.testing.assert_close(parallel_transport(base, velocity, velocity), (later - end) / step, atol=1e-5, rtol=0)
+
+
+@given(d=st.integers(3, 12), k=st.integers(1, 3), seed=st.integers(0, 10**6))
+def test_steps_from_the_small_gram_matrix_are_the_geodesic_and_its_transport(d, k, seed):
+    generator = torch.Generator().manual_seed(seed)
+    base = random_basis(d, k, batch=(2,), generator=generator)
+    velocity, x = (
+        tangent_projection(base, torch.randn(2, d, k, generator=generator, dtype=torch.float64)) for _ in range(2)
+    )
+    velocity[1] = 0
+    t = torch.tensor([0.3, 2.0], dtype=torch.float64)
+    moved, carried = gram_geodesic(base, velocity, t, x)
+    torch.testing.assert_close(moved[0], geodesic(base[0], velocity[0], 0.3), atol=1e-10, rtol=0)
+    torch.testing.assert_close(carried[0], parallel_transport(base[0], velocity[0], x[0], 0.3), atol=1e-10, rtol=0)
+    torch.testing.assert_close(moved[1], base[1], atol=1e-14, rtol=0)
+    torch.testing.assert_close(carried[1], x[1], atol=1e-14, rtol=0)
+    assert gram_geodesic(base, velocity)[1] is None
+
+
+def test_polar_has_a_gradient_where_singular_values_are_equal():
+    x = random_basis(6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(polar, x)
+    general = torch.randn(5, 5, dtype=torch.complex128, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert torch.autograd.gradcheck(polar, general)
 
 
 def test_means_of_points_on_one_geodesic_are_its_middle():

@@ -5,8 +5,10 @@ Geodesics and transport follow Edelman, Arias & Smith (1998).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 
@@ -21,10 +23,28 @@ def orthonormalize(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
     return q * phase.unsqueeze(-2)
 
 
+class _Polar(torch.autograd.Function):
+    """The polar factor, with its own derivative: that of the SVD has poles at equal singular values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        ctx.save_for_backward(u, s, vh)
+        return u @ vh
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        u, s, vh = ctx.saved_tensors
+        inner = u.mH @ grads[0] @ vh.mH
+        within = (inner - inner.mH) / (s.unsqueeze(-1) + s.unsqueeze(-2))
+        outside = (grads[0] @ vh.mH - u @ inner) / s.unsqueeze(-2)
+        return (u @ within + outside) @ vh
+
+
 def polar(x: Inexact[Tensor, "*b d k"]) -> Inexact[Tensor, "*b d k"]:
-    """Nearest matrix with orthonormal columns (polar factor) in the Frobenius norm."""
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ vh
+    """Nearest matrix with orthonormal columns (polar factor) in the Frobenius norm; differentiable at full rank."""
+    return _Polar.apply(x)  # pyright: ignore[reportReturnType]
 
 
 def random_basis(
@@ -88,6 +108,56 @@ def parallel_transport(
     inner = u.mH @ x
     turned = -(basis @ vh.mH) @ ((s * t).sin().unsqueeze(-1) * inner) + u @ ((s * t).cos().unsqueeze(-1) * inner)
     return turned + x - u @ inner
+
+
+def gram_geodesic(
+    basis: Inexact[Tensor, "*b d k"],
+    tangent: Inexact[Tensor, "*b d k"],
+    t: float | Float[Tensor, "*b"] = 1.0,
+    carried: Inexact[Tensor, "*b d k"] | None = None,
+) -> tuple[Inexact[Tensor, "*b d k"], Inexact[Tensor, "*b d k"] | None]:
+    """`geodesic`, and `parallel_transport` of `carried`, from the k x k Gram matrix of `tangent`: a step of training.
+
+    With G'G = V diag(s²) V' the point is S V cos(ts) V' + G V sin(ts)/s V', all of it smooth functions of s² with no
+    division at s = 0, so the frame is that of the geodesic. One eigendecomposition of k x k in place of an SVD of
+    d x k; t may differ along the batch. The point is orthonormal to rounding, which callers that iterate must mend.
+    """
+    values, v = torch.linalg.eigh(tangent.mH @ tangent)
+    s = values.clamp_min(0).sqrt()
+    t = torch.as_tensor(t, dtype=s.dtype, device=s.device).unsqueeze(-1)
+    # torch.sinc(x) is sin(πx)/(πx), so these are sin(ts)/s and (1 - cos(ts))/s².
+    sine = t * torch.sinc(t * s / torch.pi)
+    versine = 0.5 * t.square() * torch.sinc(t * s / (2 * torch.pi)).square()
+    frame, direction = basis @ v, tangent @ v
+    moved = (frame * (t * s).cos().unsqueeze(-2) + direction * sine.unsqueeze(-2)) @ v.mH
+    if carried is None:
+        return moved, None
+    inner = direction.mH @ carried
+    turned = frame @ (sine.unsqueeze(-1) * inner) + direction @ (versine.unsqueeze(-1) * inner)
+    return moved, carried - turned
+
+
+def plucker(
+    u: Inexact[Tensor, "*b r"], v: Inexact[Tensor, "*b r"], pairs: Int[Tensor, "2 p"] | None = None
+) -> Inexact[Tensor, "*b p"]:
+    """Plücker coordinates u_i v_j - u_j v_i, i < j, of the oriented plane of two vectors; p = r (r - 1) / 2.
+
+    Their length is `parallelogram_area`; unit coordinates of two planes have inner product ± cos θ₁ cos θ₂.
+    pairs: the (i, j), where a caller keeps them; torch.triu_indices(r, r, 1) otherwise.
+    """
+    i, j = torch.triu_indices(u.shape[-1], u.shape[-1], 1, device=u.device) if pairs is None else pairs
+    return u[..., i] * v[..., j] - u[..., j] * v[..., i]
+
+
+def parallelogram_area(u: Float[Tensor, "*b r"], v: Float[Tensor, "*b r"], floor: float = 0.0) -> Float[Tensor, "*b"]:
+    """Area of the parallelogram of two vectors, |u ∧ v|, at least floor · |u| |v|, with a finite gradient; O(r).
+
+    Parallel vectors have the area 0, and a direction of their plane only to rounding: floor says from where on.
+    """
+    uu, vv = u.square().sum(-1), v.square().sum(-1)
+    square = uu * vv - (u * v).sum(-1).square()
+    tiny = torch.finfo(u.dtype).tiny ** 0.5
+    return torch.maximum(square, floor**2 * uu * vv).clamp_min(tiny).sqrt()
 
 
 def chordal_mean(

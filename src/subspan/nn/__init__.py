@@ -1,7 +1,21 @@
 """Neural building blocks: layers, heads and losses as plain torch modules and functions."""
 
+from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
+from subspan.nn.crate import (
+    CRATE,
+    ISTA,
+    CRATEAutoencoder,
+    CRATEDecoderLayer,
+    CRATELayer,
+    SubspaceSelfAttention,
+    compression_gradient,
+    compression_rate,
+)
 from subspan.nn.flow_transformer import FlowTransformer
+from subspan.nn.gcr import GrassmannHead
+from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
+from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -18,7 +32,9 @@ from subspan.nn.matryoshka import (
     nesting_weights,
 )
 from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
-from subspan.nn.orthogonal import OrthogonalLinear
+from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
+from subspan.nn.replacement import Site, Surgery, multiply_adds, replace
+from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from subspan.nn.simplex import (
     CompatibleCE,
     HOCLoss,
@@ -27,34 +43,75 @@ from subspan.nn.simplex import (
     simplex_logits,
     simplex_vertices,
 )
+from subspan.nn.simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage
 from subspan.nn.spatial import PatchProjector, SpatialNorm, resize_tokens
+from subspan.nn.ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 __all__ = [
+    "CRATE",
+    "ISTA",
+    "Butterfly",
+    "ButterflyFactors",
+    "CRATEAutoencoder",
+    "CRATEDecoderLayer",
+    "CRATELayer",
+    "CodeUsage",
     "CompatibleCE",
     "ContrastiveLoss",
     "FlowTransformer",
+    "GrassmannBlock",
+    "GrassmannHead",
+    "GrassmannLanguageModel",
+    "GrassmannMixing",
+    "GrassmannParameter",
+    "GroupedSimVQ",
     "HOCLoss",
+    "HouseholderFrame",
+    "HouseholderProjector",
     "LambdaOrthogonality",
     "MatryoshkaAdapter",
     "MatryoshkaLinear",
     "MatryoshkaLogitLoss",
     "MatryoshkaLoss",
+    "MixingState",
     "NeuralCollapse",
     "OrthogonalLinear",
     "PatchProjector",
+    "Quantized",
+    "ResidualSimVQ",
+    "RiemannianSGD",
+    "SimVQ",
     "SimplexClassifier",
+    "Site",
     "SpatialNorm",
+    "SubspaceAttention",
+    "SubspaceSelfAttention",
+    "Surgery",
+    "WithRiemannian",
     "active_subspace",
+    "attention_entropy",
+    "butterfly_factorize",
+    "butterfly_multiply",
+    "code_usage",
+    "compression_gradient",
+    "compression_rate",
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
+    "latent_directions",
     "limit_orthogonality_defect",
     "multi_positive_info_nce",
+    "multiply_adds",
     "nesting_weights",
     "neural_collapse",
     "orthogonality_defect",
+    "path_length",
     "register_lambda_orthogonality",
+    "register_orthonormal",
+    "replace",
     "resize_tokens",
+    "shape_preserving_blocks",
     "simplex_logits",
     "simplex_vertices",
+    "with_riemannian",
 ]

@@ -217,8 +217,7 @@ def _described(
     angles = [[0.0] * k for _ in range(k)]
     for i in range(k):
         for j in range(i):
-            first, second = (Subspace(spaces[c].basis.double()) for c in (i, j))
-            mean = float(first.angles(second).rad2deg().mean())
+            mean = float(spaces[i].angles(spaces[j]).rad2deg().mean())
             angles[i][j] = angles[j][i] = round(mean, 2)
     facts["angles"] = angles
     facts["representatives"] = [

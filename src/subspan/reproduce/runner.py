@@ -128,6 +128,46 @@ SYSTEMS = (
         "cluster",
         "ElasticNetSubspaceClustering",
     ),
+    System(
+        "gcr",
+        "A classifier whose classes are subspaces, learned by steps along geodesics",
+        "Wang, Li & Zhang: Grassmann Class Representation (ICCV 2023, arXiv 2308.01547)",
+        2023,
+        "nn",
+        "GrassmannHead",
+    ),
+    System(
+        "simvq",
+        "Vector quantisation that uses all its codes: one learnt map of a frozen codebook",
+        "Zhu et al.: Addressing Representation Collapse with One Linear Layer (arXiv 2411.02038)",
+        2024,
+        "nn",
+        "SimVQ",
+    ),
+    System(
+        "butterfly",
+        "Linear maps as products of sparse butterfly factors: learnt, built, or found in a matrix by algebra",
+        "Dao et al.: Learning Fast Algorithms for Linear Transforms (ICML 2019, arXiv 1903.05895)",
+        2019,
+        "nn",
+        "Butterfly",
+    ),
+    System(
+        "ulsam",
+        "One spatial attention map for each group of channels, in the place of whole blocks",
+        "Saini et al.: ULSAM (WACV 2020, arXiv 2006.15102)",
+        2020,
+        "nn",
+        "SubspaceAttention",
+    ),
+    System(
+        "causal-grassmann",
+        "Sequences mixed by the planes of token pairs in place of attention",
+        "Zhang Chong: Attention Is Not What You Need (arXiv 2512.19428)",
+        2025,
+        "nn",
+        "GrassmannMixing",
+    ),
 )
 """Every system with a protocol."""
 

@@ -11,7 +11,7 @@ from .graph_filters import (
     transition_matrix,
 )
 from .low_rank import MatrixOperator, Operator, orthogonal_iteration, orthonormal_columns, randomized_svd
-from .neighbours import knn_overlap, nearest, neighbour_purity, recall_at_k
+from .neighbours import knn_overlap, nearest, nearest_code, neighbour_purity, recall_at_k
 from .partitions import (
     clustering_accuracy,
     conductance,
@@ -70,6 +70,7 @@ __all__ = [
     "knn_overlap",
     "modularity",
     "nearest",
+    "nearest_code",
     "neighbour_purity",
     "orthogonal_iteration",
     "orthonormal_columns",

@@ -1,0 +1,195 @@
+"""Causal mixing of a sequence by the planes of token pairs, in place of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..geometry import Subspace
+from ..geometry.grassmann import orthonormalize, parallelogram_area, plucker
+
+OFFSETS = (1, 2, 4, 8, 12, 16)
+
+
+class MixingState(NamedTuple):
+    """What decoding keeps: the reduced states of the last max(offsets) tokens, newest last, and how many there were."""
+
+    reduced: Float[Tensor, "n w r"]
+    length: int
+
+
+class GrassmannMixing(nn.Module):
+    """States (n, L, d) → α h + (1 - α) g, g made of the planes that each token spans with those `offsets` before it.
+
+    z = reduce(h) ∈ R^rank; g_t = project(mean over offsets Δ <= t of (z_t ∧ z_{t-Δ}) / area); α = σ(gate [h, g]). Pairs
+    are with the past: the paper's text pairs t with t + Δ, which shows a language model its target. Since the wedge is
+    bilinear, the mean is z_t ∧ mean(z_{t-Δ} / area), one wedge a token whatever the number of offsets; areas come from
+    inner products. A token without a pair has g = 0. epsilon: areas are at least epsilon |z_t| |z_{t-Δ}|, below which
+    the plane of two nearly parallel tokens is noise; normalize=False leaves the areas out. output_projection: one more
+    linear map on g, with which the paper's parameter counts come out though its text does not have it.
+    Cost O(L (d r + d r² / 2 + 2 d²)). Raises ValueError for offsets that are not positive whole numbers, and rank < 2.
+    Source: Zhang Chong (2025), arXiv 2512.19428.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        rank: int = 32,
+        offsets: Sequence[int] = OFFSETS,
+        *,
+        normalize: bool = True,
+        epsilon: float = 1e-3,
+        output_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        if rank < 2:
+            raise ValueError(f"rank: a plane needs at least 2 dimensions, got {rank}")
+        if not offsets or any(not isinstance(each, int) or each < 1 for each in offsets):
+            raise ValueError(f"offsets: positive whole numbers (only the past is paired), got {tuple(offsets)}")
+        if len(set(offsets)) < len(offsets):
+            raise ValueError(f"offsets: {tuple(offsets)} has one twice")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon: must be positive, got {epsilon}")
+        self.d_model = d_model
+        self.rank = rank
+        self.offsets = tuple(offsets)
+        self.normalize = normalize
+        self.epsilon = epsilon
+        self.reduce = nn.Linear(d_model, rank)
+        self.project = nn.Linear(rank * (rank - 1) // 2, d_model)
+        self.output = nn.Linear(d_model, d_model) if output_projection else nn.Identity()
+        self.gate = nn.Linear(2 * d_model, d_model)
+        self.register_buffer("pairs", torch.triu_indices(rank, rank, 1), persistent=False)
+
+    pairs: Tensor
+
+    def forward(
+        self, states: Float[Tensor, "n L d"], mask: Bool[Tensor, "n L"] | None = None
+    ) -> Float[Tensor, "n L d"]:
+        """The mixed states; mask: True for tokens, False for padding, which pairs with nothing."""
+        if states.shape[-1] != self.d_model:
+            raise ValueError(f"states: expected width {self.d_model}, got {states.shape[-1]}")
+        z = self.reduce(states)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            length = z.shape[1]
+            padded = F.pad(z, (0, 0, max(self.offsets), 0))
+            known = torch.ones_like(z[..., 0]) if mask is None else mask.to(z.dtype)
+            past_known = F.pad(known, (max(self.offsets), 0))
+            starts = [max(self.offsets) - each for each in self.offsets]
+            partners = torch.stack([padded[:, start : start + length] for start in starts], -2)
+            valid = torch.stack([past_known[:, start : start + length] for start in starts], -1) * known.unsqueeze(-1)
+        return self._mix(states, z, partners, valid)
+
+    def _mix(self, states: Tensor, z: Tensor, partners: Tensor, valid: Tensor) -> Tensor:
+        """z (n, L, r), partners (n, L, offsets, r), valid (n, L, offsets): 1 where there is a partner."""
+        with torch.autocast(z.device.type, enabled=False):
+            weight = valid / valid.sum(-1, keepdim=True).clamp_min(1)
+            if self.normalize:
+                area = parallelogram_area(z.unsqueeze(-2).expand_as(partners), partners, self.epsilon)
+                weight = torch.where(valid > 0, weight / area, 0)
+            coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2), self.pairs)
+        any_pair = (valid.amax(-1, keepdim=True) > 0).to(states.dtype)
+        g = self.output(self.project(coordinates.to(self.project.weight.dtype))) * any_pair
+        alpha = torch.sigmoid(self.gate(torch.cat([states, g.to(states.dtype)], -1)))
+        return alpha * states + (1 - alpha) * g.to(states.dtype)
+
+    def step(
+        self, state: Float[Tensor, "n d"], past: MixingState | None = None
+    ) -> tuple[Float[Tensor, "n d"], MixingState]:
+        """One more token (n, d), as `forward` would mix it; the second result is `past` for the next. O(max offset)."""
+        window = max(self.offsets)
+        z = self.reduce(state)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        past = MixingState(z.new_zeros(len(z), window, self.rank), 0) if past is None else past
+        partners = torch.stack([past.reduced[:, window - each] for each in self.offsets], 1)
+        valid = torch.tensor([float(each <= past.length) for each in self.offsets], device=z.device)
+        mixed = self._mix(
+            state.unsqueeze(1), z.unsqueeze(1), partners.unsqueeze(1), valid.expand(len(z), 1, len(self.offsets))
+        )
+        kept = torch.cat([past.reduced[:, 1:], z.unsqueeze(1)], 1)
+        return mixed.squeeze(1), MixingState(kept, past.length + 1)
+
+    @torch.no_grad()
+    def planes(self, states: Float[Tensor, "n L d"], offset: int) -> Subspace:
+        """The planes of all pairs (t - offset, t), one batch (n, L - offset, rank, 2). Raises where one is a line."""
+        z = self.reduce(states).double()
+        if not 1 <= offset < z.shape[1]:
+            raise ValueError(f"offset: must lie in [1, {z.shape[1] - 1}], got {offset}")
+        pairs = torch.stack([z[:, offset:], z[:, :-offset]], -1)
+        area = parallelogram_area(pairs[..., 0], pairs[..., 1])
+        scale = torch.linalg.vector_norm(pairs, dim=-2).prod(-1)
+        if bool((area <= 1e-9 * scale).any()):
+            raise ValueError("states: two paired tokens are parallel and span no plane")
+        return Subspace(orthonormalize(pairs))
+
+    def multiply_adds(self, states: Tensor) -> int:
+        """Multiply-adds of the linear maps."""
+        maps = [self.reduce, self.project, self.gate, *([self.output] if isinstance(self.output, nn.Linear) else [])]
+        return states.numel() // states.shape[-1] * sum(part.weight.numel() for part in maps)
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"d_model={self.d_model}, rank={self.rank}, offsets={self.offsets}, normalize={self.normalize}"
+
+
+class GrassmannBlock(nn.Module):
+    """Mixing, layer norm, and a feed-forward part with the only additive residual: h' = LN(u + FFN(u)), u = LN(mixed).
+
+    mixing: any module (n, L, d) → (n, L, d), a `GrassmannMixing` by default; width of the feed-forward part: 4 d.
+    """
+
+    def __init__(self, d_model: int, mixing: nn.Module | None = None, *, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.mixing = GrassmannMixing(d_model) if mixing is None else mixing
+        self.mixing_norm = nn.LayerNorm(d_model)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model), nn.Dropout(dropout)
+        )
+        self.norm = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, states: Float[Tensor, "n L d"]) -> Float[Tensor, "n L d"]:
+        """The next layer's states."""
+        mixed = self.dropout(self.mixing_norm(self.mixing(states)))
+        return self.norm(mixed + self.feed_forward(mixed))
+
+
+class GrassmannLanguageModel(nn.Module):
+    """Token ids (n, L) → next-token logits (n, L, vocabulary): embeddings, blocks, and the embedding as output head.
+
+    mixing: makes the mixing module of a layer from its number. Raises ValueError for L above `context`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        mixing: Sequence[nn.Module],
+        *,
+        d_model: int = 256,
+        context: int = 128,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not mixing:
+            raise ValueError("mixing: expected one module a layer, got none")
+        self.context = context
+        self.token = nn.Embedding(vocabulary, d_model)
+        self.position = nn.Embedding(context, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(GrassmannBlock(d_model, part, dropout=dropout) for part in mixing))
+        for table in (self.token, self.position):
+            nn.init.normal_(table.weight, std=0.02)
+
+    def forward(self, ids: Int[Tensor, "n L"]) -> Float[Tensor, "n L v"]:
+        """Logits."""
+        if ids.shape[1] > self.context:
+            raise ValueError(f"ids: at most {self.context} tokens, got {ids.shape[1]}")
+        position = self.position(torch.arange(ids.shape[1], device=ids.device))
+        states = self.blocks(self.dropout(self.token(ids) + position))
+        return F.linear(states, self.token.weight)

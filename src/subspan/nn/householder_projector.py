@@ -1,0 +1,219 @@
+"""Linear layers of exactly orthogonal factors and few, equal gains: what a generator reads its latent code through."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..geometry import Subspace
+from ..geometry.arrays import check_finite
+from ..geometry.grassmann import orthonormalize, random_basis
+from .orthogonal import register_orthonormal
+
+_GAINS = ("mean", "one", "learned")
+
+
+class HouseholderFrame(nn.Module):
+    """A learnable orthonormal frame (d, k), as compact Householder reflections; `subspace()` hands it on.
+
+    start: a matrix (d, k) of full rank, whose nearest frame it begins at; None = random.
+    """
+
+    frame: Tensor
+
+    def __init__(
+        self,
+        d: int,
+        k: int,
+        start: Float[Tensor, "d k"] | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= k <= d:
+            raise ValueError(f"k: must lie in [1, {d}], got {k}")
+        first = random_basis(d, k, generator=generator, dtype=torch.float32) if start is None else start.detach()
+        self.frame = nn.Parameter(first.clone())
+        register_orthonormal(self, "frame")
+
+    def forward(self) -> Float[Tensor, "d k"]:
+        """The frame."""
+        return self.frame
+
+    def subspace(self) -> Subspace:
+        """Its span, with the columns as basis."""
+        return Subspace(orthonormalize(self.frame.detach().double()))
+
+
+class HouseholderProjector(nn.Module):
+    """Rows x (…, in) → gain · U V'x + bias with orthonormal U (out, k), V (in, k): k directions of one gain, no others.
+
+    gain: "mean" and "one" are fixed, "learned" is a scalar parameter. U and V are `HouseholderFrame`s, orthonormal
+    through all training. `from_linear` starts from a trained layer. `directions` are V's columns; U V' fixes only
+    their plane, so single ones are a choice of gauge until `canonicalize` makes it.
+    Raises ValueError for a rank outside [1, min(in, out)]. Source: Song et al. (ICCV 2023), arXiv 2307.08012.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 10,
+        *,
+        gain: str = "one",
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise ValueError(f"rank: must lie in [1, {min(in_features, out_features)}], got {rank}")
+        if gain not in _GAINS:
+            raise ValueError(f"gain: expected one of {_GAINS}, got {gain!r}")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.u = HouseholderFrame(out_features, rank, generator=generator)
+        self.v = HouseholderFrame(in_features, rank, generator=generator)
+        one = torch.ones(())
+        if gain == "learned":
+            self.gain = nn.Parameter(one)
+        else:
+            self.register_buffer("gain", one)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    gain: Tensor
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 10, *, gain: str = "mean") -> HouseholderProjector:
+        """The layer with the leading k singular vectors of a trained one, and its bias.
+
+        gain: "mean" of the k singular values ("learned" starts there), or "one". Where the weight has a rank below k
+        the missing directions are filled with others, with a warning. Raises ValueError for one that is not finite.
+        """
+        weight = check_finite(linear.weight.detach(), "linear.weight").double()
+        layer = cls(linear.in_features, linear.out_features, rank, gain=gain, bias=linear.bias is not None)
+        layer = layer.to(linear.weight.device)
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        tolerance = torch.finfo(linear.weight.dtype).eps * max(weight.shape)
+        known = int((s[:rank] > tolerance * s[0]).sum())
+        if known < rank:
+            warnings.warn(f"rank: the weight has {known} directions, {rank - known} are filled up", stacklevel=2)
+        # Left and right vectors of zero singular values are orthonormal too: they are the filling.
+        with torch.no_grad():
+            layer.u.frame = u[:, :rank].to(linear.weight.dtype)
+            layer.v.frame = vh[:rank].mT.to(linear.weight.dtype)
+            if gain != "one":
+                layer.gain.fill_(float(s[:rank].mean()))
+            if linear.bias is not None and layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
+        """The projected rows, O(k (in + out)) each."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected {self.in_features} columns, got {x.shape[-1]}")
+        inner = F.linear(x, self.v().mT.to(x.dtype)) * self.gain.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(inner.dtype)
+        return F.linear(inner, self.u().to(inner.dtype), bias)
+
+    @property
+    def weight(self) -> Float[Tensor, "o i"]:
+        """The matrix gain · U V'."""
+        return self.gain * self.u() @ self.v().mT
+
+    @property
+    def directions(self) -> Float[Tensor, "i k"]:
+        """Columns of V: what an edit adds to this layer's latent."""
+        return self.v.frame.detach()
+
+    def input_subspace(self) -> Subspace:
+        """The plane of V: what the layer reads."""
+        return self.v.subspace()
+
+    def output_subspace(self) -> Subspace:
+        """The plane of U: where it writes."""
+        return self.u.subspace()
+
+    @torch.no_grad()
+    def canonicalize(self, effect: Callable[[Tensor], Tensor], latents: Float[Tensor, "n i"]) -> Float[Tensor, " k"]:
+        """Turn U and V together to axes ordered by effect; the layer's map stays. Returns mean squared effects.
+
+        effect: latents (n, in) → outputs (n, …), an image or features of it. The axes are the eigenvectors of the mean
+        of (J V)'(J V), J the Jacobian of `effect`, each with its largest entry positive: no gauge is left.
+        """
+        gram = jacobian_gram(effect, latents, self.v.frame)
+        values, turn = torch.linalg.eigh(gram)
+        values, turn = values.flip(0), turn.flip(1)
+        v = self.v.frame.double() @ turn
+        largest = v.abs().argmax(0)
+        turn = turn * torch.where(v.gather(0, largest.unsqueeze(0)) < 0, -1.0, 1.0)
+        for part in (self.u, self.v):
+            part.frame = (part.frame.double() @ turn).to(part.frame.dtype)
+        return values.to(self.gain.dtype)
+
+    def multiply_adds(self, x: Tensor) -> int:
+        """Multiply-adds for rows x, the frames being known."""
+        return x.numel() // x.shape[-1] * self.rank * (self.in_features + self.out_features)
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def jacobian_gram(
+    effect: Callable[[Tensor], Tensor], latents: Float[Tensor, "n i"], directions: Float[Tensor, "i k"]
+) -> Float[Tensor, "k k"]:
+    """Mean over latents of (J V)'(J V), J the Jacobian of `effect` there: one forward derivative a direction."""
+    with torch.enable_grad():
+        columns = [
+            torch.func.jvp(effect, (latents,), (direction.expand_as(latents).contiguous(),))[1].detach().flatten(1)
+            for direction in directions.mT.to(latents.dtype)
+        ]
+    stacked = torch.stack(columns, -1).double()
+    return (stacked.mT @ stacked).mean(0)
+
+
+@torch.no_grad()
+def path_length(
+    generator: Callable[[Tensor], Tensor],
+    latents: Float[Tensor, "n i"],
+    directions: Float[Tensor, "i k"] | None = None,
+    *,
+    epsilon: float = 1e-2,
+    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
+    random: torch.Generator | None = None,
+) -> float:
+    """Mean squared distance of what a step of length epsilon changes, over epsilon²: PPL, or PIPL with `directions`.
+
+    directions: unit columns of which one is drawn for each latent; None = the way to another latent, at the length
+    epsilon of it (perceptual path length). distance: (a, b) → squared distances (n,); None = mean squared difference of
+    an entry. The largest and the smallest percent are left out.
+    """
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon: must be positive, got {epsilon}")
+    if directions is None:
+        other = latents[torch.randperm(len(latents), generator=random)]
+        step = other - latents
+    else:
+        step = directions.mT[torch.randint(directions.shape[1], (len(latents),), generator=random)]
+    a, b = generator(latents), generator(latents + epsilon * step.to(latents))
+    squares = (a - b).square().flatten(1).mean(1) if distance is None else distance(a, b)
+    kept = squares.sort().values[len(squares) // 100 : len(squares) - len(squares) // 100]
+    return float(kept.mean()) / epsilon**2
+
+
+def latent_directions(weight: Any, rank: int) -> Subspace:
+    """SeFa: the right-singular vectors of largest gain of a layer or its weight (out, in), with the gains' squares."""
+    matrix: Any = weight.weight.detach() if isinstance(weight, nn.Linear) else weight
+    matrix = check_finite(matrix, "weight").double()
+    if not 1 <= rank <= min(matrix.shape):
+        raise ValueError(f"rank: must lie in [1, {min(matrix.shape)}], got {rank}")
+    _, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return Subspace(vh[:rank].mT.contiguous(), variances=s[:rank].square())

@@ -1,0 +1,295 @@
+"""Vector quantisers whose codebook is one learnt linear map of a frozen one, so that no code is left behind."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Inexact, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..solvers import nearest_code
+from ..statistics import Moments
+
+_ESTIMATORS = ("straight-through", "rotation")
+
+
+class Quantized(NamedTuple):
+    """values: the quantised latents, in their shape. codes: their numbers, without the channel dimension. loss: scalar.
+
+    Of residual and grouped quantisers the codes have one dimension more at the end, a code a quantiser.
+    """
+
+    values: Float[Tensor, "*m"]
+    codes: Int[Tensor, "*n"]
+    loss: Float[Tensor, ""]
+
+
+class SimVQ(nn.Module):
+    """Latents (…, d) → the nearest of K codes E = C W' + b, C drawn once and frozen, W learnt.
+
+    In a plain codebook only chosen codes have a gradient and the rest are left behind; here all are moved by one map.
+    basis_dim: width of C, d by default; a K well above it is what couples the codes, and K < basis_dim warns, since
+    nearly orthogonal rows of C are moved one by one again. C ~ N(0, 1/basis_dim). bias: lets the codes follow the mean.
+    loss: mean (sg(z) - e)² + commitment · mean (z - sg(e))². estimator: the encoder's gradient, "straight-through" or
+    "rotation" (turned and scaled as the latent is onto its code; Fifty et al., 2024). channel_dim: where the d are.
+    train_basis=True with a frozen W is plain vector quantisation: the control. Distances in float32 at least; of equal
+    ones the lowest code. No matrix larger than `block` distances is formed.
+    Raises ValueError for other widths and latents that are not finite. Source: Zhu et al. (2024), arXiv 2411.02038.
+    """
+
+    basis: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_codes: int,
+        *,
+        basis_dim: int | None = None,
+        bias: bool = True,
+        commitment: float = 0.25,
+        estimator: str = "straight-through",
+        channel_dim: int = -1,
+        train_basis: bool = False,
+        block: int = 1 << 22,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        width = dim if basis_dim is None else basis_dim
+        if dim < 1 or width < 1:
+            raise ValueError(f"dim, basis_dim: must be at least 1, got {dim} and {width}")
+        if num_codes < 2:
+            raise ValueError(f"num_codes: must be at least 2, got {num_codes}")
+        if not (commitment >= 0 and math.isfinite(commitment)):
+            raise ValueError(f"commitment: must not be negative, got {commitment}")
+        if estimator not in _ESTIMATORS:
+            raise ValueError(f"estimator: expected one of {_ESTIMATORS}, got {estimator!r}")
+        if block < 1:
+            raise ValueError(f"block: must be at least 1, got {block}")
+        if num_codes < width and not train_basis:
+            warnings.warn(
+                f"num_codes: {num_codes} codes in {width} dimensions are nearly orthogonal, so one map moves them no "
+                f"better than a plain codebook; lower basis_dim",
+                stacklevel=2,
+            )
+        self.dim = dim
+        self.num_codes = num_codes
+        self.commitment = commitment
+        self.estimator = estimator
+        self.channel_dim = channel_dim
+        self.block = block
+        basis = torch.randn(num_codes, width, generator=generator) / math.sqrt(width)
+        self.transform = nn.Linear(width, dim, bias=bias)
+        if train_basis:
+            self.basis = nn.Parameter(basis)
+            self.transform.requires_grad_(False)
+        else:
+            self.register_buffer("basis", basis)
+        self._decoder: tuple[tuple[Any, ...], Tensor] | None = None
+
+    @property
+    def codebook(self) -> Float[Tensor, "k d"]:
+        """All codes E, in float32 at least."""
+        with torch.autocast(self.basis.device.type, enabled=False):
+            return self.transform(self.basis)
+
+    @torch.no_grad()
+    def init_from(self, moments: Moments) -> None:
+        """Start with codes that have the mean and covariance of latents, W = Cov^½ √basis_dim (not in the paper).
+
+        Where basis_dim < d they have the leading part of it. Raises ValueError for other widths, or a missing bias.
+        """
+        if moments.d != self.dim:
+            raise ValueError(f"moments: expected {self.dim} dimensions, got {moments.d}")
+        if self.transform.bias is None:
+            raise ValueError("bias: is needed for codes that have the latents' mean")
+        width = self.basis.shape[1]
+        values, vectors = torch.linalg.eigh(moments.covariance())
+        kept = min(width, self.dim)
+        root = vectors[:, -kept:] * (values[-kept:].clamp_min(0) * width).sqrt()
+        self.transform.weight.copy_(F.pad(root, (0, width - kept)))
+        self.transform.bias.copy_(moments.mean)
+
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
+        """Quantise latents; values have their shape and dtype."""
+        z = _channels_last(latents, self.dim, self.channel_dim)
+        rows = z.flatten(0, -2).to(torch.promote_types(z.dtype, torch.float32))
+        codebook = self.codebook.to(rows.dtype)
+        codes = nearest_code(rows.detach(), codebook.detach(), block=self.block)
+        chosen = codebook[codes]
+        loss = F.mse_loss(chosen, rows.detach()) + self.commitment * F.mse_loss(rows, chosen.detach())
+        values = _estimate(rows, chosen.detach(), self.estimator)
+        values = _channels_back(values.unflatten(0, z.shape[:-1]), self.channel_dim).to(latents.dtype)
+        return Quantized(values, codes.unflatten(0, z.shape[:-1]), loss)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Float[Tensor, "*m"]:
+        """The quantised values of stored codes, those of `forward` to the last bit.
+
+        Raises TypeError for codes that are no integers, ValueError for codes outside [0, K).
+        """
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise TypeError(f"codes: expected integers, got {codes.dtype}")
+        if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
+            raise ValueError(f"codes: must lie in [0, {self.num_codes}), got {int(codes.min())} to {int(codes.max())}")
+        return _channels_back(self._frozen_codebook()[codes], self.channel_dim)
+
+    def _frozen_codebook(self) -> Tensor:
+        # All codes at once, as in `forward`: fewer rows may be multiplied in another order and differ in the last bit.
+        tensors = [self.basis, *self.transform.parameters()]
+        key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
+        if self._decoder is None or self._decoder[0] != key:
+            self._decoder = (key, self.codebook.detach())
+        return self._decoder[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoder": None}
+
+    @torch.no_grad()
+    def export(self) -> Float[Tensor, "k d"]:
+        """The codebook alone, which is all that decoding needs: the frozen codes and the map can go."""
+        return self.codebook.clone()
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"dim={self.dim}, num_codes={self.num_codes}, estimator={self.estimator!r}"
+
+
+class ResidualSimVQ(nn.Module):
+    """Several `SimVQ` in a row, each on what those before left over: depth codes a latent, values their sum.
+
+    dropout: in training keep only a random first part of the quantisers in each batch, so that prefixes of codes are
+    useful; the codes of those left out are -1. options: of `SimVQ`. The loss is the sum over quantisers.
+    """
+
+    def __init__(self, dim: int, num_codes: int, depth: int, *, dropout: bool = False, **options: Any) -> None:
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth: must be at least 1, got {depth}")
+        self.dim = dim
+        self.channel_dim = options.pop("channel_dim", -1)
+        self.estimator = options.get("estimator", "straight-through")
+        self.dropout = dropout
+        self.quantizers = nn.ModuleList(SimVQ(dim, num_codes, **options) for _ in range(depth))
+
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
+        """Quantise latents; codes (…, depth)."""
+        z = _channels_last(latents, self.dim, self.channel_dim)
+        rest = z.to(torch.promote_types(z.dtype, torch.float32))
+        depth = len(self.quantizers)
+        kept = int(torch.randint(1, depth + 1, ())) if self.dropout and self.training else depth
+        total, codes, loss = torch.zeros_like(rest), [], rest.new_zeros(())
+        for number, quantizer in enumerate(self.quantizers):
+            if number >= kept:
+                codes.append(torch.full_like(codes[0], -1))
+                continue
+            values, found, part = quantizer(rest)
+            # Without the estimators of the single quantisers, whose gradients would add up to `depth` times the one.
+            rest = rest - values.detach()
+            total = total + values.detach()
+            codes.append(found)
+            loss = loss + part
+        estimate = _estimate(z.to(total.dtype), total, self.estimator)
+        values = _channels_back(estimate.to(latents.dtype), self.channel_dim)
+        return Quantized(values, torch.stack(codes, -1), loss)
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
+        """The sum of the codes' values; -1 adds nothing, and fewer than `depth` codes are a prefix."""
+        if not 1 <= codes.shape[-1] <= len(self.quantizers):
+            raise ValueError(f"codes: expected 1 to {len(self.quantizers)} at the end, got {codes.shape[-1]}")
+        total: Any = None
+        for quantizer, found in zip(self.quantizers, codes.unbind(-1)):
+            one: Any = quantizer
+            values = one.decode(found.clamp_min(0)).masked_fill((found == -1).unsqueeze(-1), 0)
+            total = values if total is None else total + values
+        return _channels_back(total, self.channel_dim)
+
+
+class GroupedSimVQ(nn.Module):
+    """Channels cut into `groups` equal parts with a `SimVQ` each: K^groups values. options: of `SimVQ`."""
+
+    def __init__(self, dim: int, num_codes: int, groups: int, **options: Any) -> None:
+        super().__init__()
+        if groups < 1 or dim % groups:
+            raise ValueError(f"groups: must divide dim, got {groups} and {dim}")
+        self.dim = dim
+        self.channel_dim = options.pop("channel_dim", -1)
+        self.quantizers = nn.ModuleList(SimVQ(dim // groups, num_codes, **options) for _ in range(groups))
+
+    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
+        """Quantise latents; codes (…, groups). The loss is the mean over groups."""
+        z = _channels_last(latents, self.dim, self.channel_dim)
+        parts = [one(part) for one, part in zip(self.quantizers, z.chunk(len(self.quantizers), -1))]
+        return Quantized(
+            _channels_back(torch.cat([part.values for part in parts], -1), self.channel_dim),
+            torch.stack([part.codes for part in parts], -1),
+            torch.stack([part.loss for part in parts]).mean(),
+        )
+
+    @torch.no_grad()
+    def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
+        """The values of stored codes (…, groups)."""
+        if codes.shape[-1] != len(self.quantizers):
+            raise ValueError(f"codes: expected {len(self.quantizers)} at the end, got {codes.shape[-1]}")
+        quantizers: Any = self.quantizers
+        parts = [one.decode(found) for one, found in zip(quantizers, codes.unbind(-1))]
+        return _channels_back(torch.cat(parts, -1), self.channel_dim)
+
+
+class CodeUsage(NamedTuple):
+    """active: share of codes used; reachable: of those that so many latents can use; perplexity: exp(entropy)."""
+
+    active: float
+    reachable: float
+    perplexity: float
+
+
+def code_usage(codes: Int[Tensor, "*n"], num_codes: int) -> CodeUsage:
+    """How evenly codes are used; -1 (left out) does not count. Raises ValueError where there are none."""
+    used = codes[codes >= 0]
+    if not used.numel():
+        raise ValueError("codes: there are none")
+    counts = torch.bincount(used.flatten(), minlength=num_codes).double()
+    share = counts[counts > 0] / counts.sum()
+    active = int((counts > 0).sum())
+    entropy = -(share * share.log()).sum()
+    return CodeUsage(active / num_codes, active / min(num_codes, used.numel()), float(entropy.exp()))
+
+
+def _channels_last(latents: Tensor, dim: int, channel_dim: int) -> Tensor:
+    if not -latents.ndim <= channel_dim < latents.ndim or latents.ndim < 2:
+        raise ValueError(f"latents: expected a dimension {channel_dim} and at least two, got {tuple(latents.shape)}")
+    if latents.shape[channel_dim] != dim:
+        raise ValueError(f"latents: expected {dim} channels in dimension {channel_dim}, got {tuple(latents.shape)}")
+    if not latents.numel():
+        raise ValueError(f"latents: there are none in shape {tuple(latents.shape)}")
+    if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()) and not bool(
+        torch.isfinite(latents.detach()).all()
+    ):
+        raise ValueError("latents: contain NaN or infinity")
+    return latents.movedim(channel_dim % latents.ndim, latents.ndim - 1)
+
+
+def _channels_back(values: Tensor, channel_dim: int) -> Tensor:
+    # Counted from the front: ONNX has no negative axes here.
+    return values.movedim(values.ndim - 1, channel_dim % values.ndim)
+
+
+def _estimate(rows: Tensor, chosen: Tensor, estimator: str) -> Tensor:
+    """The chosen codes to the last bit, with a gradient to the latents."""
+    if estimator == "straight-through":
+        return chosen + (rows - rows.detach())
+    # The rotation that takes the latent's direction to its code's is a product of two reflections.
+    tiny = torch.finfo(rows.dtype).tiny
+    z, q = rows.detach(), chosen
+    z_norm, q_norm = (torch.linalg.vector_norm(part, dim=-1, keepdim=True).clamp_min(tiny) for part in (z, q))
+    z_unit, q_unit = z / z_norm, q / q_norm
+    middle = z_unit + q_unit
+    middle = middle / torch.linalg.vector_norm(middle, dim=-1, keepdim=True).clamp_min(tiny)
+    along = lambda unit: (rows * unit).sum(-1, keepdim=True)  # noqa: E731
+    turned = (rows - 2 * middle * along(middle) + 2 * q_unit * along(z_unit)) * (q_norm / z_norm)
+    return chosen + (turned - turned.detach())

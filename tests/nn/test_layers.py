@@ -1,0 +1,216 @@
+"""One battery for all layers with structure: what torch's own layers can do, these can."""
+
+import copy
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from subspan.nn import (
+    Butterfly,
+    CRATEDecoderLayer,
+    CRATELayer,
+    GrassmannBlock,
+    GrassmannHead,
+    GrassmannMixing,
+    GroupedSimVQ,
+    HouseholderProjector,
+    OrthogonalLinear,
+    ResidualSimVQ,
+    SimVQ,
+    SubspaceAttention,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Case(NamedTuple):
+    """How a layer is made and what goes in; `onnx`: its operations exist there; `wrong`: input it must refuse."""
+
+    make: Callable[[], torch.nn.Module]
+    shape: tuple[int, ...]
+    wrong: tuple[int, ...]
+    onnx: bool = True
+    # Half precision comes in as it is, or, as with torch's own linear layers, to a layer of half precision.
+    half: bool = True
+
+
+LAYERS = {
+    "OrthogonalLinear": Case(lambda: OrthogonalLinear(8, init="random"), (3, 8), (3, 7), onnx=False),
+    "GrassmannHead": Case(lambda: GrassmannHead(8, 5, rank=2), (3, 8), (3, 7)),
+    "Butterfly": Case(lambda: Butterfly(8, 5), (3, 8), (3, 7)),
+    "Butterfly, BPBP": Case(
+        lambda: Butterfly(8, 8, complex=True, real_part=True, blocks=2, permutation="bit-reversal"),
+        (3, 8),
+        (3, 7),
+        False,
+    ),
+    "Butterfly, orthogonal": Case(lambda: Butterfly(8, 8, constraint="orthogonal"), (3, 8), (3, 7)),
+    "SimVQ": Case(lambda: SimVQ(8, 32), (3, 4, 8), (3, 4, 7)),
+    "SimVQ, rotation": Case(lambda: SimVQ(8, 32, estimator="rotation"), (3, 4, 8), (3, 4, 7)),
+    "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
+    "HouseholderProjector": Case(lambda: HouseholderProjector(8, 6, 3, gain="learned"), (3, 8), (3, 7), onnx=False),
+    "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
+    "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False),
+    "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
+    "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict=True), (3, 6, 8), (3, 6, 7), False, False),
+    "CRATEDecoderLayer": Case(lambda: CRATEDecoderLayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
+    "SubspaceAttention": Case(lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4)),
+    "GroupedSimVQ": Case(lambda: GroupedSimVQ(8, 32, 2), (3, 4, 8), (3, 4, 7)),
+}
+
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+def made(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    case = LAYERS[name]
+    return case.make(), torch.randn(case.shape)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """A loss that reaches everything: weighted sums, and what a layer returns beside its value to be trained by."""
+    found = value(output)
+    weight = torch.linspace(-1, 1, found[0].numel()).reshape(found[0].shape)
+    return (found * weight).mean() + (output.loss if hasattr(output, "loss") else 0)
+
+
+def value(output: Any) -> torch.Tensor:
+    """The tensor of an output that may be a tuple."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+@each_layer
+def test_state_survives_a_file_and_a_copy(name):
+    layer, x = made(name)
+    layer.eval()
+    expected = value(layer(x))
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    torch.manual_seed(1)
+    other = LAYERS[name].make().eval()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    torch.testing.assert_close(value(other(x)), expected)
+    torch.testing.assert_close(value(copy.deepcopy(layer)(x)), expected)
+    assert type(layer).__name__ in repr(layer)
+
+
+@each_layer
+def test_every_parameter_and_the_input_have_a_finite_gradient(name):
+    layer, x = made(name)
+    x.requires_grad_()
+    loss_of(layer(x)).backward()
+    for key, parameter in layer.named_parameters():
+        assert parameter.grad is not None, key
+        assert bool(parameter.grad.isfinite().all()), key
+        assert bool(parameter.grad.any()), key
+    assert bool(x.grad.isfinite().all())
+    assert bool(x.grad.any())
+
+
+@each_layer
+def test_half_precision_by_autocast_and_by_input(name):
+    layer, x = made(name)
+    layer.eval()
+    expected = value(layer(x)).detach()
+    scale = float(expected.abs().max())
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = value(layer(x)).detach()
+    assert float((mixed - expected).abs().max()) < 0.05 * scale
+    if not LAYERS[name].half:
+        layer = layer.bfloat16()
+    half = value(layer(x.bfloat16())).detach()
+    assert float((half - expected).abs().max()) < 0.05 * scale
+
+
+COMPILE = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("battery", sys.argv[1])
+battery = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(battery)
+for name in battery.LAYERS:
+    layer, x = battery.made(name)
+    layer.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(battery.value(compiled(x)), battery.value(layer(x)), atol=1e-5, rtol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph_they_say_the_same():
+    # In a process of its own: the checks of shapes that the other tests run under are no part of a graph.
+    done = subprocess.run([sys.executable, "-c", COMPILE, __file__], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def train_in_parallel(rank: int, address: str, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    made_layers = {name: made(name) for name in LAYERS}
+    gradients = {}
+    for name, (layer, x) in made_layers.items():
+        rows = x[rank::2] if len(x) > 1 else x
+        loss_of(DistributedDataParallel(layer)(rows)).backward()
+        gradients |= {f"{name}.{key}": p.grad for key, p in layer.named_parameters()}
+    if rank == 0:
+        save_file({key: grad.contiguous() for key, grad in gradients.items()}, file)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_share_their_gradients(tmp_path):
+    file = tmp_path / "gradients.safetensors"
+    program = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('battery', sys.argv[1])\n"
+        "battery = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(battery)\n"
+        "battery.train_in_parallel(int(sys.argv[2]), sys.argv[3], sys.argv[4])\n"
+    )
+    command = [sys.executable, "-c", program, __file__]
+    tail = [(tmp_path / "rendezvous").as_uri(), str(file)]
+    running = [subprocess.Popen([*command, str(rank), *tail], stderr=subprocess.PIPE, text=True) for rank in (0, 1)]
+    for each in running:
+        _, errors = each.communicate(timeout=200)
+        assert each.returncode == 0, errors[-2000:]
+    found = load_file(file)
+    for name in LAYERS:
+        layer, x = made(name)
+        parts = [x[rank::2] if len(x) > 1 else x for rank in (0, 1)]
+        for rows in parts:
+            (loss_of(layer(rows)) / 2).backward()
+        for key, parameter in layer.named_parameters():
+            scale = float(parameter.grad.abs().max())
+            assert scale > 0, f"{name}.{key}"
+            assert float((found[f"{name}.{key}"] - parameter.grad).abs().max()) < 1e-4 * scale, f"{name}.{key}"
+
+
+@each_layer
+def test_onnx_says_the_same(name, tmp_path):
+    case = LAYERS[name]
+    if not case.onnx:
+        pytest.skip("has an operation that ONNX lacks")
+    runtime = pytest.importorskip("onnxruntime")
+    layer, x = made(name)
+    layer.eval()
+    path = tmp_path / "layer.onnx"
+    torch.onnx.export(layer, (x,), path, dynamo=False, input_names=["x"], opset_version=18)
+    session = runtime.InferenceSession(path)
+    found = session.run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), value(layer(x)).detach(), atol=1e-4, rtol=1e-4)
+
+
+@each_layer
+def test_input_of_another_shape_is_refused(name):
+    layer, _ = made(name)
+    with pytest.raises((ValueError, RuntimeError)):
+        layer(torch.randn(LAYERS[name].wrong))

@@ -1,0 +1,86 @@
+"""What the protocols of layers are made of."""
+
+import pytest
+import torch
+
+pytest.importorskip("lightning", reason="the protocols train with Lightning")
+
+from subspan.geometry.grassmann import random_basis
+from subspan.reproduce import butterfly, causal_grassmann, gcr, simvq, ulsam
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def test_superclasses_are_twenty_of_five_and_other_classes_have_a_parity():
+    names = tuple(name for group in gcr.COARSE for name in group)
+    assert len(set(names)) == 100
+    coarse = gcr.coarse_labels(torch.arange(100).numpy(), names)
+    assert coarse.bincount().tolist() == [5] * 20
+    assert gcr.coarse_labels(torch.arange(4).numpy(), ("0", "1", "2", "3")).tolist() == [0, 1, 0, 1]
+
+
+def test_spread_and_principal_planes_of_planted_classes():
+    planes = random_basis(16, 2, batch=(3,), generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    labels = torch.arange(3).repeat_interleave(40)
+    x = (planes[labels] @ torch.randn(120, 2, 1, generator=torch.Generator().manual_seed(1))).squeeze(-1)
+    parts = {"train": x[::2], "test": x[1::2]}
+    coarse = {"train": labels[::2], "test": labels[1::2]}
+    assert gcr.clafic(parts, coarse, (2,)) == [[2, 100.0]]
+    # Directions of a plane are uniform on a circle: a right angle between two on average.
+    assert gcr.within_class_angle(x, labels) == pytest.approx(90, abs=5)
+    assert gcr.within_class_angle(x.abs() * 0 + 1, labels) == pytest.approx(0, abs=0.1)
+
+
+def test_codes_out_of_use_are_restarted_and_patches_are_whole():
+    torch.manual_seed(0)
+    quantizer = simvq.RestartedVQ(2, 8)
+    quantizer.codes += 100
+    quantizer.total.copy_(quantizer.codes)
+    z = torch.randn(64, 2)
+    for _ in range(600):
+        quantizer(z)
+    assert len(quantizer.eval()(z).codes.unique()) == 8
+    images = torch.arange(2 * 16 * 16 * 3, dtype=torch.uint8).reshape(2, 16, 16, 3).numpy()
+    rows = simvq.patches(images)
+    assert rows.shape == (8, 192)
+    first = torch.from_numpy(images[0, :8, :8]).permute(2, 0, 1).flatten() / 127.5 - 1
+    torch.testing.assert_close(rows[0], first)
+
+
+def test_every_transform_but_the_gaussian_is_peeled():
+    for name, matrix in butterfly.transforms(16, 0).items():
+        error = butterfly.peel(name, matrix)
+        assert (error > 0.3) if name == "Gaussian" else (error < 1e-12), name
+        assert 0 <= butterfly.low_rank_error(matrix) <= 1
+    errors = butterfly.learn(butterfly.transforms(4, 0)["DFT"], "bit-reversal", 60, 0)
+    assert errors.shape == (butterfly.RESTARTS,)
+    assert float(errors.min()) < float(errors.max())
+    made = {name: sum(p.numel() for p in make().parameters()) for name, make in butterfly.layers(64).items()}
+    assert made["low rank"] >= made["butterfly, complex BPBP"]
+
+
+def test_no_way_of_mixing_sees_the_future():
+    torch.manual_seed(0)
+    for name, make in causal_grassmann.MIXINGS.items():
+        layer = make()
+        h = torch.randn(1, 20, causal_grassmann.D)
+        changed = h.clone()
+        changed[:, 11:] += 1
+        torch.testing.assert_close(layer(changed)[:, :11], layer(h)[:, :11], msg=name)
+
+
+def test_arms_of_the_thinned_network():
+    block = torch.nn.Sequential(torch.nn.Conv2d(112, 112, 1), torch.nn.Conv2d(112, 112, 1))
+    model = torch.nn.Sequential(block, torch.nn.Flatten())
+    x = torch.randn(1, 112, 2, 2)
+    assert ulsam.middle_blocks(model, x) == ["0"]
+    sizes = {}
+    for name, make in ulsam.ARMS.items():
+        surgery = ulsam.operate(model, ["0"], make, x)
+        sizes[name] = sum(p.numel() for p in model.parameters())
+        if surgery is not None:
+            surgery.undo()
+    assert model[0] is block
+    assert sizes["blocks deleted"] == 0
+    assert sizes["ULSAM, 4 groups"] == 5 * 112 + 12
+    assert sizes["the network as it is"] > sizes["squeeze and excite"] > sizes["ULSAM, 1 group"]
