@@ -138,7 +138,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         self._means = self._cluster_means(embedding, labels)
         self._coordinates = z.matmul(self._directions)
         self._subspaces: list[Subspace] | None = None
-        self.labels_ = torch.from_numpy(labels).to(X.device) if is_tensor else labels
+        self.labels_: Any = torch.from_numpy(labels).to(X.device) if is_tensor else labels
         return self
 
     def predict(self, X: Any, *, adjacency: Any = None, links: Any = None) -> Any:

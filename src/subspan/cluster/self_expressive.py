@@ -40,7 +40,9 @@ class _RowClusterer(ClusterMixin, BaseEstimator):
         if isinstance(X, Tensor):
             X = X.detach().cpu()
             X = X.float().numpy() if X.dtype in (torch.float16, torch.bfloat16) else X.numpy()
-        rows = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1)
+        rows: Any = validate_data(
+            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
+        )
         if reset:
             k = self.n_clusters
             if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:

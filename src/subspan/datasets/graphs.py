@@ -45,6 +45,12 @@ class AttributedGraph:
         return int(self.attributes.indptr.size - 1)
 
     @property
+    def n_attributes(self) -> int:
+        """Number of attributes."""
+        attributes: Any = self.attributes
+        return int(attributes.shape[1])
+
+    @property
     def labelled(self) -> np.ndarray:
         """Mask (n,) of the nodes with a class."""
         if self.labels is None:

@@ -126,7 +126,7 @@ def cluster_graph(
     counted = None
     progress("clustering", 0.1)
     if n_clusters is None:
-        most = min(MOST_CLUSTERS, len(graph) - 2, graph.attributes.shape[1] - 2)
+        most = min(MOST_CLUSTERS, len(graph) - 2, graph.n_attributes - 2)
         if most < 2:
             raise ValueError("--clusters: the graph is too small to count clusters; say how many")
         probe = S2CAG(most, rounding="snem", n_init=1, **options)
@@ -144,7 +144,7 @@ def cluster_graph(
     has_edges = graph.adjacency.nnz > 0
     facts = {
         "rows": len(graph),
-        "columns": graph.attributes.shape[1],
+        "columns": graph.n_attributes,
         "edges": int((graph.adjacency.nnz + (graph.adjacency.diagonal() != 0).sum()) // 2),
         "method": f"s2cag, {objective}",
         "clusters": n_clusters,

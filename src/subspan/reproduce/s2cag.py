@@ -181,7 +181,11 @@ def _methods(graph: AttributedGraph, setting: Setting, *, ablations: bool) -> di
         )
 
     def means(rows: Any) -> Callable[[int], np.ndarray]:
-        return lambda seed: KMeans(k, n_init=3, random_state=seed).fit(rows).labels_
+        def cluster(seed: int) -> np.ndarray:
+            options: dict[str, Any] = {"n_init": 3, "random_state": seed}
+            return KMeans(k, **options).fit_predict(rows)
+
+        return cluster
 
     methods = {
         _OURS: ours("conductance"),
@@ -317,9 +321,10 @@ def _label_free(graph: AttributedGraph, seeds: list[int]) -> list[Any]:
 def _unseen(graph: AttributedGraph, options: dict[str, Any], seed: int) -> tuple[float, float]:
     """Accuracy on a fifth of the nodes: predicted by a model of the others, and of a model fitted with them."""
     assert graph.labels is not None
-    held_out = np.zeros(len(graph), dtype=bool)
+    held_out: Any = np.zeros(len(graph), dtype=bool)
     held_out[np.random.default_rng(seed).permutation(len(graph))[: len(graph) // 5]] = True
-    x, a = graph.attributes, graph.adjacency
+    x: Any = graph.attributes
+    a: Any = graph.adjacency
     rest = a[~held_out][:, ~held_out]
     model = S2CAG(graph.n_classes, random_state=seed, **options).fit(x[~held_out], adjacency=rest)
     links, among = a[held_out][:, ~held_out], a[held_out][:, held_out]

@@ -139,8 +139,9 @@ _CONTROLS = ("k-means", "spectral clustering, RBF", "LSR, all coefficients")
 
 def _methods(k: int, dim: int) -> dict[str, Callable[[int], Any]]:
     """Each clusterer, by seed; `dim` is the assumed dimension of the subspaces."""
+    starts: dict[str, Any] = {"n_init": 10}
     return {
-        "k-means": lambda seed: KMeans(k, n_init=10, random_state=seed),
+        "k-means": lambda seed: KMeans(k, random_state=seed, **starts),
         "spectral clustering, RBF": lambda seed: _Gaussian(k, seed),
         "LSR": lambda seed: LeastSquaresRepresentation(k, retain=dim, random_state=seed),
         "LSR, all coefficients": lambda seed: LeastSquaresRepresentation(k, retain=None, random_state=seed),

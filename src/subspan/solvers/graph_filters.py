@@ -25,7 +25,7 @@ def as_adjacency(adjacency: Any, n: int, name: str = "adjacency") -> sparse.csr_
     if isinstance(adjacency, Tensor) and adjacency.layout != torch.strided:
         coo = adjacency.detach().cpu().to_sparse_coo().coalesce()
         rows, columns = coo.indices().numpy()
-        matrix = sparse.csr_matrix((coo.values().double().numpy(), (rows, columns)), shape=tuple(coo.shape))
+        matrix: Any = sparse.csr_matrix((coo.values().double().numpy(), (rows, columns)), shape=tuple(coo.shape))
     elif sparse.issparse(adjacency):
         matrix = sparse.csr_matrix(adjacency, dtype=np.float64, copy=True)
     else:
@@ -76,7 +76,7 @@ def transition_matrix(adjacency: sparse.csr_matrix, loops: int = 2) -> sparse.cs
     """Row-stochastic P: rownorm(A + I) with loops=1; rownorm(D^(-1/2)(A + I)D^(-1/2) + I) with loops=2."""
     if loops not in (1, 2):
         raise ValueError(f"loops: expected 1 or 2, got {loops!r}")
-    identity = sparse.identity(adjacency.shape[0], format="csr")
+    identity = sparse.identity(adjacency.indptr.size - 1, format="csr")
     matrix = sparse.csr_matrix(adjacency + identity)
     if loops == 2:
         matrix = sparse.csr_matrix(symmetric_normalized(matrix) + identity)
@@ -123,7 +123,7 @@ class PolynomialFilter:
     def rmatmul(self, y: Any) -> Any:
         """The transposed filter applied to y (n, b)."""
         if self._transposed is None:
-            turned = self.matrix.T if not isinstance(self.matrix, Tensor) else self.matrix.t()
+            turned: Any = self.matrix.T if not isinstance(self.matrix, Tensor) else self.matrix.t()
             self._transposed = turned.tocsr() if sparse.issparse(turned) else turned
         return self._horner(self._transposed, y)
 
@@ -163,10 +163,11 @@ def smooth(x: Any, adjacency: Any, order: int = 10, decay: float = 0.9, *, loops
     A tensor gives a tensor, differentiable in x; other attributes give a numpy array. P is `transition_matrix`.
     """
     n = len(x) if isinstance(x, Tensor) else x.shape[0]
+    given: Any = x
     matrix: Any = transition_matrix(as_adjacency(adjacency, n), loops)
     if isinstance(x, Tensor):
         coo = matrix.tocoo()
         index = torch.from_numpy(np.stack([coo.row, coo.col]).astype(np.int64))
         matrix = torch.sparse_coo_tensor(index, torch.from_numpy(coo.data), coo.shape, dtype=x.dtype, device=x.device)
-    rows = x.toarray() if sparse.issparse(x) else x if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
+    rows = given.toarray() if sparse.issparse(x) else x if isinstance(x, Tensor) else np.asarray(x, dtype=np.float64)
     return PolynomialFilter(matrix, geometric_weights(order, decay)).matmul(rows)

@@ -101,4 +101,5 @@ def orthogonal_iteration(
 
 def orthonormal_columns(y: np.ndarray) -> np.ndarray:
     """Orthonormal columns (n, b) that span those of y."""
-    return scipy_qr(y, mode="economic", overwrite_a=False, check_finite=False)[0]
+    factors: Any = scipy_qr(y, mode="economic", overwrite_a=False, check_finite=False)
+    return factors[0]

@@ -16,7 +16,8 @@ from .graph_filters import symmetric_normalized
 
 def clustering_accuracy(truth: Any, labels: Any) -> float:
     """Share of items whose cluster is matched to their class, in the best one-to-one matching (Hungarian method)."""
-    table = contingency_matrix(*_two(truth, labels)).astype(np.float64)
+    counted: Any = contingency_matrix(*_two(truth, labels))
+    table = counted.astype(np.float64)
     chosen = assign(table, random_state=None).numpy()
     rows = np.flatnonzero(chosen >= 0)
     return float(table[rows, chosen[rows]].sum() / table.sum())
@@ -80,7 +81,7 @@ def conductance(adjacency: Any, labels: Any) -> float:
 
 def _cluster_weights(adjacency: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     """Weight inside each cluster (both directions of an edge) and volume of each."""
-    matrix = sparse.coo_matrix(adjacency)
+    matrix: Any = sparse.coo_matrix(adjacency)
     numbers: Int[np.ndarray, " n"] = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1)
     if len(numbers) != matrix.shape[0]:
         raise ValueError(f"labels: expected {matrix.shape[0]}, got {len(numbers)}")

@@ -66,7 +66,8 @@ def kmeans_labels(rows: np.ndarray, k: int, n_init: int, random: Any) -> Int[np.
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters is mended, and said, by `fill_empty`.
         warnings.simplefilter("ignore")
-        return KMeans(k, n_init=n_init, random_state=random).fit(rows).labels_.astype(np.int64)
+        options: dict[str, Any] = {"n_init": n_init, "random_state": random}
+        return KMeans(k, **options).fit_predict(rows).astype(np.int64)
 
 
 def snem(rows: Float[np.ndarray, "n q"], labels: Int[np.ndarray, " n"], k: int) -> Int[np.ndarray, " n"]:

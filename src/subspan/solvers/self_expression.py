@@ -277,9 +277,10 @@ def _elastic_nets(atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start:
         # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for row in range(len(result)):
+            options: dict[str, Any] = {"alphas": [penalties[row]], "precompute": grams[row], "Xy": linear[row]}
             result[row] = enet_path(
-                rows[row].T, target[row].numpy(), l1_ratio=r, alphas=[penalties[row]], precompute=grams[row],
-                Xy=linear[row], coef_init=initial[row], check_input=False, tol=tolerance, max_iter=200,
+                rows[row].T, target[row].numpy(), l1_ratio=r, coef_init=initial[row], check_input=False,
+                tol=tolerance, max_iter=200, **options,
             )[1][:, 0]  # fmt: skip
     return torch.from_numpy(result)
 

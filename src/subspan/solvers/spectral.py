@@ -32,7 +32,7 @@ def top_per_row(matrix: Any, keep: int) -> sparse.csr_matrix:
         found = sparse.csr_matrix((values, (rows, columns.ravel())), shape=dense.shape)
         found.eliminate_zeros()
         return found
-    csr = sparse.csr_matrix(matrix)
+    csr: Any = sparse.csr_matrix(matrix)
     rows = np.repeat(np.arange(csr.shape[0]), np.diff(csr.indptr))
     order = np.lexsort((-np.abs(csr.data), rows))
     place = np.arange(len(order)) - csr.indptr[rows[order]]
@@ -75,7 +75,7 @@ def spectral_embedding(affinity: Any, q: int, *, random_state: Any = None) -> Sp
 
     Dense below 1 500 items, Lanczos above. Nodes without any affinity have rows of zeros, and are counted in a warning.
     """
-    matrix = sparse.csr_matrix(affinity).astype(np.float64)
+    matrix: Any = sparse.csr_matrix(affinity, dtype=np.float64)
     n = matrix.shape[0]
     if not 1 <= q <= n:
         raise ValueError(f"q: must lie in [1, {n}], got {q}")
@@ -92,8 +92,9 @@ def spectral_embedding(affinity: Any, q: int, *, random_state: Any = None) -> Sp
     start = check_random_state(random_state).uniform(-1, 1, n)
     # A shift makes the largest eigenvalues those of largest absolute value, which Lanczos finds sooner.
     shifted = normalized + sparse.identity(n, format="csr")
+    tolerance: dict[str, Any] = {"tol": 1e-6}
     try:
-        values, vectors = eigsh(shifted, q, v0=start, ncv=min(n, max(4 * q, 60)), tol=1e-6)
+        values, vectors = eigsh(shifted, q, v0=start, ncv=min(n, max(4 * q, 60)), **tolerance)
     except ArpackNoConvergence as error:
         if len(error.eigenvalues) < q:
             raise ValueError("affinity: its eigenvectors did not converge; it may have too many components") from error
@@ -142,7 +143,8 @@ class ClusterCount(NamedTuple):
 
 def count_clusters(affinity: Any, *, most: int = 20, random_state: Any = None) -> ClusterCount:
     """How many clusters an affinity (n, n) has: the k in [2, most] with the largest gap of its normalised spectrum."""
-    n = sparse.csr_matrix(affinity).shape[0]
+    matrix: Any = sparse.csr_matrix(affinity)
+    n = matrix.shape[0]
     most = min(most, n - 1)
     if most < 2:
         raise ValueError(f"affinity: {n} items are too few to count clusters")
