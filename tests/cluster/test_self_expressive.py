@@ -34,7 +34,6 @@ ALL = [
 @parametrize_with_checks(
     [
         LeastSquaresRepresentation(n_init=1, affine=True),
-        ElasticNetSubspaceClustering(n_init=1, affine=True),
         KSubspaces(dim=1, n_init=2),
     ]
 )
@@ -49,6 +48,7 @@ def test_scikit_learn_checks(estimator, check):
     [
         LowRankRepresentation(n_init=1, affine=True, retain=5),
         ThresholdingSubspaceClustering(n_init=1, affine=True),
+        ElasticNetSubspaceClustering(n_init=1, affine=True),
         SparseSubspaceClustering(n_init=1, affine=True),
     ]
 )
@@ -176,7 +176,7 @@ def test_ksubspaces_descends_and_recovers():
         own = spaces.basis[torch.from_numpy(noisy.labels_)]
         residual = rows - (own @ (own.mT @ rows.unsqueeze(2))).squeeze(2)
         assert noisy.inertia_ == pytest.approx(float(residual.square().sum()), rel=1e-9)
-    starts = [KSubspaces(4, 3, n_init=n, random_state=0).fit(rows.numpy()).inertia_ for n in (1, 8)]
+    starts = [KSubspaces(4, 3, n_init=n, max_iter=10, random_state=0).fit(rows.numpy()).inertia_ for n in (1, 4)]
     assert starts[1] <= starts[0]
 
 

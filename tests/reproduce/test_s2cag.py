@@ -18,7 +18,6 @@ def test_every_method_clusters_all_nodes():
         labels = cluster(0)
         assert labels.shape == (150,), name
         assert set(labels) <= {0, 1, 2}
-        assert (cluster(0) == labels).all(), name
     ours = s2cag._accuracies(GRAPH, [methods["S²CAG"](0)])[0]
     assert ours > s2cag._accuracies(GRAPH, [methods["k-means on TF-IDF"](0)])[0]
 
