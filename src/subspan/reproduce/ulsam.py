@@ -22,7 +22,7 @@ from .protocol import Check, Outcome, Progress, Table
 MODEL, SIZE, CUT = "efficientnet-lite0", 96, 8
 """The network, its input, and the block that the tail begins with: the first of the stage of 112 channels."""
 
-N_TRAIN, N_TEST, BATCH, EPOCHS, RATE = 640, 640, 32, 2, 1e-3
+N_TRAIN, N_TEST, BATCH, EPOCHS, RATE = 320, 480, 32, 2, 1e-3
 
 
 class SqueezeExcite(nn.Module):
