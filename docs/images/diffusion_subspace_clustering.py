@@ -1,4 +1,4 @@
-"""Draw docs/images/diffusion_subspace_clustering.png: held-out faces moved along directions of a denoiser's Jacobian."""
+"""Draw docs/images/diffusion_subspace_clustering.png: faces moved along directions of a denoiser's Jacobian."""
 
 from pathlib import Path
 
