@@ -22,7 +22,7 @@ from ..geometry.subspace import Subspace
 from ..solvers import assign, nearest
 from ..statistics import JointMoments, local_kernel_cka
 from ..statistics.kernel_alignment import MOST_KERNEL_ROWS
-from .pairs import paired_rows
+from ..statistics.pairs import paired_rows
 
 _METHODS = ("affine", "local_cka", "procrustes", "cosine")
 _SUBSPACES = ("cca", "pca", "svcca", None)

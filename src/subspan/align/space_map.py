@@ -13,7 +13,7 @@ from torch import Tensor
 from ..geometry.arrays import check_matrix, like
 from ..geometry.maps import AffineMap
 from ..statistics import JointMoments
-from .pairs import paired_rows
+from ..statistics.pairs import paired_rows
 
 _METHODS = ("procrustes", "scaled", "ridge", "cca")
 

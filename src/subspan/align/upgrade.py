@@ -18,10 +18,10 @@ from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.maps import AffineMap
 from ..statistics import JointMoments
+from ..statistics.pairs import paired_rows
 from .adapter import EmbeddingAdapter
 from .confidence import RetrievalConfidence
 from .held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, HeldOut, closed_forms, complexity, grid
-from .pairs import paired_rows
 from .unpaired import UnpairedReport, align_unpaired
 
 _METHODS = ("auto", *CLOSED_FORMS, "mlp")

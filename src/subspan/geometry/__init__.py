@@ -28,6 +28,7 @@ from .rank import (
 from .spatial import gram_agreement, spatial_structure
 from .spectra import (
     coding_rate,
+    compressed_coding_rate,
     effective_rank,
     explained_ratio,
     participation_ratio,
@@ -52,6 +53,7 @@ __all__ = [
     "check_finite",
     "check_matrix",
     "coding_rate",
+    "compressed_coding_rate",
     "effective_rank",
     "expected_overlap",
     "explained_ratio",

@@ -48,11 +48,40 @@ def power_law_exponent(variances: Float[Tensor, " d"], *, first: int = 1, last: 
     return -(x * (y - y.mean())).sum() / x.square().sum()
 
 
-def coding_rate(z: Float[Tensor, "*b n d"], *, epsilon: float = 0.5) -> Float[Tensor, "*b"]:
-    """Coding rate 1/2 logdet(I + d/(n eps^2) Z'Z), in nats, in the smaller Gram matrix (Ma et al., 2007)."""
+def coding_rate(
+    z: Float[Tensor, "*b n d"], *, epsilon: float = 0.5, weights: Float[Tensor, "*c n"] | None = None
+) -> Float[Tensor, "*_"]:
+    """Coding rate 1/2 logdet(I + d/(n eps^2) Z'Z), in nats, in the smaller Gram matrix (Ma et al., 2007).
+
+    weights (*c, n), non-negative, *c broadcast against *b: the rate of weighted rows, 1/2 logdet(I + d/(sum w eps^2)
+    Z' diag(w) Z), one for each row of weights; rows of weights that are zero give 0.
+    """
     if epsilon <= 0:
         raise ValueError(f"epsilon: must be positive, got {epsilon}")
     n, d = z.shape[-2:]
-    gram = z.mT @ z if d <= n else z @ z.mT
+    if weights is None:
+        gram, total = z.mT @ z if d <= n else z @ z.mT, z.new_tensor(float(n))
+    else:
+        # All Gram matrices in one product with the rows' outer products, which are few numbers for d below n.
+        outer = (z.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+        gram = (weights @ outer if z.ndim == 2 else torch.einsum("...n,...np->...p", weights, outer)).unflatten(
+            -1, (d, d)
+        )
+        total = weights.sum(-1).unsqueeze(-1).unsqueeze(-1)
+        total = torch.where(total > 0, total, torch.ones_like(total))
     eye = torch.eye(gram.shape[-1], dtype=z.dtype, device=z.device)
-    return 0.5 * torch.linalg.slogdet(eye + gram * (d / (n * epsilon**2)))[1]
+    return 0.5 * torch.linalg.slogdet(eye + gram * (d / (total * epsilon**2)))[1]
+
+
+def compressed_coding_rate(
+    z: Float[Tensor, "n d"], membership: Float[Tensor, "g n"], *, epsilon: float = 0.5
+) -> Float[Tensor, ""]:
+    """Coding rate of groups of rows, sum_j (sum_i m_ji / n) coding_rate(Z, weights=m_j): what MCR² subtracts.
+
+    membership (g, n): hard or soft groups, or n rows of a doubly stochastic matrix, each with its own neighbourhood
+    (Ding et al., 2023). Where the columns sum to 1 it is at most `coding_rate(z)`. Source: Yu et al. (2020).
+    """
+    if membership.shape[-1] != z.shape[0]:
+        raise ValueError(f"membership: expected {z.shape[0]} columns, got {tuple(membership.shape)}")
+    share = membership.sum(-1) / z.shape[0]
+    return (share * coding_rate(z, epsilon=epsilon, weights=membership)).sum()

@@ -6,6 +6,7 @@ from subspan.models.encoders import ImageEncoder, SentenceEncoder
 from subspan.models.features import FeatureGrid, token_grid
 from subspan.models.intervene import intervene
 from subspan.models.layers import find_blocks, layer_names
+from subspan.models.permute import permute_units
 from subspan.models.preprocessing import ImagePreprocessing, image_tensor
 from subspan.models.tokens import TokenRoles
 
@@ -25,6 +26,7 @@ __all__ = [
     "intervene",
     "iterate_representations",
     "layer_names",
+    "permute_units",
     "pool_states",
     "token_grid",
 ]

@@ -168,6 +168,30 @@ SYSTEMS = (
         "nn",
         "GrassmannMixing",
     ),
+    System(
+        "diffusion-subspace-clustering",
+        "Low-rank mixtures as diffusion models: denoising, clustering and editing by subspaces",
+        "Wang et al.: Diffusion Models Learn Low-Dimensional Distributions via Subspace Clustering (arXiv 2409.02426)",
+        2024,
+        "cluster",
+        "LowRankMixtureDiffusion",
+    ),
+    System(
+        "mlc",
+        "A union of orthogonal subspaces and its clusters learnt at once, without labels",
+        "Ding et al.: Unsupervised Manifold Linearizing and Clustering (ICCV 2023, arXiv 2301.01805)",
+        2023,
+        "cluster",
+        "ManifoldLinearizingClustering",
+    ),
+    System(
+        "convergent-learning",
+        "Units and subspaces that independently trained networks have in common",
+        "Li et al.: Convergent Learning (ICLR 2016, arXiv 1511.07543)",
+        2016,
+        "probe",
+        "ConvergentLearning",
+    ),
 )
 """Every system with a protocol."""
 

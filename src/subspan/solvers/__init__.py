@@ -10,6 +10,7 @@ from .graph_filters import (
     symmetric_normalized,
     transition_matrix,
 )
+from .jacobian import JacobianSubspace, jacobian_rank, jacobian_subspace
 from .low_rank import MatrixOperator, Operator, orthogonal_iteration, orthonormal_columns, randomized_svd
 from .neighbours import knn_overlap, nearest, nearest_code, neighbour_purity, recall_at_k
 from .partitions import (
@@ -43,6 +44,7 @@ from .retrieval import (
     template_gallery,
 )
 from .rounding import ROUNDINGS, round_embedding
+from .sinkhorn import doubly_stochastic
 
 __all__ = [
     "ROUNDINGS",
@@ -51,6 +53,7 @@ __all__ = [
     "MatrixOperator",
     "Operator",
     "PolynomialFilter",
+    "JacobianSubspace",
     "RetrievalScores",
     "as_adjacency",
     "assign",
@@ -64,9 +67,12 @@ __all__ = [
     "compatibility_matrix",
     "conductance",
     "connectivity",
+    "doubly_stochastic",
     "feature_detection_error",
     "geometric_weights",
     "halving_sizes",
+    "jacobian_rank",
+    "jacobian_subspace",
     "knn_overlap",
     "modularity",
     "nearest",

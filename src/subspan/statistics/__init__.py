@@ -1,7 +1,9 @@
 """Sufficient statistics that merge: moments, sketches, and rows streamed from anywhere."""
 
+from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
 from .moments import GroupedMoments, JointMoments, Moments
+from .mutual_information import mutual_information
 from .sketch import CovarianceSketch
 from .streams import batches, fit_moments, is_dask, is_one_shot, is_stream
 
@@ -16,6 +18,8 @@ __all__ = [
     "is_dask",
     "is_one_shot",
     "is_stream",
+    "jackknife",
     "kernel_cka",
     "local_kernel_cka",
+    "mutual_information",
 ]

@@ -11,7 +11,7 @@ from sklearn.utils.validation import validate_data
 from torch import Tensor
 
 from ..geometry.arrays import check_matrix
-from ..statistics import batches, is_stream
+from .streams import batches, is_stream
 
 
 def is_streamed(rows: Any) -> bool:

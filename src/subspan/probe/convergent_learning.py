@@ -1,0 +1,569 @@
+"""Convergent learning: do two networks learn the same units, combinations of units, or subspaces? (Li et al., 2016)"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.cluster import SpectralClustering
+from sklearn.linear_model import lars_path_gram
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from ..geometry.arrays import check_matrix, like
+from ..geometry.grassmann import random_basis
+from ..geometry.maps import AffineMap, CanonicalCorrelation, cca
+from ..geometry.subspace import Subspace
+from ..models.capture import iterate_representations
+from ..solvers.assignment import assign
+from ..statistics import JointMoments
+from ..statistics.pairs import paired_rows
+
+_METHODS = ("matching", "semi", "sparse", "rotation", "linear")
+_SIGNS = ("auto", "signed", "absolute")
+# A unit whose spread is a millionth of its mean is constant to the rounding of float32.
+_CONSTANT = 1e-12
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Partner in x of each unit of y (-1 where it has none) and the correlation of the two (0 where none)."""
+
+    partner: Int[Tensor, " q"]
+    correlation: Float[Tensor, " q"]
+
+    def mean(self) -> float:
+        """Mean |correlation| of the units that have a partner; 0 where none has."""
+        kept = self.partner >= 0
+        return float(self.correlation[kept].abs().mean()) if bool(kept.any()) else 0.0
+
+
+@dataclass(frozen=True)
+class SparsePrediction:
+    """Each unit of y from few units of x: the affine map, and the partners of each unit, in the order they entered."""
+
+    map: AffineMap
+    partners: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units of both networks that belong together: their numbers in x and in y, and how far the two spans agree.
+
+    parity: smaller over larger number of members. inside: mean |correlation| between its members of x and of y.
+    canonical: canonical correlations of its two sets of units; None where one of them is empty.
+    """
+
+    x: Int[Tensor, " a"]
+    y: Int[Tensor, " b"]
+    inside: float
+    canonical: CanonicalCorrelation | None
+    widths: tuple[int, int]
+
+    @property
+    def parity(self) -> float:
+        """Smaller over larger number of members."""
+        return min(len(self.x), len(self.y)) / max(len(self.x), len(self.y))
+
+    @property
+    def agreement(self) -> float:
+        """Mean canonical correlation; 0 where one side is empty."""
+        return 0.0 if self.canonical is None else float(self.canonical.correlations.mean())
+
+    def subspaces(self) -> tuple[Subspace, Subspace]:
+        """The canonical directions as subspaces of the two spaces of units. Raises ValueError for an empty side."""
+        if self.canonical is None:
+            raise ValueError("group: it has members of one network only, so there is nothing to compare")
+        found = []
+        for members, directions, width in (
+            (self.x, self.canonical.x_directions, self.widths[0]),
+            (self.y, self.canonical.y_directions, self.widths[1]),
+        ):
+            whole = directions.new_zeros(width, directions.shape[1])
+            whole[members] = directions
+            found.append(Subspace.span(whole))
+        return found[0], found[1]
+
+
+class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Units of two networks paired one to one, predicted from few, grouped many to many, and compared as subspaces.
+
+    Rows are inputs (a feature map: every position of every image), columns are units. All comes from the joint moments
+    of the two layers: one pass, O((p + q)²) memory, whatever the number of rows.
+    method: what `transform` predicts the units of Y from: "matching", the partner in the one-to-one matching with the
+    largest total correlation · "semi", the most correlated unit, shared where several want it · "sparse", at most
+    `n_partners` units chosen by the lasso · "rotation", all units through an orthogonal map · "linear", all units.
+    sign: "signed" pairs units that rise together, "absolute" also opposite ones; "auto" is "signed" where no activation
+    is negative, as behind a ReLU. n_groups, power, within: of `groups`. Units that do not vary are left out.
+    Attributes: moments_; correlations_ (p, q), 0 for dead units; dead_x_, dead_y_; signed_; matching_, semi_matching_
+    (`Matching`); map_, the `AffineMap` of `method`.
+    Source: Li, Yosinski, Clune, Lipson & Hopcroft (2016), arXiv 1511.07543.
+    """
+
+    def __init__(
+        self,
+        method: Any = "matching",
+        sign: Any = "auto",
+        n_partners: Any = 5,
+        n_groups: Any = None,
+        power: Any = 2.0,
+        within: Any = True,
+        random_state: Any = 0,
+    ) -> None:
+        self.method = method
+        self.sign = sign
+        self.n_partners = n_partners
+        self.n_groups = n_groups
+        self.power = power
+        self.within = within
+        self.random_state = random_state
+
+    # ------------------------------------------------------------------ fitting
+
+    def fit(self, X: Any, Y: Any) -> ConvergentLearning:
+        """Fit to activations X (n, p) and Y (n, q) on the same inputs, as arrays or as streams of batches.
+
+        Raises ValueError for NaN, unequal numbers of rows, fewer than 2 rows, or a layer without a living unit.
+        """
+        for name in ("moments_", "_negative"):
+            self.__dict__.pop(name, None)
+        return self.partial_fit(X, Y)
+
+    def partial_fit(self, X: Any, Y: Any) -> ConvergentLearning:
+        """Add paired rows to the moments and match anew."""
+        self._check_parameters()
+        reset = not hasattr(self, "moments_")
+        for x, y in paired_rows(self, X, Y, reset=reset):
+            if not hasattr(self, "moments_"):
+                self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
+                self.n_features_in_ = x.shape[1]
+                self._negative = False
+            self.moments_.update(x, y)
+            self._negative = self._negative or bool((x < 0).any()) or bool((y < 0).any())
+        return self._solve()
+
+    @classmethod
+    def from_moments(cls, moments: JointMoments, **parameters: Any) -> ConvergentLearning:
+        """Fitted from joint moments alone (see `layer_moments`); sign "auto" is then "absolute"."""
+        model = cls(**parameters)
+        model._check_parameters()
+        model.moments_, model._negative = moments, True
+        model.n_features_in_ = moments.d_x
+        return model._solve()
+
+    def _check_parameters(self) -> None:
+        if self.method not in _METHODS:
+            raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
+        if self.sign not in _SIGNS:
+            raise ValueError(f"sign: expected one of {_SIGNS}, got {self.sign!r}")
+        for name, least in (("n_partners", 1), ("n_groups", 2)):
+            value = getattr(self, name)
+            if name == "n_groups" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        if not self.power > 0:
+            raise ValueError(f"power: must be positive, got {self.power!r}")
+
+    def _solve(self) -> ConvergentLearning:
+        moments = getattr(self, "moments_", None)
+        if moments is None or moments.count < 2:
+            raise ValueError("X, Y: need at least 2 rows (n_samples = 2)")
+        p, q = moments.d_x, moments.d_y
+        if moments.count <= p + q:
+            warnings.warn(
+                f"X, Y: {moments.count:g} rows for {p + q} units; correlations are near one by chance, and least "
+                "squares fits anything",
+                stacklevel=3,
+            )
+        variance = moments.joint.scatter.diagonal() / (moments.count - 1)
+        alive = variance > _CONSTANT * moments.joint.mean.square()
+        self._alive_x, self._alive_y = alive[:p].nonzero()[:, 0], alive[p:].nonzero()[:, 0]
+        self.dead_x_, self.dead_y_ = (~alive[:p]).nonzero()[:, 0], (~alive[p:]).nonzero()[:, 0]
+        for name, living in (("X", self._alive_x), ("Y", self._alive_y)):
+            if not len(living):
+                raise ValueError(f"{name}: every unit is constant; there is nothing to correlate")
+        self._scale = torch.where(alive, variance, 0).sqrt()
+        inverse = torch.where(alive, 1 / self._scale.where(alive, torch.ones_like(variance)), 0)
+        self._joint = (moments.joint.covariance() * inverse[:, None] * inverse).clamp(-1, 1)
+        self.correlations_ = self._joint[:p, p:]
+        self.signed_ = self.sign == "signed" or (self.sign == "auto" and not self._negative)
+        self.matching_, self.semi_matching_ = self._matching(), self._semi_matching()
+        self.map_ = self.alignment(self.method)
+        self._n_features_out = q
+        return self
+
+    def _strength(self) -> Float[Tensor, "a b"]:
+        """What is matched: correlations of living units, or their magnitudes."""
+        table = self.correlations_[self._alive_x][:, self._alive_y]
+        return table if self.signed_ else table.abs()
+
+    def _partners(self, chosen: Int[Tensor, " b"]) -> Matching:
+        """Partners among the living units (-1: none) as units of the whole layers."""
+        partner = torch.full((self.moments_.d_y,), -1, dtype=torch.int64, device=chosen.device)
+        partner[self._alive_y] = torch.where(chosen >= 0, self._alive_x[chosen.clamp_min(0)], -1)
+        columns = torch.arange(len(partner), device=chosen.device)
+        correlation = torch.where(partner >= 0, self.correlations_[partner.clamp_min(0), columns], 0)
+        return Matching(partner, correlation)
+
+    def _matching(self) -> Matching:
+        return self._partners(assign(self._strength().mT, random_state=self.random_state))
+
+    def _semi_matching(self) -> Matching:
+        return self._partners(self._strength().argmax(0))
+
+    # ------------------------------------------------------------------ unit to unit, few to one
+
+    def alignment(self, method: str = "matching") -> AffineMap:
+        """The affine prediction of Y's units by one of the methods; least squares within what the method allows.
+
+        A unit that is dead or has no partner is predicted by its mean.
+        """
+        if method not in _METHODS:
+            raise ValueError(f"method: expected one of {_METHODS}, got {method!r}")
+        if method == "sparse":
+            return self.sparse_prediction().map
+        p = self.moments_.d_x
+        standard = self._joint.new_zeros(self.moments_.d_y, p)
+        living = self._alive_y[:, None], self._alive_x
+        if method in ("matching", "semi"):
+            found = self.matching_ if method == "matching" else self.semi_matching_
+            rows = (found.partner >= 0).nonzero()[:, 0]
+            standard[rows, found.partner[rows]] = found.correlation[rows]
+        elif method == "rotation":
+            u, _, vh = torch.linalg.svd(self.correlations_[self._alive_x][:, self._alive_y].mT, full_matrices=False)
+            standard[living] = u @ vh
+        else:
+            gram = self._joint[self._alive_x][:, self._alive_x]
+            regular = gram + _RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            cross = self.correlations_[self._alive_x][:, self._alive_y]
+            standard[living] = torch.linalg.solve(regular, cross).mT
+        return self._unscaled(standard)
+
+    def _unscaled(self, standard: Float[Tensor, "q p"]) -> AffineMap:
+        """A map between standardised units as a map between units."""
+        p = self.moments_.d_x
+        scale_x = torch.where(self._scale[:p] > 0, self._scale[:p], 1)
+        matrix = standard * self._scale[p:, None] / scale_x
+        return AffineMap(matrix, self.moments_.mean_y - matrix @ self.moments_.mean_x)
+
+    def sparse_prediction(self, n_partners: int | None = None, *, refit: bool = True) -> SparsePrediction:
+        """Each unit of Y from at most `n_partners` units of X, chosen by the lasso (its exact path, from the moments).
+
+        refit: least squares on the chosen units; otherwise the shrunk coefficients at the last step with so few.
+        """
+        most = self.n_partners if n_partners is None else n_partners
+        if most < 1:
+            raise ValueError(f"n_partners: at least 1, got {most}")
+        living = self._alive_x.cpu()
+        gram = self._joint[self._alive_x][:, self._alive_x].cpu().numpy()
+        standard = torch.zeros(self.moments_.d_y, self.moments_.d_x, dtype=torch.float64)
+        partners: list[tuple[int, ...]] = [()] * self.moments_.d_y
+        for unit in self._alive_y.tolist():
+            cross = self.correlations_[self._alive_x, unit].cpu().numpy()
+            order, path = _lasso_path(gram, cross, min(most, len(gram)))
+            last = path[:, -1]
+            chosen = [index for index in order if last[index] != 0]
+            if not chosen:
+                continue
+            if refit:
+                block = gram[np.ix_(chosen, chosen)] + _RIDGE * np.eye(len(chosen))
+                weights = np.linalg.solve(block, cross[chosen])
+            else:
+                weights = last[chosen]
+            places = living[chosen]
+            standard[unit, places] = torch.from_numpy(weights)
+            partners[unit] = tuple(places.tolist())
+        return SparsePrediction(self._unscaled(standard.to(self._joint)), tuple(partners))
+
+    def sparse_path(
+        self, penalties: Sequence[float], *, units: Sequence[int] | None = None
+    ) -> list[tuple[float, float, float]]:
+        """(penalty, mean number of partners, mean explained variance) along the lasso path, over units of Y.
+
+        Penalties are per unit, in correlations: from the largest correlation of a unit on it has no partner. units: of
+        Y (all living ones where None). Explained variance is that of the shrunk coefficients on the fitted moments.
+        """
+        wanted = sorted((float(value) for value in penalties), reverse=True)
+        if not wanted or not wanted[-1] > 0:
+            raise ValueError(f"penalties: positive numbers are needed, got {list(penalties)}")
+        gram = self._joint[self._alive_x][:, self._alive_x].cpu().numpy()
+        chosen = self._alive_y.tolist() if units is None else list(units)
+        partners, explained = np.zeros(len(wanted)), np.zeros(len(wanted))
+        for unit in chosen:
+            cross = self.correlations_[self._alive_x, unit].cpu().numpy()
+            least: Any = wanted[-1]
+            alphas, _, path = lars_path_gram(cross, gram, n_samples=1, method="lasso", alpha_min=least)
+            for place, penalty in enumerate(wanted):
+                weights = _at_penalty(alphas, path, penalty)
+                partners[place] += np.count_nonzero(weights)
+                explained[place] += 2 * weights @ cross - weights @ gram @ weights
+        return [(a, float(b), float(c)) for a, b, c in zip(wanted, partners / len(chosen), explained / len(chosen))]
+
+    def explained(
+        self, method: str | AffineMap = "matching", moments: JointMoments | None = None
+    ) -> Float[Tensor, " q"]:
+        """Explained variance R² of each unit of Y by a method or a map, on `moments` (held-out ones; else the fitted).
+
+        0 for units that do not vary there. May be negative on held-out moments.
+        """
+        fitted = self.alignment(method) if isinstance(method, str) else method
+        held = self.moments_ if moments is None else moments
+        if (held.d_x, held.d_y) != (self.moments_.d_x, self.moments_.d_y):
+            fitted_to = f"{self.moments_.d_x} and {self.moments_.d_y}"
+            raise ValueError(f"moments: are of {held.d_x} and {held.d_y} units, {fitted_to} were fitted")
+        w = fitted.matrix
+        offset = fitted.map(held.mean_x[None])[0] - held.mean_y
+        factor = (held.count - 1) / held.count
+        variance = held.cov_yy.diagonal() * factor
+        error = variance + factor * (((w @ held.cov_xx) * w).sum(1) - 2 * (w * held.cov_xy.mT).sum(1))
+        living = variance > _CONSTANT * held.mean_y.square()
+        ratio = (error + offset.square()) / variance.where(living, torch.ones_like(variance))
+        return torch.where(living, 1 - ratio, 0)
+
+    # ------------------------------------------------------------------ many to many, subspaces
+
+    def groups(self, n_groups: int | None = None) -> list[UnitGroup]:
+        """Groups of units of both networks by spectral clustering of one graph, the best agreeing first.
+
+        The edge between two units is |correlation|^power; within=False keeps only edges between the networks.
+        n_groups: also the estimator's; None for an eighth of the living units.
+        """
+        m, p = len(self._alive_x) + len(self._alive_y), self.moments_.d_x
+        wanted = n_groups or self.n_groups or max(2, m // 8)
+        if not 2 <= wanted <= m:
+            raise ValueError(f"n_groups: must lie in [2, {m}], the number of living units, got {wanted}")
+        living = torch.cat([self._alive_x, self._alive_y + p])
+        affinity = self._joint[living][:, living].abs().pow(float(self.power)).fill_diagonal_(0)
+        if not self.within:
+            border = len(self._alive_x)
+            affinity[:border, :border] = 0
+            affinity[border:, border:] = 0
+        labels = SpectralClustering(
+            wanted, affinity="precomputed", assign_labels="kmeans", random_state=self.random_state
+        ).fit_predict(affinity.cpu().numpy())
+        found = [
+            self._group(living[torch.from_numpy(labels == label).to(living.device)]) for label in np.unique(labels)
+        ]
+        return sorted(found, key=lambda group: -group.agreement)
+
+    def group_prediction(self, groups: Sequence[UnitGroup]) -> AffineMap:
+        """Each unit of Y from all units of X in its group, by least squares; by its mean where there is none."""
+        p = self.moments_.d_x
+        standard = self._joint.new_zeros(self.moments_.d_y, p)
+        for group in groups:
+            if group.canonical is not None:
+                gram = self._joint[group.x][:, group.x]
+                regular = gram + _RIDGE * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+                weights = torch.linalg.solve(regular, self._joint[group.x][:, group.y + p])
+                standard[group.y[:, None], group.x] = weights.mT
+        return self._unscaled(standard)
+
+    def random_groups(self, groups: Sequence[UnitGroup], random_state: int = 0) -> list[UnitGroup]:
+        """Groups of the same sizes with members drawn at random: the agreement that their sizes alone give."""
+        generator = torch.Generator().manual_seed(random_state)
+        living_x = self._alive_x[torch.randperm(len(self._alive_x), generator=generator)]
+        living_y = self._alive_y[torch.randperm(len(self._alive_y), generator=generator)]
+        x, y = living_x.split([len(g.x) for g in groups]), living_y.split([len(g.y) for g in groups])
+        return [self._group(torch.cat([a, b + self.moments_.d_x])) for a, b in zip(x, y)]
+
+    def _group(self, members: Int[Tensor, " g"]) -> UnitGroup:
+        p = self.moments_.d_x
+        members = members.sort().values
+        x, y = members[members < p], members[members >= p] - p
+        widths = (p, self.moments_.d_y)
+        if not len(x) or not len(y):
+            return UnitGroup(x, y, 0.0, None, widths)
+        scale = self._scale[members] * self._scale[members, None]
+        whole = self._joint[members][:, members] * scale
+        canonical = cca(
+            whole[: len(x), : len(x)],
+            whole[: len(x), len(x) :],
+            whole[len(x) :, len(x) :],
+            count=self.moments_.count,
+            shrinkage=0.0,
+        )
+        return UnitGroup(x, y, float(self.correlations_[x][:, y].abs().mean()), canonical, widths)
+
+    def canonical_correlations(self) -> Float[Tensor, " k"]:
+        """Canonical correlations of the two layers' living units, descending, without shrinkage."""
+        x, y = self._alive_x, self._alive_y
+        whole = self._joint
+        p = self.moments_.d_x
+        return cca(
+            whole[x][:, x], whole[x][:, y + p], whole[y + p][:, y + p], count=self.moments_.count, shrinkage=0.0
+        ).correlations
+
+    def rotation_similarity(self) -> float:
+        """Largest total covariance under any rotation over the largest possible, |C_xy|_* / sqrt(tr C_xx tr C_yy)."""
+        moments = self.moments_
+        spread = moments.cov_xx.diagonal().sum() * moments.cov_yy.diagonal().sum()
+        return float(torch.linalg.matrix_norm(moments.cov_xy, "nuc") / spread.sqrt())
+
+    # ------------------------------------------------------------------ controls and report
+
+    def rotated(self, random_state: int = 0) -> ConvergentLearning:
+        """The same comparison after a random rotation of Y's living units, which changes no subspace.
+
+        Units that agree as units no longer do; canonical correlations and the best rotation are as before.
+        """
+        generator = torch.Generator().manual_seed(random_state)
+        size = len(self._alive_y)
+        turn = random_basis(size, size, generator=generator).to(self._joint)
+        matrix = self._joint.new_zeros(size, self.moments_.d_y)
+        matrix[:, self._alive_y] = turn
+        # A rotation gives units no sign of their own.
+        return self._compared(matrix, "absolute")
+
+    def permuted(self, random_state: int = 0) -> ConvergentLearning:
+        """The same comparison with Y's units in random order, which matching must undo."""
+        generator = torch.Generator().manual_seed(random_state)
+        order = torch.randperm(self.moments_.d_y, generator=generator)
+        matrix = torch.eye(self.moments_.d_y, dtype=torch.float64)[order].to(self._joint)
+        return self._compared(matrix, "signed" if self.signed_ else "absolute")
+
+    def _compared(self, matrix: Float[Tensor, "r q"], sign: str) -> ConvergentLearning:
+        identity = AffineMap.identity(self.moments_.d_x).to(matrix)
+        parameters = {**self.get_params(), "sign": sign}
+        return type(self).from_moments(self.moments_.map(identity, AffineMap(matrix)), **parameters)
+
+    def report(
+        self, moments: JointMoments | None = None, *, groups: Sequence[UnitGroup] | None = None
+    ) -> dict[str, float]:
+        """The read-out of a pair of layers as numbers; explained variances on `moments` where held-out ones are given.
+
+        groups: as `groups()` makes them (the default). "basis choice": their agreement minus that of matched units.
+        """
+        found = self.groups() if groups is None else groups
+        in_groups = mean_agreement(found)
+        both = self.matching_.partner >= 0
+        same = self.matching_.partner[both] == self.semi_matching_.partner[both]
+        matched = self.matching_.correlation[both].abs()
+
+        def mean(method: str | AffineMap) -> float:
+            return float(self.explained(method, moments)[self._alive_y].mean())
+
+        return {
+            "units x": float(self.moments_.d_x),
+            "units y": float(self.moments_.d_y),
+            "dead units": float(len(self.dead_x_) + len(self.dead_y_)),
+            "semi-matching": self.semi_matching_.mean(),
+            "matching": self.matching_.mean(),
+            "same partner": float(same.double().mean()),
+            "matched above 0.5": float((matched > 0.5).double().mean()),
+            "R² of one partner": mean("matching"),
+            "R² of few partners": mean("sparse"),
+            "R² of its group": mean(self.group_prediction(found)),
+            "R² of all units": mean("linear"),
+            "group agreement": in_groups,
+            "basis choice": in_groups - self.matching_.mean(),
+            "rotation similarity": self.rotation_similarity(),
+            "mean canonical correlation": float(self.canonical_correlations().mean()),
+            "CKA": self.moments_.cka(),
+        }
+
+    def transform(self, X: Any) -> Any:
+        """Units of Y (n, q) predicted from activations X (n, p) by `method`; numpy or torch as given."""
+        check_is_fitted(self, "map_")
+        if not isinstance(X, Tensor):
+            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        rows = check_matrix(X, "X", columns=self.n_features_in_)
+        return like(self.map_.to(rows.device).map(rows), X)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        tags.target_tags.single_output = False
+        return tags
+
+
+def mean_agreement(groups: Sequence[UnitGroup]) -> float:
+    """Mean canonical correlation inside groups with members of both networks, weighted by their units of Y."""
+    both = [group for group in groups if group.canonical is not None]
+    return float(np.average([g.agreement for g in both], weights=[len(g.y) for g in both])) if both else 0.0
+
+
+def _lasso_path(gram: np.ndarray, cross: np.ndarray, steps: int) -> tuple[list[int], np.ndarray]:
+    """Units in the order in which they entered, and the coefficients (p, steps + 1) at each step of the path."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Regressors in active set degenerate")
+        warnings.filterwarnings("ignore", message="Early stopping the lars path")
+        _, order, path = lars_path_gram(cross, gram, n_samples=1, max_iter=steps, method="lasso")
+    return [int(index) for index in order], path
+
+
+def _at_penalty(alphas: np.ndarray, path: np.ndarray, penalty: float) -> np.ndarray:
+    """Coefficients of a piecewise linear path at one penalty."""
+    if penalty >= alphas[0]:
+        return path[:, 0]
+    after = int(np.searchsorted(-alphas, -penalty, side="left"))
+    if after >= len(alphas):
+        return path[:, -1]
+    high, low = alphas[after - 1], alphas[after]
+    share = 0.0 if high == low else (high - penalty) / (high - low)
+    return (1 - share) * path[:, after - 1] + share * path[:, after]
+
+
+def layer_moments(
+    models: Sequence[nn.Module],
+    layers: Sequence[str | Sequence[str]],
+    batches: Iterable[Any],
+    *,
+    layout: Any = "auto",
+    mask: Any = "attention_mask",
+    shift: int = 0,
+    forward: Any = None,
+) -> dict[tuple[int, int], list[JointMoments]]:
+    """Joint moments of layers of every two models (i < j) over batches of inputs, in the order of `layers`.
+
+    Every position of a feature map, every selected token, is a row; each model runs once a batch. layers: names, or
+    one name a model. shift: inputs of a batch by which the second model's activations are moved on, so that they meet
+    another input's: the null of no correspondence. mask, layout, forward as in `iterate_representations`.
+    Raises ValueError for fewer than two models or layers with different grids.
+    """
+    named = [[layer] * len(models) if isinstance(layer, str) else list(layer) for layer in layers]
+    if len(models) < 2 or not named or any(len(names) != len(models) for names in named):
+        raise ValueError(
+            "models, layers: at least two models, and of each layer one name or a name a model, are needed"
+        )
+    pairs = list(combinations(range(len(models)), 2))
+    found: dict[tuple[int, int], list[JointMoments]] = {pair: [] for pair in pairs}
+    for batch in batches:
+        states = []
+        for model, names in zip(models, zip(*named)):
+            wanted = list(dict.fromkeys(names))
+            (rows,) = iterate_representations(
+                model, [batch], wanted, pool="rows", mask=mask, layout=layout, forward=forward
+            )
+            states.append([rows[name] for name in names])
+        for i, j in pairs:
+            for place, (x, y) in enumerate(zip(states[i], states[j])):
+                y = y.to(x.device)
+                if len(x) != len(y):
+                    raise ValueError(
+                        f"layers: {named[place][i]!r} has {len(x)} positions in a batch, {named[place][j]!r} {len(y)}; "
+                        "choose layers whose feature maps have one size"
+                    )
+                if shift:
+                    y = y.unflatten(0, (_inputs(batch), -1)).roll(shift, 0).flatten(0, 1)
+                if place == len(found[i, j]):
+                    found[i, j].append(JointMoments(x.shape[1], y.shape[1], device=x.device))
+                found[i, j][place].update(x, y)
+    if not found[pairs[0]]:
+        raise ValueError("batches: at least one is needed")
+    return found
+
+
+def _inputs(batch: Any) -> int:
+    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+    first = first[0] if isinstance(first, tuple | list) else first
+    return len(first)

@@ -1,0 +1,108 @@
+"""Small convolutional networks that differ in their seed alone, trained on real pictures and kept in the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from ..datasets.cache import cache_folder, fingerprint, whole_folder
+from ..geometry.extras import require
+from ..geometry.files import load_arrays, save_arrays
+from ..nn.training import quiet_trainer
+
+_BATCH, _RATE = 128, 2e-3
+
+
+def small_network(channels: int, classes: int, seed: int, widths: tuple[int, int, int] = (32, 64, 128)) -> nn.Module:
+    """Three convolutions, each with a ReLU and a pooling, and two linear layers; untrained, from a seed.
+
+    Layers by name: conv1, relu1, …, relu3, fc, relu4, head; pictures of 28 to 32 pixels.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second, third = widths
+        parts: dict[str, nn.Module] = {
+            "conv1": nn.Conv2d(channels, first, 5, padding=2),
+            "relu1": nn.ReLU(),
+            "pool1": nn.MaxPool2d(2),
+            "conv2": nn.Conv2d(first, second, 3, padding=1),
+            "relu2": nn.ReLU(),
+            "pool2": nn.MaxPool2d(2),
+            "conv3": nn.Conv2d(second, third, 3, padding=1),
+            "relu3": nn.ReLU(),
+            "pool3": nn.AdaptiveAvgPool2d(3),
+            "flat": nn.Flatten(),
+            "fc": nn.Linear(9 * third, third),
+            "relu4": nn.ReLU(),
+            "head": nn.Linear(third, classes),
+        }
+        network = nn.Sequential()
+        for name, part in parts.items():
+            network.add_module(name, part)
+    return network
+
+
+def pixels(images: np.ndarray) -> Float[Tensor, "n c h w"]:
+    """Pictures (n, h, w) or (n, h, w, 3) of bytes as floats about 0, of unit deviation over the set."""
+    rows = torch.from_numpy(np.ascontiguousarray(images)).float()
+    rows = rows[:, None] if rows.ndim == 3 else rows.movedim(-1, 1)
+    return ((rows - rows.mean()) / rows.std()).contiguous()
+
+
+def trained_network(images: Float[Tensor, "n c h w"], labels: np.ndarray, *, seed: int, epochs: int) -> nn.Module:
+    """A `small_network` trained from `seed` (start and order of batches) by Adam, one cycle of the rate; cached."""
+    classes = int(labels.max()) + 1
+    network = small_network(images.shape[1], classes, seed)
+    key = fingerprint({"start": network, "images": images, "labels": labels, "seed": seed, "epochs": epochs})
+    folder = cache_folder() / "small-networks" / key
+    with whole_folder(folder) as unfinished:
+        if unfinished is not None:
+            _train(network, images, torch.from_numpy(labels.astype(np.int64)), seed, epochs)
+            save_arrays(unfinished / "network.safetensors", "small-network", network.state_dict())
+    network.load_state_dict(load_arrays(folder / "network.safetensors", "small-network")[0])
+    return network.eval().requires_grad_(False)
+
+
+def _train(network: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: int) -> None:
+    lightning: Any = require("lightning", extra="train")
+
+    class Classifier(lightning.LightningModule):
+        """Cross entropy of the network's logits."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def training_step(self, batch: Any, batch_index: int = 0) -> Tensor:
+            return F.cross_entropy(self.network(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.network.parameters(), _RATE)
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Faster on a processor.
+    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    loader = DataLoader(
+        TensorDataset(images.contiguous(memory_format=torch.channels_last), labels),
+        _BATCH,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    with quiet_trainer(max_epochs=epochs) as trainer:
+        trainer.fit(Classifier(), loader)
+    network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Float[Tensor, "n c h w"], labels: np.ndarray) -> float:
+    """Share of pictures that are classified rightly."""
+    found = torch.cat([network(part).argmax(1) for part in images.split(500)])
+    return float((found.numpy() == labels).mean())
