@@ -19,11 +19,13 @@ ifneq ($(SUBSPAN_DATA),)
 export SUBSPAN_DATA
 endif
 
+WORKERS ?= 2
+
 .PHONY: help report test lint types docs wheel lock clean
 
 help:
 	@echo 'make report   the main job, into report.html (ARGS="TABLE --against OTHER" for your own data)'
-	@echo 'make test     the tests (ARGS="-k name", ARGS="-m slow")'
+	@echo 'make test     the tests (ARGS="-k name", ARGS="-m slow", WORKERS=0 for one process)'
 	@echo 'make lint types docs wheel   the other checks of .ci/run, one by one'
 	@echo 'make lock     pin every dependency anew'
 	@echo 'make clean    remove the environment and all that is built'
@@ -31,10 +33,10 @@ help:
 report: .venv/.installed
 	.venv/bin/subspan report $(ARGS) -o report.html
 
-# One thread a test: the work is small, and threads on a busy machine wait for one another.
+# Two processes of one thread each: the work is small, and threads on a busy machine wait for one another.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -509,7 +509,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, pad_edge=False)
     for name, value in rows[0].items():
-        table.add_column(name.replace("_", " "), justify="right" if isinstance(value, int | float) else "left")
+        justify = "right" if isinstance(value, int | float) else "left"
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=name == "name")
     for row in rows:
         table.add_row(*(_short(value) for value in row.values()))
     Console(markup=False).print(table)

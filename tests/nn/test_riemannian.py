@@ -30,7 +30,9 @@ def test_one_step_is_the_geodesic_against_the_gradient():
 
 def test_one_dimensional_planes_follow_great_circles():
     parameter = plane(k=1)
-    s, g = parameter.detach()[0].clone(), torch.randn(12, dtype=torch.float64)
+    s = parameter.detach()[0].clone()
+    # Of length 1: a longer step would be cut.
+    g = torch.nn.functional.normalize(torch.arange(12, dtype=torch.float64) - 4, dim=0)
     parameter.grad = g.unsqueeze(0)
     RiemannianSGD([parameter], lr=0.2, momentum=0).step()
     v = -0.2 * (g - s * (s @ g))

@@ -88,7 +88,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         self._random = check_random_state(self.random_state)
         self._mean, deviation = rows.mean(0), rows.std(0, correction=0)
         self._scale = torch.where(deviation > 0, deviation, 1)
-        self.heads_ = self._trained((rows - self._mean) / self._scale, loss)
+        self.heads_ = self._trained((rows - self._mean) / self._scale, loss).double()
         self._n_features_out = self.z_dim
         z, c = self._represent(rows)
         chosen = torch.from_numpy(np.sort(self._random.permutation(n)[: min(n, _ROWS)]))
@@ -164,7 +164,8 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
 
     @torch.no_grad()
     def _represent(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.heads_((part - self._mean) / self._scale) for part in rows.split(_ROWS)]
+        # In double precision, so that a row is represented alike in whatever batch it comes.
+        parts = [self.heads_(((part - self._mean) / self._scale).double()) for part in rows.split(_ROWS)]
         z, c = (torch.cat(part) for part in zip(*parts))
         return z, c
 
