@@ -412,9 +412,12 @@ def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["big.npy"]
 
 
-# Interrupting the imports would prove nothing, so the process says when the rows are being read.
+# Interrupting the imports would prove nothing, so the process says when the rows are being read. Tests that were
+# started in the background of a shell inherit that Ctrl-C is ignored; a user's terminal does not.
 _TELLING_WHEN_IT_WORKS = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import subspan.report.facts as facts
 from subspan import cli
 survey = facts.survey
