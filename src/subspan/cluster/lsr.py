@@ -33,16 +33,12 @@ class LeastSquaresRepresentation(SelfExpressiveClustering):
         n_init: Any = 20,
         random_state: Any = None,
     ):
-        self.n_clusters = n_clusters
+        super().__init__(
+            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
+            random_state=random_state,
+        )  # fmt: skip
         self.alpha = alpha
         self.zero_diagonal = zero_diagonal
-        self.affine = affine
-        self.retain = retain
-        self.affinity = affinity
-        self.rank = rank
-        self.rounding = rounding
-        self.n_init = n_init
-        self.random_state = random_state
 
     def _represent(self, points: Tensor) -> Tensor:
         return ridge_self_expression(points, float(self.alpha), zero_diagonal=self.zero_diagonal)

@@ -34,16 +34,12 @@ class OMPSubspaceClustering(SelfExpressiveClustering):
         n_init: Any = 20,
         random_state: Any = None,
     ):
-        self.n_clusters = n_clusters
+        super().__init__(
+            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
+            random_state=random_state,
+        )  # fmt: skip
         self.n_nonzero = n_nonzero
         self.tolerance = tolerance
-        self.affine = affine
-        self.retain = retain
-        self.affinity = affinity
-        self.rank = rank
-        self.rounding = rounding
-        self.n_init = n_init
-        self.random_state = random_state
 
     def _represent(self, points: Tensor) -> sparse.csr_matrix:
         return omp_self_expression(points, min(int(self.n_nonzero), len(points) - 1), tolerance=float(self.tolerance))

@@ -75,11 +75,26 @@ class SelfExpressiveClustering(_RowClusterer):
     CSR; subspaces_, a batched `Subspace`, or a list of them where the dimensions differ.
     """
 
-    retain: Any
-    affinity: Any
-    rounding: Any
-    n_init: Any
-    random_state: Any
+    def __init__(
+        self,
+        n_clusters: Any,
+        *,
+        affine: Any,
+        retain: Any,
+        affinity: Any,
+        rank: Any,
+        rounding: Any,
+        n_init: Any,
+        random_state: Any,
+    ):
+        self.n_clusters = n_clusters
+        self.affine = affine
+        self.retain = retain
+        self.affinity = affinity
+        self.rank = rank
+        self.rounding = rounding
+        self.n_init = n_init
+        self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> Any:
         """Cluster rows X (n, d). Raises ValueError for NaN, rows of zeros and more clusters than rows."""

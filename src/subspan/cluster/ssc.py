@@ -34,17 +34,13 @@ class SparseSubspaceClustering(SelfExpressiveClustering):
         n_init: Any = 20,
         random_state: Any = None,
     ):
-        self.n_clusters = n_clusters
+        super().__init__(
+            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
+            random_state=random_state,
+        )  # fmt: skip
         self.gamma = gamma
         self.max_support = max_support
         self.working_set = working_set
-        self.affine = affine
-        self.retain = retain
-        self.affinity = affinity
-        self.rank = rank
-        self.rounding = rounding
-        self.n_init = n_init
-        self.random_state = random_state
 
     def _represent(self, points: Tensor) -> sparse.csr_matrix:
         return elastic_net_self_expression(

@@ -32,15 +32,11 @@ class ThresholdingSubspaceClustering(SelfExpressiveClustering):
         n_init: Any = 20,
         random_state: Any = None,
     ):
-        self.n_clusters = n_clusters
+        super().__init__(
+            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
+            random_state=random_state,
+        )  # fmt: skip
         self.n_neighbors = n_neighbors
-        self.affine = affine
-        self.retain = retain
-        self.affinity = affinity
-        self.rank = rank
-        self.rounding = rounding
-        self.n_init = n_init
-        self.random_state = random_state
 
     def _represent(self, points: Tensor) -> sparse.csr_matrix:
         return thresholded_similarities(points, min(int(self.n_neighbors), len(points) - 1))
