@@ -36,7 +36,7 @@ report: .venv/.installed
 # Two processes of one thread each: the work is small, and threads on a busy machine wait for one another.
 test: export OMP_NUM_THREADS ?= 1
 test: .venv/.installed
-	.venv/bin/python -m pytest --numprocesses $(WORKERS) $(ARGS)
+	.venv/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: .venv/.installed
 	.venv/bin/ruff check .
