@@ -128,13 +128,16 @@ def gram_geodesic(
     # torch.sinc(x) is sin(πx)/(πx), so these are sin(ts)/s and (1 - cos(ts))/s².
     sine = t * torch.sinc(t * s / torch.pi)
     versine = 0.5 * t.square() * torch.sinc(t * s / (2 * torch.pi)).square()
-    frame, direction = basis @ v, tangent @ v
-    moved = (frame * (t * s).cos().unsqueeze(-2) + direction * sine.unsqueeze(-2)) @ v.mH
+    functions = torch.stack([(t * s).cos(), sine, versine], -2).unsqueeze(-2)
+    # All that is not k x k is a product with one of these.
+    cosine, sine, versine = (v.unsqueeze(-3) * functions @ v.mH.unsqueeze(-3)).unbind(-3)
+    # As products from the left of the rows, which is how a step of training keeps its bases: sums of one layout.
+    rows, direction = basis.mT, tangent.mT
+    moved = (cosine.mT @ rows + sine.mT @ direction).mT
     if carried is None:
         return moved, None
-    inner = direction.mH @ carried
-    turned = frame @ (sine.unsqueeze(-1) * inner) + direction @ (versine.unsqueeze(-1) * inner)
-    return moved, carried - turned
+    inner = tangent.mH @ carried
+    return moved, (carried.mT - (sine @ inner).mT @ rows - (versine @ inner).mT @ direction).mT
 
 
 def plucker(

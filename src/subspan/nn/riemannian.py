@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..geometry.grassmann import gram_geodesic, tangent_projection
+from ..geometry.grassmann import gram_geodesic
 
 _TRANSPORTS = ("project", "parallel")
 
@@ -81,22 +81,23 @@ class RiemannianSGD(Optimizer):
 
     def _step_plane(self, parameter: Tensor, group: dict[str, Any]) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        basis = parameter.mT.to(dtype)
-        gradient = tangent_projection(basis, parameter.grad.mT.to(dtype))  # pyright: ignore[reportOptionalMemberAccess]
+        rows = parameter.to(dtype)
         state = self.state[parameter]
-        old = state.get("momentum_buffer")
-        # The mended basis differs from the one the momentum was carried to by rounding, so it is made tangent again.
-        velocity = gradient if old is None else gradient + group["momentum"] * tangent_projection(basis, old.mT)
+        velocity: Any = parameter.grad.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
+        if "momentum_buffer" in state:
+            velocity = velocity.add(state["momentum_buffer"], alpha=group["momentum"])
+        # The momentum too is made tangent: it was carried to rows that differed by rounding.
+        velocity = velocity - (velocity @ rows.mT) @ rows
         if not bool(velocity.any()):
             return
-        t = torch.full(velocity.shape[:-2], -float(group["lr"]), dtype=dtype, device=basis.device)
+        t = torch.full(velocity.shape[:-2], -float(group["lr"]), dtype=dtype, device=rows.device)
         if group["max_angle"] is not None:
             t = t * (group["max_angle"] / (t.abs() * torch.linalg.matrix_norm(velocity)).clamp_min(1e-30)).clamp_max(1)
-        carry = velocity if group["transport"] == "parallel" else None
-        moved, carried = gram_geodesic(basis, velocity, t, carry)
-        parameter.copy_(mend(moved).mT)
+        carry = velocity.mT if group["transport"] == "parallel" else None
+        moved, carried = gram_geodesic(rows.mT, velocity.mT, t, carry)
+        parameter.copy_(mend(moved.mT))
         if group["momentum"]:
-            state["momentum_buffer"] = (velocity if carried is None else carried).mT.contiguous()
+            state["momentum_buffer"] = velocity if carried is None else carried.mT.contiguous()
 
     def _step_plain(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient: Any = parameter.grad
@@ -112,10 +113,10 @@ class RiemannianSGD(Optimizer):
         parameter.add_(gradient, alpha=-group["lr"])
 
 
-def mend(basis: Float[Tensor, "*b d k"]) -> Float[Tensor, "*b d k"]:
-    """Columns that rounding has moved a little from orthonormal, made so: one Newton-Schulz step, the frame is kept."""
-    gram = basis.mT @ basis
-    return 1.5 * basis - 0.5 * basis @ gram
+def mend(rows: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b k d"]:
+    """Rows that rounding has moved a little from orthonormal, made so: one Newton-Schulz step, the frame is kept."""
+    gram = rows @ rows.mT
+    return (1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram) @ rows
 
 
 class WithRiemannian(Optimizer):
