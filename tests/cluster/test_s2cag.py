@@ -176,6 +176,8 @@ def test_unseen_nodes_get_the_label_of_the_fitted_node_that_they_copy(objective,
     model.fit(WEAK.attributes, adjacency=WEAK.adjacency)
     extended = model.predict(WEAK.attributes, adjacency=WEAK.adjacency)
     assert (extended == model.labels_).mean() > 0.99
+    rows = model._embedded(WEAK.attributes, WEAK.adjacency, None)
+    np.testing.assert_allclose(rows, model.embedding_.basis.numpy(), atol=2e-4)
 
 
 def test_unseen_nodes_are_placed_by_their_links():

@@ -149,15 +149,18 @@ class S2CAG(ClusterMixin, BaseEstimator):
         extension, exact on fitted nodes), which go to the cluster that the rounding would give them.
         """
         check_is_fitted(self)
+        labels = self._assigned(self._embedded(X, adjacency, links))
+        return torch.from_numpy(labels).to(X.device) if isinstance(X, Tensor) else labels
+
+    def _embedded(self, X: Any, adjacency: Any, links: Any) -> Float[np.ndarray, "m q"]:
+        """Rows of the embedding for unseen nodes."""
         rows = self._rows(X, reset=False)
         m, n = rows.shape[0], self._attributes.shape[0]
         among = sparse.csr_matrix((m, m)) if adjacency is None else as_adjacency(adjacency, m)
         to_fitted = sparse.csr_matrix((m, n)) if links is None else _links(links, m, n)
         attributes = _stack(self._attributes, self._normalized(rows))
         graph = sparse.csr_matrix(sparse.block_array([[self._graph, to_fitted.T], [to_fitted, among]]))
-        extended = FilteredOperator(self._filter(graph), attributes)
-        labels = self._assigned(self._extension(extended, n))
-        return torch.from_numpy(labels).to(X.device) if isinstance(X, Tensor) else labels
+        return self._extension(FilteredOperator(self._filter(graph), attributes), n)
 
     @property
     def cluster_subspaces_(self) -> list[Subspace]:
