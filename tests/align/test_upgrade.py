@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap
-from subspan.align.held_out import CLOSED_FORMS, FoldedPairs, Retrieval, closed_forms, complexity
+from subspan.align.held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, Retrieval, closed_forms, complexity
 from subspan.datasets import load
 from subspan.geometry import AffineMap
 from subspan.geometry.maps import reduced_rank, ridge
@@ -117,6 +117,25 @@ def test_folds_partition_the_rows_and_their_moments_add_up():
     for a, b in zip(x.split(20), y.split(20)):
         few.update(a, b)
     assert len(few.sample[0]) == 30
+
+
+def test_maps_chosen_on_leading_axes_are_those_of_the_whole_spaces():
+    """Wide spaces are cut while choosing; what queries are mapped by is one affine map, with the mean off the axes."""
+    d = 400
+    x, y, _ = pairs(n=500, d=d)
+    y = y + torch.linspace(-3, 3, d, dtype=torch.float64)
+    folded = FoldedPairs(d, d, folds=4, keep=500, generator=torch.Generator().manual_seed(0))
+    folded.update(x, y)
+    options = {"k": 5, "metric": "l2", "target": "neighbours", "max_queries": 40, "normalize": False}
+    chosen = CrossValidation(folded, folded.without(), **options)
+    parameters = [{"alpha": 0.1}]
+    factored = next(iter(chosen.maps("ridge", (1,), parameters)))
+    whole = chosen.full_map("ridge", 1, parameters[0])
+    torch.testing.assert_close(factored(x), whole.map(x), atol=1e-10, rtol=0)
+    # The rows that fitted it are mapped onto their mean.
+    fold, kept_x, kept_y = folded.sample
+    mapped = whole.map(kept_x[fold != 1].double())
+    torch.testing.assert_close(mapped.mean(0), kept_y[fold != 1].double().mean(0), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
