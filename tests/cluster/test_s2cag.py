@@ -205,6 +205,15 @@ def test_cluster_subspaces_hold_their_clusters():
     assert (own / z.square().sum(1)).mean() < 0.2
 
 
+def test_many_rows_in_float32_keep_their_directions():
+    random = np.random.default_rng(0)
+    labels = random.integers(3, size=400_000)
+    x = random.random((len(labels), 4), dtype=np.float32) + 3 * np.eye(4, dtype=np.float32)[labels]
+    model = S2CAG(3, order=0, features="l2", rounding="snem", n_init=1, random_state=0).fit(x)
+    assert model.embedding_.basis.shape[1] == 3
+    assert adjusted_rand_score(labels, model.labels_) > 0.99
+
+
 def test_zero_rows_are_said_and_have_labels():
     x = STRONG.attributes.tolil()
     x[5] = 0

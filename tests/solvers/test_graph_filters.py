@@ -90,6 +90,28 @@ def test_horner_is_the_series(decay):
     assert PolynomialFilter(p, weights).rmatmul(x) == pytest.approx(series.T @ x, abs=1e-13)
 
 
+@pytest.mark.parametrize(("order", "decay", "loops"), [(60, 0.8, 2), (175, 1.8, 2), (175, 1.0, 1), (2, 0.9, 2)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_a_known_spectrum_saves_products_and_changes_nothing(order, decay, loops, dtype):
+    p = transition_matrix(graph(), loops).astype(dtype)
+    weights = geometric_weights(order, decay)
+    tolerance = 1e-12 if dtype is np.float64 else 1e-7
+    spectrum = (0.0, 1.0) if loops == 2 else (-1.0, 1.0)
+    values = np.linalg.eigvals(transition_matrix(graph(), loops).toarray()).real
+    assert spectrum[0] - 1e-12 <= values.min()
+    assert values.max() <= spectrum[1] + 1e-12
+    ours = PolynomialFilter(p, weights, spectrum=spectrum, tolerance=tolerance)
+    plain = PolynomialFilter(p.astype(np.float64), weights)
+    assert plain.steps == order
+    assert ours.steps < order / 1.9 if order > 2 else ours.steps == 2
+    x = np.random.default_rng(0).normal(size=(30, 4)).astype(dtype)
+    assert ours.matmul(x).dtype == dtype
+    assert ours.matmul(x) == pytest.approx(plain.matmul(x.astype(np.float64)), abs=30 * tolerance)
+    assert ours.rmatmul(x) == pytest.approx(plain.rmatmul(x.astype(np.float64)), abs=30 * tolerance)
+    with pytest.raises(ValueError, match="spectrum"):
+        PolynomialFilter(p, weights, spectrum=(1.0, 1.0))
+
+
 def test_the_filtered_operator_is_the_product():
     x = sparse.random(30, 8, density=0.4, random_state=0, format="csr")
     polynomial = PolynomialFilter(transition_matrix(graph()), geometric_weights(5, 0.9))

@@ -238,7 +238,11 @@ class S2CAG(ClusterMixin, BaseEstimator):
 
     def _filter(self, graph: sparse.csr_matrix) -> PolynomialFilter:
         matrix = transition_matrix(graph, self.loops).astype(self._attributes.dtype)
-        return PolynomialFilter(matrix, geometric_weights(self.order, self.decay))
+        # With two loops the normalised graph plus the identity is positive semidefinite.
+        spectrum = (0.0, 1.0) if self.loops == 2 else (-1.0, 1.0)
+        tolerance = float(np.finfo(matrix.dtype).eps) if matrix.dtype == np.float32 else 1e-12
+        weights = geometric_weights(self.order, self.decay)
+        return PolynomialFilter(matrix, weights, spectrum=spectrum, tolerance=tolerance)
 
     def _iterations(self) -> int:
         return _N_ITER[self.objective] if self.n_iter is None else int(self.n_iter)
@@ -248,7 +252,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         n, d = self._attributes.shape
         dense = n * d
         attributes = _SPARSE_PRICE * self._attributes.nnz if sparse.issparse(self._attributes) else dense
-        steps = _SPARSE_PRICE * polynomial.matrix.nnz * self.order
+        steps = _SPARSE_PRICE * polynomial.matrix.nnz * polynomial.steps
         if self.objective == "conductance":
             products = 2 * (n_iter + 1) * (self.n_clusters + 1 + self.oversample)
         else:
@@ -306,7 +310,8 @@ class S2CAG(ClusterMixin, BaseEstimator):
         return u
 
     def _tolerance(self, z: Operator) -> float:
-        return 10 * float(np.finfo(self._attributes.dtype).eps) * max(z.shape)
+        """Singular values below this share of the largest are rounding, whose parts add up like a random walk."""
+        return 10 * float(np.finfo(self._attributes.dtype).eps) * max(z.shape) ** 0.5
 
     def _rescaling_reference(self, z: Operator, ones: np.ndarray) -> np.ndarray:
         """(d, 1): what a row of Z is multiplied with for the number that rescales it."""

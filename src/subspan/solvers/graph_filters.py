@@ -101,12 +101,17 @@ def geometric_weights(order: int, decay: float) -> Float[np.ndarray, " t"]:
 
 
 class PolynomialFilter:
-    """sum_t weights[t] P^t of a square matrix P, dense or sparse, numpy or torch, applied by Horner's rule.
+    """sum_t weights[t] P^t of a square matrix P, dense or sparse, numpy or torch, applied without forming a power.
 
-    With weights of sum 1 and a stochastic P every number on the way stays as large as the input.
+    With weights of sum 1 and a stochastic P every number on the way stays as large as the input. spectrum: an interval
+    that holds the eigenvalues of P, where they are known to be real: then the same polynomial is summed in Chebyshev
+    polynomials on it, whose coefficients vanish after some √order of them, up to those whose sum is below `tolerance`
+    of the weights; else by Horner's rule, `order` products. `steps`: products with P.
     """
 
-    def __init__(self, matrix: Any, weights: Any) -> None:
+    def __init__(
+        self, matrix: Any, weights: Any, *, spectrum: tuple[float, float] | None = None, tolerance: float = 1e-12
+    ) -> None:
         if len(matrix.shape) != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix: must be square, got shape {tuple(matrix.shape)}")
         self.matrix = matrix
@@ -115,17 +120,34 @@ class PolynomialFilter:
             raise ValueError("weights: expected at least one finite number")
         self.shape: tuple[int, int] = tuple(matrix.shape)
         self._transposed: Any = None
+        self._chebyshev = None if spectrum is None else _chebyshev_coefficients(self.weights, spectrum, tolerance)
+        if spectrum is not None and self.steps < len(self.weights) - 1:
+            low, high = spectrum
+            identity = sparse.identity(self.shape[0], dtype=matrix.dtype, format="csr")
+            # Twice P moved to [-1, 1], the factor of the recurrence T_(k+1) = 2 x T_k - T_(k-1).
+            moved = (4 * matrix - 2 * (high + low) * identity) / (high - low)
+            self._recurrence = sparse.csr_matrix(moved, dtype=matrix.dtype)
+        else:
+            self._chebyshev = None
+
+    @property
+    def steps(self) -> int:
+        """Products with P that applying the filter takes."""
+        return len(self.weights if self._chebyshev is None else self._chebyshev) - 1
 
     def matmul(self, x: Any) -> Any:
         """The filter applied to x (n, b)."""
+        if self._chebyshev is not None:
+            return self._clenshaw(self._recurrence, x)
         return self._horner(self.matrix, x)
 
     def rmatmul(self, y: Any) -> Any:
         """The transposed filter applied to y (n, b)."""
         if self._transposed is None:
-            turned: Any = self.matrix.T if not isinstance(self.matrix, Tensor) else self.matrix.t()
+            matrix = self.matrix if self._chebyshev is None else self._recurrence
+            turned: Any = matrix.T if not isinstance(matrix, Tensor) else matrix.t()
             self._transposed = turned.tocsr() if sparse.issparse(turned) else turned
-        return self._horner(self._transposed, y)
+        return (self._horner if self._chebyshev is None else self._clenshaw)(self._transposed, y)
 
     def _horner(self, matrix: Any, x: Any) -> Any:
         result = x * self.weights[-1]
@@ -138,6 +160,39 @@ class PolynomialFilter:
             else:
                 result = result + weight * x
         return result
+
+    def _clenshaw(self, recurrence: Any, x: np.ndarray) -> np.ndarray:
+        """Clenshaw's summation of the Chebyshev series."""
+        assert self._chebyshev is not None
+        coefficients = [x.dtype.type(each) for each in self._chebyshev]
+        after, last, scaled = np.zeros_like(x), coefficients[-1] * x, np.empty_like(x)
+        for coefficient in coefficients[-2:0:-1]:
+            fresh = recurrence @ last
+            fresh -= after
+            fresh += np.multiply(x, coefficient, out=scaled)
+            after, last = last, fresh
+        result = recurrence @ last
+        result *= 0.5
+        result -= after
+        result += np.multiply(x, coefficients[0], out=scaled)
+        return result
+
+
+def _chebyshev_coefficients(
+    weights: list[float], spectrum: tuple[float, float], tolerance: float
+) -> Float[np.ndarray, " m"]:
+    """Coefficients on `spectrum`, cut where the rest sums to less than `tolerance` times the sum of the weights."""
+    low, high = spectrum
+    if not low < high:
+        raise ValueError(f"spectrum: expected an interval (low, high), got {spectrum}")
+
+    def polynomial(y: Any) -> Any:
+        return np.polynomial.polynomial.polyval((high - low) / 2 * y + (high + low) / 2, weights)
+
+    coefficients = np.polynomial.chebyshev.chebinterpolate(polynomial, len(weights) - 1)
+    left_out = np.abs(coefficients[::-1]).cumsum()[::-1]
+    kept = int((left_out > tolerance * np.abs(weights).sum()).sum())
+    return coefficients[: max(2, kept)]
 
 
 class FilteredOperator:

@@ -1,0 +1,203 @@
+"""Sparse self-expression beside the published code, spams and scikit-learn, and how clusterers grow with the rows.
+
+Run: python benchmarks/subspace_clustering.py [--official FOLDER] [--rows 10000] [--json FILE]. FOLDER is a checkout of
+ChongYou/subspace-clustering; its elastic net needs spams (spams-bin), without which it is left out. Each measurement
+runs in a process of its own, for its peak memory.
+"""
+
+import argparse
+import importlib.util
+import json
+import resource
+import subprocess
+import sys
+import time
+import types
+import warnings
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from record import Record, parser
+from subspan.solvers import clustering_accuracy
+
+CLUSTERS, DIM, WIDTH, NOISE = 10, 6, 100, 0.05
+GAMMA, RATIO, GREEDY = 50.0, 0.95, 6
+
+
+def union_of_subspaces(rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, WIDTH) of unit length near CLUSTERS random subspaces of dimension DIM, with noise, and their labels."""
+    random = np.random.default_rng(0)
+    labels = np.arange(rows) % CLUSTERS
+    bases = np.linalg.qr(random.standard_normal((CLUSTERS, WIDTH, DIM)))[0]
+    x = np.empty((rows, WIDTH), np.float32)
+    for cluster in range(CLUSTERS):
+        own = labels == cluster
+        x[own] = random.standard_normal((own.sum(), DIM)) @ bases[cluster].T
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    x += NOISE * random.standard_normal(x.shape, dtype=np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True), labels
+
+
+def published(x: np.ndarray, method: str, folder: str) -> sparse.csr_matrix:
+    sys.modules["progressbar"] = types.SimpleNamespace(progressbar=lambda rows: rows)  # pyright: ignore[reportArgumentType]
+    sys.path.insert(0, folder)
+    from cluster import selfrepresentation as code  # pyright: ignore[reportMissingImports]
+
+    x = x.astype(np.float64)
+    if method == "omp":
+        return code.sparse_subspace_clustering_orthogonal_matching_pursuit(x, GREEDY)
+    return code.elastic_net_subspace_clustering(x, GAMMA, True, RATIO, "spams")
+
+
+def scikit_learn(x: np.ndarray, method: str) -> sparse.csr_matrix:
+    """One row after the other, the row itself left out of the dictionary."""
+    from sklearn.decomposition import sparse_encode
+
+    found = []
+    for index in range(len(x)):
+        others = np.delete(x, index, axis=0)
+        if method == "omp":
+            code = sparse_encode(x[index : index + 1], others, algorithm="omp", n_nonzero_coefs=GREEDY)
+        else:
+            alpha = np.abs(others @ x[index]).max() / GAMMA
+            code = sparse_encode(x[index : index + 1], others, algorithm="lasso_cd", alpha=alpha)
+        found.append(sparse.csr_matrix(np.insert(code, index, 0, axis=1)))
+    return sparse.vstack(found, format="csr")
+
+
+def ours(x: np.ndarray, method: str) -> sparse.csr_matrix:
+    import torch
+
+    from subspan.solvers.self_expression import elastic_net_self_expression, omp_self_expression
+
+    rows = torch.from_numpy(x)
+    if method == "omp":
+        return omp_self_expression(rows, GREEDY)
+    return elastic_net_self_expression(rows, gamma=GAMMA, l1_ratio=RATIO if method == "ensc" else 1.0)
+
+
+def objective(x: np.ndarray, c: sparse.csr_matrix, ratio: float) -> float:
+    """Mean over rows of the elastic net's objective, in float64."""
+    alpha = np.array([np.delete(np.abs(x @ row), i).max() for i, row in enumerate(x)]) / ratio / GAMMA
+    squares = 0.5 * ((x - c @ x) ** 2).sum(1)
+    penalty = ratio * np.asarray(abs(c).sum(1)).ravel() + (1 - ratio) / 2 * np.asarray(c.multiply(c).sum(1)).ravel()
+    return float((squares + alpha * penalty).mean())
+
+
+def estimator(name: str) -> Any:
+    from subspan import cluster
+
+    shared = {"n_clusters": CLUSTERS, "random_state": 0}
+    return {
+        "OMP": lambda: cluster.OMPSubspaceClustering(n_nonzero=GREEDY, n_init=5, **shared),
+        "EnSC": lambda: cluster.ElasticNetSubspaceClustering(gamma=GAMMA, l1_ratio=RATIO, n_init=5, **shared),
+        "K-subspaces": lambda: cluster.KSubspaces(dim=DIM, n_init=3, **shared),
+    }[name]()
+
+
+def child(path: str, method: str, rows: int, folder: str | None) -> None:
+    x, labels = union_of_subspaces(rows)
+    before, started = peak(), time.process_time()
+    if path == "fit":
+        found = estimator(method).fit(x)
+        facts = {"accuracy": clustering_accuracy(labels, found.labels_)}
+        seconds = time.process_time() - started
+    else:
+        c = {"ours": ours, "scikit-learn": scikit_learn}[path](x, method) if path != "published" else published(
+            x, method, str(folder)
+        )  # fmt: skip
+        seconds = time.process_time() - started
+        ends = c.tocoo()
+        mass = np.abs(ends.data)
+        wrong = mass[labels[ends.row] != labels[ends.col]].sum() / mass.sum()
+        facts = {"wrong": float(wrong), "support": c.nnz / rows}
+        facts["residual"] = float(((x - c @ x).astype(np.float64) ** 2).sum(1).mean())
+        if method != "omp":
+            facts["objective"] = objective(x.astype(np.float64), c, RATIO if method == "ensc" else 1.0)
+    print(json.dumps(facts | {"seconds": seconds, "peak": peak() - before}))
+
+
+def peak() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 2**10
+
+
+def measured(path: str, method: str, rows: int, folder: str | None = None) -> dict[str, float]:
+    command = [sys.executable, __file__, "--child", path, method, str(rows)]
+    command += ["--official", folder] if folder else []
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    arguments = parser(__doc__)
+    arguments.add_argument("--official", metavar="FOLDER")
+    arguments.add_argument("--rows", type=int, default=10_000, help="for the comparison with other code")
+    arguments.add_argument("--sparse", type=int, nargs="*", default=[10_000, 20_000, 40_000, 70_000])
+    arguments.add_argument("--flat", type=int, nargs="*", default=[70_000, 250_000, 1_000_000])
+    arguments.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = arguments.parse_args()
+    if options.child:
+        warnings.simplefilter("ignore")
+        child(*options.child[:2], int(options.child[2]), options.official)
+        return
+    record = Record(
+        "subspace_clustering",
+        f"{CLUSTERS} random subspaces of dimension {DIM} in {WIDTH}, noise {NOISE} a coordinate, rows of unit length",
+    )
+    spams = importlib.util.find_spec("spams") is not None
+    for method, title in (
+        ("omp", f"OMP, {GREEDY} coefficients a row"),
+        ("ensc", f"Elastic net, γ {GAMMA:g}, l1 ratio {RATIO}"),
+    ):
+        found = {"subspan": measured("ours", method, options.rows)}
+        if options.official and (method == "omp" or spams):
+            found["published code"] = measured("published", method, options.rows, options.official)
+        small = min(options.rows, 1000)
+        if method == "omp":
+            alone = measured("scikit-learn", method, small)
+            alone["seconds"] *= options.rows / small
+            found[f"scikit-learn, first {small} rows, times {options.rows / small:g}"] = alone
+        columns = [
+            "processor seconds",
+            "x ours",
+            "MiB over the start",
+            "mass outside the cluster",
+            "support",
+            "residual²",
+        ]
+        columns += ["objective"] if method == "ensc" else []
+        base = found["subspan"]["seconds"]
+        keys = ["peak", "wrong", "support", "residual"] + (["objective"] if method == "ensc" else [])
+        record.table(
+            f"{title}: {options.rows} rows",
+            ["", *columns],
+            [[name, run["seconds"], run["seconds"] / base, *(run[key] for key in keys)] for name, run in found.items()],
+        )
+        if "published code" in found:
+            ratio = found["published code"]["seconds"] / base
+            record.target(f"{method}: published code over ours, processor time", ratio, least=5)
+    for title, names, sizes in (
+        ("Sparse self-expression and spectral clustering, over the rows", ("OMP", "EnSC"), options.sparse),
+        ("K-subspaces, 3 starts, over the rows", ("K-subspaces",), options.flat),
+    ):
+        runs = [(name, rows, measured("fit", name, rows)) for name in names for rows in sizes]
+        record.table(
+            title,
+            ["", "rows", "processor seconds", "microseconds a row", "MiB over the start", "accuracy"],
+            [
+                [name, rows, run["seconds"], 1e6 * run["seconds"] / rows, run["peak"], run["accuracy"]]
+                for name, rows, run in runs
+            ],
+        )
+        if runs:
+            record.target(f"{names[-1]}: GiB at {sizes[-1]} rows", runs[-1][2]["peak"] / 1024, most=8)
+    record.note(f"Floor of one pass of correlations: 2 n² d flops, {2 * 70_000**2 * WIDTH / 1e12:.2g} Tflop at 70,000.")
+    if not spams:
+        record.note("spams was not installed: the published elastic net was not measured.")
+    record.save(options.json)
+
+
+if __name__ == "__main__":
+    main()
