@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
+from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import enet_path
 from torch import Tensor
 
 _BLOCK = 1 << 24
+_SWEEPS = 60
 _DENSE_ROWS = 20_000
 
 Progress = Callable[[float], None]
@@ -247,9 +249,8 @@ def _elastic_net_block(
         c_again, chosen_again = c[again], chosen[live[again]]
         zero_first = c_again.abs().argsort(dim=1)
         free = (c_again == 0).sum(1)
-        # At most half of the places go to newcomers, so that the support can settle; a full working set lets go of
-        # its smallest coefficient.
-        take = torch.minimum(torch.minimum(count[again], free), torch.full_like(free, max(1, size // 2))).clamp_min(1)
+        # A full working set lets go of its smallest coefficient.
+        take = torch.minimum(count[again], free).clamp_min(1)
         slot = torch.arange(newcomers.shape[1], device=x.device).unsqueeze(0)
         entering = (slot < take.unsqueeze(1)) & (value > 0)
         width = newcomers.shape[1]
@@ -273,14 +274,16 @@ def _elastic_nets(atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start:
     linear = (atoms @ target.unsqueeze(2)).squeeze(2).numpy()
     rows, penalties, initial = atoms.numpy(), (alpha / atoms.shape[2]).tolist(), start.numpy()
     result = np.empty_like(initial)
-    with warnings.catch_warnings():
+    # While the working set still changes, many sweeps are lost work.
+    sweeps = _SWEEPS if tolerance >= 1e-4 else 20 * _SWEEPS
+    with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
         # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for row in range(len(result)):
             options: dict[str, Any] = {"alphas": [penalties[row]], "precompute": grams[row], "Xy": linear[row]}
             result[row] = enet_path(
                 rows[row].T, target[row].numpy(), l1_ratio=r, coef_init=initial[row], check_input=False,
-                tol=tolerance, max_iter=200, **options,
+                tol=tolerance, max_iter=sweeps, **options,
             )[1][:, 0]  # fmt: skip
     return torch.from_numpy(result)
 
