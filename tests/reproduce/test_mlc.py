@@ -28,5 +28,6 @@ def test_the_subspace_tool_finds_subspaces():
     truth = np.repeat(np.arange(3), 40)
     assert mlc.scores(truth, mlc.subspace_tool(rows, 3, 0))[0] == 1
     found = mlc.rivals(rows, 3, 0)
-    assert set(found) == {"k-means", "spectral, 10 neighbours", "K-subspaces"}
+    assert set(found) == {"k-means", "spectral, 10 neighbours", "K-subspaces", "EnSC"}
+    assert mlc.scores(truth, found["EnSC"])[0] == 1
     assert all(len(labels) == 120 for labels in found.values())

@@ -11,7 +11,12 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from ..cluster import LowRankMixtureDiffusion, ManifoldLinearizingClustering, linearization
+from ..cluster import (
+    ElasticNetSubspaceClustering,
+    LowRankMixtureDiffusion,
+    ManifoldLinearizingClustering,
+    linearization,
+)
 from ..geometry import normalize_rows
 from ..solvers import clustering_accuracy
 from .image_features import image_encoder, labelled_images, pooled_features
@@ -64,6 +69,7 @@ def rivals(rows: Float[Tensor, "n p"], k: int, seed: int) -> dict[str, np.ndarra
             "k-means": KMeans(k, random_state=seed, **restarts).fit_predict(unit.numpy()),
             "spectral, 10 neighbours": neighbours.fit_predict(unit.numpy()),
             "K-subspaces": LowRankMixtureDiffusion(k, 8, **spans).fit(unit).labels_,
+            "EnSC": ElasticNetSubspaceClustering(k, retain=8, random_state=seed).fit_predict(unit.numpy()),
         }
 
 

@@ -7,6 +7,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -366,16 +368,18 @@ class _Synthetic:
 def _scaling(sizes: tuple[int, ...], d: int) -> tuple[Table, float, float]:
     """(table, time per row at the largest over the smallest size, growth of peak memory in MiB)."""
     LeverageSelector().fit(_Synthetic(5000, d))
-    seconds, peaks = [float("inf")] * len(sizes), [0.0] * len(sizes)
-    for repeat in range(5):
+    seconds = [float("inf")] * len(sizes)
+    for _ in range(5):
         # The sizes take turns: what else runs on the machine slows memory for a while, and would slow one size only.
         for position, n in enumerate(sizes):
             source = _Synthetic(n, d)
             started = time.process_time()
             LeverageSelector().fit(source)
             seconds[position] = min(seconds[position], time.process_time() - started)
-            if repeat == 0:
-                peaks[position] = _peak()
+    # In processes of their own: this one has been larger before.
+    alone = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=alone, max_tasks_per_child=1) as pool:
+        peaks = list(pool.map(_peak, sizes, [d] * len(sizes)))
     per_row = [1e6 * spent / n for spent, n in zip(seconds, sizes)]
     table = Table(
         f"Fitting and scoring synthetic rows with {d} columns, made on the fly",
@@ -385,8 +389,9 @@ def _scaling(sizes: tuple[int, ...], d: int) -> tuple[Table, float, float]:
     return table, per_row[-1] / per_row[0], peaks[-1] - peaks[0]
 
 
-def _peak() -> float:
-    """Peak resident memory of this process in MiB."""
+def _peak(rows: int, d: int) -> float:
+    """Peak resident memory in MiB of a process that has fitted so many rows."""
+    LeverageSelector().fit(_Synthetic(rows, d))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
