@@ -169,6 +169,14 @@ SYSTEMS = (
         "GrassmannMixing",
     ),
     System(
+        "crate",
+        "Transformers whose layers compress tokens onto learnt subspaces and make them sparse",
+        "Yu et al.: White-Box Transformers via Sparse Rate Reduction (arXiv 2311.13110)",
+        2023,
+        "nn",
+        "CRATE",
+    ),
+    System(
         "diffusion-subspace-clustering",
         "Low-rank mixtures as diffusion models: denoising, clustering and editing by subspaces",
         "Wang et al.: Diffusion Models Learn Low-Dimensional Distributions via Subspace Clustering (arXiv 2409.02426)",
