@@ -7,7 +7,7 @@ from subspan.nn.crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel,
 from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
 from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
-from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length
+from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -89,7 +89,6 @@ __all__ = [
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
-    "latent_directions",
     "limit_orthogonality_defect",
     "load_published",
     "multi_positive_info_nce",
@@ -97,7 +96,6 @@ __all__ = [
     "nesting_weights",
     "neural_collapse",
     "orthogonality_defect",
-    "path_length",
     "register_lambda_orthogonality",
     "register_orthonormal",
     "replace",
