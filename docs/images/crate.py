@@ -28,10 +28,12 @@ def main() -> None:
         left.plot(ours["layer"], ours[f"R^c {when}"], f"o{style}", color="#2166ac", label=f"CRATE, {when} training")
         values = others[f"ViT, equal width, {when}"]
         left.plot(others["layer"], values, f"s{style}", color="#b2182b", label=f"ViT of equal width, {when}")
+        strict = others[f"CRATE, strict (our experiment), {when}"]
+        left.plot(others["layer"], strict, f"^{style}", color="#4d9221", label=f"CRATE, strict, {when}")
         right.plot(ours["layer"], ours[f"zeros {when}"], f"o{style}", color="#2166ac", label=f"CRATE, {when} training")
     left.set(xlabel="layer", ylabel="$R^c$ of held-out pictures, nats")
     right.set(xlabel="layer", ylabel="share of zeros")
-    left.legend(fontsize=8)
+    left.legend(fontsize=7, loc="lower left")
     right.legend(fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
     print(json.dumps(ours))
