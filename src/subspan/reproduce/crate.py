@@ -166,7 +166,8 @@ def completion(
     with torch.no_grad():
         ours = torch.cat([model(x, m) for x, m in zip(images["test"].split(250), hidden.split(250))])
     # The rank is chosen on training images that the fit leaves out.
-    kept, tried = rows["train"][500:], rows["train"][:500]
+    left_out = min(500, len(rows["train"]) // 4)
+    kept, tried = rows["train"][left_out:], rows["train"][:left_out]
     masks = model.draw_mask(len(tried), generator).repeat_interleave(pixel, 1)
     ranks = [rank for rank in PCA_RANKS if rank < min(kept.shape)]
     errors = [float((PCACompletion(kept, rank)(tried, masks) - tried)[masks].square().mean()) for rank in ranks]
