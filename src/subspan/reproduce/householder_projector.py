@@ -49,15 +49,15 @@ def pictures() -> Pictures:
     return Pictures(data.name, train, test, None)
 
 
-def sprites(quick: bool) -> Pictures:
+def sprites() -> Pictures:
     """Game characters with seven known factors."""
     data = load("lpc_sprites")
     order = np.random.default_rng(0).permutation(len(data["x"]))
     x = _at_32(torch.from_numpy(data["x"][order]).movedim(-1, 1).float())
     factors = torch.from_numpy(data["factors"][order].astype(np.int64))
-    n, m = (1000, 40) if quick else (len(x) - N_TEST, N_TEST)
-    known = {"sizes": data["factor_sizes"].tolist(), "train": factors[:n], "test": factors[-m:]}
-    return Pictures("lpc_sprites", x[:n], x[-m:], known)
+    n = len(x) - N_TEST
+    known = {"sizes": data["factor_sizes"].tolist(), "train": factors[:n], "test": factors[n:]}
+    return Pictures("lpc_sprites", x[:n], x[n:], known)
 
 
 def _at_32(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
@@ -327,7 +327,7 @@ def purity(
     return float(np.mean(shares))
 
 
-def sentence_rows(count: int) -> list[list[Any]]:
+def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
     """Cosine of MiniLM's sentence vectors, before and after the 384 → 384 maps of layer 3 are replaced at a rank."""
     if is_available("stsb"):
         texts = [record["sentence1"] for record in load("stsb")["test"]]
@@ -347,7 +347,7 @@ def sentence_rows(count: int) -> list[list[Any]]:
         return made
 
     rows = []
-    for rank in TEXT_RANKS:
+    for rank in ranks:
         cosines = []
         for make in (
             lambda layer, rank=rank: HouseholderProjector.from_linear(layer, rank),
@@ -361,14 +361,13 @@ def sentence_rows(count: int) -> list[list[Any]]:
     return rows
 
 
-def factor_rows(quick: bool, distance: FeatureDistance, seed: int) -> list[list[Any]]:
+def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
     """Purity of directions on sprites: untouched generator, and one tuned with projectors."""
-    data = sprites(quick)
-    steps, tuned = (40, 10) if quick else (SPRITE_STEPS, TUNED_STEPS)
-    network, right = factor_network(data, 1 if quick else 3, seed)
-    base = base_model(data, distance, steps, seed)
+    data = sprites()
+    network, right = factor_network(data, 3, seed)
+    base = base_model(data, distance, SPRITE_STEPS, seed)
     ours = projected(base, RANK, cold=False, seed=seed)
-    train(ours, data.train[N_CHECK:], distance, tuned, seed, rate=TUNED_RATE)
+    train(ours, data.train[N_CHECK:], distance, TUNED_STEPS, seed, rate=TUNED_RATE)
     rows = [
         ["untouched", name, round(purity(base, data.test, found_directions(base, data.test, method, seed), network), 3)]
         for name, method in (
@@ -391,7 +390,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Train a generator, put projectors into it warm and cold, and measure what each method's directions do."""
     progress("data", 0.0)
     data, distance = pictures(), FeatureDistance()
-    base_steps, tuned_steps, cold_steps = (40, 10, 20) if quick else (BASE_STEPS, TUNED_STEPS, COLD_STEPS)
+    base_steps, tuned_steps, cold_steps = (20, 10, 10) if quick else (BASE_STEPS, TUNED_STEPS, COLD_STEPS)
     images, check, test = data.train[N_CHECK:], data.train[:N_CHECK], data.test[: 40 if quick else N_TEST]
     progress("generator", 0.02)
     base = base_model(data, distance, base_steps, seed)
@@ -463,9 +462,9 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         "A small PIPL is no merit by itself: random directions have one because they change little.",
         "Neither the Hessian penalty nor the orthogonal Jacobian regulariser was run.",
     ]
-    if is_available("lpc_sprites"):
+    if is_available("lpc_sprites") and not quick:
         progress("sprites", 0.8)
-        rows = factor_rows(quick, distance, seed)
+        rows = factor_rows(distance, seed)
         tables.append(Table("sprites: share of the most changed factor, a mean over directions",
                             ["generator", "directions", "value"], rows))  # fmt: skip
     if is_installed("minilm"):
@@ -474,7 +473,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             Table(
                 "MiniLM, the four 384 → 384 maps of layer 3 at rank k: cosine with the sentence vectors before",
                 ["k", "projector, equal gains", "truncated SVD"],
-                sentence_rows(16 if quick else 128),
+                sentence_rows(*((16, TEXT_RANKS[:1]) if quick else (128, TEXT_RANKS))),
             )
         )
     edits, sefa = found[ours, "columns of V"], found["untouched", "SeFa"]
