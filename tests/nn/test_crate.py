@@ -1,6 +1,7 @@
 """White-box transformer layers."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,18 +9,19 @@ import torch
 from sklearn.linear_model import Lasso
 from torch.nn import functional as F
 
-from subspan.geometry import coding_rate
+from subspan.geometry import Subspace, coding_rate, compression_gradient, compression_rate, rate_reduction
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import (
     CRATE,
     ISTA,
     CRATEAutoencoder,
     CRATEDecoderLayer,
+    CRATELanguageModel,
     CRATELayer,
     SubspaceSelfAttention,
-    compression_gradient,
-    compression_rate,
+    load_published,
 )
+from subspan.nn.crate_models import sine_positions
 
 
 def tokens(*shape, seed=0):
@@ -82,7 +84,7 @@ def test_small_tokens_feel_the_first_order_form_and_blocks_never_cost_less():
 
 def test_strict_layers_follow_the_gradient_on_orthonormal_subspaces():
     torch.manual_seed(0)
-    layer = CRATELayer(6, 2, strict=True, kappa=0.3).double()
+    layer = CRATELayer(6, 2, strict="gradient", kappa=0.3).double()
     u = layer.compress.bases.detach()
     gram = torch.cat([*u], 1).mT @ torch.cat([*u], 1)
     torch.testing.assert_close(gram, torch.eye(6, dtype=torch.float64), atol=1e-6, rtol=0)
@@ -90,12 +92,16 @@ def test_strict_layers_follow_the_gradient_on_orthonormal_subspaces():
     y = layer.compress_norm(z)
     half = y - 0.3 * compression_gradient(y, u)
     torch.testing.assert_close(layer(z), layer.sparsify(layer.sparsify_norm(half)))
-    attention = SubspaceSelfAttention(6, 2, strict=True).double()
+    attention = SubspaceSelfAttention(6, 2, tied=True, orthonormal=True).double()
     w = torch.einsum("nd,kdp->knp", z[0], attention.bases)
     mixed = (w @ w.mT / math.sqrt(3)).softmax(-1) @ w
     torch.testing.assert_close(attention(z[0]), torch.einsum("knp,kdp->nd", mixed, attention.bases))
+    first = CRATELayer(6, 2, strict="softmax", kappa=0.3).double()
+    weight = 0.3 * 3 / (7 * 0.25)
+    half = (1 - weight) * y + weight * first.compress(y)
+    torch.testing.assert_close(first(z), first.sparsify(first.sparsify_norm(half)))
     with pytest.raises(ValueError, match="causal"):
-        CRATELayer(6, 2, strict=True, causal=True)
+        CRATELayer(6, 2, strict="gradient", causal=True)
 
 
 def test_sparse_steps_are_the_proximal_formula_and_reach_the_lasso():
@@ -111,6 +117,15 @@ def test_sparse_steps_are_the_proximal_formula_and_reach_the_lasso():
         found = many(y)
     for row, code in zip(y, found):
         assert np.allclose(lasso.fit(d.detach().numpy(), row.numpy()).coef_, code.numpy(), atol=1e-5)
+    signed = ISTA(5, step=0.05, threshold=0.2, steps=8000, nonnegative=False).double()
+    signed.load_state_dict(layer.state_dict())
+    free = Lasso(alpha=0.2 / 5, fit_intercept=False, tol=1e-12, max_iter=100_000)
+    found = free.fit(d.detach().numpy(), y[0].numpy()).coef_
+    assert np.allclose(found, signed(y).detach()[0].numpy(), atol=1e-5)
+    wide = ISTA(5, step=0.02, threshold=0.2, steps=2, expansion=3).double()
+    once = F.relu(0.02 * y @ wide.dictionary - 0.004)
+    twice = F.relu(once + 0.02 * (y - once @ wide.dictionary.mT) @ wide.dictionary - 0.004)
+    torch.testing.assert_close(wide(y), twice)
     fixed = ISTA(5, threshold=0.0).double()
     torch.nn.init.eye_(fixed.dictionary)
     torch.testing.assert_close(fixed(y.abs()), y.abs())
@@ -128,34 +143,175 @@ def test_layers_are_the_released_forward_pass():
     torch.testing.assert_close(decoder(z), y - decoder.decompress(decoder.decompress_norm(y)))
 
 
-@pytest.mark.parametrize(
-    ("dim", "heads", "depth", "millions"),
-    [(384, 6, 12, 6.09), (576, 12, 12, 13.12), (768, 12, 12, 22.80), (1024, 16, 24, 77.64)],
-)
-def test_the_published_parameter_counts(dim, heads, depth, millions):
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 6.09), ("small", 13.12), ("base", 22.80), ("large", 77.64)])
+def test_the_published_parameter_counts(name, millions):
     with torch.device("meta"):
-        model = CRATE(224, 16, 1000, dim, heads, depth)
+        model = CRATE.preset(name)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-def test_images_classes_profiles_and_subspaces():
+def test_the_language_model_has_its_published_size_and_sees_no_future():
+    with torch.device("meta"):
+        model = CRATELanguageModel.preset("base")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(60.7, abs=0.1)
+    torch.manual_seed(0)
+    model = CRATELanguageModel(11, 8, 12, 3, 2).eval()
+    ids = torch.randint(11, (2, 8))
+    changed = ids.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 11
+    torch.testing.assert_close(model(changed)[:, :5], model(ids)[:, :5])
+    assert not torch.allclose(model(changed)[:, 5:], model(ids)[:, 5:])
+    expected = -model(ids)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
+    torch.testing.assert_close(model.loss(ids), expected)
+    assert len(model.subspaces()) == 2
+
+
+def test_the_overcomplete_layer_adds_a_decoded_token():
+    torch.manual_seed(0)
+    layer, z = CRATELayer(6, 2, expansion=4).double(), tokens(2, 5, 6)
+    half = z + layer.compress(layer.compress_norm(z))
+    code = layer.sparsify(layer.sparsify_norm(half))
+    assert code.shape == (2, 5, 24)
+    torch.testing.assert_close(layer(z), half + code @ layer.decode.weight.mT)
+
+
+def test_images_classes_attention_maps_and_subspaces():
     torch.manual_seed(0)
     model = CRATE(8, 4, 3, 12, 3, 2, channels=1).eval()
     images = torch.randn(5, 1, 8, 8)
     assert model(images).shape == (5, 3)
-    profile = model.rate_profile(images)
-    assert len(profile) == 2
-    z = model.layers[0](model.tokens(images))
-    assert profile[0].zeros == pytest.approx(float((z == 0).float().mean()))
-    layer = model.layers[1].compress
-    w = F.normalize(layer.subspace_map(model.layers[1].compress_norm(z)).unflatten(-1, (3, 4)), dim=-1)
-    rates = [
-        0.5 * torch.logdet(torch.eye(4) + 4 / (5 * 0.01) * w[i, :, k].mT @ w[i, :, k])
-        for i in range(5)
-        for k in range(3)
-    ]
-    assert profile[1].compression == pytest.approx(float(torch.stack(rates).sum()) / 5, rel=1e-4)
     assert [each.basis.shape for each in model.subspaces()] == [(3, 12, 4)] * 2
+    layer = model.layers[1]
+    z = model.layers[0](model.tokens(images))
+    w = layer.compress.subspace_map(layer.compress_norm(z))[..., :4]
+    expected = (w @ w.mT / 2).softmax(-1)[:, 0, 1:].reshape(5, 2, 2)
+    torch.testing.assert_close(model.attention_maps(images)[:, 0], expected)
+    few = model.attention_maps(images, mass=0.5)
+    assert few.dtype == torch.bool
+    held = (model.attention_maps(images) * few).sum((2, 3)) / model.attention_maps(images).sum((2, 3))
+    assert bool((held >= 0.5).all())
+    assert not bool(few.all())
+    assert model(torch.randn(2, 1, 12, 16)).shape == (2, 3)
+    assert CRATE(8, 4, 3, 12, 3, 1, channels=1, pool="mean")(images).shape == (5, 3)
+
+
+def test_a_silenced_layer_is_named_once():
+    model = CRATE(8, 4, 3, 12, 3, 2, channels=1, threshold=1000.0)
+    with pytest.warns(UserWarning, match="layer 0 puts out zeros"):
+        model(torch.randn(2, 1, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.eval()(torch.randn(2, 1, 8, 8))
+
+
+class Released:
+    """The authors' forward pass, written plainly on a state in their layout."""
+
+    def __init__(self, state, heads, threshold):
+        self.state, self.heads, self.threshold = state, heads, threshold
+
+    def norm(self, x, name, eps=1e-5):
+        return F.layer_norm(x, x.shape[-1:], self.state[f"{name}.weight"], self.state[f"{name}.bias"], eps)
+
+    def attention(self, x, name):
+        w = (x @ self.state[f"{name}.fn.qkv.weight"].mT).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        out = ((w @ w.mT * w.shape[-1] ** -0.5).softmax(-1) @ w).transpose(1, 2).flatten(2)
+        return out @ self.state[f"{name}.fn.to_out.0.weight"].mT + self.state[f"{name}.fn.to_out.0.bias"]
+
+    def encoder(self, x, name):
+        x = self.attention(self.norm(x, f"{name}.0.norm"), f"{name}.0") + x
+        y, d = self.norm(x, f"{name}.1.norm"), self.state[f"{name}.1.fn.weight"]
+        return F.relu(y + 0.1 * (y @ d - (y @ d.mT) @ d) - 0.1 * self.threshold)
+
+    def decoder(self, x, name):
+        y = self.norm(x, f"{name}.0.norm") @ self.state[f"{name}.0.fn.weight"].mT
+        return y - self.attention(self.norm(y, f"{name}.1.norm"), f"{name}.1")
+
+
+def released_state(layers, extra, d=12):
+    made = {}
+    for name, kind in layers:
+        attention, matrix = ("0", "1") if kind == "encoder" else ("1", "0")
+        made |= {f"{name}.{part}.norm.{which}": (d,) for part in "01" for which in ("weight", "bias")}
+        made |= {f"{name}.{attention}.fn.qkv.weight": (d, d), f"{name}.{matrix}.fn.weight": (d, d)}
+        made |= {f"{name}.{attention}.fn.to_out.0.weight": (d, d), f"{name}.{attention}.fn.to_out.0.bias": (d,)}
+    generator = torch.Generator().manual_seed(0)
+    shapes = {**made, **extra}
+    return {key: 0.4 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def test_the_published_classifier_is_loaded_and_runs_as_released():
+    extra = {"to_patch_embedding.1.weight": (32,), "to_patch_embedding.1.bias": (32,)}
+    extra |= {"to_patch_embedding.2.weight": (12, 32), "to_patch_embedding.2.bias": (12,)}
+    extra |= {
+        f"{name}.{which}": (12,) for name in ("to_patch_embedding.3", "mlp_head.0") for which in ("weight", "bias")
+    }
+    extra |= {"mlp_head.1.weight": (5, 12), "mlp_head.1.bias": (5,), "cls_token": (1, 1, 12)}
+    extra["pos_embedding"] = (1, 5, 12)
+    state = released_state([(f"transformer.layers.{i}", "encoder") for i in range(2)], extra)
+    model = CRATE(8, 4, 5, 12, 3, 2, channels=2)
+    load_published(model, {f"module.{key}": value for key, value in state.items()})
+    images = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain = Released(state, 3, 0.1)
+    patches = images.unflatten(3, (2, 4)).unflatten(2, (2, 4)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    x = plain.norm(patches, "to_patch_embedding.1") @ state["to_patch_embedding.2.weight"].mT
+    x = plain.norm(x + state["to_patch_embedding.2.bias"], "to_patch_embedding.3")
+    x = torch.cat([state["cls_token"].expand(3, 1, -1), x], 1) + state["pos_embedding"]
+    for i in range(2):
+        x = plain.encoder(x, f"transformer.layers.{i}")
+    expected = plain.norm(x[:, 0], "mlp_head.0") @ state["mlp_head.1.weight"].mT + state["mlp_head.1.bias"]
+    torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
+    poor = {key: value for key, value in state.items() if "qkv" not in key} | {"odd": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"missing: layers\.0\.compress\.subspace_map\.weight.*unexpected: odd"):
+        load_published(model, poor)
+    with pytest.raises(ValueError, match="position has shape"):
+        load_published(model, {**state, "pos_embedding": torch.zeros(1, 7, 12)})
+
+
+def test_the_published_autoencoder_is_loaded_and_runs_as_released():
+    extra = {"patch_embed.proj.weight": (12, 2, 4, 4), "patch_embed.proj.bias": (12,)}
+    extra |= {
+        "cls_token": (1, 1, 12),
+        "mask_token": (1, 1, 12),
+        "pos_embed": (1, 5, 12),
+        "decoder_pos_embed": (1, 5, 12),
+    }
+    extra |= {f"{name}.{which}": (12,) for name in ("norm", "decoder_norm") for which in ("weight", "bias")}
+    extra |= {"decoder_embed.weight": (12, 12), "decoder_embed.bias": (12,)}
+    extra |= {"decoder_pred.weight": (32, 12), "decoder_pred.bias": (32,)}
+    state = released_state([("blocks.0.layers.0", "encoder"), ("decoder_blocks.0.layers.0", "decoder")], extra)
+    model = CRATEAutoencoder(8, 4, 12, 3, 1, channels=2)
+    load_published(model, state)
+    images = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+    hidden = torch.tensor([[True, False, True, True]] * 3)
+    plain = Released(state, 3, 0.5)
+    x = F.conv2d(images, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4).flatten(2).mT
+    x = torch.where(hidden[..., None], state["mask_token"], x)
+    x = torch.cat([state["cls_token"].expand(3, 1, -1), x], 1) + state["decoder_pos_embed"]
+    x = plain.norm(plain.encoder(x, "blocks.0.layers.0"), "norm", 1e-6)
+    x = plain.norm(plain.decoder(x, "decoder_blocks.0.layers.0"), "decoder_norm", 1e-6)
+    x = (x @ state["decoder_pred.weight"].mT + state["decoder_pred.bias"])[:, 1:]
+    released = x.unflatten(-1, (4, 4, 2)).movedim(-1, 2).flatten(2)
+    torch.testing.assert_close(model(images, hidden), released, atol=1e-4, rtol=1e-4)
+    # In the authors' grid the column comes first.
+    assert torch.equal(sine_positions(3, 8)[1, 4:], sine_positions(3, 8)[0, 4:])
+    assert not torch.equal(sine_positions(3, 8)[1, :4], sine_positions(3, 8)[0, :4])
+
+
+def test_what_grouping_saves():
+    u = bases()
+    planted = torch.cat([tokens(50, 3) @ u[0].mT, tokens(50, 3, seed=5) @ u[1].mT])
+    labels = torch.arange(2).repeat_interleave(50)
+    by_labels = rate_reduction(planted, labels, epsilon=0.5)
+    parts = sum(0.5 * coding_rate(planted[labels == k], epsilon=0.5) for k in range(2))
+    torch.testing.assert_close(by_labels, coding_rate(planted, epsilon=0.5) - parts)
+    assert float(by_labels) > float(rate_reduction(planted, labels.flip(0).roll(25), epsilon=0.5)) >= 0
+    by_planes = rate_reduction(planted, Subspace(u), epsilon=0.5)
+    torch.testing.assert_close(by_planes, coding_rate(planted, epsilon=0.5) - compression_rate(planted, u, epsilon=0.5))
+    with pytest.raises(ValueError, match="labels"):
+        rate_reduction(planted, labels[:5])
+    with pytest.raises(ValueError, match="expected bases"):
+        rate_reduction(planted, torch.zeros(2, 7, 3))
 
 
 def test_the_autoencoder_sees_only_what_is_not_hidden():
@@ -177,9 +333,14 @@ def test_refuses_bad_input():
         (lambda: ISTA(5, step=0), "step"),
         (lambda: ISTA(0), "dim"),
         (lambda: CRATELayer(6, 2, kappa=0), "kappa"),
+        (lambda: CRATELayer(6, 2, strict="yes"), "strict"),
+        (lambda: CRATE.preset("huge"), "tiny"),
+        (lambda: CRATE(8, 4, 3, 12, 3, 1, pool="max"), "pool"),
+        (lambda: CRATELanguageModel(11, 4, 12, 3, 1)(torch.zeros(1, 5, dtype=torch.long)), "at most 4"),
+        (lambda: CRATE(8, 4, 3, 12, 3, 1).attention_maps(torch.zeros(1, 3, 8, 8), mass=2), "mass"),
         (lambda: CRATE(9, 4, 3, 12, 3, 2), "patch_size"),
         (lambda: CRATE(8, 4, 3, 12, 3, 0), "depth"),
-        (lambda: CRATE(8, 4, 3, 12, 3, 1)(torch.zeros(1, 1, 8, 8)), "images"),
+        (lambda: CRATE(8, 4, 3, 12, 3, 1)(torch.zeros(1, 3, 8, 9)), "images"),
         (lambda: CRATEAutoencoder(8, 2, 12, 3, 1, masked=1.0), "masked"),
         (lambda: CRATEAutoencoder(8, 2, 6, 3, 1), "multiple of 4"),
         (lambda: compression_rate(torch.zeros(2, 6), bases().float(), epsilon=0), "epsilon"),

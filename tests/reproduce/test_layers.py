@@ -5,8 +5,10 @@ import torch
 
 pytest.importorskip("lightning", reason="the protocols train with Lightning")
 
+from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
-from subspan.reproduce import butterfly, causal_grassmann, gcr, simvq, ulsam
+from subspan.nn import CRATE
+from subspan.reproduce import butterfly, causal_grassmann, crate, gcr, simvq, ulsam
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -84,3 +86,28 @@ def test_arms_of_the_thinned_network():
     assert sizes["blocks deleted"] == 0
     assert sizes["ULSAM, 4 groups"] == 5 * 112 + 12
     assert sizes["the network as it is"] > sizes["squeeze and excite"] > sizes["ULSAM, 1 group"]
+
+
+def test_hidden_entries_of_a_planted_plane_are_found():
+    generator = torch.Generator().manual_seed(0)
+    plane = random_basis(30, 3, generator=generator)
+    rows = torch.randn(200, 3, generator=generator, dtype=torch.float64) @ plane.mT + 5
+    noisy = rows + 1e-4 * torch.randn(200, 30, generator=generator, dtype=torch.float64)
+    hidden = torch.rand(200, 30, generator=generator) < 0.7
+    filled = crate.PCACompletion(noisy, 3)(noisy, hidden)
+    assert torch.equal(filled[~hidden], noisy[~hidden])
+    seen = (~hidden).sum(1) >= 6
+    assert float((filled - rows)[seen].abs().median()) < 1e-3
+
+
+def test_rivals_of_crate_are_as_large_and_heads_are_told_from_chance():
+    sizes = {arm: sum(p.numel() for p in make(28, 4, 10, 6).parameters()) for arm, make in crate.ARMS.items()}
+    assert sizes["ViT, equal parameters"] == pytest.approx(sizes["CRATE"], rel=0.03)
+    assert sizes["ViT, equal width"] > 3.5 * sizes["CRATE"]
+    assert crate.thirds([6.0, 4.0, 3.0, 3.0, 2.0, 1.0]) == (5.0, 1.5)
+    assert crate.head_angles(crate.random_planes(0))[1] == pytest.approx(1, abs=0.1)
+    same = Subspace(random_basis(12, 4, generator=torch.Generator().manual_seed(0)).expand(3, 12, 4))
+    assert crate.head_angles([same]) == pytest.approx((0, 3), abs=1e-4)
+    images = torch.randn(2, 1, 8, 8)
+    vit = CRATE(8, 2, 3, 12, 3, 2, channels=1, layer=lambda: crate.ViTLayer(12, 3))
+    assert [each.layer for each in crate.profile(vit, images)] == ["layers.0.qkv", "layers.1.qkv"]

@@ -11,6 +11,7 @@ from .eigenshield import (
     energy_score,
     spectral_score,
 )
+from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
 from .sts import (
     ENSEMBLE_TEMPLATES,
@@ -40,10 +41,15 @@ __all__ = [
     "SteeringReport",
     "alignment_score",
     "conformal_quantile",
+    "displacement_mixing",
+    "displacements",
     "energy_score",
     "gaussian_blur",
     "jpeg",
+    "latent_directions",
     "marginal_entropy",
+    "orthogonalize_projections",
+    "path_length",
     "pgd",
     "random_noise",
     "select_confident",

@@ -29,10 +29,13 @@ from .spatial import gram_agreement, spatial_structure
 from .spectra import (
     coding_rate,
     compressed_coding_rate,
+    compression_gradient,
+    compression_rate,
     effective_rank,
     explained_ratio,
     participation_ratio,
     power_law_exponent,
+    rate_reduction,
     von_neumann_entropy,
 )
 from .subspace import Subspace
@@ -54,6 +57,8 @@ __all__ = [
     "check_matrix",
     "coding_rate",
     "compressed_coding_rate",
+    "compression_gradient",
+    "compression_rate",
     "effective_rank",
     "expected_overlap",
     "explained_ratio",
@@ -70,6 +75,7 @@ __all__ = [
     "principal_vectors",
     "procrustes",
     "rank_rule",
+    "rate_reduction",
     "ridge",
     "shrink_covariance",
     "spatial_structure",

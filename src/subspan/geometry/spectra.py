@@ -1,10 +1,12 @@
-"""Numbers that describe a spectrum: effective rank, participation ratio, power law, coding rate."""
+"""Numbers that describe a spectrum: effective rank, participation ratio, power law, coding rates."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from .subspace import Subspace
 
 
 def _distribution(variances: Tensor) -> Tensor:
@@ -85,3 +87,49 @@ def compressed_coding_rate(
         raise ValueError(f"membership: expected {z.shape[0]} columns, got {tuple(membership.shape)}")
     share = membership.sum(-1) / z.shape[0]
     return (share * coding_rate(z, epsilon=epsilon, weights=membership)).sum()
+
+
+def compression_rate(
+    z: Float[Tensor, "*b n d"], bases: Float[Tensor, "k d p"], *, epsilon: float = 0.5
+) -> Float[Tensor, "*b"]:
+    """R^c(Z | U) = Σ_k ½ logdet(I + p/(n ε²) (Z U_k)'(Z U_k)), nats: the rate of tokens coded in k subspaces."""
+    return coding_rate(torch.einsum("...nd,kdp->...knp", z, bases), epsilon=epsilon).sum(-1)
+
+
+def compression_gradient(
+    z: Float[Tensor, "*b n d"], bases: Float[Tensor, "k d p"], *, epsilon: float = 0.5
+) -> Float[Tensor, "*b n d"]:
+    """Gradient of `compression_rate` in z, in closed form, solved in the smaller of n x n and p x p."""
+    n, p = z.shape[-2], bases.shape[-1]
+    scale = p / (n * epsilon**2)
+    w = torch.einsum("...nd,kdp->...knp", z, bases)
+    if p <= n:
+        gram = torch.eye(p, dtype=z.dtype, device=z.device) + scale * w.mT @ w
+        inner = torch.linalg.solve(gram, w.mT).mT
+    else:
+        gram = torch.eye(n, dtype=z.dtype, device=z.device) + scale * w @ w.mT
+        inner = torch.linalg.solve(gram, w)
+    return scale * torch.einsum("...knp,kdp->...nd", inner, bases)
+
+
+def rate_reduction(
+    z: Float[Tensor, "*b n d"],
+    groups: Subspace | Float[Tensor, "k e p"] | Int[Tensor, " m"],
+    *,
+    epsilon: float = 0.5,
+) -> Float[Tensor, "*b"]:
+    """ΔR = R(Z) - R^c: what coding in groups saves, nats. groups: subspaces, one batch of k, or labels of the rows.
+
+    Subspaces: R^c is `compression_rate`, whose constant is p/(n ε²) where that of R is d/(n ε²), so that ΔR may be
+    negative. Labels (z without batch): R^c is `compressed_coding_rate`, and ΔR is not negative. Raises ValueError for
+    groups that fit neither. Source: Yu et al. (2020; 2023, arXiv 2311.13110).
+    """
+    bases = groups.basis if isinstance(groups, Subspace) else groups
+    if bases.ndim == 1 and not bases.is_floating_point():
+        if z.ndim != 2 or len(bases) != len(z):
+            raise ValueError(f"groups: {len(bases)} labels, but z has shape {tuple(z.shape)}; one a row is needed")
+        membership = (bases.unique().unsqueeze(1) == bases).to(z)
+        return coding_rate(z, epsilon=epsilon) - compressed_coding_rate(z, membership, epsilon=epsilon)
+    if bases.ndim != 3 or bases.shape[1] != z.shape[-1]:
+        raise ValueError(f"groups: expected bases (k, {z.shape[-1]}, p) or labels (n,), got {tuple(bases.shape)}")
+    return coding_rate(z, epsilon=epsilon) - compression_rate(z, bases.to(z), epsilon=epsilon)

@@ -2,20 +2,12 @@
 
 from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
-from subspan.nn.crate import (
-    CRATE,
-    ISTA,
-    CRATEAutoencoder,
-    CRATEDecoderLayer,
-    CRATELayer,
-    SubspaceSelfAttention,
-    compression_gradient,
-    compression_rate,
-)
+from subspan.nn.crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
+from subspan.nn.crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
 from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
 from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
-from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector, latent_directions, path_length
+from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -54,6 +46,7 @@ __all__ = [
     "ButterflyFactors",
     "CRATEAutoencoder",
     "CRATEDecoderLayer",
+    "CRATELanguageModel",
     "CRATELayer",
     "CodeUsage",
     "CompatibleCE",
@@ -93,19 +86,16 @@ __all__ = [
     "butterfly_factorize",
     "butterfly_multiply",
     "code_usage",
-    "compression_gradient",
-    "compression_rate",
     "cosine_matching_loss",
     "influence_loss",
     "info_nce",
-    "latent_directions",
     "limit_orthogonality_defect",
+    "load_published",
     "multi_positive_info_nce",
     "multiply_adds",
     "nesting_weights",
     "neural_collapse",
     "orthogonality_defect",
-    "path_length",
     "register_lambda_orthogonality",
     "register_orthonormal",
     "replace",

@@ -3,87 +3,79 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+import warnings
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import Subspace, coding_rate
+from ..geometry import Subspace, compression_gradient
 from ..geometry.grassmann import orthonormalize
 from .orthogonal import register_orthonormal
 
-
-def compression_rate(
-    z: Float[Tensor, "*b n d"], bases: Float[Tensor, "k d p"], *, epsilon: float = 0.5
-) -> Float[Tensor, "*b"]:
-    """R^c(Z | U) = Σ_k ½ logdet(I + p/(n ε²) (Z U_k)'(Z U_k)), nats: the rate of tokens coded in k subspaces."""
-    return coding_rate(torch.einsum("...nd,kdp->...knp", z, bases), epsilon=epsilon).sum(-1)
-
-
-def compression_gradient(
-    z: Float[Tensor, "*b n d"], bases: Float[Tensor, "k d p"], *, epsilon: float = 0.5
-) -> Float[Tensor, "*b n d"]:
-    """Gradient of `compression_rate` in z, in closed form, solved in the smaller of n x n and p x p."""
-    n, p = z.shape[-2], bases.shape[-1]
-    scale = p / (n * epsilon**2)
-    w = torch.einsum("...nd,kdp->...knp", z, bases)
-    if p <= n:
-        gram = torch.eye(p, dtype=z.dtype, device=z.device) + scale * w.mT @ w
-        inner = torch.linalg.solve(gram, w.mT).mT
-    else:
-        gram = torch.eye(n, dtype=z.dtype, device=z.device) + scale * w @ w.mT
-        inner = torch.linalg.solve(gram, w)
-    return scale * torch.einsum("...knp,kdp->...nd", inner, bases)
+_STRICT = (None, "gradient", "softmax")
 
 
 class SubspaceSelfAttention(nn.Module):
     """Tokens (…, n, d) → Σ_k softmax(w_k w_k' / √p) w_k, w_k = z U_k: attention whose query, key and value are one map.
 
-    The layer as released: U free, and an output map of its own with a bias. strict: U_k orthonormal (all of them
-    together: U'U = I) and the output map U itself, so that the layer is what the derivation says. causal: a token
-    looks at none after it. Raises ValueError where heads do not divide d. Source: Yu et al. (2023), arXiv 2311.13110.
+    As released, U is free and the output map its own, with a bias (none for a single head, which needs no mixing).
+    tied: the output map is U itself; orthonormal: U'U = I, all heads together; both make the layer what the derivation
+    says. causal: a token looks at none after it. Raises ValueError where heads do not divide d.
+    Source: Yu et al. (2023), arXiv 2311.13110.
     """
 
     def __init__(
-        self, dim: int, heads: int, *, strict: bool = False, causal: bool = False, dropout: float = 0.0
+        self,
+        dim: int,
+        heads: int,
+        *,
+        tied: bool = False,
+        orthonormal: bool = False,
+        causal: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"heads: must divide dim, got {heads} and {dim}")
         self.dim = dim
         self.heads = heads
-        self.strict = strict
+        self.tied = tied
+        self.orthonormal = orthonormal
         self.causal = causal
         self.dropout = dropout
         self.subspace_map = nn.Linear(dim, dim, bias=False)
-        self.output = nn.Identity() if strict else nn.Linear(dim, dim)
-        if strict:
+        self.output = nn.Identity() if tied or heads == 1 else nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
+        if orthonormal:
             register_orthonormal(self.subspace_map, "weight")
 
     @property
     def bases(self) -> Float[Tensor, "k d p"]:
-        """U_k of every head, as they stand (orthonormal in strict layers only)."""
+        """U_k of every head, as they stand (orthonormal where the layer keeps them so)."""
         return self.subspace_map.weight.unflatten(0, (self.heads, -1)).mT
 
     def subspaces(self) -> Subspace:
         """Spans of the U_k, one batch (heads, d, p)."""
         return Subspace(orthonormalize(self.bases.detach().double()))
 
-    def forward(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
-        """The compressed tokens, to be added to z."""
+    def coordinates(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b k n p"]:
+        """w_k of every head: query, key and value at once."""
         if z.shape[-1] != self.dim:
             raise ValueError(f"z: expected width {self.dim}, got {z.shape[-1]}")
-        w = self.subspace_map(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        return self.subspace_map(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+
+    def forward(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        """The compressed tokens, to be added to z."""
+        w = self.coordinates(z)
         drop = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(w, w, w, is_causal=self.causal, dropout_p=drop)
         mixed = mixed.transpose(-3, -2).flatten(-2)
-        return mixed @ self.subspace_map.weight.to(mixed.dtype) if self.strict else self.output(mixed)
+        return mixed @ self.subspace_map.weight.to(mixed.dtype) if self.tied else self.output(mixed)
 
     def attention(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b k n n"]:
         """The attention maps of every head."""
-        w = self.subspace_map(z).unflatten(-1, (self.heads, -1)).transpose(-3, -2)
+        w = self.coordinates(z)
         scores = w @ w.mT / math.sqrt(w.shape[-1])
         if self.causal:
             future = torch.ones(w.shape[-2], w.shape[-2], dtype=torch.bool, device=z.device).triu(1)
@@ -92,22 +84,35 @@ class SubspaceSelfAttention(nn.Module):
 
 
 class ISTA(nn.Module):
-    """y → ReLU(y + η D'(y - D y) - η λ), `steps` times from y: steps of non-negative lasso, min ½|y - D a|² + λ Σ a.
+    """Tokens y → codes by `steps` proximal gradient steps of the lasso min ½|y - D a|² + λ|a|₁, a ≥ 0.
 
-    step: η, threshold: λ, as in the released classifier (0.1 and 0.1); D (d, d) starts Kaiming-uniform. `stability` is
-    η σ_max(D)², below 2 where the steps converge. Raises ValueError for values that are not positive.
+    One step is a ← ReLU(a + η D'(y - D a) - η λ), from a = y; with expansion s > 1, D is (d, s d), the codes have
+    width s d and start at zero (CRATE-α). nonnegative=False: soft thresholds in place of the ReLU. step: η, threshold:
+    λ, as in the released classifier (0.1 and 0.1); D starts Kaiming-uniform. `stability` is η σ_max(D)², below 2 where
+    the steps converge. Raises ValueError for values that are not positive.
     """
 
-    def __init__(self, dim: int, *, step: float = 0.1, threshold: float = 0.1, steps: int = 1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        step: float = 0.1,
+        threshold: float = 0.1,
+        steps: int = 1,
+        expansion: int = 1,
+        nonnegative: bool = True,
+    ) -> None:
         super().__init__()
-        if dim < 1 or steps < 1:
-            raise ValueError(f"dim, steps: must be at least 1, got {dim} and {steps}")
+        if dim < 1 or steps < 1 or expansion < 1:
+            raise ValueError(f"dim, steps, expansion: must be at least 1, got {dim}, {steps} and {expansion}")
         if not (step > 0 and threshold >= 0):
             raise ValueError(f"step, threshold: must be positive, got {step} and {threshold}")
         self.step = step
         self.threshold = threshold
         self.steps = steps
-        self.dictionary = nn.Parameter(torch.empty(dim, dim))
+        self.expansion = expansion
+        self.nonnegative = nonnegative
+        self.dictionary = nn.Parameter(torch.empty(dim, expansion * dim))
         nn.init.kaiming_uniform_(self.dictionary)
 
     @property
@@ -115,24 +120,31 @@ class ISTA(nn.Module):
         """η σ_max(D)²."""
         return self.step * float(torch.linalg.matrix_norm(self.dictionary.detach().double(), 2)) ** 2
 
-    def forward(self, y: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """Non-negative sparse codes."""
-        code = y
+    def forward(self, y: Float[Tensor, "*n d"]) -> Float[Tensor, "*n m"]:
+        """Sparse codes."""
+        code = y if self.expansion == 1 else y.new_zeros(*y.shape[:-1], self.dictionary.shape[1])
         for _ in range(self.steps):
             residual = y - F.linear(code, self.dictionary)
-            code = F.relu(code + self.step * (residual @ self.dictionary) - self.step * self.threshold)
+            code = code + self.step * (residual @ self.dictionary)
+            level = self.step * self.threshold
+            code = F.relu(code - level) if self.nonnegative else F.softshrink(code, level)
         return code
 
     def extra_repr(self) -> str:
         """Shown by print."""
-        return f"dim={self.dictionary.shape[0]}, step={self.step}, threshold={self.threshold}, steps={self.steps}"
+        return (
+            f"dim={self.dictionary.shape[0]}, step={self.step}, threshold={self.threshold}, steps={self.steps}, "
+            f"expansion={self.expansion}, nonnegative={self.nonnegative}"
+        )
 
 
 class CRATELayer(nn.Module):
     """One layer: z½ = z + MSSA(LN z), z⁺ = ISTA(LN z½), with no residual around the second.
 
-    strict: the exact gradient step z½ = z - κ ∇R^c(z | U) on orthonormal U in place of the attention and its free
-    output map (kappa: κ; epsilon: ε of the rate); no published model is trained so.
+    strict, on orthonormal tied U: "gradient" = the exact step z½ = y - κ ∇R^c(y | U), y = LN z; "softmax" = its first
+    order with softmax memberships, z½ = (1 - κ p/(n ε²)) y + κ p/(n ε²) MSSA(y). kappa: κ, epsilon: ε of the rate; no
+    published model is trained so. expansion > 1 is CRATE-α: z⁺ = z½ + E ISTA(LN z½), with a dictionary of
+    expansion · d, at least two steps from zero and a second dictionary E (Yang et al., 2024).
     """
 
     def __init__(
@@ -142,35 +154,47 @@ class CRATELayer(nn.Module):
         *,
         step: float = 0.1,
         threshold: float = 0.1,
-        strict: bool = False,
+        steps: int | None = None,
+        expansion: int = 1,
+        strict: str | None = None,
         kappa: float = 0.5,
         epsilon: float = 0.5,
         causal: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if strict and causal:
-            raise ValueError("strict: the rate's gradient mixes all tokens, so a strict layer cannot be causal")
+        if strict not in _STRICT:
+            raise ValueError(f"strict: expected one of {_STRICT}, got {strict!r}")
+        if strict == "gradient" and causal:
+            raise ValueError("strict: the rate's gradient mixes all tokens, so such a layer cannot be causal")
         if not (kappa > 0 and epsilon > 0):
             raise ValueError(f"kappa, epsilon: must be positive, got {kappa} and {epsilon}")
         self.strict, self.kappa, self.epsilon = strict, kappa, epsilon
+        exact = strict is not None
         self.compress_norm = nn.LayerNorm(dim)
-        self.compress = SubspaceSelfAttention(dim, heads, strict=strict, causal=causal, dropout=dropout)
+        self.compress = SubspaceSelfAttention(dim, heads, tied=exact, orthonormal=exact, causal=causal, dropout=dropout)
         self.sparsify_norm = nn.LayerNorm(dim)
-        self.sparsify = ISTA(dim, step=step, threshold=threshold)
+        steps = steps or (1 if expansion == 1 else 2)
+        self.sparsify = ISTA(dim, step=step, threshold=threshold, steps=steps, expansion=expansion)
+        self.decode = nn.Linear(expansion * dim, dim, bias=False) if expansion > 1 else None
 
     def forward(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
         """The next layer's tokens."""
+        half = self._compressed(z)
+        code = self.sparsify(self.sparsify_norm(half))
+        return code if self.decode is None else half + self.decode(code)
+
+    def _compressed(self, z: Tensor) -> Tensor:
         y = self.compress_norm(z)
-        if self.strict:
-            with torch.autocast(z.device.type, enabled=False):
-                wide = y.to(torch.promote_types(y.dtype, torch.float32))
-                bases = self.compress.bases.to(wide.dtype)
-                half = wide - self.kappa * compression_gradient(wide, bases, epsilon=self.epsilon)
-            half = half.to(z.dtype)
-        else:
-            half = z + self.compress(y)
-        return self.sparsify(self.sparsify_norm(half))
+        if self.strict is None:
+            return z + self.compress(y)
+        if self.strict == "softmax":
+            weight = self.kappa * (z.shape[-1] // self.compress.heads) / (z.shape[-2] * self.epsilon**2)
+            return (1 - weight) * y + weight * self.compress(y)
+        with torch.autocast(z.device.type, enabled=False):
+            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            bases = self.compress.bases.to(wide.dtype)
+            return (wide - self.kappa * compression_gradient(wide, bases, epsilon=self.epsilon)).to(z.dtype)
 
 
 class CRATEDecoderLayer(nn.Module):
@@ -180,6 +204,8 @@ class CRATEDecoderLayer(nn.Module):
         super().__init__()
         self.expand_norm = nn.LayerNorm(dim)
         self.expand = nn.Linear(dim, dim, bias=False)
+        # As D of the encoder's layers.
+        nn.init.kaiming_uniform_(self.expand.weight)
         self.decompress_norm = nn.LayerNorm(dim)
         self.decompress = SubspaceSelfAttention(dim, heads, dropout=dropout)
 
@@ -189,150 +215,44 @@ class CRATEDecoderLayer(nn.Module):
         return y - self.decompress(self.decompress_norm(y))
 
 
-class LayerRate(NamedTuple):
-    """Of one layer on a batch: R^c of its normalised head tokens (nats an image) and the share of zeros it puts out."""
+class LayerStack(nn.ModuleList):
+    """Layers one after another, with a warning, once, for one whose output is all zero: λ has silenced it.
 
-    compression: float
-    zeros: float
-
-
-class CRATE(nn.Module):
-    """Images (n, c, h, w) → class logits by patches, a class token and `CRATELayer`s.
-
-    patch → LN → linear → LN; tables of positions and the class token are drawn N(0, 1); LN and a linear head on the
-    class token. sizes of the paper: tiny 384/6/12 (dim/heads/depth), small 576/12/12, base 768/12/12, large 1024/16/24.
-    Raises ValueError for images that patches do not divide. options: of `CRATELayer`.
+    Looked for in the first pass and in evaluation, so that training does not wait for the device.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        num_classes: int,
-        dim: int,
-        heads: int,
-        depth: int,
-        *,
-        channels: int = 3,
-        layer: Any = None,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patch_size: must divide image_size, got {patch_size} and {image_size}")
-        if depth < 1 or num_classes < 1:
-            raise ValueError(f"depth, num_classes: must be at least 1, got {depth} and {num_classes}")
-        self.image_size, self.patch_size, self.channels = image_size, patch_size, channels
-        pixels, tokens = channels * patch_size**2, (image_size // patch_size) ** 2
-        self.embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, dim), nn.LayerNorm(dim))
-        self.position = nn.Parameter(torch.randn(1, tokens + 1, dim))
-        self.class_token = nn.Parameter(torch.randn(1, 1, dim))
-        make = layer or (lambda: CRATELayer(dim, heads, **options))
-        self.layers = nn.ModuleList(make() for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, num_classes))
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__(layers)
+        self._looked = self._warned = False
 
-    def tokens(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t d"]:
-        """The embedded patches behind the class token, with their positions."""
-        if images.shape[1:] != (self.channels, self.image_size, self.image_size):
-            raise ValueError(
-                f"images: expected {(self.channels, self.image_size, self.image_size)}, got {tuple(images.shape[1:])}"
-            )
-        patches = F.unfold(images, self.patch_size, stride=self.patch_size).mT
-        embedded = self.embed(patches)
-        return torch.cat([self.class_token.expand(len(embedded), -1, -1), embedded], 1) + self.position
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
-        """Logits."""
-        z = self.tokens(images)
-        for layer in self.layers:
+    def forward(self, z: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        """Tokens after the last layer."""
+        looks = not self._warned and not (self._looked and self.training) and not torch.compiler.is_compiling()
+        for index, layer in enumerate(self):
             z = layer(z)
-        return self.head(z[:, 0])
+            if looks and not bool(z.detach().any()):
+                warnings.warn(f"layer {index} puts out zeros alone; lower threshold (λ) or step (η)", stacklevel=2)
+                looks, self._warned = False, True
+        self._looked = True
+        return z
 
-    @torch.no_grad()
-    def rate_profile(self, images: Float[Tensor, "n c h w"], *, epsilon: float = 0.1) -> list[LayerRate]:
-        """R^c and sparsity of every layer on a batch: tokens of a head at unit length, ε² = 0.01, as published."""
-        z, found = self.tokens(images), []
-        for layer in self.layers:
-            one: Any = layer
-            if not isinstance(layer, CRATELayer):
-                raise ValueError(f"layers: the profile is of CRATE layers, got {type(layer).__name__}")
-            w = one.compress.subspace_map(one.compress_norm(z)).unflatten(-1, (one.compress.heads, -1)).transpose(1, 2)
-            rate = coding_rate(F.normalize(w.float(), dim=-1), epsilon=epsilon).sum(-1)
-            z = layer(z)
-            found.append(LayerRate(float(rate.mean()), float((z == 0).float().mean())))
-        return found
+    def attention(self, z: Float[Tensor, "*b n d"], layer: int = -1) -> Float[Tensor, "*b k n n"]:
+        """The attention maps of one layer's heads, of tokens z before the first."""
+        if not -len(self) <= layer < len(self):
+            raise ValueError(f"layer: must lie in [{-len(self)}, {len(self)}), got {layer}")
+        index = layer % len(self)
+        for each in list(self)[:index]:
+            z = each(z)
+        last = self[index]
+        if not isinstance(last, CRATELayer):
+            raise ValueError(f"layer: {index} is no CRATE layer but a {type(last).__name__}")
+        return last.compress.attention(last.compress_norm(z))
 
     def subspaces(self) -> list[Subspace]:
-        """The heads' subspaces, one batch a layer."""
-        return [layer.compress.subspaces() for layer in self.layers if isinstance(layer, CRATELayer)]
-
-
-class CRATEAutoencoder(nn.Module):
-    """Images → patches that were masked, filled in: encoder layers, then as many decoder layers.
-
-    Positions are fixed sines; a mask token stands in for `masked` of the patches, drawn anew for every image, *before*
-    the encoder, so that it sees all places. `loss` is the mean squared error on masked patches alone. threshold: λ of
-    the encoder, 0.5 as released. options: of the encoder's `CRATELayer`.
-    """
-
-    def __init__(
-        self,
-        image_size: int,
-        patch_size: int,
-        dim: int,
-        heads: int,
-        depth: int,
-        *,
-        channels: int = 3,
-        masked: float = 0.75,
-        threshold: float = 0.5,
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"patch_size: must divide image_size, got {patch_size} and {image_size}")
-        if not 0 < masked < 1:
-            raise ValueError(f"masked: must lie in (0, 1), got {masked}")
-        self.patch_size, self.masked = patch_size, masked
-        pixels, side = channels * patch_size**2, image_size // patch_size
-        self.embed = nn.Linear(pixels, dim)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(dim))
-        self.register_buffer("position", sine_positions(side, dim), persistent=False)
-        self.encoder = nn.Sequential(
-            *(CRATELayer(dim, heads, threshold=threshold, **options) for _ in range(depth)), nn.LayerNorm(dim)
-        )
-        self.decoder = nn.Sequential(*(CRATEDecoderLayer(dim, heads) for _ in range(depth)), nn.LayerNorm(dim))
-        self.output = nn.Linear(dim, pixels)
-
-    position: Tensor
-
-    def forward(self, images: Float[Tensor, "n c h w"], hidden: Tensor) -> Float[Tensor, "n t p"]:
-        """Pixels of every patch, those with hidden (n, t) = True not having been seen."""
-        z = torch.where(hidden.unsqueeze(-1), self.mask_token, self.embed(self.patches(images)))
-        return self.output(self.decoder(self.encoder(z + self.position)))
-
-    def patches(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n t p"]:
-        """The images' patches as rows."""
-        return F.unfold(images, self.patch_size, stride=self.patch_size).mT
-
-    def draw_mask(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """A mask (n, t) that hides the same number of patches of each image."""
-        t = len(self.position)
-        order = torch.rand(n, t, generator=generator).argsort(1)
-        return (order < round(self.masked * t)).to(self.position.device)
-
-    def loss(self, images: Float[Tensor, "n c h w"], generator: torch.Generator | None = None) -> Float[Tensor, ""]:
-        """Mean squared error of hidden patches."""
-        hidden = self.draw_mask(len(images), generator)
-        return F.mse_loss(self(images, hidden)[hidden], self.patches(images)[hidden])
-
-
-def sine_positions(side: int, dim: int) -> Float[Tensor, "t d"]:
-    """Fixed positions of a square grid: sines and cosines of rows and columns, a quarter of dim each."""
-    if dim % 4:
-        raise ValueError(f"dim: must be a multiple of 4 for positions of a grid, got {dim}")
-    frequency = 10_000 ** -(torch.arange(dim // 4) / (dim // 4))
-    angles = torch.arange(side).unsqueeze(1) * frequency
-    line = torch.cat([angles.sin(), angles.cos()], 1)
-    rows, columns = line.unsqueeze(1).expand(-1, side, -1), line.unsqueeze(0).expand(side, -1, -1)
-    return torch.cat([rows, columns], -1).flatten(0, 1)
+        """The heads' subspaces, one batch (heads, d, p) a layer."""
+        found = []
+        for layer in self:
+            part = layer.decompress if isinstance(layer, CRATEDecoderLayer) else getattr(layer, "compress", None)
+            if isinstance(part, SubspaceSelfAttention):
+                found.append(part.subspaces())
+        return found

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,12 +89,14 @@ class HouseholderProjector(nn.Module):
     gain: Tensor
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int = 10, *, gain: str = "mean") -> HouseholderProjector:
+    def from_linear(cls, linear: nn.Module, rank: int = 10, *, gain: str = "mean") -> HouseholderProjector:
         """The layer with the leading k singular vectors of a trained one, and its bias.
 
         gain: "mean" of the k singular values ("learned" starts there), or "one". Where the weight has a rank below k
         the missing directions are filled with others, with a warning. Raises ValueError for one that is not finite.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         weight = check_finite(linear.weight.detach(), "linear.weight").double()
         layer = cls(linear.in_features, linear.out_features, rank, gain=gain, bias=linear.bias is not None)
         layer = layer.to(linear.weight.device)
@@ -178,42 +178,3 @@ def jacobian_gram(
         ]
     stacked = torch.stack(columns, -1).double()
     return (stacked.mT @ stacked).mean(0)
-
-
-@torch.no_grad()
-def path_length(
-    generator: Callable[[Tensor], Tensor],
-    latents: Float[Tensor, "n i"],
-    directions: Float[Tensor, "i k"] | None = None,
-    *,
-    epsilon: float = 1e-2,
-    distance: Callable[[Tensor, Tensor], Tensor] | None = None,
-    random: torch.Generator | None = None,
-) -> float:
-    """Mean squared distance of what a step of length epsilon changes, over epsilon²: PPL, or PIPL with `directions`.
-
-    directions: unit columns of which one is drawn for each latent; None = the way to another latent, at the length
-    epsilon of it (perceptual path length). distance: (a, b) → squared distances (n,); None = mean squared difference of
-    an entry. The largest and the smallest percent are left out.
-    """
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon: must be positive, got {epsilon}")
-    if directions is None:
-        other = latents[torch.randperm(len(latents), generator=random)]
-        step = other - latents
-    else:
-        step = directions.mT[torch.randint(directions.shape[1], (len(latents),), generator=random)]
-    a, b = generator(latents), generator(latents + epsilon * step.to(latents))
-    squares = (a - b).square().flatten(1).mean(1) if distance is None else distance(a, b)
-    kept = squares.sort().values[len(squares) // 100 : len(squares) - len(squares) // 100]
-    return float(kept.mean()) / epsilon**2
-
-
-def latent_directions(weight: Any, rank: int) -> Subspace:
-    """SeFa: the right-singular vectors of largest gain of a layer or its weight (out, in), with the gains' squares."""
-    matrix: Any = weight.weight.detach() if isinstance(weight, nn.Linear) else weight
-    matrix = check_finite(matrix, "weight").double()
-    if not 1 <= rank <= min(matrix.shape):
-        raise ValueError(f"rank: must lie in [1, {min(matrix.shape)}], got {rank}")
-    _, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    return Subspace(vh[:rank].mT.contiguous(), variances=s[:rank].square())

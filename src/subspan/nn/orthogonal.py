@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ class HouseholderMap(OrthonormalMap):
 
     def _map(self, x: Tensor) -> Tensor:
         v = x.mT if self.wide else x
+        # Looked for on the processor alone: elsewhere it would wait for the device.
+        if not torch.compiler.is_compiling() and v.device.type == "cpu" and bool((v == 0).all(0).any()):
+            warnings.warn("a Householder vector is zero and reflects nothing", stacklevel=2)
         q = householder_columns(v) * self.sign.to(v.dtype)
         return q.mT if self.wide else q
 

@@ -169,6 +169,22 @@ SYSTEMS = (
         "GrassmannMixing",
     ),
     System(
+        "householder-projector",
+        "Generators edited along few orthogonal directions: low-rank projections with equal gains",
+        "Song et al.: Householder Projector for Unsupervised Latent Semantics Discovery (ICCV 2023, arXiv 2307.08012)",
+        2023,
+        "nn",
+        "HouseholderProjector",
+    ),
+    System(
+        "crate",
+        "Transformers whose layers compress tokens onto learnt subspaces and make them sparse",
+        "Yu et al.: White-Box Transformers via Sparse Rate Reduction (arXiv 2311.13110)",
+        2023,
+        "nn",
+        "CRATE",
+    ),
+    System(
         "diffusion-subspace-clustering",
         "Low-rank mixtures as diffusion models: denoising, clustering and editing by subspaces",
         "Wang et al.: Diffusion Models Learn Low-Dimensional Distributions via Subspace Clustering (arXiv 2409.02426)",
