@@ -83,7 +83,7 @@ def jacobian_subspace(
         following = torch.linalg.qr(moved).Q
         sine = torch.linalg.matrix_norm(following - v @ (v.mT @ following), 2)
         v = following
-        if rounds >= 10 and float(sine) < tolerance:
+        if rounds >= 10 and bool(sine < tolerance):
             break
     u, s, wh = torch.linalg.svd(forward(v), full_matrices=False)
     width = min(rank, len(s))

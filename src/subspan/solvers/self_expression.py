@@ -19,7 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import enet_path
 from torch import Tensor
 
-_BLOCK = 1 << 24
+# Correlations of a block of rows, small enough to stay in a cache between the passes over them.
+_BLOCK = 1 << 21
 _SWEEPS = 60
 _DENSE_ROWS = 20_000
 
@@ -119,24 +120,20 @@ def omp_self_expression(
 def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, chosen (b, s), coefficients (b, s)) with coefficient 0 where a row stopped early."""
     target, b = x[rows], len(rows)
-    every = torch.arange(b, device=x.device)
     chosen = torch.zeros(b, n_nonzero, dtype=torch.int64, device=x.device)
     used = torch.zeros(b, n_nonzero, dtype=torch.bool, device=x.device)
     basis = x.new_zeros(b, n_nonzero, x.shape[1])  # orthonormalised atoms
     triangle = torch.eye(n_nonzero, dtype=x.dtype, device=x.device).repeat(b, 1, 1)  # atoms = triangle' basis
     weights = x.new_zeros(b, n_nonzero)
     residual, active = target.clone(), torch.ones(b, dtype=torch.bool, device=x.device)
-    taken = torch.zeros(b, len(x), dtype=torch.bool, device=x.device)
-    taken[every, rows] = True
     for step in range(n_nonzero):
         active &= residual.square().sum(1) > tolerance
         if not bool(active.any()):
             break
         live = active.nonzero().squeeze(1)
         score = (residual[live] @ x.mT).abs_()
-        score.masked_fill_(taken[live], -1.0)
+        score.scatter_(1, torch.cat([rows[live].unsqueeze(1), chosen[live, :step]], 1), -1.0)
         best, atom = score.max(1)
-        taken[live, atom] = True
         fresh = x[atom]
         inner = (basis[live, :step] @ fresh.unsqueeze(2)).squeeze(2)
         fresh = fresh - (basis[live, :step].mT @ inner.unsqueeze(2)).squeeze(2)
