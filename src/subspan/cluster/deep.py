@@ -182,9 +182,9 @@ class DeepSubspaceClustering(_DeepClusterer):
     each direct child); "last", that one alone; for a module also what `models.layer_names` takes, without the items.
     retain: entries of each row of (|C| + |C|')/2 that go into the affinity, near the dimension of the subspaces (9 for
     faces and objects, 12 for digits); None for all. affine: a constant is appended to the items, as large as they are
-    about their mean. tol, target: "express" ends where the mean loss of 10 steps is less than `tol` below that of the
-    10 before, or |Z - CZ| < target |Z| in every layer, and after max_steps; "structure" after 10 steps without a
-    change of labels, or structure_steps. rank: of `subspaces_`. device: of the training.
+    about their mean. tol, target: "express" ends where the loss has fallen by less than `tol` in 10 steps, or
+    |Z - CZ| < target |Z| in every layer, and after max_steps; "structure" after 10 steps without a change of labels,
+    or structure_steps. rank: of `subspaces_`. device: of the training.
 
     After `fit`: labels_ (n,); representation_ C (n, n), dense; affinity_ (n, n), CSR; subspaces_, in the layers side by
     side, where `predict` looks for the nearest; encoder_; n_steps_ and history_, steps by stage and loss by step of

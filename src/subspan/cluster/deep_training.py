@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,8 +71,8 @@ class SelfExpressionModule(_FullBatch):
     fixed: (n, d) what does not change, the rows themselves or all layers of a frozen network in one (`joint_factor`);
     None for none. autoencoder: trained along, its layers' rows scaled to unit length, so that it gains nothing by
     shrinking; None where all is fixed. layers: those of the auto-encoder that are expressed, as indices.
-    Ends where the mean loss of 10 steps is less than `tol` below that of the 10 before (Adam's first steps swing), or
-    |Z - CZ| / |Z| is below `target` in every layer: no label is looked at. history holds the loss of each step.
+    Ends where the loss has fallen by less than `tol` in 10 steps (`settled`), or |Z - CZ| / |Z| is below `target` in
+    every layer: no label is looked at. history holds the loss of each step.
     """
 
     def __init__(
@@ -203,8 +204,10 @@ def relative_error(found: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
 
 
 def settled(history: list[float], tol: float) -> bool:
-    """Whether the mean of the last 10 values is less than `tol` of it below that of the 10 before."""
-    if tol <= 0 or len(history) < 2 * _WINDOW:
-        return False
-    before, now = sum(history[-2 * _WINDOW : -_WINDOW]), sum(history[-_WINDOW:])
-    return before - now < tol * before
+    """Whether the last value is less than `tol` of it below that of 10 steps before, and none between has risen.
+
+    Adam's first steps swing about the way down; a swing is no end.
+    """
+    last = history[-_WINDOW - 1 :]
+    falling = all(after <= before for before, after in pairwise(last))
+    return tol > 0 and len(last) > _WINDOW and falling and last[0] - last[-1] < tol * last[0]
