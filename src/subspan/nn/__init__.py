@@ -1,5 +1,6 @@
 """Neural building blocks: layers, heads and losses as plain torch modules and functions."""
 
+from subspan.nn.autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
 from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.crate import (
@@ -35,6 +36,7 @@ from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
 from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
 from subspan.nn.replacement import Site, Surgery, multiply_adds, replace
 from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
+from subspan.nn.self_expression import SelfExpression, SubspaceStructured
 from subspan.nn.simplex import (
     CompatibleCE,
     HOCLoss,
@@ -58,6 +60,7 @@ __all__ = [
     "CodeUsage",
     "CompatibleCE",
     "ContrastiveLoss",
+    "ConvAutoencoder",
     "FlowTransformer",
     "GrassmannBlock",
     "GrassmannHead",
@@ -69,6 +72,7 @@ __all__ = [
     "HouseholderFrame",
     "HouseholderProjector",
     "LambdaOrthogonality",
+    "LinearAutoencoder",
     "MatryoshkaAdapter",
     "MatryoshkaLinear",
     "MatryoshkaLogitLoss",
@@ -80,12 +84,16 @@ __all__ = [
     "Quantized",
     "ResidualSimVQ",
     "RiemannianSGD",
+    "SameConv2d",
+    "SameConvTranspose2d",
+    "SelfExpression",
     "SimVQ",
     "SimplexClassifier",
     "Site",
     "SpatialNorm",
     "SubspaceAttention",
     "SubspaceSelfAttention",
+    "SubspaceStructured",
     "Surgery",
     "WithRiemannian",
     "active_subspace",
