@@ -148,6 +148,7 @@ def test_structure_takes_affinity_away_between_clusters_alone():
         ({"retain": 6}, np.eye(6), "retain: must be below n_samples = 6"),
         ({"retain": 0}, np.eye(6), "retain: expected an integer >= 1"),
         ({}, np.vstack([np.zeros((2, 6)), np.eye(6)]), r"2 rows are zero .*rows 0, 1"),
+        ({}, np.zeros((6, 6)), "all values are zero"),
         ({"encoder": "conv"}, np.eye(6), "takes images"),
         ({"encoder": "no"}, np.eye(6), "encoder: expected 'conv'"),
         ({"layers": "first"}, np.eye(6), "layers: 'all' or 'last'"),

@@ -71,10 +71,10 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         if reset:
             check_cluster_count(self.n_clusters, len(items))
             check_dense(len(items))
-            if not self.affine:
-                check_rows(items.flatten(1))
             self._shape = tuple(items.shape[1:])
             self._largest = 1.0 if isinstance(self.encoder, nn.Module) else float(items.abs().max())
+            if not self._largest > 0:
+                raise ValueError("X: all values are zero; there is nothing to cluster")
             rows = items.flatten(1) / self._largest
             self._mean = rows.mean(0)
             self._size = float((rows - self._mean).square().sum(1).mean().sqrt())
@@ -243,6 +243,8 @@ class DeepSubspaceClustering(_DeepClusterer):
         """
         items = self._items(X, reset=True)
         self._check_parameters(len(items))
+        if not self.affine:
+            check_rows(items.flatten(1))
         warn_of_copies(self._points(items))
         self._random = check_random_state(self.random_state)
         with torch.random.fork_rng(devices=[]):
@@ -375,7 +377,10 @@ class DSCNetClustering(_DeepClusterer):
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> DSCNetClustering:
-        """Cluster items X; y is not looked at. Raises and warns as `DeepSubspaceClustering`."""
+        """Cluster items X; y is not looked at. Raises and warns as `DeepSubspaceClustering`.
+
+        Items of zeros are let through, since the code of one need not be zero.
+        """
         items = self._items(X, reset=True)
         self._check_parameters(len(items))
         warn_of_copies(self._points(items))
