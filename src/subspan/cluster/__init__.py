@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .deep import DeepSubspaceClustering, DSCNetClustering
 from .diffusion import LowRankMixtureDiffusion
 from .ensc import ElasticNetSubspaceClustering
 from .ksubspaces import KSubspaces
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "S2CAG",
+    "DSCNetClustering",
+    "DeepSubspaceClustering",
     "ElasticNetSubspaceClustering",
     "KSubspaces",
     "LeastSquaresRepresentation",

@@ -44,11 +44,7 @@ class _RowClusterer(ClusterMixin, BaseEstimator):
             self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
         )
         if reset:
-            k = self.n_clusters
-            if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-                raise ValueError(f"n_clusters: expected an integer >= 1, got {k!r}")
-            if k > len(rows):
-                raise ValueError(f"n_clusters: {k} clusters asked for of n_samples = {len(rows)} rows")
+            check_cluster_count(self.n_clusters, len(rows))
         return torch.from_numpy(np.ascontiguousarray(rows) if rows.flags.writeable else rows.copy())
 
     def _spanning(self, rows: Tensor) -> Tensor:
@@ -106,7 +102,7 @@ class SelfExpressiveClustering(_RowClusterer):
             raise ValueError(f"retain: expected an integer >= 1 or None, got {self.retain!r}")
         rows = self._rows(X, reset=True)
         points = self._points(rows)
-        _warn_of_copies(points)
+        warn_of_copies(points)
         found: Any = self._represent(points)
         self.representation_: Any = found.numpy() if isinstance(found, Tensor) else found
         retain = None if self.retain is None else int(self.retain)
@@ -133,9 +129,18 @@ class SelfExpressiveClustering(_RowClusterer):
         raise NotImplementedError
 
 
-def _warn_of_copies(points: Tensor) -> None:
+def check_cluster_count(k: Any, n: int) -> None:
+    """Refuse a number of clusters that is none, or more than the n rows."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise ValueError(f"n_clusters: expected an integer >= 1, got {k!r}")
+    if k > n:
+        raise ValueError(f"n_clusters: {k} clusters asked for of n_samples = {n} rows")
+
+
+def warn_of_copies(points: Tensor) -> None:
+    """Say how many rows repeat others."""
     copies = len(points) - len({row.tobytes() for row in points.numpy()})
     if copies:
         warnings.warn(
-            f"X: {copies} rows repeat others; the coefficients of such a row may all fall on its twin", stacklevel=4
+            f"X: {copies} rows repeat others; the coefficients of such a row may all fall on its twin", stacklevel=3
         )

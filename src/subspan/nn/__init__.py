@@ -1,5 +1,6 @@
 """Neural building blocks: layers, heads and losses as plain torch modules and functions."""
 
+from subspan.nn.autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
 from subspan.nn.butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from subspan.nn.contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from subspan.nn.crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
@@ -27,6 +28,7 @@ from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
 from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
 from subspan.nn.replacement import Site, Surgery, multiply_adds, replace
 from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
+from subspan.nn.self_expression import SelfExpression, SubspaceStructured
 from subspan.nn.simplex import (
     CompatibleCE,
     HOCLoss,
@@ -51,6 +53,7 @@ __all__ = [
     "CodeUsage",
     "CompatibleCE",
     "ContrastiveLoss",
+    "ConvAutoencoder",
     "FlowTransformer",
     "GrassmannBlock",
     "GrassmannHead",
@@ -62,6 +65,7 @@ __all__ = [
     "HouseholderFrame",
     "HouseholderProjector",
     "LambdaOrthogonality",
+    "LinearAutoencoder",
     "MatryoshkaAdapter",
     "MatryoshkaLinear",
     "MatryoshkaLogitLoss",
@@ -73,12 +77,16 @@ __all__ = [
     "Quantized",
     "ResidualSimVQ",
     "RiemannianSGD",
+    "SameConv2d",
+    "SameConvTranspose2d",
+    "SelfExpression",
     "SimVQ",
     "SimplexClassifier",
     "Site",
     "SpatialNorm",
     "SubspaceAttention",
     "SubspaceSelfAttention",
+    "SubspaceStructured",
     "Surgery",
     "WithRiemannian",
     "active_subspace",

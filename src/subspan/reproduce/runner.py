@@ -193,6 +193,14 @@ SYSTEMS = (
         "LowRankMixtureDiffusion",
     ),
     System(
+        "deep-subspace-clustering",
+        "Clustering faces and objects by one self-expression of all layers, without labels or tuning",
+        "Sindičić & Kopriva: Label-independent hyperparameter-free deep subspace clustering (arXiv 2504.18179)",
+        2025,
+        "cluster",
+        "DeepSubspaceClustering",
+    ),
+    System(
         "mlc",
         "A union of orthogonal subspaces and its clusters learnt at once, without labels",
         "Ding et al.: Unsupervised Manifold Linearizing and Clustering (ICCV 2023, arXiv 2301.01805)",

@@ -22,6 +22,7 @@ def round_embedding(
     *,
     n_clusters: int | None = None,
     n_init: int = 10,
+    start: Int[np.ndarray, " n"] | None = None,
     random_state: Any = None,
 ) -> Int[np.ndarray, " n"]:
     """Labels (n,) in [0, n_clusters) of the rows of an orthonormal `embedding` (n, q); n_clusters defaults to q.
@@ -29,9 +30,10 @@ def round_embedding(
     "kmeans": k-means on rows of unit length, best of `n_init` starts. "snem": a discrete power step on
     max tr(C'UU'C), C the clusters' indicator of unit columns, started from the largest entry of each row; further
     starts from random rotations of U, the best objective wins. "kmeans+snem": the k-means labels refined by it.
-    "rotation": alternately the nearest indicator and the nearest rotation (Yu & Shi, 2003). No cluster is empty: one
-    that came out so is started from the worst-fitted row, with a warning. Raises ValueError for more clusters than
-    rows, an unknown method, NaN.
+    "rotation": alternately the nearest indicator and the nearest rotation (Yu & Shi, 2003). start: labels (n,), at
+    least one of every cluster, from whose means k-means starts in place of `n_init` draws; clusters keep their numbers.
+    No cluster is empty: one that came out so is started from the worst-fitted row, with a warning. Raises ValueError
+    for more clusters than rows, an unknown method, NaN.
     """
     if method not in ROUNDINGS:
         raise ValueError(f"method: expected one of {', '.join(ROUNDINGS)}, got {method!r}")
@@ -49,7 +51,7 @@ def round_embedding(
     elif method == "rotation":
         labels = _rotation(_at_least(unit_rows(rows), k), n_init, random)
     else:
-        labels = kmeans_labels(unit_rows(rows), k, n_init, random)
+        labels = kmeans_labels(unit_rows(rows), k, n_init, random, start)
         if method == "kmeans+snem":
             labels = snem(rows, labels, k)
     return fill_empty(unit_rows(rows), labels, k)
@@ -61,12 +63,17 @@ def unit_rows(rows: Float[np.ndarray, "n q"]) -> Float[np.ndarray, "n q"]:
     return rows / np.where(norms > 0, norms, 1)
 
 
-def kmeans_labels(rows: np.ndarray, k: int, n_init: int, random: Any) -> Int[np.ndarray, " n"]:
-    """Labels of the best of `n_init` k-means runs."""
+def kmeans_labels(
+    rows: np.ndarray, k: int, n_init: int, random: Any, start: Int[np.ndarray, " n"] | None = None
+) -> Int[np.ndarray, " n"]:
+    """Labels of the best of `n_init` k-means runs, or of the one from the means of labels `start`."""
+    options: dict[str, Any] = {"n_init": n_init, "random_state": random}
+    if start is not None:
+        means = np.stack([rows[start == cluster].mean(0) for cluster in range(k)])
+        options = {"n_init": 1, "init": means, "random_state": random}
     with warnings.catch_warnings():
         # Fewer distinct rows than clusters is mended, and said, by `fill_empty`.
         warnings.simplefilter("ignore")
-        options: dict[str, Any] = {"n_init": n_init, "random_state": random}
         return KMeans(k, **options).fit_predict(rows).astype(np.int64)
 
 

@@ -7,7 +7,7 @@ The sparse solvers work on blocks of rows, so that correlations are matrix produ
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def ridge_self_expression(x: Float[Tensor, "n d"], alpha: float, *, zero_diagona
     zero_diagonal: c_i = 0, C_ij = -D_ij / D_ii with D = (XX' + alpha I)^(-1); else C = XX' D. Where n > d, D comes by
     Woodbury from a d x d system. Dense: n up to 20 000.
     """
-    _check_dense(len(x))
+    check_dense(len(x))
     if not alpha > 0:
         raise ValueError(f"alpha: must be > 0, got {alpha}")
     n, d = x.shape
@@ -58,12 +58,23 @@ def ridge_self_expression(x: Float[Tensor, "n d"], alpha: float, *, zero_diagona
     return c
 
 
+def joint_factor(layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n r"]:
+    """F (n, r), r <= n, with FF' = sum of ZZ' over layers Z: to self-expression, all of them at once.
+
+    |F - CF|^2 is the sum of |Z - CZ|^2 for every C, so `ridge_self_expression(joint_factor(layers), alpha)` is the
+    closed form of one C for all layers.
+    """
+    joined = torch.cat(list(layers), dim=1)
+    n, d = joined.shape
+    return joined if d <= n else torch.linalg.qr(joined.mT, mode="r").R.mT
+
+
 def low_rank_self_expression(x: Float[Tensor, "n d"], alpha: float) -> Float[Tensor, "n n"]:
     """min |C|_* + alpha/2 |X - CX|_F^2 in closed form: U (I - S^(-2)/alpha) U' over singular values > 1/sqrt(alpha).
 
     alpha = inf gives the shape-interaction matrix UU'. Source: Favaro, Vidal & Ravichandran, 2011.
     """
-    _check_dense(len(x))
+    check_dense(len(x))
     if not alpha > 0:
         raise ValueError(f"alpha: must be > 0, got {alpha}")
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
@@ -79,7 +90,7 @@ def robust_low_rank_self_expression(
 
     Inexact augmented Lagrangian in the row space of X. Source: Liu et al., Robust recovery by LRR, 2013.
     """
-    _check_dense(len(x))
+    check_dense(len(x))
     # With X = B Q', B (n, r): C = J B' for J (n, n) -> unknown (n, r), as the optimal C lies in the column space of X.
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
     r = int((s > s[0] * torch.finfo(s.dtype).eps * max(x.shape)).sum())
@@ -303,7 +314,8 @@ def _assemble(blocks: list[tuple[Tensor, Tensor, Tensor]], n: int) -> sparse.csr
     return sparse.csr_matrix((values[kept], (rows[kept], columns[kept])), shape=(n, n))
 
 
-def _check_dense(n: int) -> None:
+def check_dense(n: int) -> None:
+    """Refuse more rows than an n x n matrix is made for, naming what does without."""
     if n > _DENSE_ROWS:
         raise ValueError(
             f"X: {n} rows need an n x n matrix here; use OMP, elastic net, thresholding or K-subspaces beyond "

@@ -1,0 +1,418 @@
+"""Deep subspace clustering without labels or tuning (Sindičić & Kopriva, 2025), and DSC-Net (Ji et al., 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+
+from ..geometry.arrays import check_finite, normalize_rows
+from ..models.capture import Capture, evaluation
+from ..models.layers import layer_names
+from ..nn.autoencoders import ConvAutoencoder, LinearAutoencoder
+from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
+from ..solvers.self_expression import check_dense, check_rows, joint_factor
+from ..solvers.spectral import low_rank_affinity, retained_affinity, spectral_labels
+from .self_expressive import check_cluster_count, warn_of_copies
+
+if TYPE_CHECKING:
+    from .deep_training import Autoencoder
+
+STAGES = ("pretrain", "express", "structure")
+_BATCH = 256
+
+
+class _DeepClusterer(ClusterMixin, BaseEstimator):
+    """Items in, through an encoder, to coefficients and clusters; unseen items by the subspaces of the layers."""
+
+    n_clusters: Any
+    encoder: Any
+    layers: Any = "last"
+    affine: Any = False
+    channels: Any
+    kernels: Any
+    hidden: Any
+    pretrain_steps: Any
+    max_steps: Any
+    learning_rate: Any
+    rank: Any
+    n_init: Any
+    device: Any
+    random_state: Any
+    encoder_: Any
+    subspaces_: Any
+    _random: Any
+
+    # ------------------------------------------------------------------ at the door
+
+    def _items(self, X: Any, *, reset: bool) -> Tensor:
+        """Finite float32 items (n, …) on the CPU; for the auto-encoders divided by their largest absolute value."""
+        if isinstance(X, Tensor):
+            X = X.detach().cpu().float().numpy()
+        images = isinstance(self.encoder, nn.Module) or self.encoder == "conv"
+        given: Any = validate_data(
+            self, X, reset=reset, dtype=np.float32, allow_nd=images, ensure_min_samples=2 if reset else 1
+        )
+        items = torch.from_numpy(np.array(given))
+        if self.encoder == "conv":
+            if items.ndim not in (3, 4):
+                raise ValueError(
+                    f"X: encoder='conv' takes images (n, h, w) or (n, c, h, w), got shape {tuple(items.shape)}; "
+                    "use encoder='linear' for vectors"
+                )
+            items = items.unsqueeze(1) if items.ndim == 3 else items
+        if reset:
+            check_cluster_count(self.n_clusters, len(items))
+            check_dense(len(items))
+            self._shape = tuple(items.shape[1:])
+            self._largest = 1.0 if isinstance(self.encoder, nn.Module) else float(items.abs().max())
+            if not self._largest > 0:
+                raise ValueError("X: all values are zero; there is nothing to cluster")
+            rows = items.flatten(1) / self._largest
+            self._mean = rows.mean(0)
+            self._size = float((rows - self._mean).square().sum(1).mean().sqrt())
+            if self.affine and not self._size > 0:
+                raise ValueError("X: all rows are the same; there is nothing to cluster")
+        elif tuple(items.shape[1:]) != self._shape:
+            raise ValueError(f"X: expected items of shape {self._shape}, as in fit, got {tuple(items.shape[1:])}")
+        return items / self._largest
+
+    def _check_parameters(self, n: int) -> None:
+        for name, least in (("pretrain_steps", 0), ("max_steps", 1), ("n_init", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        if not isinstance(self.encoder, nn.Module) and self.encoder not in ("conv", "linear"):
+            raise ValueError(f"encoder: expected 'conv', 'linear' or a torch.nn.Module, got {self.encoder!r}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate: must be > 0, got {self.learning_rate!r}")
+
+    def _autoencoder(self) -> Autoencoder | None:
+        """An untrained auto-encoder of the items, None for a network that is given."""
+        if isinstance(self.encoder, nn.Module):
+            return None
+        if self.encoder == "conv":
+            c, h, w = self._shape
+            return ConvAutoencoder((c, h, w), list(self.channels), list(self.kernels))
+        return LinearAutoencoder([self._shape[0], *self.hidden])
+
+    def _train(self, module: Any, items: Tensor, steps: int) -> int:
+        """Train on all items at once; the steps it took."""
+        from ..nn.training import quiet_trainer
+        from .deep_training import all_items
+
+        kind = torch.device(self.device).type
+        with quiet_trainer(max_epochs=1, accelerator="gpu" if kind == "cuda" else kind, devices=1) as trainer:
+            trainer.fit(module, all_items(items, steps))
+        module.cpu()
+        return int(trainer.global_step)
+
+    def _seed(self) -> int:
+        return int(self._random.randint(2**31 - 1))
+
+    # ------------------------------------------------------------------ layers
+
+    def _points(self, items: Tensor) -> Float[Tensor, "n d"]:
+        """The items as rows of unit length, with their constant where `affine`."""
+        rows = items.flatten(1)
+        if self.affine:
+            rows = torch.cat([rows - self._mean, torch.full_like(rows[:, :1], self._size)], dim=1)
+        return normalize_rows(rows)
+
+    @torch.no_grad()
+    def _layers(self, items: Tensor) -> list[Float[Tensor, "n _"]]:
+        """The layers that are expressed, each with rows of unit length."""
+        first = [self._points(items)] if self.layers == "all" else []
+        if not isinstance(self.encoder_, ConvAutoencoder | LinearAutoencoder):
+            return first + self._hooked(items)
+        found = [[layer.flatten(1) for layer in self.encoder_.encode(part)] for part in items.split(_BATCH)]
+        layers = [normalize_rows(torch.cat(layer)) for layer in zip(*found)]
+        return first + layers if self.layers == "all" else layers[-1:]
+
+    def _hooked(self, items: Tensor) -> list[Tensor]:
+        children = [name for name, _ in self.encoder_.named_children()]
+        if self.layers in ("all", "last") and not children:
+            names = [""]
+        else:
+            chosen = {"all": children, "last": children[-1:]}.get(self.layers) if isinstance(self.layers, str) else None
+            names = layer_names(self.encoder_, self.layers if chosen is None else chosen)
+        parts: list[Sequence[Tensor]] = []
+        with evaluation(self.encoder_), Capture(self.encoder_, names) as states:
+            for part in items.split(_BATCH):
+                states.run(part)
+                parts.append([states[name].flatten(1).float().cpu() for name in names])
+        layers = [torch.cat(layer) for layer in zip(*parts)]
+        return [normalize_rows(check_finite(layer, f"encoder, layer {name!r}")) for name, layer in zip(names, layers)]
+
+    def _joined(self, items: Tensor) -> Float[Tensor, "n d"]:
+        """All layers side by side, each of the same weight: rows of unit length."""
+        layers = self._layers(items)
+        return torch.cat(layers, dim=1) / len(layers) ** 0.5
+
+    def _keep(self, X: Any, items: Tensor, labels: np.ndarray) -> None:
+        found = torch.from_numpy(labels)
+        # An affine subspace of the items is a linear one of the items with their constant.
+        spaces = group_subspaces(self._joined(items), found, self.n_clusters, rank=self.rank, affine=False)
+        self.subspaces_ = stack_subspaces(spaces)
+        self.labels_ = found.to(X.device) if isinstance(X, Tensor) else labels
+
+    def predict(self, X: Any) -> Any:
+        """The cluster (m,) whose subspace, in the layers side by side, is nearest to each item of X."""
+        check_is_fitted(self)
+        labels = nearest_subspace(self._joined(self._items(X, reset=False)), self.subspaces_)
+        return labels.to(X.device) if isinstance(X, Tensor) else labels.numpy()
+
+
+class DeepSubspaceClustering(_DeepClusterer):
+    """Cluster items by one self-expression C of all layers of an encoder, trained with it, without labels or tuning.
+
+    Stages: "pretrain", an auto-encoder on the reconstruction; "express", C and the auto-encoder on the self-expression
+    of the items and of every layer, rows of unit length, reconstruction kept; "structure", the affinity between the
+    clusters of C at that step is taken away. "express" cannot be left out.
+    encoder: "conv", images (n, h, w) or (n, c, h, w), stride-2 convolutions of `channels` and `kernels`; "linear",
+    vectors (n, d) and layers of `hidden`; both divide X by its largest absolute value. Or any nn.Module, used as it
+    is on X and not trained, whose layers are taken by hooks. layers: "all", the items and each layer (of a module:
+    each direct child); "last", that one alone; for a module also what `models.layer_names` takes, without the items.
+    retain: entries of each row of (|C| + |C|')/2 that go into the affinity, near the dimension of the subspaces (9 for
+    faces and objects, 12 for digits); None for all. affine: a constant is appended to the items, as large as they are
+    about their mean. tol, target: "express" ends where the loss has fallen by less than `tol` in 10 steps, or
+    |Z - CZ| < target |Z| in every layer, and after max_steps; "structure" after 10 steps without a change of labels,
+    or structure_steps. rank: of `subspaces_`. device: of the training.
+
+    After `fit`: labels_ (n,); representation_ C (n, n), dense; affinity_ (n, n), CSR; subspaces_, in the layers side by
+    side, where `predict` looks for the nearest; encoder_; n_steps_ and history_, steps by stage and loss by step of
+    "express". Memory O(n^2), up to 20 000 items. Needs the extra `train`.
+    Source: Sindičić & Kopriva, arXiv 2504.18179 (2025); the rule of stopping, the diagonal of zeros and the scaling of
+    layers are ours.
+    """
+
+    def __init__(
+        self,
+        n_clusters: Any = 8,
+        *,
+        encoder: Any = "conv",
+        layers: Any = "all",
+        stages: Any = STAGES,
+        channels: Any = (3, 3, 5),
+        kernels: Any = (3, 3, 3),
+        hidden: Any = (64, 32),
+        retain: Any = 9,
+        affine: Any = False,
+        tol: Any = 0.02,
+        target: Any = 0.1,
+        max_steps: Any = 700,
+        pretrain_steps: Any = 100,
+        structure_steps: Any = 100,
+        learning_rate: Any = 1e-3,
+        rank: Any = 0.9,
+        n_init: Any = 20,
+        device: Any = "cpu",
+        random_state: Any = None,
+    ):
+        self.n_clusters = n_clusters
+        self.encoder = encoder
+        self.layers = layers
+        self.stages = stages
+        self.channels = channels
+        self.kernels = kernels
+        self.hidden = hidden
+        self.retain = retain
+        self.affine = affine
+        self.tol = tol
+        self.target = target
+        self.max_steps = max_steps
+        self.pretrain_steps = pretrain_steps
+        self.structure_steps = structure_steps
+        self.learning_rate = learning_rate
+        self.rank = rank
+        self.n_init = n_init
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> DeepSubspaceClustering:
+        """Cluster items X; y is not looked at.
+
+        Raises ValueError for NaN, items of zeros, more clusters than items, retain >= n. Warns of repeated items.
+        """
+        items = self._items(X, reset=True)
+        self._check_parameters(len(items))
+        if not self.affine:
+            check_rows(items.flatten(1))
+        warn_of_copies(self._points(items))
+        self._random = check_random_state(self.random_state)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed())
+            c = self._express(items)
+            if "structure" in self.stages and self.n_clusters > 1:
+                c = self._structure(items, c)
+        self.representation_ = c.numpy()
+        self.affinity_ = retained_affinity(self.representation_, self._retained())
+        labels = spectral_labels(self.affinity_, self.n_clusters, n_init=self.n_init, random_state=self._random)
+        self._keep(X, items, labels)
+        return self
+
+    def _check_parameters(self, n: int) -> None:
+        super()._check_parameters(n)
+        stages = tuple(self.stages)
+        if "express" not in stages or list(stages) != [stage for stage in STAGES if stage in stages]:
+            raise ValueError(f"stages: some of {STAGES} in this order, 'express' among them, got {self.stages!r}")
+        if self.retain is not None:
+            if isinstance(self.retain, bool) or not isinstance(self.retain, int | np.integer) or self.retain < 1:
+                raise ValueError(f"retain: expected an integer >= 1 or None, got {self.retain!r}")
+            if self.retain >= n:
+                raise ValueError(f"retain: must be below n_samples = {n}, got {self.retain}")
+        if not isinstance(self.encoder, nn.Module) and self.layers not in ("all", "last"):
+            raise ValueError(f"layers: 'all' or 'last' with encoder={self.encoder!r}, got {self.layers!r}")
+        if not self.tol >= 0 or not self.target >= 0:
+            raise ValueError(f"tol, target: must be >= 0, got {self.tol!r} and {self.target!r}")
+
+    def _retained(self) -> int | None:
+        return None if self.retain is None else int(self.retain)
+
+    def _express(self, items: Tensor) -> Float[Tensor, "n n"]:
+        """Stages one and two."""
+        from .deep_training import ReconstructionModule, SelfExpressionModule
+
+        self.n_steps_: dict[str, int] = {}
+        self.encoder_: Any = self._autoencoder()
+        options: dict[str, Any] = {"tol": self.tol, "target": self.target, "learning_rate": self.learning_rate}
+        if self.encoder_ is None:
+            self.encoder_ = self.encoder
+            module = SelfExpressionModule(len(items), fixed=joint_factor(self._layers(items)), **options)
+        else:
+            if "pretrain" in self.stages and self.pretrain_steps:
+                first = ReconstructionModule(self.encoder_, learning_rate=self.learning_rate)
+                self.n_steps_["pretrain"] = self._train(first, items, self.pretrain_steps)
+            depth = len(self.encoder_.encoder)
+            everything = self.layers == "all"
+            module = SelfExpressionModule(
+                len(items),
+                fixed=joint_factor([self._points(items)]) if everything else None,
+                autoencoder=self.encoder_,
+                layers=tuple(range(depth)) if everything else (depth - 1,),
+                **options,
+            )
+        self.n_steps_["express"] = self._train(module, items, self.max_steps)
+        self.history_ = module.history
+        if isinstance(self.encoder_, ConvAutoencoder | LinearAutoencoder):
+            self.encoder_.eval().requires_grad_(False)
+        return module.coefficients()
+
+    def _structure(self, items: Tensor, c: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+        """Stage three."""
+        from .deep_training import StructureModule
+
+        module = StructureModule(c, self._clusters(self._seed()), learning_rate=self.learning_rate)
+        self.n_steps_["structure"] = self._train(module, items, self.structure_steps)
+        return module.coefficients()
+
+    def _clusters(self, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """The clusters of coefficients, from those of the step before where there are any."""
+
+        def cluster(c: Tensor, before: Tensor | None) -> Tensor:
+            affinity = retained_affinity(c.cpu().numpy(), self._retained())
+            start = None if before is None else before.cpu().numpy()
+            found = spectral_labels(affinity, self.n_clusters, n_init=self.n_init, start=start, random_state=seed)
+            return torch.from_numpy(found).to(c.device)
+
+        return cluster
+
+
+class DSCNetClustering(_DeepClusterer):
+    """Cluster items by the self-expression of an auto-encoder's code: DSC-Net, with its post-processing.
+
+    Minimises |x - x̂|^2 / 2 + coefficient_weight |C|^2 + expression_weight |Z - CZ|^2 / 2 over an auto-encoder and C, x̂
+    decoded from CZ, for max_steps steps; then `solvers.spectral.low_rank_affinity` with fraction, dim and power, and
+    spectral clustering by discretisation. Published, for 32 x 32 images in [0, 1]: ORL, channels (3, 3, 5), kernels 3,
+    weights (1, 0.2), 700 steps, (fraction, dim, power) = (0.2, 3, 1); COIL-20, channels (15,), weights (1, 150), 30
+    steps, (0.04, 12, 8). They were chosen by labels, and the published networks were pre-trained for longer.
+    The other parameters and the attributes are those of `DeepSubspaceClustering`; affinity_ is dense, and subspaces_
+    are those of the code. Source: Ji et al., Deep subspace clustering networks, NeurIPS 2017.
+    """
+
+    def __init__(
+        self,
+        n_clusters: Any = 8,
+        *,
+        encoder: Any = "conv",
+        channels: Any = (3, 3, 5),
+        kernels: Any = (3, 3, 3),
+        hidden: Any = (64, 32),
+        coefficient_weight: Any = 1.0,
+        expression_weight: Any = 0.2,
+        fraction: Any = 0.2,
+        dim: Any = 3,
+        power: Any = 1.0,
+        max_steps: Any = 700,
+        pretrain_steps: Any = 100,
+        learning_rate: Any = 1e-3,
+        rank: Any = 0.9,
+        n_init: Any = 20,
+        device: Any = "cpu",
+        random_state: Any = None,
+    ):
+        self.n_clusters = n_clusters
+        self.encoder = encoder
+        self.channels = channels
+        self.kernels = kernels
+        self.hidden = hidden
+        self.coefficient_weight = coefficient_weight
+        self.expression_weight = expression_weight
+        self.fraction = fraction
+        self.dim = dim
+        self.power = power
+        self.max_steps = max_steps
+        self.pretrain_steps = pretrain_steps
+        self.learning_rate = learning_rate
+        self.rank = rank
+        self.n_init = n_init
+        self.device = device
+        self.random_state = random_state
+
+    def fit(self, X: Any, y: Any = None) -> DSCNetClustering:
+        """Cluster items X; y is not looked at. Raises and warns as `DeepSubspaceClustering`.
+
+        Items of zeros are let through, since the code of one need not be zero.
+        """
+        items = self._items(X, reset=True)
+        self._check_parameters(len(items))
+        warn_of_copies(self._points(items))
+        self._random = check_random_state(self.random_state)
+        from .deep_training import DSCNetModule, ReconstructionModule
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed())
+            network = self._autoencoder()
+            if network is None:
+                raise ValueError("encoder: DSC-Net needs one with a decoder, 'conv' or 'linear'")
+            self.encoder_ = network
+            self.n_steps_: dict[str, int] = {}
+            if self.pretrain_steps:
+                first = ReconstructionModule(network, learning_rate=self.learning_rate)
+                self.n_steps_["pretrain"] = self._train(first, items, self.pretrain_steps)
+            module = DSCNetModule(
+                len(items),
+                network,
+                coefficient_weight=float(self.coefficient_weight),
+                expression_weight=float(self.expression_weight),
+                learning_rate=self.learning_rate,
+            )
+            self.n_steps_["express"] = self._train(module, items, self.max_steps)
+        network.eval().requires_grad_(False)
+        self.history_ = module.history
+        self.representation_ = module.coefficients().numpy()
+        self.affinity_ = low_rank_affinity(
+            self.representation_, self.n_clusters, fraction=self.fraction, dim=self.dim, power=self.power
+        )
+        labels = spectral_labels(
+            self.affinity_, self.n_clusters, rounding="rotation", n_init=self.n_init, random_state=self._random
+        )
+        self._keep(X, items, labels)
+        return self

@@ -1,0 +1,53 @@
+"""The parts of the protocol of deep subspace clustering, in small."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lightning", reason="deep clusterers train with Lightning (extra: train)")
+
+from subspan.reproduce import deep_subspace_clustering as protocol
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def planted():
+    random = np.random.default_rng(0)
+    templates = random.random((3, 3, 64)) * (random.random((3, 3, 64)) < 0.3)
+    x = np.vstack([random.random((12, 3)) @ part for part in templates]).reshape(36, 8, 8).astype(np.float32)
+    small = {"channels": (3,), "kernels": (3,)}
+    return protocol.Pictures("planted", x / x.max(), np.repeat(np.arange(3), 12), 3, small, small)
+
+
+def test_without_data_digits_take_their_place(monkeypatch):
+    monkeypatch.delenv("SUBSPAN_DATA", raising=False)
+    monkeypatch.setattr(protocol, "data_folder", lambda: None)
+    (digits,) = protocol.pictures(quick=True)
+    assert digits.x.shape == (120, 8, 8)
+    assert digits.x.max() <= 1
+
+
+def test_every_classic_gets_the_same_post_processing():
+    data = planted()
+    found = protocol.classics(data, range(2))
+    assert set(found) == {"k-means", *protocol._CLASSICS, protocol._ORACLE}
+    assert np.median(found[protocol._ORACLE]) >= max(np.median(found["LSR"]), 0.9)
+    assert all(len(values) == 2 for values in found.values())
+
+
+def test_the_unstopped_training_says_where_the_rule_would_stop():
+    trace = protocol.unstopped(planted(), protocol.Setting(unstopped=120, every=30), 0)
+    assert trace.steps == [30, 60, 90, 120]
+    assert 10 < trace.stop <= 120
+    assert trace.at(70) == trace.accuracy[1]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_bars_hold_and_fail(better):
+    data = planted()
+    scores = {name: [0.8] for name in (*protocol._CLASSICS, "k-means", protocol._ORACLE)}
+    scores[protocol._DEEP] = [0.85 if better else 0.7]
+    trace = protocol.Trace([50, 100], [0.8, 0.7] if better else [0.7, 0.8], 50)
+    outcome = protocol._outcome([data], protocol.Setting(), {"planted": scores}, {"planted": [50]}, trace)
+    assert outcome.holds is better
+    assert [check.holds for check in outcome.checks] == [better] * 3
+    assert outcome.all_hold is better
