@@ -75,7 +75,8 @@ def jacobian_subspace(
     rounds = 0
     for _ in range(max_iterations):
         rounds += 1
-        moved = cleaned(backward(forward(v)))
+        # What f's own parameters have for gradients is of no interest and would keep every round alive.
+        moved = cleaned(backward(forward(v)).detach())
         if not bool(torch.isfinite(moved).all()):
             raise ValueError("f: its derivatives at x contain NaN or infinity")
         if not bool((moved.abs().amax(0) > 0).any()):
@@ -85,7 +86,7 @@ def jacobian_subspace(
         v = following
         if rounds >= 10 and bool(sine < tolerance):
             break
-    u, s, wh = torch.linalg.svd(forward(v), full_matrices=False)
+    u, s, wh = torch.linalg.svd(forward(v).detach(), full_matrices=False)
     width = min(rank, len(s))
     turned = orthonormalize(v @ wh.mT[:, :width])
     return JacobianSubspace(Subspace(turned, variances=s[:width].square()), s[:width], u[:, :width], rounds)
