@@ -21,7 +21,8 @@ from torch import Tensor
 
 # Correlations of a block of rows, small enough to stay in a cache between the passes over them.
 _BLOCK = 1 << 21
-_SWEEPS = 60
+# Sweeps of the inner solver while the working set still changes, and once it has settled.
+_SWEEPS, _LAST_SWEEPS = 60, 200
 _DENSE_ROWS = 20_000
 
 Progress = Callable[[float], None]
@@ -233,7 +234,7 @@ def _elastic_net_block(
             break
         live = pending.nonzero().squeeze(1)
         atoms = x[chosen[live]]
-        c = _elastic_nets(atoms, target[live], alpha[live], r, coefficients[live], tolerance)
+        c = _elastic_nets(atoms, target[live], alpha[live], r, coefficients[live], tolerance, _SWEEPS)
         coefficients[live] = c
         residual = target[live] - (atoms.mT @ c.unsqueeze(2)).squeeze(2)
         excess = (residual @ x.mT).abs_() - (alpha[live] * r * (1 + margin)).unsqueeze(1)
@@ -268,11 +269,17 @@ def _elastic_net_block(
         kept = torch.where(entering, torch.zeros_like(value), c_again.gather(1, places))
         c_again.scatter_(1, places, kept)
         chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
+    some = alpha > 0
+    coefficients[some] = _elastic_nets(
+        x[chosen[some]], target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS
+    )
     best = coefficients.abs().topk(min(keep, size), dim=1).indices
     return rows, chosen.gather(1, best), coefficients.gather(1, best)
 
 
-def _elastic_nets(atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float) -> Tensor:
+def _elastic_nets(
+    atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float, sweeps: int
+) -> Tensor:
     """Elastic nets (b, s) of targets (b, d) on their own atoms (b, s, d), from Gram matrices that come in one product.
 
     The coordinate descent itself is scikit-learn's, one row at a time: rows settle after very different numbers of
@@ -282,8 +289,8 @@ def _elastic_nets(atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start:
     linear = (atoms @ target.unsqueeze(2)).squeeze(2).numpy()
     rows, penalties, initial = atoms.numpy(), (alpha / atoms.shape[2]).tolist(), start.numpy()
     result = np.empty_like(initial)
-    # While the working set still changes, many sweeps are lost work.
-    sweeps = _SWEEPS if tolerance >= 1e-4 else 20 * _SWEEPS
+    # A row that asks for more than single digits gets the sweeps for it.
+    sweeps = sweeps if tolerance >= 1e-4 else 20 * _SWEEPS
     with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
         # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
         warnings.simplefilter("ignore", ConvergenceWarning)
