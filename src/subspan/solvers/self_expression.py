@@ -226,6 +226,7 @@ def _elastic_net_block(
     chosen = order.indices
     alpha = order.values[:, 0] / r / gamma
     coefficients = x.new_zeros(b, size)
+    filled = torch.ones(b, size, dtype=torch.bool, device=x.device)
     # What the inner solver leaves open must not look like a violation.
     margin = max(0.01, 10 * tolerance) if tolerance > 1e-7 else 1e-4
     pending = alpha > 0
@@ -248,10 +249,13 @@ def _elastic_net_block(
         if not len(again):
             break
         if size < n - 1 and bool(((c[again] != 0).sum(1) > 0.8 * size).any()):
-            # Supports that fill the working set need a larger one; settled rows are padded with zeros.
+            # Supports that fill the working set need a larger one; settled rows leave the new places empty.
             extra = min(n - 1, size + max(10, size // 2)) - size
-            chosen, coefficients = (torch.nn.functional.pad(part, (0, extra)) for part in (chosen, coefficients))
+            chosen, coefficients, filled = (
+                torch.nn.functional.pad(part, (0, extra)) for part in (chosen, coefficients, filled)
+            )
             chosen[live[again], size:] = excess[again].topk(extra, dim=1).indices
+            filled[live[again], size:] = True
             size += extra
             continue
         value, newcomers = excess[again].topk(size, dim=1)
@@ -270,9 +274,8 @@ def _elastic_net_block(
         c_again.scatter_(1, places, kept)
         chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
     some = alpha > 0
-    coefficients[some] = _elastic_nets(
-        x[chosen[some]], target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS
-    )
+    atoms = x[chosen[some]] * filled[some].unsqueeze(2)
+    coefficients[some] = _elastic_nets(atoms, target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS)
     best = coefficients.abs().topk(min(keep, size), dim=1).indices
     return rows, chosen.gather(1, best), coefficients.gather(1, best)
 
