@@ -134,7 +134,7 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--official", metavar="FOLDER")
     arguments.add_argument("--rows", type=int, default=10_000, help="for the comparison with other code")
-    arguments.add_argument("--sparse", type=int, nargs="*", default=[10_000, 20_000, 40_000, 70_000])
+    arguments.add_argument("--sparse", type=int, nargs="*", default=[10_000, 25_000, 70_000])
     arguments.add_argument("--flat", type=int, nargs="*", default=[70_000, 250_000, 1_000_000])
     arguments.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     options = arguments.parse_args()

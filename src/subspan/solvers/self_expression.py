@@ -24,6 +24,8 @@ _BLOCK = 1 << 21
 # Sweeps of the inner solver while the working set still changes, and once it has settled.
 _SWEEPS, _LAST_SWEEPS = 60, 200
 _DENSE_ROWS = 20_000
+# Up to here the Gram matrix of all rows is small, and looked up in place of a product a row and round.
+_GRAM_ROWS = 4096
 
 Progress = Callable[[float], None]
 
@@ -208,15 +210,24 @@ def elastic_net_self_expression(
     if not gamma > 0 or not 0 < l1_ratio <= 1:
         raise ValueError(f"gamma, l1_ratio: must be > 0 and in (0, 1], got {gamma} and {l1_ratio}")
     size = min(working_set, n - 1)
+    gram = x @ x.mT if n <= _GRAM_ROWS else None
     blocks = [
-        _elastic_net_block(x, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance)
+        _elastic_net_block(x, gram, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance)
         for rows in _row_blocks(n, progress, width=max(n, size * x.shape[1]))
     ]
     return _assemble(blocks, n)
 
 
 def _elastic_net_block(
-    x: Tensor, rows: Tensor, gamma: float, r: float, size: int, keep: int, n_rounds: int, tolerance: float
+    x: Tensor,
+    gram: Tensor | None,
+    rows: Tensor,
+    gamma: float,
+    r: float,
+    size: int,
+    keep: int,
+    n_rounds: int,
+    tolerance: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     target, b, n = x[rows], len(rows), len(x)
     every = torch.arange(b, device=x.device)
@@ -235,7 +246,8 @@ def _elastic_net_block(
             break
         live = pending.nonzero().squeeze(1)
         atoms = x[chosen[live]]
-        c = _elastic_nets(atoms, target[live], alpha[live], r, coefficients[live], tolerance, _SWEEPS)
+        grams = _grams(gram, atoms, chosen[live])
+        c = _elastic_nets(grams, atoms, target[live], alpha[live], r, coefficients[live], tolerance, _SWEEPS)
         coefficients[live] = c
         residual = target[live] - (atoms.mT @ c.unsqueeze(2)).squeeze(2)
         excess = (residual @ x.mT).abs_() - (alpha[live] * r * (1 + margin)).unsqueeze(1)
@@ -274,21 +286,31 @@ def _elastic_net_block(
         c_again.scatter_(1, places, kept)
         chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
     some = alpha > 0
-    atoms = x[chosen[some]] * filled[some].unsqueeze(2)
-    coefficients[some] = _elastic_nets(atoms, target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS)
+    # An empty place is an atom of zeros, which the solver passes over.
+    places = filled[some].to(x.dtype)
+    atoms = x[chosen[some]] * places.unsqueeze(2)
+    grams = _grams(gram, atoms, chosen[some]) * places.unsqueeze(2) * places.unsqueeze(1)
+    coefficients[some] = _elastic_nets(
+        grams, atoms, target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS
+    )
     best = coefficients.abs().topk(min(keep, size), dim=1).indices
     return rows, chosen.gather(1, best), coefficients.gather(1, best)
 
 
+def _grams(gram: Tensor | None, atoms: Tensor, chosen: Tensor) -> Float[Tensor, "b s s"]:
+    """Gram matrices of atoms (b, s, d): looked up where that of all rows is held."""
+    return atoms @ atoms.mT if gram is None else gram[chosen.unsqueeze(2), chosen.unsqueeze(1)]
+
+
 def _elastic_nets(
-    atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float, sweeps: int
+    grams: Tensor, atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float, sweeps: int
 ) -> Tensor:
-    """Elastic nets (b, s) of targets (b, d) on their own atoms (b, s, d), from Gram matrices that come in one product.
+    """Elastic nets (b, s) of targets (b, d) on their own atoms (b, s, d) with Gram matrices (b, s, s).
 
     The coordinate descent itself is scikit-learn's, one row at a time: rows settle after very different numbers of
     sweeps.
     """
-    grams = (atoms @ atoms.mT).numpy()
+    products = grams.numpy()
     linear = (atoms @ target.unsqueeze(2)).squeeze(2).numpy()
     rows, penalties, initial = atoms.numpy(), (alpha / atoms.shape[2]).tolist(), start.numpy()
     result = np.empty_like(initial)
@@ -298,7 +320,7 @@ def _elastic_nets(
         # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
         warnings.simplefilter("ignore", ConvergenceWarning)
         for row in range(len(result)):
-            options: dict[str, Any] = {"alphas": [penalties[row]], "precompute": grams[row], "Xy": linear[row]}
+            options: dict[str, Any] = {"alphas": [penalties[row]], "precompute": products[row], "Xy": linear[row]}
             result[row] = enet_path(
                 rows[row].T, target[row].numpy(), l1_ratio=r, coef_init=initial[row], check_input=False,
                 tol=tolerance, max_iter=sweeps, **options,
