@@ -56,7 +56,7 @@ def test_scaling_reads_the_same_rows_in_both_passes():
     table, ratio, growth = scalselect._scaling((6000, 12_000), 8)
     assert [row[0] for row in table.rows] == [6000, 12_000]
     assert ratio > 0
-    assert growth >= 0
+    assert abs(growth) < 32
 
 
 def test_the_probe_learns_separable_classes():
