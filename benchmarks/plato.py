@@ -104,12 +104,21 @@ def main() -> None:
     a, b = a + 2 * b @ torch.randn(24, 30, dtype=torch.float64), b
     ours, small = once(lambda: SubspaceAligner(5, shrinkage=0.0).fit(a, b))
     theirs, peer = once(lambda: CCA(5).fit(a.numpy(), b.numpy()))
-    found = [np.corrcoef(u, v)[0, 1] for u, v in zip(*(part.T for part in peer.transform(a.numpy(), b.numpy())))]
-    difference = np.abs(small.canonical_correlations_ - found).max()
-    rows = [["subspan", ours, 1.0], ["scikit-learn, its own settings", theirs, theirs / ours]]
-    record.table("CCA of 2000 rows, 30 and 24 columns, 5 pairs", ["", "seconds", "x ours"], rows)
+    # At its own settings its iteration stops short of the third digit.
+    longer, settled = once(lambda: CCA(5, tol=1e-14, max_iter=100_000).fit(a.numpy(), b.numpy()))
+    gaps = []
+    for model in (peer, settled):
+        found = [np.corrcoef(u, v)[0, 1] for u, v in zip(*(part.T for part in model.transform(a.numpy(), b.numpy())))]
+        gaps.append(float(np.abs(small.canonical_correlations_ - found).max()))
+    rows = [
+        ["subspan", ours, 1.0, 0.0],
+        ["scikit-learn, its own settings", theirs, theirs / ours, gaps[0]],
+        ["scikit-learn, tolerance 1e-14", longer, longer / ours, gaps[1]],
+    ]
+    names = ["", "seconds", "x ours", "largest difference of a correlation"]
+    record.table("CCA of 2000 rows, 30 and 24 columns, 5 pairs", names, rows)
     record.target("local CKA of all query pairs and CCA, seconds", solving + scoring, most=10)
-    record.target("largest difference of the correlations from scikit-learn's", float(difference), most=1e-3)
+    record.target("largest difference of the correlations from scikit-learn's, settled", gaps[1], most=1e-3)
     record.save(options.json)
 
 
