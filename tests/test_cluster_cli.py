@@ -14,6 +14,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from subspan import cli
 from subspan.datasets import attributed_block_model
+from subspan.report import clusters
 
 GRAPH = attributed_block_model(160, 4, mean_degree=10, inside=0.9, n_attributes=40, words=10, random_state=0)
 
@@ -41,6 +42,23 @@ def planted(tmp_path: Path) -> np.ndarray:
     np.save(tmp_path / "table.npy", x[order])
     (tmp_path / "truth.txt").write_text("".join(f"kind{label}\n" for label in labels[order]))
     return labels[order]
+
+
+def test_cells_of_the_affinity_are_means_in_the_order_of_clusters() -> None:
+    labels = np.array([1, 0, 1, 0, 0])
+    distances = np.array([[9, 1], [2, 9], [9, 2], [1, 9], [3, 9]], dtype=float)
+    affinity = np.arange(25.0).reshape(5, 5)
+    found = clusters._affinity(affinity, labels, distances)["affinity"]
+    order = [3, 1, 4, 0, 2]
+    assert found["ends"] == [3, 5]
+    np.testing.assert_allclose(found["cells"], affinity[np.ix_(order, order)] / 24, atol=1e-4)
+    same = labels[:, None] == labels
+    assert found["within"] == pytest.approx(affinity[same].sum() / affinity.sum())
+    many = np.repeat(np.arange(3), 100)
+    wide = clusters._affinity(np.kron(np.eye(3), np.ones((100, 100))), many, np.ones((300, 3)))["affinity"]
+    assert len(wide["cells"]) == 99
+    assert wide["within"] == 1
+    np.testing.assert_allclose(wide["cells"], np.kron(np.eye(3), np.ones((33, 33))))
 
 
 def write_graph() -> None:

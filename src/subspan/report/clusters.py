@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from .. import __version__
@@ -42,6 +43,7 @@ MOST_CLUSTERS = 20
 _DENSE_ROWS = 5000
 _RESAMPLES = 10
 _REPRESENTATIVES = 3
+_AFFINITY_CELLS = 100
 
 
 class Clustering(NamedTuple):
@@ -102,6 +104,7 @@ def cluster_rows(
         "clusters": n_clusters,
         **({"count": counted} if counted is not None else {}),
         **_described(model.labels_, distances, spaces, data.labels),
+        **({} if method == "ksubspaces" else _affinity(model.affinity_, model.labels_, distances)),
         **_origin(started, seed),
     }
     return Clustering(model.labels_, distances[np.arange(len(rows)), model.labels_], facts)
@@ -152,6 +155,7 @@ def cluster_graph(
         "modularity": modularity(graph.adjacency, model.labels_) if has_edges else None,
         "conductance": conductance(graph.adjacency, model.labels_),
         **_described(model.labels_, distances, model.cluster_subspaces_, named, unlabelled="-1"),
+        **(_affinity(graph.adjacency, model.labels_, distances) if has_edges else {}),
         **_origin(started, seed),
     }
     return Clustering(model.labels_, distances[np.arange(len(graph)), model.labels_], facts)
@@ -198,6 +202,32 @@ def _largest_gap(values: np.ndarray) -> dict[str, Any]:
     first, second = int(order[0]), int(order[1]) if len(order) > 1 else int(order[0])
     certainty = 1 - max(gaps[second], 0) / gaps[first] if gaps[first] > 0 else 0.0
     return {"n_clusters": first + 2, "runner_up": second + 2, "certainty": float(certainty)}
+
+
+def _affinity(affinity: Any, labels: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
+    """The affinity with rows in the order of clusters, in cells of the mean of its entries, and where clusters end.
+
+    Inside a cluster the rows nearest to its subspace come first. Cells never hold rows of two clusters.
+    """
+    n, k = distances.shape
+    order = np.lexsort((distances[np.arange(n), labels], labels))
+    cell = np.empty(n, dtype=np.int64)
+    ends, used = [], 0
+    for cluster in range(k):
+        own = order[labels[order] == cluster]
+        parts = min(len(own), max(1, round(_AFFINITY_CELLS * len(own) / n)))
+        cell[own] = used + np.arange(len(own)) * parts // max(1, len(own))
+        used += parts
+        ends.append(used)
+    members = sparse.csr_matrix((np.ones(n), (np.arange(n), cell)), shape=(n, used))
+    sizes = np.bincount(cell, minlength=used)
+    matrix = sparse.csr_matrix(affinity)
+    mean = (members.T @ matrix @ members).toarray() / np.outer(sizes, sizes)
+    largest = mean.max()
+    entries = matrix.tocoo()
+    within = entries.data[labels[entries.row] == labels[entries.col]].sum() / max(entries.data.sum(), 1e-300)
+    cells = np.round(mean / (largest if largest > 0 else 1), 4).tolist()
+    return {"affinity": {"cells": cells, "ends": ends, "within": float(within)}}
 
 
 def _described(

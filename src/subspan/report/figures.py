@@ -233,6 +233,52 @@ def label_figure(facts: dict[str, Any]) -> Figure | None:
     }
 
 
+def affinity_figure(facts: dict[str, Any]) -> Figure:
+    """Affinity between rows in the order of their clusters: blocks where clusters hold together."""
+    cells, ends = facts["affinity"]["cells"], facts["affinity"]["ends"]
+    owner = [next(cluster for cluster, end in enumerate(ends) if place < end) for place in range(len(cells))]
+    starts = [0, *ends[:-1]]
+    axis = {
+        "tickvals": [(start + end - 1) / 2 for start, end in zip(starts, ends)],
+        "ticktext": [str(cluster) for cluster in range(len(ends))],
+        "title": {"text": "cluster"},
+        "showgrid": False,
+        "zeroline": False,
+        "range": [-0.5, len(cells) - 0.5],
+    }
+    lines = []
+    for end in ends[:-1]:
+        for along, across in (("x", "y"), ("y", "x")):
+            lines.append(
+                {"type": "line", f"{across}0": end - 0.5, f"{across}1": end - 0.5, f"{along}0": -0.5,
+                 f"{along}1": len(cells) - 0.5, "line": {"color": "muted", "width": 1}}
+            )  # fmt: skip
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                # Most cells are small beside the largest; their roots can be told apart.
+                "z": [[round(math.sqrt(value), 3) for value in row] for row in cells],
+                "colorscale": "sequential",
+                "hoverinfo": "text",
+                "hovertext": [
+                    [f"clusters {owner[i]} and {owner[j]}: {value:.3f}" for j, value in enumerate(row)]
+                    for i, row in enumerate(cells)
+                ],
+                "zmin": 0,
+                "zmax": 1,
+                "colorbar": {"title": {"text": "√ affinity"}, "thickness": 12, "outlinewidth": 0},
+            }
+        ],
+        "layout": {
+            "xaxis": axis,
+            "yaxis": {**axis, "range": axis["range"][::-1]},
+            "shapes": lines,
+            "height": 560,
+        },
+    }
+
+
 def retrieval_figure(facts: dict[str, Any]) -> Figure:
     """Cross-retrieval on held-out rows for each map."""
     measures = {

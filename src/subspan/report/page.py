@@ -679,6 +679,7 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
     """The page (HTML) for the facts of `subspan cluster`; texts and thumbnails of rows are taken from `data`."""
     sections = {
         "clusters": ("The clusters", _cluster_table(facts)),
+        **({"affinity": ("How they hold together", _cluster_affinity(facts))} if "affinity" in facts else {}),
         "angles": ("How their subspaces lie", _cluster_angles(facts)),
         "representatives": ("Who stands for them", _cluster_members(facts, data)),
     }
@@ -713,6 +714,18 @@ def _cluster_table(facts: dict[str, Any]) -> str:
         for cluster, (size, dim) in enumerate(zip(facts["sizes"], facts["dimensions"]))
     ]
     return f'<p class="lead">{lead}</p>{_table(["Cluster", "rows", "share", "dimensions"], rows)}'
+
+
+def _cluster_affinity(facts: dict[str, Any]) -> str:
+    share = f"{_percent(facts['affinity']['within'])} of the affinity lies inside a cluster."
+    note = f'<p class="note">{share} Blocks off the diagonal are clusters that hold on to each other.</p>'
+    return note + _figure(
+        "affinity",
+        figures.affinity_figure(facts),
+        "Affinity between rows in the order of their clusters, as a share of the largest; in each cluster the rows "
+        "nearest to its subspace come first.",
+        f"Heat map of the affinity between rows ordered by {facts['clusters']} clusters. {share}",
+    )
 
 
 def _cluster_angles(facts: dict[str, Any]) -> str:
