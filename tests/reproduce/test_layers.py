@@ -9,6 +9,7 @@ from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import CRATE
 from subspan.reproduce import butterfly, causal_grassmann, crate, gcr, simvq, ulsam
+from subspan.reproduce.image_features import labelled_images
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -111,3 +112,11 @@ def test_rivals_of_crate_are_as_large_and_heads_are_told_from_chance():
     images = torch.randn(2, 1, 8, 8)
     vit = CRATE(8, 2, 3, 12, 3, 2, channels=1, layer=lambda: crate.ViTLayer(12, 3))
     assert [each.layer for each in crate.profile(vit, images)] == ["layers.0.qkv", "layers.1.qkv"]
+
+
+def test_the_first_pictures_of_each_part_are_a_set_of_their_own():
+    whole = labelled_images("digits")
+    few = whole.first(50, 20)
+    assert len(few.images) == 70
+    assert (few.images[few.train] == whole.images[whole.train[:50]]).all()
+    assert (few.labels[few.test] == whole.labels[whole.test[:20]]).all()

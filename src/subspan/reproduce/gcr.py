@@ -180,11 +180,11 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Coarse training and fine probes of every head, three seeds."""
     progress("features", 0.0)
     data = labelled_images("cifar100")
+    if quick:
+        data = data.first(2000, 1000)
     features = data.features()
     labels = coarse_labels(data.labels, data.classes)
     rows = {"train": data.train, "test": data.test}
-    if quick:
-        rows = {"train": data.train[:2000], "test": data.test[:1000]}
     x = {part: features[index].float() for part, index in rows.items()}
     coarse = {part: labels[index] for part, index in rows.items()}
     fine = {part: data.labels[index] for part, index in rows.items()}

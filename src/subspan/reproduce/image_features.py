@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,15 @@ class LabelledImages:
     train: np.ndarray
     test: np.ndarray
     classes: tuple[str, ...]
+
+    def first(self, train: int, test: int) -> LabelledImages:
+        """The first pictures of each part alone, so that no others need features."""
+        rows = np.concatenate([self.train[:train], self.test[:test]])
+        count = min(train, len(self.train))
+        index = np.arange(len(rows))
+        return replace(
+            self, images=self.images[rows], labels=self.labels[rows], train=index[:count], test=index[count:]
+        )
 
     def features(self, model: str = "efficientnet-lite0", size: int = 128) -> Float[Tensor, "n p"]:
         """Pooled features (n, 1280) by an installed network, cached."""
