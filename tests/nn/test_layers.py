@@ -40,6 +40,8 @@ class Case(NamedTuple):
     onnx: bool = True
     # Half precision comes in as it is, or, as with torch's own linear layers, to a layer of half precision.
     half: bool = True
+    # Biases that a batch norm takes out again, whose gradient is zero but for rounding.
+    void: tuple[str, ...] = ()
 
 
 LAYERS = {
@@ -60,9 +62,11 @@ LAYERS = {
     "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
     "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False),
     "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
-    "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict=True), (3, 6, 8), (3, 6, 7), False, False),
+    "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict="gradient"), (3, 6, 8), (3, 6, 7), False, False),
     "CRATEDecoderLayer": Case(lambda: CRATEDecoderLayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
-    "SubspaceAttention": Case(lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4)),
+    "SubspaceAttention": Case(
+        lambda: SubspaceAttention(8, 2), (3, 8, 5, 4), (3, 7, 5, 4), void=("depthwise.bias", "pointwise.bias")
+    ),
     "GroupedSimVQ": Case(lambda: GroupedSimVQ(8, 32, 2), (3, 4, 8), (3, 4, 7)),
 }
 
@@ -111,7 +115,7 @@ def test_every_parameter_and_the_input_have_a_finite_gradient(name):
     for key, parameter in layer.named_parameters():
         assert parameter.grad is not None, key
         assert bool(parameter.grad.isfinite().all()), key
-        assert bool(parameter.grad.any()), key
+        assert bool(parameter.grad.any()) or key in LAYERS[name].void, key
     assert bool(x.grad.isfinite().all())
     assert bool(x.grad.any())
 

@@ -8,6 +8,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -228,10 +229,12 @@ def find(names: Iterable[str]) -> list[System]:
     wanted: list[System] = []
     for name in names:
         if name != "all" and name not in known:
-            raise ValueError(f"name: unknown system {name!r}; known: all, {', '.join(known)}")
+            near = get_close_matches(name, known, n=3)
+            meant = f"did you mean {' or '.join(near)}? " if near else ""
+            raise ValueError(f"name: unknown system {name!r}; {meant}`subspan list` has all {len(known)}")
         wanted += [s for s in (SYSTEMS if name == "all" else [known[name]]) if s not in wanted]
     if not wanted:
-        raise ValueError(f"name: give one or more of: all, {', '.join(known)}")
+        raise ValueError("name: give one or more systems, or all; `subspan list` has them")
     return wanted
 
 
