@@ -60,7 +60,9 @@ LAYERS = {
     "ResidualSimVQ": Case(lambda: ResidualSimVQ(8, 32, 2, channel_dim=1), (3, 8, 4), (3, 7, 4)),
     "HouseholderProjector": Case(lambda: HouseholderProjector(8, 6, 3, gain="learned"), (3, 8), (3, 7), onnx=False),
     "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
-    "GrassmannBlock": Case(lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2))), (3, 6, 8), (3, 6, 7), half=False),
+    "GrassmannBlock": Case(
+        lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2)), dropout=0.0), (3, 6, 8), (3, 6, 7), half=False
+    ),
     "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
     "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict="gradient"), (3, 6, 8), (3, 6, 7), False, False),
     "CRATEDecoderLayer": Case(lambda: CRATEDecoderLayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
@@ -163,7 +165,9 @@ def train_in_parallel(rank: int, address: str, file: str) -> None:
     gradients = {}
     for name, (layer, x) in made_layers.items():
         rows = x[rank::2] if len(x) > 1 else x
-        loss_of(DistributedDataParallel(layer)(rows)).backward()
+        # Held until the gradients are there: without the wrapper nobody averages them.
+        parallel = DistributedDataParallel(layer)
+        loss_of(parallel(rows)).backward()
         gradients |= {f"{name}.{key}": p.grad for key, p in layer.named_parameters()}
     if rank == 0:
         save_file({key: grad.contiguous() for key, grad in gradients.items()}, file)
@@ -193,6 +197,8 @@ def test_two_processes_share_their_gradients(tmp_path):
         for rows in parts:
             (loss_of(layer(rows)) / 2).backward()
         for key, parameter in layer.named_parameters():
+            if key in LAYERS[name].void:
+                continue
             scale = float(parameter.grad.abs().max())
             assert scale > 0, f"{name}.{key}"
             assert float((found[f"{name}.{key}"] - parameter.grad).abs().max()) < 1e-4 * scale, f"{name}.{key}"

@@ -181,7 +181,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     progress("features", 0.0)
     data = labelled_images("cifar100")
     if quick:
-        data = data.first(2000, 1000)
+        data = data.first(1500, 600)
     features = data.features()
     labels = coarse_labels(data.labels, data.classes)
     rows = {"train": data.train, "test": data.test}
