@@ -7,7 +7,6 @@ the product X'X: 2 n d^2 flops.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from record import Record, parser, timed
+from record import Record, parser, peak, timed
 
 RANK = 64
 
@@ -100,13 +99,13 @@ FITS = {
 
 def measure(name: str, path: str, out: str) -> None:
     fit = FITS[name](path)
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     wall, processor = time.perf_counter(), time.process_time()
     basis = fit()
     seconds, processor = time.perf_counter() - wall, time.process_time() - processor
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = peak() - before
     np.save(out, basis)
-    print(json.dumps({"seconds": seconds, "processor": processor, "mib": (peak - baseline) / 1024}))
+    print(json.dumps({"seconds": seconds, "processor": processor, "mib": used}))
 
 
 def write_rows(path: str, count: int, columns: int) -> None:

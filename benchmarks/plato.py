@@ -4,7 +4,6 @@ Run: python benchmarks/plato.py. Times are of one process; numbers marked "extra
 form is timed at the sizes shown and continued with n².
 """
 
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from sklearn.cross_decomposition import CCA
 
-from record import Record, parser
+from record import Record, parser, peak
 from subspan.align import SubspaceAligner
 from subspan.statistics import JointMoments, local_kernel_cka
 
@@ -25,11 +24,6 @@ def once(function: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
-
-
-def peak() -> float:
-    """Largest resident memory so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def spaces(n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -31,6 +33,19 @@ def timed(function: Callable[[], object], repeats: int = 3, *, warm: bool = True
         function()
         runs.append(Timing(time.perf_counter() - wall, time.process_time() - processor))
     return min(runs, key=lambda run: run.processor)
+
+
+def peak() -> float:
+    """Largest resident memory of this process so far, MiB.
+
+    From the kernel's own mark where there is one: `ru_maxrss` of a new process begins at its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / 2**20 if sys.platform == "darwin" else used / 1024
 
 
 def processor_name() -> str:

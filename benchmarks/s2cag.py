@@ -7,7 +7,6 @@ without it. Each measurement runs in a process of its own, for its peak memory.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import numpy as np
 from scipy import sparse
 from sklearn.metrics import normalized_mutual_info_score
 
-from record import Record, parser
+from record import Record, parser, peak
 from subspan.cluster import S2CAG
 from subspan.datasets import AttributedGraph, attributed_block_model, data_folder, load_graph
 from subspan.solvers import clustering_accuracy
@@ -102,11 +101,6 @@ def child(method: str, argument: str, folder: str | None) -> None:
         "nmi": float(normalized_mutual_info_score(graph.labels[known], labels[known])),
     }
     print(json.dumps(facts))
-
-
-def peak() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
 def measured(method: str, argument: str, folder: str | None, repeats: int = 1) -> dict[str, float]:

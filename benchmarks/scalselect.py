@@ -6,7 +6,6 @@ that its peak memory is its own; both read the same file of float32 rows. Then t
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from record import Record, parser
+from record import Record, parser, peak
 from subspan.select import LeverageSelector
 
 BUDGET = 0.16
@@ -76,11 +75,6 @@ def child(method: str, path: Path) -> None:
     }
     np.save(path.with_suffix(f".{method}.npy"), scores)
     print(json.dumps(facts))
-
-
-def peak() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
 def measured(method: str, path: Path) -> dict[str, float]:

@@ -8,7 +8,6 @@ runs in a process of its own, for its peak memory.
 import argparse
 import importlib.util
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from record import Record, parser
+from record import Record, parser, peak
 from subspan.solvers import clustering_accuracy
 
 CLUSTERS, DIM, WIDTH, NOISE = 10, 6, 100, 0.05
@@ -117,11 +116,6 @@ def child(path: str, method: str, rows: int, folder: str | None) -> None:
         if method != "omp":
             facts["objective"] = objective(x.astype(np.float64), c, RATIO if method == "ensc" else 1.0)
     print(json.dumps(facts | {"seconds": seconds, "peak": peak() - before}))
-
-
-def peak() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / 2**20 if sys.platform == "darwin" else used / 2**10
 
 
 def measured(path: str, method: str, rows: int, folder: str | None = None) -> dict[str, float]:

@@ -8,7 +8,6 @@ process of its own.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from record import Record, parser, timed
+from record import Record, parser, peak, timed
 
 
 def ours(normal, official):
@@ -126,16 +125,16 @@ def measure(name: str, folder: str, official: str) -> None:
     normal = np.load(Path(folder) / "normal.npy")
     test = np.load(Path(folder) / "test.npy")
     fit, score = CONTENDERS[name](normal, official)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     kept = {}
     fitting = timed(lambda: kept.update(numbers=fit()), 1, warm=False)
     score_warm_up = np.ascontiguousarray(test[:256])
     score(score_warm_up)
     repeats = 3 if name in ("SubspaceDetector", "published path") else 1
     scoring = timed(lambda: kept.update(scores=score(test)), repeats, warm=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    used = peak() - before
     np.save(Path(folder) / "scores.npy", np.asarray(kept["scores"]))
-    facts = {"fit": fitting.processor, "score": scoring.processor, "mib": (peak - before) / 1024}
+    facts = {"fit": fitting.processor, "score": scoring.processor, "mib": used}
     facts["numbers"] = int(kept["numbers"])
     print(json.dumps(facts))
 

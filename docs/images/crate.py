@@ -33,7 +33,7 @@ def main() -> None:
         right.plot(ours["layer"], ours[f"zeros {when}"], f"o{style}", color="#2166ac", label=f"CRATE, {when} training")
     left.set(xlabel="layer", ylabel="$R^c$ of held-out pictures, nats")
     right.set(xlabel="layer", ylabel="share of zeros")
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, loc="lower left", handlelength=3.5)
     right.legend(fontsize=8)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
     print(json.dumps(ours))

@@ -112,6 +112,12 @@ def test_a_known_spectrum_saves_products_and_changes_nothing(order, decay, loops
         PolynomialFilter(p, weights, spectrum=(1.0, 1.0))
 
 
+@pytest.mark.parametrize(("tolerance", "steps"), [(float(np.finfo(np.float32).eps), 49), (1e-12, 67)])
+def test_the_published_filter_of_pubmed_takes_the_steps_that_the_page_says(tolerance, steps):
+    weights = geometric_weights(175, 1.8)
+    assert PolynomialFilter(np.eye(3), weights, spectrum=(0.0, 1.0), tolerance=tolerance).steps == steps
+
+
 def test_the_filtered_operator_is_the_product():
     x = sparse.random(30, 8, density=0.4, random_state=0, format="csr")
     polynomial = PolynomialFilter(transition_matrix(graph()), geometric_weights(5, 0.9))

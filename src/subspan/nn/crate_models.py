@@ -272,36 +272,42 @@ class CRATELanguageModel(nn.Module):
         return self.layers.subspaces()
 
 
+_PART = r"(weight|bias)"
+
+
+def _layers(theirs: str, ours: str) -> dict[str, Callable[[re.Match[str]], str]]:
+    """Rules for a stack of encoder layers, named up to the layer's number there and here."""
+    return {
+        rf"{theirs}0\.norm\.{_PART}": lambda m: f"{ours}.{m[1]}.compress_norm.{m[2]}",
+        rf"{theirs}0\.fn\.qkv\.weight": lambda m: f"{ours}.{m[1]}.compress.subspace_map.weight",
+        rf"{theirs}0\.fn\.to_out\.0\.{_PART}": lambda m: f"{ours}.{m[1]}.compress.output.0.{m[2]}",
+        rf"{theirs}1\.norm\.{_PART}": lambda m: f"{ours}.{m[1]}.sparsify_norm.{m[2]}",
+        rf"{theirs}1\.fn\.weight": lambda m: f"{ours}.{m[1]}.sparsify.dictionary",
+    }
+
+
 _CLASSIFIER = {
-    r"to_patch_embedding\.([123])\.(weight|bias)": lambda m: f"embed.{int(m[1]) - 1}.{m[2]}",
+    rf"to_patch_embedding\.([123])\.{_PART}": lambda m: f"embed.{int(m[1]) - 1}.{m[2]}",
     r"pos_embedding": lambda m: "position",
     r"cls_token": lambda m: "class_token",
-    r"transformer\.layers\.(\d+)\.0\.norm\.(weight|bias)": lambda m: f"layers.{m[1]}.compress_norm.{m[2]}",
-    r"transformer\.layers\.(\d+)\.0\.fn\.qkv\.weight": lambda m: f"layers.{m[1]}.compress.subspace_map.weight",
-    r"transformer\.layers\.(\d+)\.0\.fn\.to_out\.0\.(weight|bias)": lambda m: f"layers.{m[1]}.compress.output.0.{m[2]}",
-    r"transformer\.layers\.(\d+)\.1\.norm\.(weight|bias)": lambda m: f"layers.{m[1]}.sparsify_norm.{m[2]}",
-    r"transformer\.layers\.(\d+)\.1\.fn\.weight": lambda m: f"layers.{m[1]}.sparsify.dictionary",
-    r"mlp_head\.([01])\.(weight|bias)": lambda m: f"head.{m[1]}.{m[2]}",
+    **_layers(r"transformer\.layers\.(\d+)\.", "layers"),
+    rf"mlp_head\.([01])\.{_PART}": lambda m: f"head.{m[1]}.{m[2]}",
 }
 _AUTOENCODER = {
-    r"patch_embed\.proj\.(weight|bias)": lambda m: f"embed.{m[1]}",
+    rf"patch_embed\.proj\.{_PART}": lambda m: f"embed.{m[1]}",
     r"decoder_pos_embed": lambda m: "position",
     r"(cls|mask)_token": lambda m: "class_token" if m[1] == "cls" else "mask_token",
-    r"blocks\.(\d+)\.layers\.0\.0\.norm\.(weight|bias)": lambda m: f"encoder.{m[1]}.compress_norm.{m[2]}",
-    r"blocks\.(\d+)\.layers\.0\.0\.fn\.qkv\.weight": lambda m: f"encoder.{m[1]}.compress.subspace_map.weight",
-    r"blocks\.(\d+)\.layers\.0\.0\.fn\.to_out\.0\.(weight|bias)": lambda m: f"encoder.{m[1]}.compress.output.0.{m[2]}",
-    r"blocks\.(\d+)\.layers\.0\.1\.norm\.(weight|bias)": lambda m: f"encoder.{m[1]}.sparsify_norm.{m[2]}",
-    r"blocks\.(\d+)\.layers\.0\.1\.fn\.weight": lambda m: f"encoder.{m[1]}.sparsify.dictionary",
-    r"decoder_blocks\.(\d+)\.layers\.0\.0\.norm\.(weight|bias)": lambda m: f"decoder.{m[1]}.expand_norm.{m[2]}",
+    **_layers(r"blocks\.(\d+)\.layers\.0\.", "encoder"),
+    rf"decoder_blocks\.(\d+)\.layers\.0\.0\.norm\.{_PART}": lambda m: f"decoder.{m[1]}.expand_norm.{m[2]}",
     r"decoder_blocks\.(\d+)\.layers\.0\.0\.fn\.weight": lambda m: f"decoder.{m[1]}.expand.weight",
-    r"decoder_blocks\.(\d+)\.layers\.0\.1\.norm\.(weight|bias)": lambda m: f"decoder.{m[1]}.decompress_norm.{m[2]}",
+    rf"decoder_blocks\.(\d+)\.layers\.0\.1\.norm\.{_PART}": lambda m: f"decoder.{m[1]}.decompress_norm.{m[2]}",
     r"decoder_blocks\.(\d+)\.layers\.0\.1\.fn\.qkv\.weight": lambda m: f"decoder.{m[1]}.decompress.subspace_map.weight",
-    r"decoder_blocks\.(\d+)\.layers\.0\.1\.fn\.to_out\.0\.(weight|bias)": lambda m: (
+    rf"decoder_blocks\.(\d+)\.layers\.0\.1\.fn\.to_out\.0\.{_PART}": lambda m: (
         f"decoder.{m[1]}.decompress.output.0.{m[2]}"
     ),
-    r"norm\.(weight|bias)": lambda m: f"encoder_norm.{m[1]}",
-    r"decoder_norm\.(weight|bias)": lambda m: f"decoder_norm.{m[1]}",
-    r"decoder_pred\.(weight|bias)": lambda m: f"output.{m[1]}",
+    rf"norm\.{_PART}": lambda m: f"encoder_norm.{m[1]}",
+    rf"decoder_norm\.{_PART}": lambda m: f"decoder_norm.{m[1]}",
+    rf"decoder_pred\.{_PART}": lambda m: f"output.{m[1]}",
 }
 # In the released autoencoder's files, and used by nothing there.
 _UNUSED = ("pos_embed", "decoder_embed.weight", "decoder_embed.bias")
