@@ -99,7 +99,8 @@ class HouseholderProjector(nn.Module):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
         weight = check_finite(linear.weight.detach(), "linear.weight").double()
         layer = cls(linear.in_features, linear.out_features, rank, gain=gain, bias=linear.bias is not None)
-        layer = layer.to(linear.weight.device)
+        # Of a layer of half precision one in float32: its frames are to stay orthonormal.
+        layer = layer.to(linear.weight.device, torch.promote_types(linear.weight.dtype, torch.float32))
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         tolerance = torch.finfo(linear.weight.dtype).eps * max(weight.shape)
         known = int((s[:rank] > tolerance * s[0]).sum())
@@ -107,8 +108,8 @@ class HouseholderProjector(nn.Module):
             warnings.warn(f"rank: the weight has {known} directions, {rank - known} are filled up", stacklevel=2)
         # Left and right vectors of zero singular values are orthonormal too: they are the filling.
         with torch.no_grad():
-            layer.u.frame = u[:, :rank].to(linear.weight.dtype)
-            layer.v.frame = vh[:rank].mT.to(linear.weight.dtype)
+            layer.u.frame = u[:, :rank].to(layer.gain.dtype)
+            layer.v.frame = vh[:rank].mT.to(layer.gain.dtype)
             if gain != "one":
                 layer.gain.fill_(float(s[:rank].mean()))
             if linear.bias is not None and layer.bias is not None:
