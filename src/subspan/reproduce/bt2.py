@@ -122,6 +122,8 @@ class InfluenceLoss(nn.Module):
 def load(setting: Setting, seed: int, models: tuple[str, ...]) -> Data:
     """Leading principal coordinates of each network's features, of unit mean square, for training and testing."""
     images = labelled_images("cifar100")
+    if setting.train is not None and setting.test is not None:
+        images = images.first(setting.train, setting.test)
     generator = np.random.default_rng(seed)
     rows = [
         generator.permutation(part)[:count]
@@ -280,7 +282,7 @@ def _mean(reports: list[dict[str, Report]], name: str) -> Report:
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Independent, Procrustes, BCT, BCT with free dimensions and BT² with k = 0, 8, 32, 64; then a chain."""
-    setting = Setting(train=1500, test=800, epochs=4, seeds=1) if quick else Setting()
+    setting = Setting(train=800, test=400, epochs=4, seeds=1) if quick else Setting()
     progress("features", 0.0)
     data = load(setting, seed, (MODELS[0], MODELS[-1]) if quick else MODELS)
     reports = []

@@ -44,31 +44,31 @@ class LabelledImages:
     y_test: np.ndarray
 
 
-def small_images() -> LabelledImages:
+def small_images(n_train: int = N_TRAIN) -> LabelledImages:
     """CIFAR-10 where the data folder has it, else crops of the bundled photographs; their classes, the photographs."""
     if is_available("cifar10"):
         data = load("cifar10")
-        train, test = (data[f"x_{part}"][:n] for part, n in (("train", N_TRAIN), ("test", N_TEST)))
-        return LabelledImages("CIFAR-10", train, data["y_train"][:N_TRAIN], test, data["y_test"][:N_TEST])
+        train, test = (data[f"x_{part}"][:n] for part, n in (("train", n_train), ("test", N_TEST)))
+        return LabelledImages("CIFAR-10", train, data["y_train"][:n_train], test, data["y_test"][:N_TEST])
     generator = np.random.default_rng(0)
     parts: dict[str, Any] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
     for label, photograph in enumerate(load("photographs").values()):
         border = photograph.shape[1] * 3 // 4
-        for part, side, n in (("train", photograph[:, :border], N_TRAIN), ("test", photograph[:, border:], N_TEST)):
+        for part, side, n in (("train", photograph[:, :border], n_train), ("test", photograph[:, border:], N_TEST)):
             crops = _crops(side, n // 6, 64, 32, generator)
             parts[f"x_{part}"].append(crops)
             parts[f"y_{part}"].append(np.full(len(crops), label))
     return LabelledImages("crops of photographs", **{name: np.concatenate(each) for name, each in parts.items()})
 
 
-def photographs() -> tuple[str, Any]:
-    """Photographs for the metrics: every fifth of one image an ImageNet class, else crops of the bundled ones."""
+def photographs(n: int = N_PHOTOGRAPHS) -> tuple[str, Any]:
+    """Photographs for the metrics: n of one image an ImageNet class, else crops of the bundled ones."""
     if is_available("imagenet1k_sample"):
         images = load("imagenet1k_sample").images
-        return "images of ImageNet classes", images.subset(range(0, len(images), len(images) // N_PHOTOGRAPHS))
+        return "images of ImageNet classes", images.subset(range(0, len(images), len(images) // n))
     generator = np.random.default_rng(0)
-    crops = [_crops(each, N_PHOTOGRAPHS // 6 + 1, 256, 256, generator) for each in load("photographs").values()]
-    return "crops of photographs", np.concatenate(crops)[:N_PHOTOGRAPHS]
+    crops = [_crops(each, n // 6 + 1, 256, 256, generator) for each in load("photographs").values()]
+    return "crops of photographs", np.concatenate(crops)[:n]
 
 
 def _crops(image: np.ndarray, n: int, side: int, size: int, generator: np.random.Generator) -> np.ndarray:
@@ -166,7 +166,7 @@ def material(data: LabelledImages, held_out: int) -> Material:
         teacher_maps(data.x_train).float(),
         pixels(data.x_test[:held_out]),
         torch.from_numpy(data.y_test[:held_out].astype(np.int64)),
-        teacher_maps(data.x_test)[:held_out].float(),
+        teacher_maps(data.x_test[:held_out]).float(),
     )
 
 
@@ -265,13 +265,13 @@ def _probe(x: Tensor, y: Tensor, x_held: Tensor, y_held: Tensor) -> float:
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Metrics and normalisation on encoders' maps; then a flow model trained with none, REPA and iREPA, and between."""
-    source, pictures = photographs()
+    source, pictures = photographs(40 if quick else N_PHOTOGRAPHS)
     blocks: list[dict[str, Any]] = []
     for done, name in enumerate(MODELS[:1] if quick else MODELS):
         progress(f"maps of {name}", 0.1 * done)
         maps = block_maps(name, pictures)
-        blocks += block_structure(name, [block[: 40 if quick else None] for block in maps])
-    images = small_images()
+        blocks += block_structure(name, maps)
+    images = small_images(N_TRAIN // 2 if quick else N_TRAIN)
     progress("the teacher's maps", 0.3)
     data = material(images, 128 if quick else 256)
     mixed = mixing(data, seed)
@@ -290,7 +290,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         claim="What makes an encoder a good teacher for a diffusion transformer is spatial structure, not global "
         "information; a convolutional projector and spatial normalisation of the teacher's tokens (iREPA) transfer it "
         "better than REPA, which transfers some.",
-        data=f"{N_PHOTOGRAPHS} {source} for the metrics; {images.name}, {len(data.image)} images to train on and "
+        data=f"{len(pictures)} {source} for the metrics; {images.name}, {len(data.image)} images to train on and "
         f"{len(data.held_image)} held out",
         model=f"flow transformer of width {recipe.width} and depth {recipe.depth} on 32 pixels (8 × 8 tokens), "
         f"{recipe.steps} steps of {recipe.batch}, aligned after block 1; teacher {TEACHER} {TEACHER_LAYER}",

@@ -69,9 +69,11 @@ class SoftOrthogonalAdapter(LambdaOrthogonalAdapter):
         return (weight @ weight.mT - torch.eye(len(weight))).square().sum()
 
 
-def load(setting: Setting, seed: int) -> Data:
+def load(setting: Setting, seed: int, *, quick: bool = False) -> Data:
     """Features of both networks, each in its own leading principal directions, at unit length."""
     images = labelled_images("cifar100")
+    if quick:
+        images = images.first(setting.train, setting.test)
     generator = np.random.default_rng(seed)
     train, test = generator.permutation(images.train), generator.permutation(images.test)[: setting.test]
     labels = images.labels
@@ -221,10 +223,10 @@ def backfilled(data: Data, maps: Maps, setting: Setting, seed: int) -> dict[str,
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """No map, Procrustes, ridge, FCT, strict, λ sweep, affine, soft orthogonality; unequal widths; backfilling."""
-    setting = Setting(d=64, narrow=32, train=1200, test=600, queries=600, elsewhere=400, epochs=16, seeds=1)
+    setting = Setting(d=64, narrow=32, train=900, test=450, queries=450, elsewhere=400, epochs=16, seeds=1)
     setting = setting if quick else Setting()
     progress("features", 0.0)
-    data = load(setting, seed)
+    data = load(setting, seed, quick=quick)
     count = min(setting.train, len(data.train_labels))
     measured: dict[str, list[dict[str, float]]] = {}
     limits: dict[str, list[float]] = {}

@@ -113,10 +113,10 @@ def first_sentence(text: str) -> str:
     return paragraph.split(". ")[0].rstrip(".")
 
 
-def functions() -> Iterator[tuple[str, str, str, str]]:
-    """(module, first sentence, node types, masked source) of documented functions; one a sentence."""
+def functions(packages: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+    """(module, first sentence, node types, masked source) of documented functions, the standard library's with them."""
     seen = set()
-    for package in ("", *PACKAGES):
+    for package in ("", *packages):
         spec = importlib.util.find_spec(package) if package else None
         if package and (spec is None or spec.origin is None):
             continue
@@ -132,13 +132,13 @@ def functions() -> Iterator[tuple[str, str, str, str]]:
                 yield f"{package}.{entry.module}", sentence, *found
 
 
-def code_world() -> World:
+def code_world(packages: Sequence[str] = PACKAGES) -> World:
     """Bodies (TF-IDF of node types and masked characters, 512 singular directions) and first sentences (MiniLM)."""
-    versions = {name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name) for name in PACKAGES}
+    versions = {name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name) for name in packages}
     encoder = SentenceEncoder(*load_sentence_encoder())
 
     def compute(start: int) -> Iterator[np.ndarray]:
-        modules, sentences, kinds, sources = zip(*functions())
+        modules, sentences, kinds, sources = zip(*functions(packages))
         counts = TfidfVectorizer(
             ngram_range=(1, 4), token_pattern=r"\S+", min_df=5, max_features=40_000, sublinear_tf=True
         )
@@ -208,14 +208,14 @@ def real_shapes() -> tuple[np.ndarray, list[dict[str, Any]]]:
     return points / np.linalg.norm(points, axis=2).max(1)[:, None, None], data["shapes"]
 
 
-def shape_worlds(n: int = 5000) -> list[World]:
+def shape_worlds(n: int = 5000, steps: int = STEPS) -> list[World]:
     """Made shapes with captions and, where the data set is there, real models with their names.
 
     One point network sees all clouds, without captions; the text encoder saw none of the texts.
     """
     made = procedural_shapes(n)
     real = real_shapes() if is_available("named_shapes") else None
-    model = point_network(made.points if real is None else np.concatenate([made.points, real[0]]))
+    model = point_network(made.points if real is None else np.concatenate([made.points, real[0]]), steps)
     worlds = [
         World(
             "made shapes and captions",
@@ -445,9 +445,9 @@ def _analysis(world: World, k: int, seeds: range, checks: list[Check], shapes: i
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Every method in the full, dominant and canonical subspaces: retrieval, matching, CKA, geometry and meaning."""
     progress("functions and docstrings", 0.0)
-    worlds = [code_world()]
+    worlds = [code_world(PACKAGES[:1] if quick else PACKAGES)]
     progress("shapes", 0.15)
-    worlds += shape_worlds()
+    worlds += shape_worlds(2000, STEPS // 2) if quick else shape_worlds()
     seeds = range(seed, seed + (1 if quick else 3))
     ks = QUICK_COMPONENTS if quick else COMPONENTS
     methods = QUICK_METHODS if quick else METHODS

@@ -71,11 +71,11 @@ DOCSTRINGS: list[tuple[str, Callable[[dict[str, str]], str]]] = [
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Select 16 % of an instruction pool for SmolLM2-135M-Instruct; see docs/systems/scalselect.md for the setting.
 
-    quick: 400 + 200 samples, probe features after block 10 of 30, no perplexity baseline, no repeated-document pool;
-    64 samples are too few to ask for 97 % of the pool's accuracy, so the probe is reported without being required.
+    quick: 300 + 150 samples, probe features after block 6 of 30, no perplexity baseline, no repeated-document pool;
+    48 samples are too few to ask for 97 % of the pool's accuracy, so the probe is reported without being required.
     """
     random = np.random.default_rng(seed)
-    n, held_out = (400, 200) if quick else (3000, 750)
+    n, held_out = (300, 150) if quick else (3000, 750)
     source, train, test, instructions = _records(random, n, held_out)
     pool = [_sample(record, instructions, int(random.integers(len(instructions)))) for record in train]
     exam = [_sample(record, instructions, int(random.integers(len(instructions)))) for record in test]
@@ -88,7 +88,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
     progress("features for the probe", 0.15 if quick else 0.1)
     model = load_language_model("smollm2", dtype=torch.bfloat16)[0]
-    depth = 10 if quick else None
+    depth = 6 if quick else None
     features, means, losses = _deep(model, tokenizer, pool + exam, depth)
     del model
     labels = np.asarray([f"{sample.kind} {sample.answer}" for sample in pool + exam])
