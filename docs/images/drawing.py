@@ -21,10 +21,11 @@ STYLES: list[dict[str, Any]] = [
     )
 ]
 WIDTH = 5.6
-"""Inches: with letters of 9 points, a picture shown 390 pixels wide still has letters of 9 pixels."""
+"""Inches: shown 390 pixels wide, letters of 9 points are nearly 9 pixels high."""
 
 plt.rcParams.update({"font.size": 9.5, "legend.fontsize": 9, "legend.handlelength": 3.5})
 plt.rcParams.update({"axes.grid": False, "axes.spines.top": False, "axes.spines.right": False})
+plt.rcParams["figure.constrained_layout.h_pad"] = 0.07
 
 
 def panels(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
