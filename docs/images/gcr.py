@@ -58,7 +58,7 @@ def main() -> None:
     below.plot(order, chance, **STYLES[3], label="random planes")
     below.plot(order, own[number["cat"], number["dog"]], **STYLES[2], label="cat, dog, own planes")
     below.set(xlabel="principal angle, in order", ylabel="degrees", ylim=(0, 95), yticks=[0, 30, 60, 90])
-    below.legend(loc="center left")
+    below.legend(loc=(0.03, 0.23))
     save(figure, Path(__file__))
     off = np.triu_indices(len(learnt), 1)
     print(measured, "learnt", learnt[off].mean(0).round(1), "own", own[off].mean(0).round(1), "chance", chance.round(1))
