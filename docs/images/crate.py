@@ -1,20 +1,10 @@
 """Draw docs/images/crate.png from the recorded run: rate and sparsity of CRATE's layers, before and after training."""
 
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-from matplotlib import pyplot as plt
+from drawing import BLUE, GREEN, RED, panels, save, titled
 
 from subspan.reproduce import recorded
-
-
-def columns(record: dict, start: str) -> dict[str, list[float]]:
-    """The table whose title starts so, by column."""
-    table = next(one for one in record["tables"] if one["title"].startswith(start))
-    return dict(zip(table["columns"], map(list, zip(*table["rows"]))))
 
 
 def main() -> None:
@@ -22,21 +12,20 @@ def main() -> None:
     record = recorded("crate")
     if record is None:
         raise SystemExit("no run of crate is recorded")
-    ours, others = columns(record, "CRATE, layer by layer"), columns(record, "R^c of the other arms")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    ours, others = titled(record, "CRATE, layer by layer"), titled(record, "R^c of the other arms")
+    figure, (above, below) = panels(6.6, 2, height_ratios=(1.4, 1))
     for when, style in (("before", "--"), ("after", "-")):
-        left.plot(ours["layer"], ours[f"R^c {when}"], f"o{style}", color="#2166ac", label=f"CRATE, {when} training")
+        above.plot(ours["layer"], ours[f"R^c {when}"], f"o{style}", color=BLUE, label=f"CRATE, {when} training")
         values = others[f"ViT, equal width, {when}"]
-        left.plot(others["layer"], values, f"s{style}", color="#b2182b", label=f"ViT of equal width, {when}")
+        above.plot(others["layer"], values, f"s{style}", color=RED, label=f"ViT of equal width, {when}")
         strict = others[f"CRATE, strict (our experiment), {when}"]
-        left.plot(others["layer"], strict, f"^{style}", color="#4d9221", label=f"CRATE, strict, {when}")
-        right.plot(ours["layer"], ours[f"zeros {when}"], f"o{style}", color="#2166ac", label=f"CRATE, {when} training")
-    left.set(xlabel="layer", ylabel="$R^c$ of held-out pictures, nats")
-    right.set(xlabel="layer", ylabel="share of zeros")
-    left.legend(fontsize=7, loc="lower left", handlelength=3.5)
-    right.legend(fontsize=8)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=110, metadata={"Software": None})
-    print(json.dumps(ours))
+        above.plot(others["layer"], strict, f"^{style}", color=GREEN, label=f"CRATE, strict, {when}")
+        below.plot(ours["layer"], ours[f"zeros {when}"], f"o{style}", color=BLUE, label=f"CRATE, {when} training")
+    above.set(ylabel="$R^c$ of held-out pictures, nats")
+    below.set(xlabel="layer", ylabel="share of zeros")
+    above.legend(loc="lower left")
+    below.legend()
+    save(figure, Path(__file__))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ def learner(model: nn.Module, steps: int) -> Any:
     return Learner()
 
 
-def perplexity(make: Callable[[], nn.Module], train: Tensor, held: Tensor, steps: int, seed: int) -> tuple[float, int]:
-    """Perplexity a byte on held-out text after training, and the number of parameters; one seed, one order of text."""
+def trained(make: Callable[[], nn.Module], train: Tensor, steps: int, seed: int) -> GrassmannLanguageModel:
+    """A language model with one way of mixing after training; one seed, one order of text."""
     torch.manual_seed(seed)
     model = GrassmannLanguageModel(256, [make() for _ in range(LAYERS)], d_model=D, context=CONTEXT, dropout=0.0)
     generator = torch.Generator().manual_seed(seed)
@@ -141,7 +141,12 @@ def perplexity(make: Callable[[], nn.Module], train: Tensor, held: Tensor, steps
     batches: Any = [train[each + torch.arange(CONTEXT + 1)] for each in starts]
     with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
         trainer.fit(learner(model, steps), torch.utils.data.DataLoader(batches, batch_size=None))
-    model.eval()
+    return model.eval()
+
+
+def perplexity(make: Callable[[], nn.Module], train: Tensor, held: Tensor, steps: int, seed: int) -> tuple[float, int]:
+    """Perplexity a byte on held-out text after training, and the number of parameters."""
+    model = trained(make, train, steps, seed)
     windows = held[: len(held) // (CONTEXT + 1) * (CONTEXT + 1)].unflatten(0, (-1, CONTEXT + 1))
     windows = windows[:: max(1, len(windows) // 128)]
     with torch.no_grad():
