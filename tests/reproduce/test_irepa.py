@@ -29,7 +29,7 @@ def maps(pictures: np.ndarray) -> torch.Tensor:
 @pytest.fixture(autouse=True)
 def _planted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(irepa, "teacher_maps", maps)
-    monkeypatch.setattr(irepa, "small_images", images)
+    monkeypatch.setattr(irepa, "small_images", lambda n_train=None: images())
 
 
 def test_the_arms_share_all_but_the_alignment() -> None:
@@ -55,7 +55,7 @@ def test_the_arms_share_all_but_the_alignment() -> None:
 
 def test_the_protocol_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [torch.rand(6, 4, 10, 10), 3 + torch.rand(6, 8, 5, 5)]
-    monkeypatch.setattr(irepa, "photographs", lambda: ("noise", None))
+    monkeypatch.setattr(irepa, "photographs", lambda *_: ("noise", None))
     monkeypatch.setattr(irepa, "block_maps", lambda name, pictures: blocks)
     monkeypatch.setattr(irepa, "Recipe", lambda **_: TINY)
     outcome = irepa.protocol(quick=False, seed=0, progress=lambda message, fraction: None)

@@ -30,8 +30,8 @@ def world(name: str, n: int, *, shapes: bool = False) -> World:
 @pytest.fixture(scope="module")
 def outcome():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plato, "code_world", lambda: world("code and docstrings", 900))
-        patch.setattr(plato, "shape_worlds", lambda: [world("made shapes and captions", 800, shapes=True)])
+        patch.setattr(plato, "code_world", lambda *_: world("code and docstrings", 900))
+        patch.setattr(plato, "shape_worlds", lambda *_: [world("made shapes and captions", 800, shapes=True)])
         patch.setattr(plato, "QUICK_METHODS", plato.METHODS)
         patch.setattr(plato, "QUICK_COMPONENTS", (2, 10, 20))
         return plato.protocol(quick=True, seed=0, progress=lambda message, fraction: None)

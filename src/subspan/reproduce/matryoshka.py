@@ -257,7 +257,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     progress("features", 0.0)
     source, split = picture_split(quick=quick)
     seeds = range(seed, seed + (1 if quick else 3))
-    epochs = 15
+    epochs = 10 if quick else 15
     sizes = tuple(m for m in DIMS if m in _QUICK) if quick else DIMS
     runs: list[dict[str, dict[int, Scores]]] = []
     cascades, funnels = [], []
@@ -351,7 +351,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     ]
     if is_installed("minilm"):
         progress("text", 0.82)
-        rows = text_table(seeds, 500 if quick else _PAIRS, 10 if quick else 20)
+        rows = text_table(seeds, 300 if quick else _PAIRS, 10 if quick else 20)
         tables.append(Table("docstring → function, MiniLM", ["arm", "size", "nDCG@10", "recall@10"], rows))
         checks.append(_text_check(rows))
     else:

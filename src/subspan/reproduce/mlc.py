@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     z_dim: int = 64
 
 
-QUICK = Setting(rows=800, seeds=1, epochs=8, hidden=256, z_dim=64)
+QUICK = Setting(rows=500, seeds=1, epochs=8, hidden=256, z_dim=64)
 
 
 def features(setting: Setting) -> tuple[str, Float[Tensor, "n p"], np.ndarray]:

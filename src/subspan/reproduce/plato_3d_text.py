@@ -132,13 +132,18 @@ def functions(packages: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
                 yield f"{package}.{entry.module}", sentence, *found
 
 
-def code_world(packages: Sequence[str] = PACKAGES) -> World:
-    """Bodies (TF-IDF of node types and masked characters, 512 singular directions) and first sentences (MiniLM)."""
+def code_world(packages: Sequence[str] = PACKAGES, most: int | None = None) -> World:
+    """Bodies (TF-IDF of node types and masked characters, 512 singular directions) and first sentences (MiniLM).
+
+    most: take so many functions, evenly spaced.
+    """
     versions = {name: importlib.metadata.version("scikit-learn" if name == "sklearn" else name) for name in packages}
     encoder = SentenceEncoder(*load_sentence_encoder())
 
     def compute(start: int) -> Iterator[np.ndarray]:
-        modules, sentences, kinds, sources = zip(*functions(packages))
+        found = list(functions(packages))
+        chosen = np.linspace(0, len(found), min(most or len(found), len(found)), endpoint=False, dtype=int)
+        modules, sentences, kinds, sources = zip(*(found[row] for row in chosen))
         counts = TfidfVectorizer(
             ngram_range=(1, 4), token_pattern=r"\S+", min_df=5, max_features=40_000, sublinear_tf=True
         )
@@ -150,7 +155,7 @@ def code_world(packages: Sequence[str] = PACKAGES) -> World:
         rows = np.concatenate([body, text, number[:, None]], axis=1).astype(np.float32)
         yield rows[start:]
 
-    options = {"what": "functions, masked bodies 512 and first sentences 384", "recipe": 1}
+    options = {"what": "functions, masked bodies 512 and first sentences 384", "recipe": 2, "most": most}
     data = {"python": platform.python_version(), "packages": versions}
     rows = torch.from_numpy(np.array(cached_features(compute, model=encoder.model, data=data, options=options)))
     sizes = (500, 1000, 2000, 4000, 8000)
@@ -445,9 +450,9 @@ def _analysis(world: World, k: int, seeds: range, checks: list[Check], shapes: i
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Every method in the full, dominant and canonical subspaces: retrieval, matching, CKA, geometry and meaning."""
     progress("functions and docstrings", 0.0)
-    worlds = [code_world(PACKAGES[:1] if quick else PACKAGES)]
+    worlds = [code_world((), 2000) if quick else code_world()]
     progress("shapes", 0.15)
-    worlds += shape_worlds(2000, STEPS // 2) if quick else shape_worlds()
+    worlds += shape_worlds(1200, STEPS // 2) if quick else shape_worlds()
     seeds = range(seed, seed + (1 if quick else 3))
     ks = QUICK_COMPONENTS if quick else COMPONENTS
     methods = QUICK_METHODS if quick else METHODS
