@@ -56,7 +56,7 @@ def main() -> None:
             other = seconds(attention, x, backward=backward) if length <= options.attention else None
             row += [1e3 * spent, None if other is None else 1e3 * other]
         rows.append(row)
-        length *= 2 if length < 512 else 4
+        length *= 2
     record.table(
         "Sub-layer",
         ["tokens", "mixing, ms", "attention, ms", "mixing with backward, ms", "attention with backward, ms"],

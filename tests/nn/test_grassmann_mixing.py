@@ -1,5 +1,6 @@
 """Mixing by planes of token pairs."""
 
+import inspect
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from subspan.geometry import principal_angles
 from subspan.geometry.grassmann import orthonormalize, parallelogram_area, plucker
-from subspan.nn import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing
+from subspan.nn import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
 
 
 def made(d=6, rank=4, offsets=(1, 3), **options):
@@ -62,6 +63,21 @@ def test_token_by_token_is_the_whole_sequence():
         out.append(mixed)
     torch.testing.assert_close(torch.stack(out, 1), layer(h))
     assert past.reduced.shape == (2, 3, 4)
+    assert bool(past.known.all())
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_the_rest_of_a_sequence_after_a_remembered_start(kept):
+    # Fewer remembered than the largest offset is a sequence that began there; more than it are not looked at.
+    layer, h = made(), states(2, 9, 6)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, 3] = False
+    past = MixingState(layer.reduce(h)[:, 5 - kept : 5], mask[:, 5 - kept : 5])
+    found = layer(h[:, 5:], mask[:, 5:], past)
+    start = 5 - min(kept, 3)
+    torch.testing.assert_close(found, layer(h[:, start:], mask[:, start:])[:, 5 - start :])
+    if kept >= 3:
+        torch.testing.assert_close(found, layer(h, mask)[:, 5:])
 
 
 def test_padding_pairs_with_nothing():
@@ -69,6 +85,20 @@ def test_padding_pairs_with_nothing():
     mask = torch.ones(1, 7, dtype=torch.bool)
     mask[:, :2] = False
     torch.testing.assert_close(layer(h, mask)[:, 2:], layer(h[:, 2:]))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_logits(side):
+    torch.manual_seed(0)
+    model = GrassmannLanguageModel(50, [GrassmannMixing(8, 4, (1, 2)) for _ in range(2)], d_model=8, context=12).eval()
+    ids = torch.randint(50, (2, 7))
+    rest = torch.randint(50, (2, 4))
+    whole = torch.cat([rest, ids] if side == "left" else [ids, rest], 1)
+    mask = torch.ones(2, 11, dtype=torch.bool)
+    own = slice(4, 11) if side == "left" else slice(0, 7)
+    mask[:, :4] = side == "right"
+    mask[:, 7:] = side == "left"
+    torch.testing.assert_close(model(whole, mask)[:, own], model(ids))
 
 
 def test_short_sequences_and_parallel_tokens():
@@ -129,6 +159,11 @@ def test_refuses_bad_input():
         made()(states(1, 4, 5))
     with pytest.raises(ValueError, match="at most 4 tokens"):
         GrassmannLanguageModel(9, [GrassmannMixing(4, 3)], d_model=4, context=4)(torch.zeros(1, 5, dtype=torch.long))
+    model = GrassmannLanguageModel(9, [GrassmannMixing(4, 3)], d_model=4, context=4)
+    with pytest.raises(ValueError, match="mask: expected at least 3 columns, got 2"):
+        model.embed(torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask: expected shape \(1, 4\), got \(1, 3\)"):
+        inspect.unwrap(GrassmannMixing.forward)(made(), states(1, 4, 6), torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="one module a layer"):
         GrassmannLanguageModel(9, [])
     with pytest.raises(ValueError, match="parallel"):
@@ -136,3 +171,13 @@ def test_refuses_bad_input():
     with pytest.raises(ValueError, match=r"\[1, 4\]"):
         made().planes(states(1, 5, 6), 5)
     assert math.isfinite(float(GrassmannBlock(6, made()).double()(states(1, 3, 6)).sum()))
+
+
+def test_long_sequences_are_mixed_in_blocks_to_the_same_states(monkeypatch):
+    torch.manual_seed(0)
+    layer, states = GrassmannMixing(8, rank=4, offsets=(1, 3, 5)), torch.randn(2, 50, 8)
+    mask = torch.rand(2, 50) < 0.8
+    whole = layer(states), layer(states, mask)
+    monkeypatch.setattr("subspan.nn.grassmann_mixing._BLOCK", 7)
+    torch.testing.assert_close(layer(states), whole[0])
+    torch.testing.assert_close(layer(states, mask), whole[1])

@@ -20,6 +20,7 @@ from subspan.nn import (
     GrassmannBlock,
     GrassmannHead,
     GrassmannMixing,
+    GrassmannPairHead,
     GroupedSimVQ,
     HouseholderProjector,
     OrthogonalLinear,
@@ -44,6 +45,17 @@ class Case(NamedTuple):
     void: tuple[str, ...] = ()
 
 
+class OfPair(torch.nn.Module):
+    """A head of sentence pairs on one sequence: its first half is the premise, the rest the hypothesis."""
+
+    def __init__(self, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :])
+
+
 LAYERS = {
     "OrthogonalLinear": Case(lambda: OrthogonalLinear(8, init="random"), (3, 8), (3, 7), onnx=False),
     "GrassmannHead": Case(lambda: GrassmannHead(8, 5, rank=2), (3, 8), (3, 7)),
@@ -62,6 +74,12 @@ LAYERS = {
     "GrassmannMixing": Case(lambda: GrassmannMixing(8, 4, (1, 2)), (3, 6, 8), (3, 6, 7), half=False),
     "GrassmannBlock": Case(
         lambda: GrassmannBlock(8, GrassmannMixing(8, 4, (1, 2)), dropout=0.0), (3, 6, 8), (3, 6, 7), half=False
+    ),
+    "GrassmannPairHead": Case(
+        lambda: OfPair(GrassmannPairHead(8, 3, rank=8, window=4, stride=2, d_model=8, heads=2, ffn=16, dropout=0.0)),
+        (3, 10, 8),
+        (3, 10, 7),
+        half=False,
     ),
     "CRATELayer": Case(lambda: CRATELayer(8, 2), (3, 6, 8), (3, 6, 7), half=False),
     "CRATELayer, strict": Case(lambda: CRATELayer(8, 2, strict="gradient"), (3, 6, 8), (3, 6, 7), False, False),

@@ -55,7 +55,7 @@ def test_the_arms_share_all_but_the_alignment() -> None:
 
 def test_the_protocol_in_small(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = [torch.rand(6, 4, 10, 10), 3 + torch.rand(6, 8, 5, 5)]
-    monkeypatch.setattr(irepa, "photographs", lambda *_: ("noise", None))
+    monkeypatch.setattr(irepa, "photographs", lambda n=9: ("noise", range(n)))
     monkeypatch.setattr(irepa, "block_maps", lambda name, pictures: blocks)
     monkeypatch.setattr(irepa, "Recipe", lambda **_: TINY)
     outcome = irepa.protocol(quick=False, seed=0, progress=lambda message, fraction: None)

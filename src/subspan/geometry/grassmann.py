@@ -157,10 +157,19 @@ def parallelogram_area(u: Float[Tensor, "*b r"], v: Float[Tensor, "*b r"], floor
 
     Parallel vectors have the area 0, and a direction of their plane only to rounding: floor says from where on.
     """
-    uu, vv = u.square().sum(-1), v.square().sum(-1)
-    square = uu * vv - (u * v).sum(-1).square()
-    tiny = torch.finfo(u.dtype).tiny ** 0.5
-    return torch.maximum(square, floor**2 * uu * vv).clamp_min(tiny).sqrt()
+    return _area(u.square().sum(-1), v.square().sum(-1), (u * v).sum(-1), floor)
+
+
+def pairwise_areas(
+    u: Float[Tensor, "*b n r"], v: Float[Tensor, "*b m r"], floor: float = 0.0
+) -> Float[Tensor, "*b n m"]:
+    """`parallelogram_area` of every vector of one set with every vector of the other, from one matrix product."""
+    return _area(u.square().sum(-1)[..., :, None], v.square().sum(-1)[..., None, :], u @ v.transpose(-1, -2), floor)
+
+
+def _area(uu: Tensor, vv: Tensor, uv: Tensor, floor: float) -> Tensor:
+    tiny = torch.finfo(uv.dtype).tiny ** 0.5
+    return torch.maximum(uu * vv - uv.square(), floor**2 * uu * vv).clamp_min(tiny).sqrt()
 
 
 def chordal_mean(

@@ -8,6 +8,7 @@ from subspan.nn.crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel,
 from subspan.nn.flow_transformer import FlowTransformer
 from subspan.nn.gcr import GrassmannHead
 from subspan.nn.grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
+from subspan.nn.grassmann_pair_head import GrassmannPairHead
 from subspan.nn.householder_projector import HouseholderFrame, HouseholderProjector
 from subspan.nn.influence import influence_loss
 from subspan.nn.lambda_orthogonality import (
@@ -59,6 +60,7 @@ __all__ = [
     "GrassmannHead",
     "GrassmannLanguageModel",
     "GrassmannMixing",
+    "GrassmannPairHead",
     "GrassmannParameter",
     "GroupedSimVQ",
     "HOCLoss",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,13 +14,24 @@ from ..geometry import Subspace
 from ..geometry.grassmann import orthonormalize, parallelogram_area, plucker
 
 OFFSETS = (1, 2, 4, 8, 12, 16)
+_BLOCK = 2048
 
 
 class MixingState(NamedTuple):
-    """What decoding keeps: the reduced states of the last max(offsets) tokens, newest last, and how many there were."""
+    """What decoding keeps: the reduced states of the last tokens, newest last, and which are tokens, not padding.
+
+    The last max(offsets) are looked at; there may be more, or fewer at the start of a sequence.
+    """
 
     reduced: Float[Tensor, "n w r"]
-    length: int
+    known: Bool[Tensor, "n w"]
+
+
+def gated_blend(gate: nn.Linear, states: Tensor, g: Tensor) -> Tensor:
+    """α h + (1 - α) g with α = σ(gate [h, g]): the gate is the way past the mixing, there is no other residual."""
+    g = g.to(states.dtype)
+    alpha = torch.sigmoid(gate(torch.cat([states, g], -1)))
+    return alpha * states + (1 - alpha) * g
 
 
 class GrassmannMixing(nn.Module):
@@ -69,26 +80,47 @@ class GrassmannMixing(nn.Module):
     pairs: Tensor
 
     def forward(
-        self, states: Float[Tensor, "n L d"], mask: Bool[Tensor, "n L"] | None = None
+        self,
+        states: Float[Tensor, "n L d"],
+        mask: Bool[Tensor, "n L"] | None = None,
+        past: MixingState | None = None,
     ) -> Float[Tensor, "n L d"]:
-        """The mixed states; mask: True for tokens, False for padding, which pairs with nothing."""
+        """Mixed states; mask: True for tokens, False for padding, which pairs with nothing; past: the tokens before."""
         if states.shape[-1] != self.d_model:
             raise ValueError(f"states: expected width {self.d_model}, got {states.shape[-1]}")
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(f"mask: expected shape {tuple(states.shape[:2])}, got {tuple(mask.shape)}")
         z = self.reduce(states)
-        with torch.autocast(z.device.type, enabled=False):
-            z = z.to(torch.promote_types(z.dtype, torch.float32))
-            length = z.shape[1]
-            padded = F.pad(z, (0, 0, max(self.offsets), 0))
-            known = torch.ones_like(z[..., 0]) if mask is None else mask.to(z.dtype)
-            past_known = F.pad(known, (max(self.offsets), 0))
-            starts = [max(self.offsets) - each for each in self.offsets]
-            partners = torch.stack([padded[:, start : start + length] for start in starts], -2)
-            valid = torch.stack([past_known[:, start : start + length] for start in starts], -1) * known.unsqueeze(-1)
-        return self._mix(states, z, partners, valid)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        known = torch.ones_like(z[..., 0], dtype=torch.bool) if mask is None else mask
+        whole = self._with_past(z, known, past)
+        if z.shape[1] <= _BLOCK or torch.compiler.is_compiling():
+            return self._mix(states, z, whole)
+        # Coordinates of more tokens than these leave the cache before they are projected.
+        window, mixed = max(self.offsets), []
+        for start in range(0, z.shape[1], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            seen = slice(start, start + window + _BLOCK)
+            mixed.append(self._mix(states[:, part], z[:, part], MixingState(*(each[:, seen] for each in whole))))
+        return torch.cat(mixed, 1)
 
-    def _mix(self, states: Tensor, z: Tensor, partners: Tensor, valid: Tensor) -> Tensor:
-        """z (n, L, r), partners (n, L, offsets, r), valid (n, L, offsets): 1 where there is a partner."""
+    def _with_past(self, z: Tensor, known: Tensor, past: MixingState | None) -> MixingState:
+        """The last max(offsets) states before z, zeros where there were fewer, and z."""
+        window = max(self.offsets)
+        if past is None:
+            return MixingState(F.pad(z, (0, 0, window, 0)), F.pad(known, (window, 0)))
+        missing = window - past.reduced.shape[1]
+        before = F.pad(past.reduced.to(z.dtype), (0, 0, missing, 0)), F.pad(past.known, (missing, 0))
+        return MixingState(torch.cat([before[0], z], 1), torch.cat([before[1], known], 1))
+
+    def _mix(self, states: Tensor, z: Tensor, whole: MixingState) -> Tensor:
+        """Mixed states; z (n, L, r) and `whole`, what it stands at the end of."""
         with torch.autocast(z.device.type, enabled=False):
+            window, length = max(self.offsets), z.shape[1]
+            slices = [slice(window - each, window - each + length) for each in self.offsets]
+            partners = torch.stack([whole.reduced[:, each] for each in slices], -2)
+            tokens = whole.known.to(z.dtype)
+            valid = torch.stack([tokens[:, each] for each in slices], -1) * tokens[:, window:].unsqueeze(-1)
             weight = valid / valid.sum(-1, keepdim=True).clamp_min(1)
             if self.normalize:
                 area = parallelogram_area(z.unsqueeze(-2).expand_as(partners), partners, self.epsilon)
@@ -96,24 +128,17 @@ class GrassmannMixing(nn.Module):
             coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2), self.pairs)
         any_pair = (valid.amax(-1, keepdim=True) > 0).to(states.dtype)
         g = self.output(self.project(coordinates.to(self.project.weight.dtype))) * any_pair
-        alpha = torch.sigmoid(self.gate(torch.cat([states, g.to(states.dtype)], -1)))
-        return alpha * states + (1 - alpha) * g.to(states.dtype)
+        return gated_blend(self.gate, states, g)
 
     def step(
         self, state: Float[Tensor, "n d"], past: MixingState | None = None
     ) -> tuple[Float[Tensor, "n d"], MixingState]:
         """One more token (n, d), as `forward` would mix it; the second result is `past` for the next. O(max offset)."""
-        window = max(self.offsets)
-        z = self.reduce(state)
+        z = self.reduce(state.unsqueeze(1))
         z = z.to(torch.promote_types(z.dtype, torch.float32))
-        past = MixingState(z.new_zeros(len(z), window, self.rank), 0) if past is None else past
-        partners = torch.stack([past.reduced[:, window - each] for each in self.offsets], 1)
-        valid = torch.tensor([float(each <= past.length) for each in self.offsets], device=z.device)
-        mixed = self._mix(
-            state.unsqueeze(1), z.unsqueeze(1), partners.unsqueeze(1), valid.expand(len(z), 1, len(self.offsets))
-        )
-        kept = torch.cat([past.reduced[:, 1:], z.unsqueeze(1)], 1)
-        return mixed.squeeze(1), MixingState(kept, past.length + 1)
+        whole = self._with_past(z, torch.ones_like(z[..., 0], dtype=torch.bool), past)
+        mixed = self._mix(state.unsqueeze(1), z, whole)
+        return mixed.squeeze(1), MixingState(whole.reduced[:, 1:], whole.known[:, 1:])
 
     @torch.no_grad()
     def planes(self, states: Float[Tensor, "n L d"], offset: int) -> Subspace:
@@ -141,29 +166,33 @@ class GrassmannMixing(nn.Module):
 class GrassmannBlock(nn.Module):
     """Mixing, layer norm, and a feed-forward part with the only additive residual: h' = LN(u + FFN(u)), u = LN(mixed).
 
-    mixing: any module (n, L, d) → (n, L, d), a `GrassmannMixing` by default; width of the feed-forward part: 4 d.
+    mixing: any module (n, L, d) → (n, L, d), a `GrassmannMixing` by default. ffn: hidden width of the feed-forward
+    part, 4 d by default.
     """
 
-    def __init__(self, d_model: int, mixing: nn.Module | None = None, *, dropout: float = 0.1) -> None:
+    def __init__(
+        self, d_model: int, mixing: nn.Module | None = None, *, ffn: int | None = None, dropout: float = 0.1
+    ) -> None:
         super().__init__()
+        hidden = 4 * d_model if ffn is None else ffn
         self.mixing = GrassmannMixing(d_model) if mixing is None else mixing
         self.mixing_norm = nn.LayerNorm(d_model)
         self.feed_forward = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model), nn.Dropout(dropout)
+            nn.Linear(d_model, hidden), nn.GELU(), nn.Linear(hidden, d_model), nn.Dropout(dropout)
         )
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, states: Float[Tensor, "n L d"]) -> Float[Tensor, "n L d"]:
-        """The next layer's states."""
-        mixed = self.dropout(self.mixing_norm(self.mixing(states)))
+    def forward(self, states: Float[Tensor, "n L d"], *given: Any) -> Float[Tensor, "n L d"]:
+        """The next layer's states; what else is given (a mask, say) goes to the mixing."""
+        mixed = self.dropout(self.mixing_norm(self.mixing(states, *given)))
         return self.norm(mixed + self.feed_forward(mixed))
 
 
 class GrassmannLanguageModel(nn.Module):
     """Token ids (n, L) → next-token logits (n, L, vocabulary): embeddings, blocks, and the embedding as output head.
 
-    mixing: makes the mixing module of a layer from its number. Raises ValueError for L above `context`.
+    mixing: the mixing module of each layer. Raises ValueError for L above `context`.
     """
 
     def __init__(
@@ -182,14 +211,29 @@ class GrassmannLanguageModel(nn.Module):
         self.token = nn.Embedding(vocabulary, d_model)
         self.position = nn.Embedding(context, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(GrassmannBlock(d_model, part, dropout=dropout) for part in mixing))
+        self.blocks = nn.ModuleList(GrassmannBlock(d_model, part, dropout=dropout) for part in mixing)
         for table in (self.token, self.position):
             nn.init.normal_(table.weight, std=0.02)
 
-    def forward(self, ids: Int[Tensor, "n L"]) -> Float[Tensor, "n L v"]:
-        """Logits."""
-        if ids.shape[1] > self.context:
-            raise ValueError(f"ids: at most {self.context} tokens, got {ids.shape[1]}")
-        position = self.position(torch.arange(ids.shape[1], device=ids.device))
-        states = self.blocks(self.dropout(self.token(ids) + position))
+    def forward(self, ids: Int[Tensor, "n L"], mask: Bool[Tensor, "n L"] | None = None) -> Float[Tensor, "n L v"]:
+        """Logits; mask: True for tokens, False for padding, which is given no position and pairs with nothing."""
+        states = self.embed(ids, mask)
+        for block in self.blocks:
+            states = block(states) if mask is None else block(states, mask)
+        return self.logits(states)
+
+    def embed(self, ids: Int[Tensor, "n L"], mask: Bool[Tensor, "n m"] | None = None) -> Float[Tensor, "n L d"]:
+        """The blocks' input; mask (n, m >= L) with the tokens before these too, whose number is the first position."""
+        length = ids.shape[1] if mask is None else mask.shape[1]
+        if length > self.context:
+            raise ValueError(f"ids: at most {self.context} tokens, got {length}")
+        if mask is None:
+            return self.dropout(self.token(ids) + self.position(torch.arange(length, device=ids.device)))
+        if length < ids.shape[1]:
+            raise ValueError(f"mask: expected at least {ids.shape[1]} columns, got {length}")
+        positions = (mask.long().cumsum(1) - 1).clamp_min(0)[:, length - ids.shape[1] :]
+        return self.dropout(self.token(ids) + self.position(positions))
+
+    def logits(self, states: Float[Tensor, "n L d"]) -> Float[Tensor, "n L v"]:
+        """Logits of the last block's states."""
         return F.linear(states, self.token.weight)
