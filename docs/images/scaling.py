@@ -137,7 +137,7 @@ def over_size(record: dict[str, Any]) -> Any:
         loglog(axes, "", unit)
         axes.legend(loc="best", fontsize=8.5)
     every[-1, 0].set_xlabel(label)
-    sizes_as_ticks(every[-1, 0], sizes)
+    sizes_as_ticks(every[-1, 0], sizes[:: 1 + len(sizes) // 8])
     return figure
 
 
