@@ -12,7 +12,7 @@ from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD
 
 TESTS = Path(__file__).resolve().parent
-CHECKS = {"parametrize_with_checks", "check_estimator", "estimator_checks_generator"}
+CHECKS = {"parametrize_with_checks", "check_estimator", "estimator_checks_generator", "check_estimator_but_clustering"}
 # scikit-learn's checks give an estimator one matrix of rows. These take something else, and say here what.
 EXCUSED = {
     "MatryoshkaCascade": "logits (sizes, rows, classes)",

@@ -336,7 +336,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     def _rows(self, X: Any) -> Tensor:
         if not isinstance(X, Tensor):
-            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+            # Finiteness is looked at once, below.
+            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
         return check_matrix(X, "X", columns=self.n_features_in_)
 
     def to_module(self) -> nn.Module:
