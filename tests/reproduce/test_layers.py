@@ -5,11 +5,13 @@ import torch
 
 pytest.importorskip("lightning", reason="the protocols train with Lightning")
 
+from subspan.datasets import is_installed, load_sentence_encoder
 from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import CRATE
 from subspan.reproduce import butterfly, causal_grassmann, crate, gcr, simvq, ulsam
 from subspan.reproduce.image_features import labelled_images
+from subspan.reproduce.sentence_pairs import SentencePairs, TokenStates, docstring_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -70,6 +72,74 @@ def test_no_way_of_mixing_sees_the_future():
         changed = h.clone()
         changed[:, 11:] += 1
         torch.testing.assert_close(layer(changed)[:, :11], layer(h)[:, :11], msg=name)
+
+
+def test_heads_of_pairs_are_as_large_and_blind_to_padding():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 7, 384), torch.randn(2, 5, 384)
+    masks = torch.ones(2, 7, dtype=torch.bool), torch.ones(2, 5, dtype=torch.bool)
+    shorter = masks[0].clone()
+    shorter[:, 4:] = False
+    sizes = {}
+    for name, make in causal_grassmann.HEADS.items():
+        head = make(384, 3).eval()
+        sizes[name] = sum(p.numel() for p in head.parameters())
+        torch.testing.assert_close(head(a, b, shorter, masks[1]), head(a[:, :4], b, shorter[:, :4], masks[1]), msg=name)
+        # Means of tokens know nothing of their order; a Transformer without positions does not either.
+        turned = head(a[:, [1, 0, 2, 3, 4, 5, 6]], b, *masks)
+        assert torch.allclose(turned, head(a, b, *masks), atol=1e-5) == (name != "Grassmann"), name
+        assert not torch.allclose(head(b, a, *masks[::-1]), head(a, b, *masks), atol=1e-4), name
+    assert max(sizes.values()) < 1.02 * min(sizes.values())
+
+
+def test_a_planted_pairing_is_learnt_by_every_head(monkeypatch):
+    # The hypothesis is the premise again, or another: what a head reads from a pair, not from a sentence.
+    monkeypatch.setattr(causal_grassmann, "HEAD_EPOCHS", 12)
+    generator = torch.Generator().manual_seed(0)
+    states = object.__new__(TokenStates)
+    states.rows = torch.randn(400, 16, generator=generator).half()
+    states.place = {str(i): (4 * i, 4 * i + 4) for i in range(100)}
+    first = torch.randint(100, (600,), generator=generator)
+    labels = torch.arange(600) % 2
+    second = torch.where(labels == 1, first, (first + 37) % 100)
+    names = [[str(i) for i in each.tolist()] for each in (first, second)]
+    train = SentencePairs(names[0][:500], names[1][:500], labels[:500], ("another", "the same"))
+    test = SentencePairs(names[0][500:], names[1][500:], labels[500:], train.classes)
+    for name, make in causal_grassmann.HEADS.items():
+        accuracy, _ = causal_grassmann.head_accuracy(make, states, train, test, 0)
+        assert accuracy > 80, name
+
+
+def test_pairs_of_docstrings_share_no_text_between_parts():
+    train, test = docstring_pairs(200, 100)
+    assert len(train) == 200
+    assert len(test.premises) == len(test.hypotheses) == 100
+    assert not {*train.premises, *train.hypotheses} & {*test.premises, *test.hypotheses}
+    assert all(a != b for a, b in zip(train.premises, train.hypotheses))
+    assert train.labels.float().mean() == 0.5
+    again, _ = docstring_pairs(200, 100)
+    assert again.premises == train.premises
+
+
+def test_token_states_are_those_of_each_text_alone(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    if not is_installed("minilm"):
+        pytest.skip("the sentence encoder is not installed")
+    monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path))
+    texts = ["A dog runs.", "Two women are embracing while holding packages.", "A dog sleeps.", "No."]
+    states = TokenStates(texts)
+    model, tokenizer = load_sentence_encoder()
+    rows, mask = states.of(texts)
+    assert mask.sum(1).tolist() == [states.length(text) for text in texts]
+    for text, row, own in zip(texts, rows, mask):
+        expected = model(**tokenizer([text], return_tensors="pt")).last_hidden_state[0].detach()
+        torch.testing.assert_close(row[own], expected, atol=2e-3, rtol=2e-3)
+    pairs = SentencePairs(texts[:3], texts[1:], torch.tensor([0, 1, 0]), ("no", "yes"))
+    batches = states.batches(pairs, 2, 0)
+    assert sorted(int(row) for batch in batches for row in batch) == [0, 1, 2]
+    (a, _, a_mask, _), labels = states.batch(pairs, batches[0])
+    assert labels.tolist() == [pairs.labels[row] for row in batches[0]]
+    torch.testing.assert_close(a[0][a_mask[0]], states.of([texts[batches[0][0]]])[0][0])
 
 
 def test_arms_of_the_thinned_network():
