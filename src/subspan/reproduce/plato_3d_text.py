@@ -450,9 +450,9 @@ def _analysis(world: World, k: int, seeds: range, checks: list[Check], shapes: i
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Every method in the full, dominant and canonical subspaces: retrieval, matching, CKA, geometry and meaning."""
     progress("functions and docstrings", 0.0)
-    worlds = [code_world((), 2000) if quick else code_world()]
+    worlds = [code_world((), 1500) if quick else code_world()]
     progress("shapes", 0.15)
-    worlds += shape_worlds(1200, STEPS // 2) if quick else shape_worlds()
+    worlds += shape_worlds(900, STEPS // 2) if quick else shape_worlds()
     seeds = range(seed, seed + (1 if quick else 3))
     ks = QUICK_COMPONENTS if quick else COMPONENTS
     methods = QUICK_METHODS if quick else METHODS
