@@ -152,11 +152,11 @@ class SharedSpace:
 def dual_encoder(*, quick: bool = False, seed: int = 0, progress: Progress | None = None) -> SharedSpace:
     """Train the shared space, or take it from the cache.
 
-    quick: CIFAR-100 alone, and 800 pictures of it. Where the shared data sets are absent, scikit-learn's handwritten
+    quick: CIFAR-100 alone, and 1100 pictures of it. Where the shared data sets are absent, scikit-learn's handwritten
     digits with the digits' names take their place.
     """
     recipe = Recipe(seed=seed)
-    recipe = replace(recipe, sources=recipe.sources[:1], images_per_source=800) if quick else recipe
+    recipe = replace(recipe, sources=recipe.sources[:1], images_per_source=1100) if quick else recipe
     if not all(is_available(source) for source in recipe.sources):
         recipe = replace(recipe, sources=("digits",))
     return train(recipe, progress)
