@@ -7,7 +7,7 @@ import torch
 
 from subspan.geometry.grassmann import pairwise_areas, parallelogram_area
 from subspan.nn import GrassmannPairHead
-from subspan.nn.grassmann_pair_head import GrassmannPairMixing
+from subspan.nn.grassmann_pair_head import GrassmannPairMixing, paired_means
 
 
 def tokens(*shape, seed=1):
@@ -182,3 +182,12 @@ def test_refuses_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             forward(head, *given)
+
+
+def test_sentences_are_compared_by_their_means():
+    a, b = torch.randn(3, 4, 5), torch.randn(3, 2, 5)
+    a_mask = torch.tensor([[True, True, True, False], [True, False, False, False], [False] * 4])
+    b_mask = torch.ones(3, 2, dtype=torch.bool)
+    means = [torch.stack([a[0, :3].mean(0), a[1, 0], torch.zeros(5)]), b.mean(1)]
+    expected = torch.cat([*means, (means[0] - means[1]).abs(), means[0] * means[1]], 1)
+    torch.testing.assert_close(paired_means(a, b, a_mask, b_mask), expected)

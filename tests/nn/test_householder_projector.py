@@ -134,3 +134,14 @@ def test_refuses_bad_input():
         broken.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         HouseholderProjector.from_linear(broken, 3)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kept"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+)
+def test_frames_of_a_layer_in_half_precision_are_kept_in_float32(dtype, kept):
+    layer = HouseholderProjector.from_linear(nn.Linear(12, 9).to(dtype), 4)
+    assert {parameter.dtype for parameter in layer.parameters()} == {kept}
+    for frame in (layer.u(), layer.v()):
+        torch.testing.assert_close(frame.mT @ frame, torch.eye(4, dtype=kept), rtol=0, atol=1e-6)

@@ -23,17 +23,17 @@ def mixing(old):
 
 
 @pytest.mark.parametrize(
-    ("site", "maker"),
+    ("site", "maker", "measured"),
     [
-        ("layers.*.linear1", Butterfly.from_linear),
-        ("layers.*.self_attn", mixing),
-        ("layers.1.linear2", lambda old: HouseholderProjector.from_linear(old, 5)),
+        ("layers.*.linear1", Butterfly.from_linear, True),
+        ("layers.*.linear1", Butterfly.from_linear, False),
+        # That an attention gives a tuple is seen in a run alone.
+        ("layers.*.self_attn", mixing, True),
+        ("layers.1.linear2", lambda old: HouseholderProjector.from_linear(old, 5), True),
+        ("layers.1.linear2", lambda old: HouseholderProjector.from_linear(old, 5), False),
     ],
 )
-@pytest.mark.parametrize("measured", [True, False])
 def test_an_encoder_of_torch_works_in_both_modes(site, maker, measured):
-    if site.endswith("attn") and not measured:
-        pytest.skip("that an attention gives a tuple is seen in a run")
     model, x = encoder(), torch.randn(2, 5, 32)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
     with torch.no_grad():
@@ -56,6 +56,34 @@ def test_an_encoder_of_torch_works_in_both_modes(site, maker, measured):
         torch.testing.assert_close(model(x, src_key_padding_mask=padding), masked, rtol=0, atol=0)
 
 
+def test_one_module_in_several_places_and_inputs_by_keyword():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x):
+            return self.second(input=self.first(input=x))
+
+    class Double(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input):
+            assert input.dtype == torch.float32
+            return self.scale * input
+
+    model, x = Caller().bfloat16(), torch.randn(3, 4).bfloat16()
+    replace(model, {"first": Double(), "second": Double()}, x)
+    assert torch.equal(model(x), 4 * x)
+
+    model, x, layer = encoder(), torch.randn(2, 5, 32), mixing(None)
+    replace(model, {"layers.*.self_attn": layer}, x)
+    assert model.layers[0].self_attn is model.layers[1].self_attn is layer
+    assert model(x).shape == x.shape
+
+
 def test_attention_counts_its_maps():
     attention = nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 5, 32)
@@ -71,6 +99,21 @@ def test_a_failure_leaves_no_hooks_behind():
     assert not layer._forward_hooks
     assert not layer._forward_pre_hooks
     assert not hasattr(layer, "batch_first")
+
+
+def test_errors_are_those_of_the_first_run_though_it_fills_a_cache():
+    transformers = pytest.importorskip("transformers", reason="language models come with transformers (extra: llm)")
+    torch.manual_seed(0)
+    options = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    config = transformers.LlamaConfig(num_attention_heads=4, attn_implementation="eager", **options)
+    model = transformers.LlamaForCausalLM(config).eval()
+    layer, ids = mixing(None), torch.randint(50, (2, 12))
+    errors = []
+    for cached in (False, True):
+        surgery = replace(model, {"model.layers.0.self_attn": layer}, {"input_ids": ids, "use_cache": cached})
+        errors.append(surgery.sites[0].error)
+        surgery.undo()
+    assert errors[0] == pytest.approx(errors[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -41,6 +41,17 @@ class GrassmannPairMixing(nn.Module):
         return gated_blend(self.gate, states, self.project(planes.to(self.project.weight.dtype)))
 
 
+def paired_means(
+    a: Float[Tensor, "n p d"], b: Float[Tensor, "n q d"], a_mask: Bool[Tensor, "n p"], b_mask: Bool[Tensor, "n q"]
+) -> Float[Tensor, "n e"]:
+    """[a, b, |a - b|, a b] of the means over the tokens of two sentences, zero where there is none."""
+    a, b = (
+        (part * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
+        for part, mask in ((a, a_mask), (b, b_mask))
+    )
+    return torch.cat([a, b, (a - b).abs(), a * b], -1)
+
+
 class GrassmannPairHead(nn.Module):
     """Premise (n, p, in_features) and hypothesis (n, q, in_features), a frozen encoder's tokens → logits (n, classes).
 
@@ -113,11 +124,8 @@ class GrassmannPairHead(nn.Module):
         states = self.embed(torch.cat([premise, hypothesis], 1))
         for block in self.blocks:
             states = block(states, pairs)
-        a, b = (
-            (part * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True).clamp_min(1)
-            for part, mask in zip(states.split([premise.shape[1], hypothesis.shape[1]], 1), masks)
-        )
-        return self.classifier(self.dropout(torch.cat([a, b, (a - b).abs(), a * b], -1)))
+        a, b = states.split([premise.shape[1], hypothesis.shape[1]], 1)
+        return self.classifier(self.dropout(paired_means(a, b, *masks)))
 
     def pairs(
         self, premise_mask: Bool[Tensor, "n p"], hypothesis_mask: Bool[Tensor, "n q"]

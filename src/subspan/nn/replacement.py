@@ -229,17 +229,21 @@ def _adapt(new: nn.Module, half: torch.dtype | None, length: int | None) -> list
     if half is None and length is None:
         return []
 
+    def widened(value: Any) -> Any:
+        return value.to(own) if half is not None and isinstance(value, Tensor) and value.dtype == half else value
+
     def before(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         if length is not None:
             inputs, named = (_first_tensor((*inputs, *named.values())),), {}
-        if own is not None:
-            inputs = tuple(x.to(own) if isinstance(x, Tensor) and x.dtype == half else x for x in inputs)
-        return inputs, named
+        return tuple(map(widened, inputs)), {key: widened(value) for key, value in named.items()}
 
     def after(module: nn.Module, inputs: Any, output: Any) -> Any:
         if half is not None and isinstance(output, Tensor):
             output = output.to(half)
-        return output if length is None else (output, *[None] * (length - 1))
+        # One module put in several places has been here before.
+        if length is None or isinstance(output, tuple):
+            return output
+        return (output, *[None] * (length - 1))
 
     handles = (new.register_forward_pre_hook(before, with_kwargs=True), new.register_forward_hook(after))
     return [handle.remove for handle in handles]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from ..datasets import is_available, load
 from ..nn import GrassmannLanguageModel, GrassmannMixing, GrassmannPairHead
+from ..nn.grassmann_pair_head import paired_means
 from ..nn.training import quiet_trainer
 from .protocol import Check, Outcome, Progress, Table
 from .sentence_pairs import SentencePairs, TokenStates, labelled_pairs
@@ -95,14 +96,6 @@ MIXINGS: dict[str, Callable[[], nn.Module]] = {
     "convolution on the offsets": lambda: OffsetConvolution(D, OFFSETS),
     "no mixing": nn.Identity,
 }
-
-
-def paired_means(
-    a: Float[Tensor, "n p d"], b: Float[Tensor, "n q d"], a_mask: Bool[Tensor, "n p"], b_mask: Bool[Tensor, "n q"]
-) -> Float[Tensor, "n e"]:
-    """[a, b, |a - b|, a b] of the means over tokens, which `GrassmannPairHead` classifies from too."""
-    a, b = ((part * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True) for part, mask in ((a, a_mask), (b, b_mask)))
-    return torch.cat([a, b, (a - b).abs(), a * b], -1)
 
 
 class TransformerPairHead(nn.Module):
