@@ -21,6 +21,8 @@ from torch import Tensor
 
 # Correlations of a block of rows, small enough to stay in a cache between the passes over them.
 _BLOCK = 1 << 21
+# Rows of a block, columns of a tile and of a group: products whose every pass is made in the cache.
+_ROWS, _TILE, _GROUP = 512, 512, 16
 # Sweeps of the inner solver while the working set still changes, and once it has settled.
 _SWEEPS, _LAST_SWEEPS = 60, 200
 _DENSE_ROWS = 20_000
@@ -127,7 +129,7 @@ def omp_self_expression(
     n = len(x)
     if not 1 <= n_nonzero < n:
         raise ValueError(f"n_nonzero: must lie in [1, {n - 1}], got {n_nonzero}")
-    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress)]
+    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress, width=_BLOCK // _ROWS)]
     return _assemble(blocks, n)
 
 
@@ -144,27 +146,54 @@ def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tup
         active &= residual.square().sum(1) > tolerance
         if not bool(active.any()):
             break
-        live = active.nonzero().squeeze(1)
-        score = (residual[live] @ x.mT).abs_()
-        score.scatter_(1, torch.cat([rows[live].unsqueeze(1), chosen[live, :step]], 1), -1.0)
-        best, atom = score.max(1)
+        best, atom = _most_correlated(residual, x, rows)
         fresh = x[atom]
-        inner = (basis[live, :step] @ fresh.unsqueeze(2)).squeeze(2)
-        fresh = fresh - (basis[live, :step].mT @ inner.unsqueeze(2)).squeeze(2)
+        inner = (basis[:, :step] @ fresh.unsqueeze(2)).squeeze(2)
+        fresh = fresh - (basis[:, :step].mT @ inner.unsqueeze(2)).squeeze(2)
         norm = fresh.norm(dim=1)
-        # An atom inside the span of those chosen (a duplicate) adds nothing; the row stops.
-        good = (norm > 1e3 * torch.finfo(x.dtype).eps) & (best > 0)
-        active[live[~good]] = False
-        live, atom, inner, norm, fresh = live[good], atom[good], inner[good], norm[good], fresh[good]
+        # An atom inside the span of those chosen (one of them again, or a duplicate) adds nothing; the row stops.
+        active &= (norm > 1e3 * torch.finfo(x.dtype).eps) & (best > 0)
         direction = fresh / norm.unsqueeze(1)
-        basis[live, step] = direction
-        triangle[live, :step, step] = inner[:, :step]
-        triangle[live, step, step] = norm
-        weight = (residual[live] * direction).sum(1)
-        weights[live, step], chosen[live, step], used[live, step] = weight, atom, True
-        residual[live] = residual[live] - weight.unsqueeze(1) * direction
+        weight = (residual * direction).sum(1)
+        basis[:, step] = torch.where(active.unsqueeze(1), direction, 0)
+        triangle[:, :step, step] = torch.where(active.unsqueeze(1), inner, 0)
+        triangle[:, step, step] = torch.where(active, norm, 1)
+        weights[:, step] = torch.where(active, weight, 0)
+        chosen[:, step], used[:, step] = atom, active
+        residual -= weights[:, step : step + 1] * basis[:, step]
     coefficients = torch.linalg.solve_triangular(triangle, weights.unsqueeze(2), upper=True).squeeze(2)
     return rows, chosen, torch.where(used, coefficients, torch.zeros_like(coefficients))
+
+
+def _most_correlated(
+    residual: Float[Tensor, "b d"], x: Float[Tensor, "n d"], rows: Int[Tensor, " b"]
+) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
+    """Largest |<residual, x_j>| over j other than its own row, and that j.
+
+    Products are made in tiles that stay in the cache, of which only the maxima of groups of columns are kept (a
+    maximum costs a tenth of its place); the best group is then looked through.
+    """
+    n = len(x)
+    size = min(_GROUP, n)
+    width = min(_TILE, n // size * size)
+    # The last tile reaches back over the one before, so that all have one width.
+    starts = torch.tensor([*range(0, n - width, width), n - width], device=x.device)
+    score = residual.new_empty(len(residual), width)
+    peaks = residual.new_empty(len(residual), len(starts), width // size)
+    for tile, start in enumerate(starts.tolist()):
+        torch.mm(residual, x[start : start + width].mT, out=score)
+        score.abs_()
+        own = rows - start
+        inside = ((own >= 0) & (own < width)).nonzero().squeeze(1)
+        score[inside, own[inside]] = -1
+        torch.amax(score.view(len(residual), size, -1), 1, out=peaks[:, tile])
+    best = peaks.flatten(1).argmax(1)
+    tile, column = best // peaks.shape[2], best % peaks.shape[2]
+    group = (starts[tile] + column).unsqueeze(1) + peaks.shape[2] * torch.arange(size, device=x.device)
+    values = (x[group] @ residual.unsqueeze(2)).squeeze(2).abs_()
+    values[group == rows.unsqueeze(1)] = -1
+    value, place = values.max(1)
+    return value, group.gather(1, place.unsqueeze(1)).squeeze(1)
 
 
 def thresholded_similarities(
