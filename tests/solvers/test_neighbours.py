@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.solvers import knn_overlap, nearest, recall_at_k
+from subspan.solvers import knn_overlap, largest_product, nearest, recall_at_k
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])
@@ -59,3 +59,28 @@ def test_errors():
         nearest(x, torch.zeros(3, 5), 1)
     with pytest.raises(ValueError, match="b: expected 4 rows"):
         knn_overlap(x, torch.zeros(3, 2), 1)
+
+
+@pytest.mark.parametrize(("n", "block"), [(7, 1 << 24), (64, 10), (200, 70), (5000, 1 << 24), (5000, 300)])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_largest_product_over_groups_and_tiles(n, block, absolute):
+    generator = torch.Generator().manual_seed(n)
+    base, rows = (torch.randn(m, 12, generator=generator, dtype=torch.float64) for m in (n, 530))
+    offset = torch.randn(n, generator=generator, dtype=torch.float64)
+    exclude = torch.arange(530) % n
+    rows[:9] = 3 * base[exclude[:9]]  # nearest to what must be left out
+    for shift, out in ((None, None), (offset, None), (None, exclude), (offset, exclude)):
+        score = rows @ base.mT + (0 if shift is None else shift)
+        score = score.abs() if absolute else score
+        if out is not None:
+            score[torch.arange(530), out] = -torch.inf
+        value, found = largest_product(rows, base, offset=shift, absolute=absolute, exclude=out, block=block)
+        assert torch.equal(found, score.argmax(1))
+        torch.testing.assert_close(value, score.amax(1))
+
+
+def test_of_equal_products_the_lowest_index_is_taken():
+    base = torch.arange(3.0).repeat(2000).unsqueeze(1)  # 2 is the largest, first at 2, then every third
+    assert largest_product(torch.ones(5, 1), base)[1].tolist() == [2] * 5
+    exclude = torch.tensor([2, 5, 2, 0, 5999])
+    assert largest_product(torch.ones(5, 1), base, exclude=exclude)[1].tolist() == [5, 2, 5, 2, 2]

@@ -7,7 +7,6 @@ from scipy import sparse
 from sklearn.linear_model import ElasticNet, OrthogonalMatchingPursuit
 
 from subspan.solvers.self_expression import (
-    _most_correlated,
     elastic_net_self_expression,
     low_rank_self_expression,
     omp_self_expression,
@@ -83,19 +82,6 @@ def test_omp_is_the_textbook_pursuit(n_nonzero):
         expected.fit(x[others].numpy().T, x[i].numpy())
         assert c[i, others] == pytest.approx(expected.coef_, abs=1e-9)
     assert ((c != 0).sum(1) == n_nonzero).all()
-
-
-@pytest.mark.parametrize("n", [7, 20, 530, 1100])
-def test_the_most_correlated_other_is_found_over_tiles_and_groups(n):
-    x = unit(n, 12)
-    rows = torch.cat([torch.arange(0, min(n, 40)), torch.arange(max(n - 20, 0), n)])
-    residual = torch.randn(len(rows), 12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    residual[0] = x[rows[0]]  # a row is nearest to itself, and must not be taken
-    value, found = _most_correlated(residual, x, rows)
-    score = (residual @ x.mT).abs()
-    score[torch.arange(len(rows)), rows] = -1
-    assert torch.equal(found, score.argmax(1))
-    assert torch.allclose(value, score.amax(1), atol=1e-12)
 
 
 def test_omp_stops_at_the_tolerance_and_at_copies():

@@ -12,7 +12,7 @@ from .graph_filters import (
 )
 from .jacobian import JacobianSubspace, jacobian_rank, jacobian_subspace
 from .low_rank import MatrixOperator, Operator, orthogonal_iteration, orthonormal_columns, randomized_svd
-from .neighbours import knn_overlap, nearest, nearest_code, neighbour_purity, recall_at_k
+from .neighbours import knn_overlap, largest_product, nearest, nearest_code, neighbour_purity, recall_at_k
 from .partitions import (
     clustering_accuracy,
     conductance,
@@ -74,6 +74,7 @@ __all__ = [
     "jacobian_rank",
     "jacobian_subspace",
     "knn_overlap",
+    "largest_product",
     "modularity",
     "nearest",
     "nearest_code",

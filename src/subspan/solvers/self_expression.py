@@ -19,10 +19,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import enet_path
 from torch import Tensor
 
+from .neighbours import largest_product
+
 # Correlations of a block of rows, small enough to stay in a cache between the passes over them.
 _BLOCK = 1 << 21
-# Rows of a block, columns of a tile and of a group: products whose every pass is made in the cache.
-_ROWS, _TILE, _GROUP = 512, 512, 16
+# Rows that pursue their atoms side by side.
+_ROWS = 512
 # Sweeps of the inner solver while the working set still changes, and once it has settled.
 _SWEEPS, _LAST_SWEEPS = 60, 200
 _DENSE_ROWS = 20_000
@@ -146,7 +148,7 @@ def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tup
         active &= residual.square().sum(1) > tolerance
         if not bool(active.any()):
             break
-        best, atom = _most_correlated(residual, x, rows)
+        best, atom = largest_product(residual, x, absolute=True, exclude=rows)
         fresh = x[atom]
         inner = (basis[:, :step] @ fresh.unsqueeze(2)).squeeze(2)
         fresh = fresh - (basis[:, :step].mT @ inner.unsqueeze(2)).squeeze(2)
@@ -163,37 +165,6 @@ def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tup
         residual -= weights[:, step : step + 1] * basis[:, step]
     coefficients = torch.linalg.solve_triangular(triangle, weights.unsqueeze(2), upper=True).squeeze(2)
     return rows, chosen, torch.where(used, coefficients, torch.zeros_like(coefficients))
-
-
-def _most_correlated(
-    residual: Float[Tensor, "b d"], x: Float[Tensor, "n d"], rows: Int[Tensor, " b"]
-) -> tuple[Float[Tensor, " b"], Int[Tensor, " b"]]:
-    """Largest |<residual, x_j>| over j other than its own row, and that j.
-
-    Products are made in tiles that stay in the cache, of which only the maxima of groups of columns are kept (a
-    maximum costs a tenth of its place); the best group is then looked through.
-    """
-    n = len(x)
-    size = min(_GROUP, n)
-    width = min(_TILE, n // size * size)
-    # The last tile reaches back over the one before, so that all have one width.
-    starts = torch.tensor([*range(0, n - width, width), n - width], device=x.device)
-    score = residual.new_empty(len(residual), width)
-    peaks = residual.new_empty(len(residual), len(starts), width // size)
-    for tile, start in enumerate(starts.tolist()):
-        torch.mm(residual, x[start : start + width].mT, out=score)
-        score.abs_()
-        own = rows - start
-        inside = ((own >= 0) & (own < width)).nonzero().squeeze(1)
-        score[inside, own[inside]] = -1
-        torch.amax(score.view(len(residual), size, -1), 1, out=peaks[:, tile])
-    best = peaks.flatten(1).argmax(1)
-    tile, column = best // peaks.shape[2], best % peaks.shape[2]
-    group = (starts[tile] + column).unsqueeze(1) + peaks.shape[2] * torch.arange(size, device=x.device)
-    values = (x[group] @ residual.unsqueeze(2)).squeeze(2).abs_()
-    values[group == rows.unsqueeze(1)] = -1
-    value, place = values.max(1)
-    return value, group.gather(1, place.unsqueeze(1)).squeeze(1)
 
 
 def thresholded_similarities(
