@@ -86,9 +86,15 @@ def normalize_rows(x: Tensor, *, keep_zero: bool = True) -> Tensor:
 
     Raises ValueError on zero rows when `keep_zero` is False.
     """
-    largest = x.abs().amax(-1, keepdim=True)
+    # The scale cancels, so that no gradient has to pass through it.
+    rows = x.detach()
+    if rows.is_complex():
+        largest = rows.abs().amax(-1, keepdim=True)
+    else:
+        largest = torch.maximum(rows.amax(-1, keepdim=True), -rows.amin(-1, keepdim=True))
     scaled = x / torch.where(largest > 0, largest, torch.ones_like(largest))
     norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     if not keep_zero and bool((norm == 0).any()):
         raise ValueError(f"x: {int((norm == 0).sum())} rows are zero and have no direction")
-    return scaled / torch.where(norm > 0, norm, torch.ones_like(norm))
+    length = torch.where(norm > 0, norm, torch.ones_like(norm))
+    return scaled / length if scaled.requires_grad else scaled.div_(length)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..geometry.arrays import check_matrix, normalize_rows
 
@@ -106,8 +107,8 @@ def largest_product(
         index = torch.zeros_like(value, dtype=torch.int64)
         # The last tile reaches back over the one before, so that all have one width.
         for start in [*range(0, n - width, width), n - width]:
-            columns = base[start : start + width].mT
-            score = part @ columns if offset is None else torch.addmm(offset[start : start + width], part, columns)
+            tile = slice(start, start + width)
+            score = F.linear(part, base[tile], None if offset is None else offset[tile])
             if absolute:
                 score = score.abs_()
             if exclude is not None:
