@@ -83,6 +83,9 @@ def test_many_rows_keep_their_input_alone():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         butterfly_multiply(twiddle, x)
     assert sum(t.numel() for t in kept) == twiddle.numel() + x.numel()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = butterfly_multiply(twiddle.float(), x.float())
+    torch.testing.assert_close(low, butterfly_multiply(twiddle.float(), x.float()))
 
 
 @pytest.mark.parametrize("n", [2, 8, 64])
