@@ -1,7 +1,12 @@
 """Butterfly multiply beside the dense one and the fast Fourier transform over N, forward and backward; recovery times.
 
 All rows are measured side by side in one run. Run: python benchmarks/butterfly.py [--largest 4096] [--json FILE]
+[--official FOLDER], where the authors' torch_butterfly (github.com/HazyResearch/butterfly) lies, built in its place by
+`FORCE_CPU=1 python setup.py build_ext --inplace`: its compiled multiply and its form in torch are measured beside ours.
 """
+
+import sys
+from collections.abc import Callable
 
 import torch
 
@@ -16,12 +21,62 @@ def dense_multiply(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def both(multiply, parameter: torch.Tensor, x: torch.Tensor) -> None:
-    multiply(parameter.requires_grad_(), x).square().sum().backward()
+    product = multiply(parameter.requires_grad_(), x)
+    real = torch.view_as_real(product) if product.is_complex() else product
+    torch.autograd.grad(real.square().sum(), parameter)
+
+
+Multiply = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def official(folder: str) -> dict[str, Multiply]:
+    """The authors' multiply, compiled and in torch, of one matrix with strides increasing."""
+    sys.path.insert(0, folder)
+    from torch_butterfly import multiply as theirs  # pyright: ignore[reportMissingImports]
+
+    # Theirs are (stack, block, level, pair, 2, 2) and (row, stack, column), the pairs in the same order; with strides
+    # decreasing theirs begin with the last level.
+    def of(multiply: Callable[..., torch.Tensor]) -> Multiply:
+        return lambda twiddle, x: multiply(twiddle[None, None], x[:, None], True)[:, 0]
+
+    return {"compiled": of(theirs.butterfly_multiply), "in torch": of(theirs.butterfly_multiply_torch)}
+
+
+def beside(record: Record, theirs: dict[str, Multiply], largest: int) -> None:
+    rows, difference, n = [], 0.0, 128
+    while n <= largest:
+        levels = n.bit_length() - 1
+        row: list[float] = [n]
+        for dtype in (torch.float32, torch.complex64):
+            x, twiddle = torch.randn(BATCH, n, dtype=dtype), torch.randn(levels, n // 2, 2, 2, dtype=dtype) / 2**0.5
+            for name, multiply in theirs.items():
+                if name == "in torch" and dtype == torch.complex64:
+                    continue
+                pair = (multiply, butterfly_multiply)
+                with torch.no_grad():
+                    expected = multiply(twiddle, x)
+                    error = float((butterfly_multiply(twiddle, x) - expected).abs().max() / expected.abs().max())
+                    difference = max(difference, error)
+                    forward = [timed(lambda f=f, t=twiddle, x=x: f(t, x), repeats=7).processor for f in pair]
+                learnt = twiddle.clone()
+                whole = [timed(lambda f=f, t=learnt, x=x: both(f, t, x), repeats=7).processor for f in pair]
+                row += [forward[0] / forward[1], whole[0] / whole[1]]
+        rows.append(row)
+        n *= 2
+    record.table(
+        "The authors' multiply over ours, processor time",
+        ["N", "compiled, forward", "forward and backward", "in torch, forward", "forward and backward",
+         "compiled, complex, forward", "forward and backward"],
+        rows,
+    )  # fmt: skip
+    record.target("largest difference from the authors' multiply over the largest entry", difference, most=1e-5)
+    record.target("authors' compiled multiply over ours at the largest N, forward and backward", rows[-1][2], least=1)
 
 
 def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--largest", type=int, default=4096)
+    arguments.add_argument("--official", metavar="FOLDER")
     options = arguments.parse_args()
     record = Record("butterfly", f"{BATCH} rows, float32 and complex64")
     rows, n = [], 128
@@ -50,11 +105,16 @@ def main() -> None:
     record.note(f"The butterfly is faster than the dense multiply from N = {crossover} on." if crossover else
                 "The butterfly is slower than the dense multiply at every N.")  # fmt: skip
     record.target("dense over butterfly at the largest N", rows[-1][2], least=1)
+    if options.official:
+        beside(record, official(options.official), options.largest)
     n = 1024
     matrix = torch.fft.fft(torch.eye(n, dtype=torch.complex128))
     seconds = timed(lambda: butterfly_factorize(matrix), repeats=1).processor
     record.target(f"processor seconds to peel the DFT of length {n}", seconds, most=5)
-    record.note(f"Floor: {2 * n * 10:,} multiply-adds a row at N = {n} against {n * n:,}; each level moves all.")
+    record.note(
+        f"Multiply-adds a row at N = {n}: {2 * n * 10:,} level by level, {2 * n * 32:,} in blocks, which pass over the "
+        f"rows twice in place of ten times, and {n * n:,} dense."
+    )
     record.save(options.json)
 
 

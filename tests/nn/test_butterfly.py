@@ -6,7 +6,7 @@ import scipy.fft
 import scipy.linalg
 import torch
 
-from subspan.nn import Butterfly
+from subspan.nn import Butterfly, butterfly
 from subspan.nn.butterfly import (
     bit_reversal,
     butterfly_factorize,
@@ -46,6 +46,46 @@ def test_levels_are_the_product_of_sparse_matrices_and_their_gradients_are_right
     torch.testing.assert_close(butterfly_multiply(twiddle, x, increasing=increasing), expected)
     inputs = (twiddle.requires_grad_(), x.requires_grad_())
     assert torch.autograd.gradcheck(lambda t, z: butterfly_multiply(t, z, increasing=increasing), inputs)
+
+
+@pytest.mark.parametrize("increasing", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("levels", "most"), [(1, 5), (5, 2), (5, 5), (7, 5)])
+def test_levels_multiplied_out_to_blocks_are_the_same_map_with_the_same_gradients(
+    increasing, dtype, levels, most, monkeypatch
+):
+    monkeypatch.setattr(butterfly, "_MOST_LEVELS", most)
+    n = 1 << levels
+    twiddle, x = gaussian(2, levels, n // 2, 2, 2, dtype=dtype), gaussian(3, 11, 2, n, seed=1, dtype=dtype)
+    dense = torch.stack([dense_product(each, increasing) for each in twiddle])
+    inputs = (twiddle.requires_grad_(), x.requires_grad_())
+    found = butterfly_multiply(*inputs, increasing=increasing)
+    torch.testing.assert_close(found, (dense @ x.unsqueeze(-1)).squeeze(-1))
+    weight = gaussian(*x.shape, seed=2, dtype=dtype)
+    monkeypatch.setattr(butterfly, "_MANY_ROWS", 100)
+    gradients = [
+        torch.autograd.grad((result * weight).abs().square().sum(), inputs)
+        for result in (found, butterfly_multiply(*inputs, increasing=increasing))
+    ]
+    for blocks, each in zip(*gradients, strict=True):
+        torch.testing.assert_close(blocks, each, rtol=1e-10, atol=1e-10 * float(each.abs().max()))
+    # Of frozen twiddles, and of rows that are data.
+    monkeypatch.setattr(butterfly, "_MANY_ROWS", 1)
+    for i in range(2):
+        alone = [each if i == j else each.detach() for j, each in enumerate(inputs)]
+        loss = (butterfly_multiply(*alone, increasing=increasing) * weight).abs().square().sum()
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs[i])[0], gradients[0][i])
+
+
+def test_many_rows_keep_their_input_alone():
+    twiddle, x = gaussian(6, 32, 2, 2).requires_grad_(), gaussian(40, 64).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        butterfly_multiply(twiddle, x)
+    assert sum(t.numel() for t in kept) == twiddle.numel() + x.numel()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = butterfly_multiply(twiddle.float(), x.float())
+    torch.testing.assert_close(low, butterfly_multiply(twiddle.float(), x.float()))
 
 
 @pytest.mark.parametrize("n", [2, 8, 64])

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from subspan.geometry import principal_angles
-from subspan.geometry.grassmann import geodesic, random_basis, tangent_projection
-from subspan.nn import GrassmannHead, GrassmannParameter, RiemannianSGD, with_riemannian
+from subspan.geometry.grassmann import geodesic, parallel_transport, random_basis, tangent_projection
+from subspan.nn import GrassmannHead, GrassmannParameter, RiemannianSGD, riemannian, with_riemannian
 
 
 def plane(d=12, k=3, batch=(), seed=0, dtype=torch.float64):
@@ -80,6 +80,83 @@ def test_parallel_momentum_keeps_its_length_and_is_tangent():
     buffer = optimizer.state[parameter]["momentum_buffer"]
     torch.testing.assert_close(torch.linalg.matrix_norm(buffer), torch.linalg.matrix_norm(tangent))
     assert float((parameter.detach() @ buffer.mT).abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("transport", ["project", "parallel"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_blocks_of_planes_take_the_steps_of_the_singular_values(
+    dtype, tolerance, momentum, transport, turned, monkeypatch
+):
+    lr, bound = 0.1, 0.5
+    # Two blocks of four planes and one of two, in a tensor of two leading dimensions.
+    monkeypatch.setattr(riemannian, "_BLOCK_BYTES", 4 * 3 * 40 * dtype.itemsize // torch.get_num_threads())
+    parameter = plane(40, 3, batch=(5, 2), dtype=dtype)
+    if turned:  # of a layout that no view flattens
+        parameter = GrassmannParameter(parameter.detach().transpose(0, 1).contiguous().transpose(0, 1))
+    optimizer = RiemannianSGD([parameter], lr=lr, momentum=momentum, transport=transport, max_angle=bound)
+    points, carried = parameter.detach().double().clone().mT, torch.zeros(5, 2, 40, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        gradient = torch.randn(5, 2, 3, 40, generator=generator, dtype=dtype)
+        gradient[0] *= 1e-3  # as long as it is, where the bound cuts the others
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        assert torch.equal(parameter.grad, gradient)
+        velocity = tangent_projection(points, gradient.double().mT + momentum * carried)
+        t = -lr * (bound / (lr * torch.linalg.matrix_norm(velocity))).clamp_max(1)
+        step = t[..., None, None] * velocity
+        carried = parallel_transport(points, step, velocity) if transport == "parallel" else velocity
+        points = geodesic(points, step)
+        torch.testing.assert_close(parameter.detach().double().mT, points, atol=tolerance, rtol=0)
+        if momentum:
+            buffer = optimizer.state[parameter]["momentum_buffer"]
+            torch.testing.assert_close(buffer.double().mT, carried, atol=30 * tolerance, rtol=0)
+
+
+def test_a_plane_without_gradient_stays_to_the_bit_beside_others_that_move():
+    parameter = plane(batch=(4,), dtype=torch.float32)
+    start = parameter.detach().clone()
+    parameter.grad = torch.randn(4, 3, 12)
+    parameter.grad[1:3] = 0
+    RiemannianSGD([parameter]).step()
+    assert torch.equal(parameter[1:3], start[1:3])
+    assert not torch.isclose(parameter[[0, 3]], start[[0, 3]]).all((1, 2)).any()
+
+
+@pytest.mark.parametrize("transport", ["project", "parallel"])
+@pytest.mark.parametrize("steps", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_rows_stay_orthonormal_in_float32_under_random_gradients(transport, steps):
+    parameter = plane(10, 2, batch=(3,), dtype=torch.float32)
+    optimizer = RiemannianSGD([parameter], lr=0.05, transport=transport)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        parameter.grad = torch.randn(3, 2, 10, generator=generator)
+        optimizer.step()
+    assert float((parameter.detach() @ parameter.detach().mT - torch.eye(2)).abs().max()) < 1e-6
+
+
+def test_rows_a_little_off_are_mended_by_the_step():
+    parameter = plane()
+    parameter.data += 1e-3 * torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    parameter.grad = 1e-6 * torch.randn(3, 12, dtype=torch.float64)
+    RiemannianSGD([parameter]).step()
+    assert float((parameter.detach() @ parameter.detach().mT - torch.eye(3)).abs().max()) < 1e-4
+
+
+def test_half_precision_planes_keep_their_momentum_in_float32_also_when_loaded():
+    parameter = plane(64, 3, batch=(2,), dtype=torch.float32)
+    half = GrassmannParameter(parameter.detach().bfloat16())
+    optimizer = RiemannianSGD([half])
+    for _ in range(2):
+        half.grad = torch.randn(2, 3, 64).bfloat16()
+        optimizer.step()
+        assert half.dtype == torch.bfloat16
+        assert optimizer.state[half]["momentum_buffer"].dtype == torch.float32
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    rows = half.detach().float()
+    assert float((rows @ rows.mT - torch.eye(3)).abs().max()) < 2e-2
 
 
 def test_other_parameters_take_torch_s_steps():

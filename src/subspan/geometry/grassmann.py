@@ -110,6 +110,21 @@ def parallel_transport(
     return turned + x - u @ inner
 
 
+def geodesic_functions(
+    gram: Inexact[Tensor, "*b k k"], t: float | Float[Tensor, "*b"] = 1.0
+) -> tuple[Inexact[Tensor, "*b k k"], Inexact[Tensor, "*b k k"], Inexact[Tensor, "*b k k"]]:
+    """cos(ts), sin(ts)/s and (1 - cos(ts))/s² of a tangent's Gram matrix V diag(s²) V', at the same V; none divides."""
+    values, v = torch.linalg.eigh(gram)
+    s = values.clamp_min(0).sqrt()
+    t = torch.as_tensor(t, dtype=s.dtype, device=s.device).unsqueeze(-1)
+    # torch.sinc(x) is sin(πx)/(πx).
+    sine = t * torch.sinc(t * s / torch.pi)
+    versine = 0.5 * t.square() * torch.sinc(t * s / (2 * torch.pi)).square()
+    functions = torch.stack([(t * s).cos(), sine, versine], -2).unsqueeze(-2)
+    cosine, sine, versine = (v.unsqueeze(-3) * functions @ v.mH.unsqueeze(-3)).unbind(-3)
+    return cosine, sine, versine
+
+
 def gram_geodesic(
     basis: Inexact[Tensor, "*b d k"],
     tangent: Inexact[Tensor, "*b d k"],
@@ -122,15 +137,7 @@ def gram_geodesic(
     division at s = 0, so the frame is that of the geodesic. One eigendecomposition of k x k in place of an SVD of
     d x k; t may differ along the batch. The point is orthonormal to rounding, which callers that iterate must mend.
     """
-    values, v = torch.linalg.eigh(tangent.mH @ tangent)
-    s = values.clamp_min(0).sqrt()
-    t = torch.as_tensor(t, dtype=s.dtype, device=s.device).unsqueeze(-1)
-    # torch.sinc(x) is sin(πx)/(πx), so these are sin(ts)/s and (1 - cos(ts))/s².
-    sine = t * torch.sinc(t * s / torch.pi)
-    versine = 0.5 * t.square() * torch.sinc(t * s / (2 * torch.pi)).square()
-    functions = torch.stack([(t * s).cos(), sine, versine], -2).unsqueeze(-2)
-    # All that is not k x k is a product with one of these.
-    cosine, sine, versine = (v.unsqueeze(-3) * functions @ v.mH.unsqueeze(-3)).unbind(-3)
+    cosine, sine, versine = geodesic_functions(tangent.mH @ tangent, t)
     # As products from the left of the rows, which is how a step of training keeps its bases: sums of one layout.
     rows, direction = basis.mT, tangent.mT
     moved = (cosine.mT @ rows + sine.mT @ direction).mT

@@ -11,9 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..geometry.grassmann import gram_geodesic
+from ..geometry.grassmann import geodesic_functions
 
 _TRANSPORTS = ("project", "parallel")
+# Of the rows of one block of planes: a core's second cache holds about that.
+_BLOCK_BYTES = 1 << 21
 
 
 class GrassmannParameter(nn.Parameter):
@@ -24,10 +26,10 @@ class RiemannianSGD(Optimizer):
     """Stochastic gradient descent by geodesics for `GrassmannParameter`s, plain SGD for all other parameters.
 
     Planes: the tangent part of the gradient is added to the momentum, which is carried along the step ("parallel"
-    transport) or made tangent again at the new point ("project"); the step is exact (`gram_geodesic`), k x k work a
-    plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for
+    transport) or made tangent again at the new point ("project"); the step is exact (`geodesic_functions`), k x k work
+    a plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for
     gradient clipping, since a step's length is an angle already. weight_decay, nesterov: for the other parameters
-    alone, planes have no scale. Rows are mended after each step, so they stay orthonormal; state in float32 at least.
+    alone, planes have no scale. Rows are mended with each step, so they stay orthonormal; state in float32 at least.
     Raises ValueError for values out of range. Source: Edelman, Arias & Smith (1998); Wang et al. (2023).
     """
 
@@ -74,30 +76,34 @@ class RiemannianSGD(Optimizer):
                 if parameter.grad is None:
                     continue
                 if isinstance(parameter, GrassmannParameter):
-                    self._step_plane(parameter, group)
+                    self._step_planes(parameter, group)
                 else:
                     self._step_plain(parameter, group)
         return loss
 
-    def _step_plane(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _step_planes(self, parameter: Tensor, group: dict[str, Any]) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        rows = parameter.to(dtype)
+        shape = (-1, *parameter.shape[-2:])
+        gradient: Any = parameter.grad
+        planes, gradients = parameter.reshape(shape), gradient.reshape(shape)
+        momenta = self._momenta(parameter, dtype).view(shape) if group["momentum"] else None
+        for part in _blocks(planes, dtype):
+            rows = planes[part].to(dtype)
+            if momenta is None:
+                velocity = gradients[part].to(dtype, copy=True)
+            else:
+                velocity = torch.add(gradients[part], momenta[part], alpha=group["momentum"], out=momenta[part])
+            planes[part] = _moved(rows, velocity, group)
+        if planes.data_ptr() != parameter.data_ptr():
+            parameter.copy_(planes.view_as(parameter))
+
+    def _momenta(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         state = self.state[parameter]
-        velocity: Any = parameter.grad.to(dtype)  # pyright: ignore[reportOptionalMemberAccess]
-        if "momentum_buffer" in state:
-            velocity = velocity.add(state["momentum_buffer"], alpha=group["momentum"])
-        # The momentum too is made tangent: it was carried to rows that differed by rounding.
-        velocity = velocity - (velocity @ rows.mT) @ rows
-        if not bool(velocity.any()):
-            return
-        t = torch.full(velocity.shape[:-2], -float(group["lr"]), dtype=dtype, device=rows.device)
-        if group["max_angle"] is not None:
-            t = t * (group["max_angle"] / (t.abs() * torch.linalg.matrix_norm(velocity)).clamp_min(1e-30)).clamp_max(1)
-        carry = velocity.mT if group["transport"] == "parallel" else None
-        moved, carried = gram_geodesic(rows.mT, velocity.mT, t, carry)
-        parameter.copy_(mend(moved.mT))
-        if group["momentum"]:
-            state["momentum_buffer"] = velocity if carried is None else carried.mT.contiguous()
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        # A state that was loaded has the type of the parameter.
+        state["momentum_buffer"] = state["momentum_buffer"].to(dtype).contiguous()
+        return state["momentum_buffer"]
 
     def _step_plain(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient: Any = parameter.grad
@@ -113,10 +119,37 @@ class RiemannianSGD(Optimizer):
         parameter.add_(gradient, alpha=-group["lr"])
 
 
-def mend(rows: Float[Tensor, "*b k d"]) -> Float[Tensor, "*b k d"]:
-    """Rows that rounding has moved a little from orthonormal, made so: one Newton-Schulz step, the frame is kept."""
-    gram = rows @ rows.mT
-    return (1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram) @ rows
+def _blocks(planes: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Planes of which rows, momentum and result stay in a core's cache through all the products of a step."""
+    if planes.device.type != "cpu":
+        return [slice(None)]
+    block = max(1, _BLOCK_BYTES * torch.get_num_threads() // (planes.shape[1] * planes.shape[2] * dtype.itemsize))
+    return [slice(start, start + block) for start in range(0, len(planes), block)]
+
+
+def _moved(
+    rows: Float[Tensor, "b k d"], velocity: Float[Tensor, "b k d"], group: dict[str, Any]
+) -> Float[Tensor, "b k d"]:
+    """The rows one step on; the velocity is made tangent and carried, in place."""
+    # The momentum too: it was carried to rows that differed by rounding.
+    velocity.baddbmm_(velocity @ rows.mT, rows, alpha=-1)
+    gram = velocity @ velocity.mT
+    length = gram.diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
+    t = torch.full_like(length, -float(group["lr"]))
+    if group["max_angle"] is not None:
+        t = t * (group["max_angle"] / (t.abs() * length).clamp_min(1e-30)).clamp_max(1)
+    # In float64: the eigenvectors of float32 would cost the rows a digit of orthonormality.
+    cosine, sine, _ = (each.to(rows.dtype) for each in geodesic_functions(gram.double(), t.double()))
+    # Rows that rounding moved a little from orthonormal set out mended, by one Newton-Schulz step.
+    eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    mended = 1.5 * eye - 0.5 * (rows @ rows.mT)
+    # Without a velocity there is no step, not even one of rounding.
+    start = torch.where((length == 0).view(-1, 1, 1), eye, cosine @ mended)
+    moved = torch.bmm(start, rows).baddbmm_(sine, velocity)
+    if group["transport"] == "parallel":
+        # A velocity carried along itself: V cos(ts) - S s sin(ts).
+        velocity.copy_(torch.bmm(cosine, velocity).baddbmm_(gram @ sine @ mended, rows, alpha=-1))
+    return moved
 
 
 class WithRiemannian(Optimizer):
