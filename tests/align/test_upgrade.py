@@ -9,7 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap
+from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap, unpaired
+from subspan.align.confidence import Evidence
 from subspan.align.held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, Retrieval, closed_forms, complexity
 from subspan.datasets import BUNDLED, is_installed, load
 from subspan.geometry import AffineMap
@@ -327,9 +328,45 @@ def test_confidence_knows_crowded_neighbourhoods():
     model = quick("procrustes").fit(x[:1600], y[:1600])
     confidence = model.confidence(x[1600:])
     assert roc_auc_score(grouped[1600:].numpy(), confidence.numpy()) > 0.9
+    retrieval, own = Retrieval(y.float(), 10, "cosine", "neighbours"), torch.arange(1600, 2200)
+    recall = retrieval.recall(model.transform(x[1600:]).float(), own, retrieval.neighbours(y[1600:].float(), own))
+    assert float(confidence.mean()) == pytest.approx(float(recall.mean()), abs=0.06)
     # The evidence has a bounded size, and is the same for queries one by one.
     assert len(model._confidence.evidence.anchors_x) == len(model._confidence.evidence.anchors_y) <= 2000
     torch.testing.assert_close(model.confidence(x[1600:1601]), confidence[:1], atol=1e-12, rtol=0)
+
+
+def test_evidence_equals_a_literal_computation():
+    x, y, _ = pairs(n=300, d_y=9)
+    evidence = quick("ridge").fit(x[:250], y[:250])._confidence.evidence
+    assert len(evidence.anchors_x) == 200
+    found = evidence(x[250:], y[250:])
+    for i in range(250, 300):
+        near, names = [], []
+        for row, space, anchors in (
+            (x[i], evidence.source, evidence.anchors_x),
+            (y[i], evidence.target, evidence.anchors_y),
+        ):
+            cosines = torch.cosine_similarity(anchors - space.center, row - space.center, dim=-1).sort(descending=True)
+            near += [cosines.values[:10].mean(), cosines.values[:10].mean() - cosines.values[:50].mean()]
+            names.append(set(cosines.indices[:50].tolist()))
+        near.append(torch.tensor(len(names[0] & names[1]) / 50))
+        torch.testing.assert_close(found[i - 250, 4:], torch.stack(near).double(), atol=1e-6, rtol=0)
+
+
+def test_queries_in_calibration_are_not_among_their_own_anchors(monkeypatch):
+    x, y, _ = pairs(n=300)
+    seen = []
+    called = Evidence.__call__
+
+    def spy(self, rows, mapped):
+        seen.append(float(torch.cdist(rows.double(), self.anchors_x.double()).amin()))
+        return called(self, rows, mapped)
+
+    monkeypatch.setattr(Evidence, "__call__", spy)
+    quick("procrustes").fit(x, y)
+    assert len(seen) == 5
+    assert min(seen) > 1e-3
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
@@ -393,11 +430,36 @@ def crops() -> torch.Tensor:
 def test_a_planted_rotation_of_a_networks_features_is_found_without_pairs(crops):
     rotation = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     noise = torch.randn(crops.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    turned = (crops + 0.1 * crops.std() * noise) @ rotation
+    turned = (crops + 0.3 * crops.std() * noise) @ rotation
     # No crop is in both samples, nor among the known pairs.
-    model = UpgradeMap().fit_unpaired(crops[:750], turned[750:1500], check=(crops[1500:], turned[1500:]))
+    model = UpgradeMap().fit_unpaired(crops[:250], turned[750:1000], check=(crops[1500:], turned[1500:]))
     assert model.recall_ > 0.5
     assert model.unpaired_.succeeded
+    # Nor are pairs needed to know it.
+    assert model.unpaired_.agreement > 0.5
+
+
+def test_of_several_maps_the_one_that_brings_unseen_rows_nearest_is_kept(digits, monkeypatch):
+    fits, fitted = [], unpaired._fit
+    monkeypatch.setattr(unpaired, "_fit", lambda *arguments: fits.append(fitted(*arguments)) or fits[-1])
+    affine, _, _ = unpaired.align_unpaired(digits[:300], digits[300:600])
+    assert len(fits) == 4
+    assert affine is min(fits, key=lambda fit: fit.distance).affine
+
+
+def test_transport_mends_a_rough_rotation(digits):
+    rows = torch.nn.functional.normalize(digits.float(), dim=1)
+    generator = torch.Generator().manual_seed(6)
+    rough = torch.linalg.qr(torch.eye(24) + 0.25 * torch.randn(24, 24, generator=generator)).Q
+    rough = rough * rough.diagonal().sign()
+    mended = unpaired._transported(rows[:900], rows[900:], rough, np.random.default_rng(0))
+    assert float((mended - torch.eye(24)).norm()) < 0.5 * float((rough - torch.eye(24)).norm())
+    plan = unpaired._plan(rows[:300] @ rows[900:1300].mT, 0.05)
+    torch.testing.assert_close(plan.sum(0), torch.full((400,), 1 / 400), atol=1e-7, rtol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full((300,), 1 / 300), atol=5e-4, rtol=0)
+    # From fewer axes to more: the others are found from those.
+    grown = unpaired._transported(rows[:900], rows[900:], torch.eye(8), np.random.default_rng(0))
+    assert float(grown.diagonal().mean()) > 0.8
 
 
 @pytest.mark.parametrize("other", ["noise", "crops"])

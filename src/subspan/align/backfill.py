@@ -38,7 +38,7 @@ def backfill_order(
     which at most 2000 are looked at; by default rows of the gallery stand for them. "farthest", as published: farthest
     from the mean of its class first; labels (n,): any hashable classes, and where None, the nearest of `n_clusters`
     k-means centres (by default sqrt(n / 2)) stands for the class mean. On real embeddings "farthest" was mostly worse
-    than a random order, "density" better (docs/systems/embedding-upgrade.md).
+    than a random order; "density" was mostly better where neighbours count, and by label no order beat random.
     Raises ValueError for NaN, an unknown metric or order, labels of another length, and arguments of the other order.
     Source of "farthest": Ricci et al. (2025), arXiv 2509.16664, section on partial backfilling.
     """

@@ -209,14 +209,19 @@ def _transported(
             some_a, some_b = (
                 rows[torch.from_numpy(rng.choice(len(rows), min(_BATCH, len(rows)), replace=False))] for rows in (a, b)
             )
-            kernel = ((some_a @ grown.mT @ some_b.mT - 1) / temperature).exp()
-            right = torch.ones(len(some_b))
-            for _ in range(_SCALINGS):
-                left = 1 / (kernel @ right).clamp_min(1e-30)
-                right = 1 / (left @ kernel).clamp_min(1e-30)
-            plan = left.unsqueeze(1) * kernel * right
+            plan = _plan(some_a @ grown.mT @ some_b.mT, temperature)
             grown = procrustes(some_a.mT @ plan @ some_b).matrix
     return grown
+
+
+def _plan(cosines: Float[Tensor, "n m"], temperature: float) -> Float[Tensor, "n m"]:
+    """Entropic transport (Sinkhorn): every column gets the same mass, every row gives nearly the same."""
+    kernel = ((cosines - 1) / temperature).exp()
+    right = torch.ones(kernel.shape[1])
+    for _ in range(_SCALINGS):
+        left = 1 / (kernel @ right).clamp_min(1e-30) / len(kernel)
+        right = 1 / (left @ kernel).clamp_min(1e-30) / kernel.shape[1]
+    return left.unsqueeze(1) * kernel * right
 
 
 def _mutual_rounds(
