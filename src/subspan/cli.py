@@ -1035,7 +1035,10 @@ def upgrade(
     backfill: Annotated[
         Path | None,
         typer.Option(
-            "--backfill-order", metavar="OUT", help="Write the ids in the order to embed them anew: .txt or .npy."
+            "--backfill-order",
+            metavar="OUT",
+            help="Write the ids in the order to embed them anew, nearest to the sample's new vectors first: .txt or "
+            ".npy. The page shows what it is worth against a random order.",
         ),
     ] = None,
     page: Annotated[Path | None, typer.Option("--report", metavar="OUT", help="Write a page: .html.")] = None,

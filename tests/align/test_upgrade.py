@@ -9,9 +9,10 @@ import torch
 from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap
+from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap, unpaired
+from subspan.align.confidence import Evidence
 from subspan.align.held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, Retrieval, closed_forms, complexity
-from subspan.datasets import load
+from subspan.datasets import BUNDLED, is_installed, load
 from subspan.geometry import AffineMap
 from subspan.geometry.maps import reduced_rank, ridge
 from subspan.statistics import JointMoments
@@ -313,6 +314,61 @@ def test_low_confidence_means_low_recall():
     assert float(model.confidence(strange).mean()) < 0.2 * float(confidence.mean())
 
 
+def test_confidence_knows_crowded_neighbourhoods():
+    """Where a true neighbour is hardly nearer than the others, a small error of the map loses it."""
+    generator = torch.Generator().manual_seed(0)
+    # Groups of 11 lie closely together, half of the rows alone; nothing lies outside the anchors' subspace.
+    centers = torch.randn(100, 12, dtype=torch.float64, generator=generator).repeat_interleave(11, 0)
+    groups = centers + 0.1 * torch.randn(centers.shape, dtype=torch.float64, generator=generator)
+    x = torch.cat([groups, torch.randn(1100, 12, dtype=torch.float64, generator=generator)])
+    order = torch.randperm(len(x), generator=generator)
+    x, grouped = x[order], order < 1100
+    y = x @ torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=generator)).Q
+    y = y + 0.2 * torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    model = quick("procrustes").fit(x[:1600], y[:1600])
+    confidence = model.confidence(x[1600:])
+    assert roc_auc_score(grouped[1600:].numpy(), confidence.numpy()) > 0.9
+    retrieval, own = Retrieval(y.float(), 10, "cosine", "neighbours"), torch.arange(1600, 2200)
+    recall = retrieval.recall(model.transform(x[1600:]).float(), own, retrieval.neighbours(y[1600:].float(), own))
+    assert float(confidence.mean()) == pytest.approx(float(recall.mean()), abs=0.06)
+    # The evidence has a bounded size, and is the same for queries one by one.
+    assert len(model._confidence.evidence.anchors_x) == len(model._confidence.evidence.anchors_y) <= 2000
+    torch.testing.assert_close(model.confidence(x[1600:1601]), confidence[:1], atol=1e-12, rtol=0)
+
+
+def test_evidence_equals_a_literal_computation():
+    x, y, _ = pairs(n=300, d_y=9)
+    evidence = quick("ridge").fit(x[:250], y[:250])._confidence.evidence
+    assert len(evidence.anchors_x) == 200
+    found = evidence(x[250:], y[250:])
+    for i in range(250, 300):
+        near, names = [], []
+        for row, space, anchors in (
+            (x[i], evidence.source, evidence.anchors_x),
+            (y[i], evidence.target, evidence.anchors_y),
+        ):
+            cosines = torch.cosine_similarity(anchors - space.center, row - space.center, dim=-1).sort(descending=True)
+            near += [cosines.values[:10].mean(), cosines.values[:10].mean() - cosines.values[:50].mean()]
+            names.append(set(cosines.indices[:50].tolist()))
+        near.append(torch.tensor(len(names[0] & names[1]) / 50))
+        torch.testing.assert_close(found[i - 250, 4:], torch.stack(near).double(), atol=1e-6, rtol=0)
+
+
+def test_queries_in_calibration_are_not_among_their_own_anchors(monkeypatch):
+    x, y, _ = pairs(n=300)
+    seen = []
+    called = Evidence.__call__
+
+    def spy(self, rows, mapped):
+        seen.append(float(torch.cdist(rows.double(), self.anchors_x.double()).amin()))
+        return called(self, rows, mapped)
+
+    monkeypatch.setattr(Evidence, "__call__", spy)
+    quick("procrustes").fit(x, y)
+    assert len(seen) == 5
+    assert min(seen) > 1e-3
+
+
 @pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="Lightning is not installed")
 def test_the_network_learns_what_no_linear_map_can():
     from subspan.align.residual_mlp import train_residual
@@ -346,16 +402,100 @@ def test_a_planted_rotation_of_real_rows_is_found_without_pairs(digits):
     model = UpgradeMap(metric="l2").fit_unpaired(x, y, check=(digits[:100], digits[:100] @ rotation))
     assert model.unpaired_.succeeded, model.unpaired_
     assert model.recall_ > 0.9
+    # Nor are pairs needed to know it.
+    assert model.unpaired_.agreement > 0.5
     assert model.method_ == "unpaired"
 
 
-def test_failure_without_pairs_is_said(digits):
+@pytest.fixture(scope="module")
+def crops() -> torch.Tensor:
+    """EfficientNet-Lite0 features of 1600 crops of the bundled photographs, along 64 principal axes."""
+    if not is_installed("efficientnet-lite0"):
+        pytest.skip("EfficientNet-Lite0 is not installed")
+    from subspan.reproduce.image_features import image_encoder
+
+    photographs = [*BUNDLED["photographs"]().values(), *BUNDLED["textures"]().values()]
+    rng = np.random.default_rng(0)
+    images = []
+    for number in range(1600):
+        photograph = photographs[number % len(photographs)]
+        top, left = (rng.integers(side - 64) for side in photograph.shape[:2])
+        crop = photograph[top : top + 64, left : left + 64]
+        images.append(np.repeat(crop[..., None], 3, -1) if crop.ndim == 2 else crop[..., :3])
+    rows = torch.from_numpy(image_encoder(64).encode(np.stack(images))).double()
+    rows = rows - rows.mean(0)
+    return rows @ torch.linalg.svd(rows, full_matrices=False)[2][:64].mT
+
+
+def test_a_planted_rotation_of_a_networks_features_is_found_without_pairs(crops):
+    rotation = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    noise = torch.randn(crops.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    turned = (crops + 0.3 * crops.std() * noise) @ rotation
+    # No crop is in both samples, nor among the known pairs.
+    model = UpgradeMap().fit_unpaired(crops[:250], turned[750:1000], check=(crops[1500:], turned[1500:]))
+    assert model.recall_ > 0.5
+    assert model.unpaired_.succeeded
+    # Nor are pairs needed to know it.
+    assert model.unpaired_.agreement > 0.5
+
+
+def test_of_several_maps_the_one_that_brings_unseen_rows_nearest_is_kept(digits, monkeypatch):
+    fits, fitted = [], unpaired._fit
+    monkeypatch.setattr(unpaired, "_fit", lambda *arguments: fits.append(fitted(*arguments)) or fits[-1])
+    affine, _, _ = unpaired.align_unpaired(digits[:300], digits[300:600])
+    assert len(fits) == 4
+    assert affine is min(fits, key=lambda fit: fit.distance).affine
+
+
+def test_transport_mends_a_rough_rotation(digits):
+    rows = torch.nn.functional.normalize(digits.float(), dim=1)
+    generator = torch.Generator().manual_seed(6)
+    rough = torch.linalg.qr(torch.eye(24) + 0.25 * torch.randn(24, 24, generator=generator)).Q
+    rough = rough * rough.diagonal().sign()
+    mended = unpaired._transported(rows[:900], rows[900:], rough, np.random.default_rng(0))
+    assert float((mended - torch.eye(24)).norm()) < 0.5 * float((rough - torch.eye(24)).norm())
+    plan = unpaired._plan(rows[:300] @ rows[900:1300].mT, 0.05)
+    torch.testing.assert_close(plan.sum(0), torch.full((400,), 1 / 400), atol=1e-7, rtol=0)
+    torch.testing.assert_close(plan.sum(1), torch.full((300,), 1 / 300), atol=5e-4, rtol=0)
+    # From fewer axes to more: the others are found from those.
+    grown = unpaired._transported(rows[:900], rows[900:], torch.eye(8), np.random.default_rng(0))
+    assert float(grown.diagonal().mean()) > 0.8
+
+
+@pytest.mark.parametrize("other", ["noise", "crops"])
+def test_failure_without_pairs_is_said(digits, other, request):
     generator = torch.Generator().manual_seed(2)
-    other = torch.randn(900, 24, dtype=torch.float64, generator=generator)
-    with pytest.warns(UserWarning, match="fit_unpaired: failed"):
-        model = UpgradeMap().fit_unpaired(digits[:900], other)
+    y = request.getfixturevalue("crops") if other == "crops" else torch.randn(900, 24, generator=generator)
+    with pytest.warns(UserWarning, match="fit_unpaired: failed; the two best maps agree on"):
+        model = UpgradeMap().fit_unpaired(digits[:900], y.double())
     assert not model.unpaired_.succeeded
-    assert model.unpaired_.reason
+    assert model.unpaired_.agreement < 0.5
+
+
+def test_known_pairs_decide_whether_it_worked_without_pairs(digits):
+    """Two right maps agree, but not with pairs that say something else."""
+    wrong = digits[torch.randperm(300, generator=torch.Generator().manual_seed(3))]
+    with pytest.warns(UserWarning, match="recall of the known pairs"):
+        model = UpgradeMap().fit_unpaired(digits[:900], digits[900:], check=(digits[:300], wrong))
+    assert model.unpaired_.agreement > 0.5
+    assert not model.unpaired_.succeeded
+
+
+@pytest.mark.parametrize("columns", [1, 3, 40])
+def test_few_and_equal_rows_fail_without_pairs_in_words(columns):
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randint(0, 2, (n, columns), generator=generator).double() for n in (20, 23))
+    with pytest.warns(UserWarning, match="fit_unpaired: failed"):
+        model = UpgradeMap().fit_unpaired(x, y)
+    assert bool(torch.isfinite(model.map_.matrix).all())
+
+
+def test_agreement_about_two_places_is_no_success():
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.arange(100) < 90).double().unsqueeze(1).expand(100, 5), torch.randn(100, 5, generator=generator)
+    with pytest.warns(UserWarning, match="fit_unpaired: failed"):
+        model = UpgradeMap().fit_unpaired(x, y.double())
+    assert model.unpaired_.agreement > 0.9
 
 
 # ---------------------------------------------------------------- bad input

@@ -10,10 +10,14 @@ from jaxtyping import Float, Int
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
-from ..geometry.arrays import check_finite, normalize_rows
+from ..geometry.arrays import check_finite, check_matrix, normalize_rows
+from ..solvers import nearest
 from ..statistics import batches, is_one_shot
 
 _METRICS = ("euclidean", "cosine")
+_ORDERS = ("density", "farthest")
+_QUERIES = 2000
+_NEAR = 10
 
 
 def backfill_order(
@@ -21,22 +25,39 @@ def backfill_order(
     labels: Any = None,
     metric: str = "euclidean",
     *,
+    order: str = "density",
+    queries: Any = None,
     n_clusters: int | None = None,
     random_state: int = 0,
 ) -> Int[np.ndarray, " n"]:
-    """Rows of a gallery (n, d), the one to embed anew first at the front: farthest from the mean of its class first.
+    """Rows of a gallery (n, d), the one to embed anew first at the front.
 
     gallery: what the old items look like in the space that is searched (for a forward map F, the rows F(old)); an
-    array, a memory map or a list of batches. labels (n,): any hashable classes; where None, the nearest of
-    `n_clusters` k-means centres (by default sqrt(n / 2)) stands for the class mean, which is ours. metric:
-    "euclidean", or "cosine" (1 - cosine to the class mean). Equal distances keep the order of the gallery.
-    Raises ValueError for NaN, an unknown metric, or labels of another length.
-    Source: Ricci et al. (2025), arXiv 2509.16664, section on partial backfilling.
+    array, a memory map or a list of batches. metric: "euclidean" or "cosine". Equal values keep the gallery's order.
+    order: "density", ours: first the items that lie nearest to the ten nearest of the expected `queries` (q, d), of
+    which at most 2000 are looked at; by default rows of the gallery stand for them. "farthest", as published: farthest
+    from the mean of its class first; labels (n,): any hashable classes, and where None, the nearest of `n_clusters`
+    k-means centres (by default sqrt(n / 2)) stands for the class mean. On real embeddings "farthest" was mostly worse
+    than a random order; "density" was mostly better where neighbours count, and by label no order beat random.
+    Raises ValueError for NaN, an unknown metric or order, labels of another length, and arguments of the other order.
+    Source of "farthest": Ricci et al. (2025), arXiv 2509.16664, section on partial backfilling.
     """
     if metric not in _METRICS:
         raise ValueError(f"metric: expected one of {_METRICS}, got {metric!r}")
+    if order not in _ORDERS:
+        raise ValueError(f"order: expected one of {_ORDERS}, got {order!r}")
+    for name, value, used in (
+        ("labels", labels, "farthest"),
+        ("n_clusters", n_clusters, "farthest"),
+        ("queries", queries, "density"),
+    ):
+        if value is not None and order != used:
+            raise ValueError(f"{name}: used with order={used!r} alone")
     if is_one_shot(gallery):
-        raise ValueError("gallery: a generator can be read only once, and the means need a pass of their own")
+        raise ValueError("gallery: a generator can be read only once, and this takes two passes")
+    if order == "density":
+        distances = _to_queries(gallery, queries, metric, random_state)
+        return distances.argsort(stable=True).cpu().numpy()
     means, place = _clusters(gallery, n_clusters, random_state) if labels is None else _classes(gallery, labels)
     distances = []
     start = 0
@@ -52,6 +73,48 @@ def backfill_order(
 
 def _rows(gallery: Any) -> Any:
     return (check_finite(rows, "gallery").double() for rows in batches(gallery))
+
+
+def _to_queries(gallery: Any, queries: Any, metric: str, random_state: int) -> Float[Tensor, " n"]:
+    """Mean distance of each row to the nearest queries."""
+    generator = torch.Generator().manual_seed(random_state)
+    # A row that stands for a query is not its own neighbour.
+    own = torch.empty(0, dtype=torch.int64)
+    if queries is None:
+        asked, own = _sample(gallery, generator)
+    else:
+        asked = check_matrix(queries, "queries").double()
+        asked = asked[torch.randperm(len(asked), generator=generator)[:_QUERIES].to(asked.device)]
+    near = min(_NEAR, len(asked) - 1) if len(own) else min(_NEAR, len(asked))
+    distances = []
+    start = 0
+    for rows in _rows(gallery):
+        if rows.shape[1] != asked.shape[1]:
+            raise ValueError(f"queries: expected {rows.shape[1]} columns, got {asked.shape[1]}")
+        found = nearest(rows, asked, near + bool(len(own)), metric="cosine" if metric == "cosine" else "l2")[0]
+        found = 1 - found if metric == "cosine" else found.clamp_min(0).sqrt()
+        if len(own):
+            itself = torch.isin(torch.arange(start, start + len(rows)), own).to(found.device)
+            found = torch.where(itself.unsqueeze(1), found[:, 1:], found[:, :-1])
+        start += len(rows)
+        distances.append(found.mean(1))
+    return torch.cat(distances)
+
+
+def _sample(gallery: Any, generator: torch.Generator) -> tuple[Float[Tensor, "q d"], Int[Tensor, " q"]]:
+    """Rows drawn at random in one pass, and their places."""
+    lots, kept, start = torch.empty(0, dtype=torch.float64), [], 0
+    places = torch.empty(0, dtype=torch.int64)
+    for rows in _rows(gallery):
+        lots = torch.cat([lots, torch.rand(len(rows), generator=generator, dtype=torch.float64)])
+        places = torch.cat([places, torch.arange(start, start + len(rows))])
+        start += len(rows)
+        chosen = lots.argsort()[:_QUERIES].sort().values
+        joined = torch.cat([*kept, rows])
+        lots, places, kept = lots[chosen], places[chosen], [joined[chosen.to(joined.device)]]
+    if start < 2:
+        raise ValueError(f"gallery: needs at least 2 rows, got {start}")
+    return kept[0], places
 
 
 def _classes(gallery: Any, labels: Any) -> tuple[Float[Tensor, "c d"], Int[Tensor, " n"]]:

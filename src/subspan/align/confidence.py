@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from ..geometry.subspace import Subspace
+from ..solvers import nearest
 from ..statistics import Moments
 
 if TYPE_CHECKING:
@@ -19,31 +20,66 @@ if TYPE_CHECKING:
 
 _EXPLAINED = 0.95
 _TINY = 1e-12
+_ANCHORS = 2000
+_NEAR, _AROUND = 10, 50
+_FEATURES = 9
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Principal subspaces of the anchors in both spaces; rows → what they say about how ordinary a query is."""
+    """Principal subspaces of the anchors in both spaces, and a sample of the anchors; rows → evidence about a query."""
 
     source: Subspace
     target: Subspace
+    anchors_x: Float[Tensor, "a d_x"]
+    anchors_y: Float[Tensor, "a d_y"]
 
-    def __call__(self, x: Float[Tensor, "n d_x"], mapped: Float[Tensor, "n d_y"]) -> Float[Tensor, "n 4"]:
-        """log share of x outside its subspace, log Mahalanobis distance inside, log share of mapped x outside the
-        target's subspace, log length of mapped x from the target's mean."""
-        z, outside = self.source.energies(x.double())
+    def __call__(self, x: Float[Tensor, "n d_x"], mapped: Float[Tensor, "n d_y"]) -> Float[Tensor, "n 9"]:
+        """How ordinary a query is, and what its neighbourhoods are like.
+
+        log share of x outside its subspace, log Mahalanobis distance inside, log share of mapped x outside the target's
+        subspace, log length of mapped x from the target's mean; in both spaces the mean cosine to the ten nearest
+        anchors, and how far it lies above that to the fifty nearest; the share of these fifty that both spaces name.
+        """
+        x, mapped = x.double(), mapped.double()
+        z, outside = self.source.energies(x)
         assert self.source.variances is not None
         share = outside / (outside + z.square().sum(-1)).clamp_min(_TINY)
         inside = (z.square() / self.source.variances).sum(-1) / self.source.dim
-        w, beyond = self.target.energies(mapped.double())
+        w, beyond = self.target.energies(mapped)
         length = beyond + w.square().sum(-1)
         features = [share, inside, beyond / length.clamp_min(_TINY), length]
-        return torch.stack([feature.clamp_min(_TINY).log() for feature in features], dim=-1)
+        ordinary = torch.stack([feature.clamp_min(_TINY).log() for feature in features], dim=-1)
+        sides = ((x, self.source, self.anchors_x), (mapped, self.target, self.anchors_y))
+        around = []
+        for rows, space, anchors in sides:
+            assert space.center is not None
+            around.append(self._around(rows - space.center, anchors - space.center))
+        names = [near[1] for near in around]
+        both = (names[0].unsqueeze(1) == names[1].unsqueeze(2)).any(-1).double().mean(-1)
+        return torch.cat([ordinary, *(near[0] for near in around), both.unsqueeze(-1)], dim=-1)
+
+    @staticmethod
+    def _around(
+        rows: Float[Tensor, "n d"], anchors: Float[Tensor, "a d"]
+    ) -> tuple[Float[Tensor, "n 2"], Int[Tensor, "n around"]]:
+        """Mean cosine to the nearest anchors, its height above that to more of them, and which those are."""
+        cosines, places = nearest(rows, anchors, min(_AROUND, len(anchors)), metric="cosine")
+        near = cosines[:, : min(_NEAR, max(1, len(anchors) // 5))].mean(1)
+        return torch.stack([near, near - cosines.mean(1)], dim=-1), places
 
     @classmethod
-    def of(cls, x: Moments, y: Moments, x_axes: Tensor | None = None, y_axes: Tensor | None = None) -> Evidence:
-        """From the moments of the anchors; in wide spaces the subspaces are looked for within given axes."""
-        return cls(_principal(x, x_axes), _principal(y, y_axes))
+    def of(cls, validation: CrossValidation, count: int, *left_out: int) -> Evidence:
+        """From the anchors of all folds but some, of which `count` are kept.
+
+        In wide spaces the subspaces are looked for within the axes of the cross-validation.
+        """
+        moments = validation.pairs.without(*left_out)
+        source, target = _principal(moments.x, validation.x_axes), _principal(moments.y, validation.y_axes)
+        there = (~torch.isin(validation.fold, torch.tensor(left_out, dtype=torch.int64))).nonzero()[:, 0]
+        # The sample is in the order of the rows, which may mean something.
+        kept = there[torch.linspace(0, len(there) - 1, count).round().long()]
+        return cls(source, target, validation.x[kept], validation.y[kept])
 
 
 def _principal(moments: Moments, axes: Float[Tensor, "d p"] | None) -> Subspace:
@@ -68,9 +104,9 @@ class RetrievalConfidence:
     """
 
     evidence: Evidence
-    center: Float[np.ndarray, " 4"]
-    scale: Float[np.ndarray, " 4"]
-    coefficients: Float[np.ndarray, " 4"]
+    center: Float[np.ndarray, " 9"]
+    scale: Float[np.ndarray, " 9"]
+    coefficients: Float[np.ndarray, " 9"]
     scores: Float[np.ndarray, " s"]
     values: Float[np.ndarray, " s"]
     limits: Float[np.ndarray, " 2"]
@@ -78,21 +114,22 @@ class RetrievalConfidence:
     @classmethod
     def calibrated(cls, validation: CrossValidation, held_out: HeldOut) -> RetrievalConfidence:
         """From the held-out queries; each one's evidence comes from the folds that it was held out of."""
-        features = np.zeros((len(held_out.recall), 4))
-        for fold in range(len(validation.pairs.folds)):
+        folds = len(validation.pairs.folds)
+        # Neighbours are the farther away the fewer anchors there are, so as many are kept here as later.
+        count = min(_ANCHORS, *(int((validation.fold != fold).sum()) for fold in range(folds)))
+        features = np.zeros((len(held_out.recall), _FEATURES))
+        for fold in range(folds):
             place = (validation.query_fold == fold).nonzero()[:, 0]
-            moments = validation.pairs.without(fold)
-            evidence = Evidence.of(moments.x, moments.y, validation.x_axes, validation.y_axes)
+            evidence = Evidence.of(validation, count, fold)
             features[place] = evidence(validation.x[validation.queries[place]], held_out.mapped[place]).numpy()
         recall = held_out.recall.numpy()
         center, scale = features.mean(0), np.maximum(features.std(0), 1e-6)
         standard = (features - center) / scale
-        gram = standard.T @ standard + 1e-2 * len(recall) * np.eye(4)
+        gram = standard.T @ standard + 1e-2 * len(recall) * np.eye(_FEATURES)
         coefficients = np.linalg.solve(gram, standard.T @ (recall - recall.mean()))
         isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(standard @ coefficients, recall)
-        total = validation.pairs.without()
         return cls(
-            Evidence.of(total.x, total.y, validation.x_axes, validation.y_axes),
+            Evidence.of(validation, count),
             center,
             scale,
             coefficients,
@@ -117,6 +154,7 @@ class RetrievalConfidence:
             assert subspace.variances is not None
             found |= {f"{name}_basis": subspace.basis, f"{name}_center": subspace.center}
             found[f"{name}_variances"] = subspace.variances
+        found |= {"anchors_x": self.evidence.anchors_x, "anchors_y": self.evidence.anchors_y}
         names = ("center", "scale", "coefficients", "scores", "values", "limits")
         return found | {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in names}
 
@@ -128,4 +166,5 @@ class RetrievalConfidence:
             for n in ("source", "target")
         )
         names = ("center", "scale", "coefficients", "scores", "values", "limits")
-        return cls(Evidence(source, target), **{name: arrays[name].numpy() for name in names})
+        evidence = Evidence(source, target, arrays["anchors_x"], arrays["anchors_y"])
+        return cls(evidence, **{name: arrays[name].numpy() for name in names})

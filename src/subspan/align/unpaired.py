@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from scipy.optimize import quadratic_assignment
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..geometry.arrays import normalize_rows
@@ -16,13 +18,19 @@ from ..solvers import nearest
 from ..statistics import Moments
 
 _ROWS = 4000
-_ROUNDS = 40
-_STARTS = 16
-_FINALISTS = 2
-_SIGNED_AXES = 8
-_START_ROWS = 400
-_SETTLED = 0.005
-_LEAST_AGREEMENT = 0.25
+_STARTS = 4
+_CLUSTERS = 50
+_CLUSTERINGS = 24
+_ASSIGNMENTS = 15
+_WIDTHS = (32, 64, 128)
+_TEMPERATURES = (0.05, 0.03, 0.02)
+_TRANSPORTS = 8
+_BATCH = 1000
+_SCALINGS = 20
+_WIDEST = 256
+_ROUNDS = 20
+_SETTLED = 0.02
+_LEAST_AGREEMENT = 0.5
 _LEAST_RECALL = 0.5
 
 
@@ -30,11 +38,10 @@ _LEAST_RECALL = 0.5
 class UnpairedReport:
     """Whether alignment without pairs worked.
 
-    agreement: two maps, fitted to disjoint halves, send held-out rows to the same k neighbours this often; chance: what
-    unrelated maps would reach. Where known pairs are given their recall decides, else the agreement, which is cautious:
-    a right map of all rows is doubted where one of the halves was too small to find it. mutual_share: rows that are
-    each other's nearest after the map. recall: of the known pairs that were given to check, else None. converged: the
-    matches settled.
+    agreement: the two best maps, found from independent starts, send held-out rows to the same k neighbours this often;
+    chance: the same for different rows. Where known pairs are given their recall decides, else the agreement: right
+    maps of few rows may be doubted. mutual_share: rows that are each other's nearest after the map. recall: of the
+    known pairs that were given to check, else None. converged: the matches settled; rounds: of matching.
     """
 
     agreement: float
@@ -54,6 +61,7 @@ class UnpairedReport:
 @dataclass(frozen=True)
 class _Fit:
     affine: AffineMap
+    distance: float
     mutual_share: float
     converged: bool
     rounds: int
@@ -70,9 +78,10 @@ def align_unpaired(
 ) -> tuple[AffineMap, AffineMap, UnpairedReport]:
     """Isometry from x to y without pairs, its inverse, and the report.
 
-    Principal axes, half whitened, are matched by several starts (the best signs of the leading eight axes, sorted
-    similarity profiles), each refined by mutual nearest neighbours and Procrustes in growing dimensions; the start
-    whose clouds lie nearest to each other wins. Sources: Hoshen & Wolf (2018); Artetxe et al. (2018).
+    Both spaces are clustered several times, each time the centroids are matched by quadratic assignment of their
+    similarities, and the matched centroids of all times are pseudo-pairs for a first rotation (mini-vec2vec: Dar,
+    2025). Entropic transport between the rows and Procrustes refine it in growing dimensions (Grave et al., 2019), and
+    mutual nearest neighbours finish it (Artetxe et al., 2018).
     """
     for name, rows in (("X", x), ("Y", y)):
         if not float(rows.var(0).sum()) > 0:
@@ -80,12 +89,16 @@ def align_unpaired(
     generator = torch.Generator().manual_seed(random_state)
     x, y = (rows[torch.randperm(len(rows), generator=generator)[:_ROWS]].double() for rows in (x, y))
     probe, rest = x[: max(5, len(x) // 5)], x[max(5, len(x) // 5) :]
-    halves = [_fit(rest[part::2], y[part::2]) for part in (0, 1)]
-    whole = _fit(rest, y, starts=[half.affine for half in halves])
+    clouds = _Cloud.of(rest), _Cloud.of(y)
+    rng = np.random.default_rng(random_state)
+    # The first is the one that brings rows which it has not seen nearest to the other cloud.
+    fits = sorted((_fit(*clouds, probe, rng) for _ in range(_STARTS)), key=lambda fit: fit.distance)
+    whole = fits[0]
     k = min(k, len(y) - 1)
-    found = [nearest(half.affine.map(probe), y, k, metric=metric)[1] for half in halves]
-    agreement = float((found[0].unsqueeze(1) == found[1].unsqueeze(2)).any(-1).double().mean())
-    chance = k / len(y)
+    found = [nearest(fit.affine.map(probe), y, k, metric=metric)[1] for fit in fits[:2]]
+    agreement = _shared(found[0], found[1])
+    # Where all rows lie in a few places, maps agree whatever they do.
+    chance = max(k / len(y), _shared(found[0], found[1].roll(1, 0)))
     recall, lucky = None, 0.0
     if check is not None:
         mapped, truth = whole.affine.map(check[0].double()), check[1].double()
@@ -101,55 +114,130 @@ def align_unpaired(
     elif not whole.converged:
         reason = f"the matches had not settled after {whole.rounds} rounds"
     elif agreement < max(_LEAST_AGREEMENT, 5 * chance):
-        reason = f"maps fitted to two halves agree on {agreement:.3f} of the neighbours (chance {chance:.3f})"
+        reason = f"the two best maps agree on {agreement:.3f} of the neighbours (chance {chance:.3f})"
     report = UnpairedReport(
         agreement, chance, whole.mutual_share, whole.converged, whole.rounds, recall, not reason, reason
     )
     return whole.affine, whole.affine.inverse(), report
 
 
-def _fit(
-    x: Float[Tensor, "n d_x"],
-    y: Float[Tensor, "m d_y"],
-    starts: list[AffineMap] | None = None,
-) -> _Fit:
-    """The best of several starts, refined; `starts`: maps to begin from instead of the usual ones."""
-    means = x.mean(0), y.mean(0)
-    axes = min(x.shape[1], y.shape[1], len(x) - 1, len(y) - 1)
-    zx, zy = _principal(x, axes), _principal(y, axes)
-    pairs = _starts(zx, zy) if starts is None else (_mutual(s.map(x), y) for s in starts)
-    most = min(zx.shape[1], zy.shape[1])
-    first = [_refine(zx, zy, left, right, [min(_SIGNED_AXES, most), min(24, most)], 15) for left, right in pairs]
-    first.sort(key=lambda result: result[0])
-    wide = sorted({min(24, most), min(64, most), min(256, most)})
-    finished = [_refine(zx, zy, left, right, wide, _ROUNDS) for _, left, right, _, _ in first[:_FINALISTS]]
-    _, left, right, converged, rounds = min(finished, key=lambda result: result[0])
-    share = len(left) / min(len(x), len(y))
+def _shared(a: Int[Tensor, "n k"], b: Int[Tensor, "n k"]) -> float:
+    """Mean share of the entries of a row of b that are in the same row of a."""
+    return float((a.unsqueeze(1) == b.unsqueeze(2)).any(-1).double().mean())
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """Rows, and their coordinates along the principal axes that they span, the strongest first."""
+
+    rows: Float[Tensor, "n d"]
+    mean: Float[Tensor, " d"]
+    coordinates: Float[Tensor, "n p"]
+
+    @classmethod
+    def of(cls, rows: Float[Tensor, "n d"]) -> _Cloud:
+        moments = Moments(rows.shape[1]).update(rows)
+        values, vectors = torch.linalg.eigh(moments.covariance())
+        axes = vectors.flip(1)[:, values.flip(0) > 1e-10 * values[-1]]
+        return cls(rows, moments.mean, ((rows - moments.mean) @ axes).float())
+
+    def along(self, width: int) -> Float[Tensor, "n w"]:
+        """Leading coordinates, of unit length."""
+        return normalize_rows(self.coordinates[:, :width])
+
+
+def _fit(x: _Cloud, y: _Cloud, probe: Float[Tensor, "p d_x"], rng: np.random.Generator) -> _Fit:
+    """One start, refined, and how far the mapped probe lies from y."""
+    most = min(x.coordinates.shape[1], y.coordinates.shape[1])
+    widths = sorted({min(width, most) for width in _WIDTHS})
+    rotation = _matched_clusters(x.along(widths[0]), y.along(widths[0]), rng)
+    for width in widths:
+        rotation = _transported(x.along(width), y.along(width), rotation, rng)
+    wide = min(_WIDEST, most)
+    left, right, converged, rounds = _mutual_rounds(x.along(wide), y.along(wide), rotation)
     # The final rotation is fitted in the spaces themselves, where the strong directions count by their variance.
-    a, b = x[left], y[right]
-    cross = (a - means[0]).mT @ (b - means[1]) / len(a)
-    rank = min(axes, len(a))
-    affine = procrustes(cross, mean_x=means[0], mean_y=means[1], rank=rank if rank < min(cross.shape) else None)
-    return _Fit(affine, share, converged, rounds)
+    cross = (x.rows[left] - x.mean).mT @ (y.rows[right] - y.mean) / len(left)
+    rank = min(most, len(left))
+    affine = procrustes(cross, mean_x=x.mean, mean_y=y.mean, rank=rank if rank < min(cross.shape) else None)
+    near = normalize_rows(affine.map(probe) - y.mean) @ normalize_rows(y.rows - y.mean).mT
+    share = len(left) / min(len(x.rows), len(y.rows))
+    return _Fit(affine, 1 - float(near.amax(1).mean()), share, converged, rounds)
 
 
-def _principal(rows: Float[Tensor, "n d"], axes: int) -> Float[Tensor, "n p"]:
-    """Coordinates along the principal axes, strongest first, divided by the root of the standard deviation.
+def _matched_clusters(
+    a: Float[Tensor, "n p"], b: Float[Tensor, "m p"], rng: np.random.Generator
+) -> Float[Tensor, "p p"]:
+    """Rotation of k-means centroids of a to those of b, matched by their similarities, over several clusterings."""
+    count = max(2, min(_CLUSTERS, *(len(rows.unique(dim=0)) // 10 for rows in (a, b))))
+    cross = torch.zeros(a.shape[1], b.shape[1])
+    for _ in range(_CLUSTERINGS):
+        centroids, similarities = [], []
+        for rows in (a, b):
+            options: dict[str, Any] = {"n_init": 1, "max_iter": 50, "random_state": int(rng.integers(2**31))}
+            model = KMeans(count, **options).fit(rows.numpy())
+            found = normalize_rows(torch.from_numpy(model.cluster_centers_))
+            centroids.append(found)
+            similarities.append(_standardized((found @ found.mT).double().numpy()))
+        search = {"maximize": True, "P0": "randomized", "rng": rng}
+        tried = [quadratic_assignment(*similarities, options=search) for _ in range(_ASSIGNMENTS)]
+        order = max(tried, key=lambda result: result.fun).col_ind
+        cross += centroids[0].mT @ centroids[1][order]
+    return procrustes(cross).matrix
 
-    Half whitening keeps the order of the axes and still lets two spectra of different decay meet.
+
+def _standardized(similarity: np.ndarray) -> np.ndarray:
+    """Similarities to the others in units of their spread.
+
+    Each one's similarity to itself is the same under every assignment, but makes the relaxed problem convex, whose
+    maxima are corners near where the search begins; without it the best assignment is found in a few tries.
     """
-    moments = Moments(rows.shape[1]).update(rows)
-    values, vectors = torch.linalg.eigh(moments.covariance())
-    values, vectors = values.flip(0)[:axes], vectors.flip(1)[:, :axes]
-    kept = values > 1e-10 * values[0]
-    values = values[kept] / values[kept].sum()
-    return (rows - moments.mean) @ vectors[:, kept] / moments.total_variance**0.5 / values.pow(0.25)
+    others = similarity[~np.eye(len(similarity), dtype=bool)]
+    standard = (similarity - others.mean()) / max(others.std(), 1e-12)
+    np.fill_diagonal(standard, 0.0)
+    return standard
 
 
-def _distance(a: Float[Tensor, "n p"], b: Float[Tensor, "m p"]) -> float:
-    """Mean distance to the nearest point of the other cloud, both ways."""
-    between = torch.cdist(a, b)
-    return float(between.amin(0).mean() + between.amin(1).mean())
+def _transported(
+    a: Float[Tensor, "n p"], b: Float[Tensor, "m p"], rotation: Float[Tensor, "r r"], rng: np.random.Generator
+) -> Float[Tensor, "p p"]:
+    """Rotation refined by entropic transport between batches of rows, at falling temperatures."""
+    width = a.shape[1]
+    grown = torch.zeros(width, width)
+    grown[: len(rotation), : len(rotation)] = rotation
+    for temperature in _TEMPERATURES:
+        for _ in range(_TRANSPORTS):
+            some_a, some_b = (
+                rows[torch.from_numpy(rng.choice(len(rows), min(_BATCH, len(rows)), replace=False))] for rows in (a, b)
+            )
+            plan = _plan(some_a @ grown.mT @ some_b.mT, temperature)
+            grown = procrustes(some_a.mT @ plan @ some_b).matrix
+    return grown
+
+
+def _plan(cosines: Float[Tensor, "n m"], temperature: float) -> Float[Tensor, "n m"]:
+    """Entropic transport (Sinkhorn): every column gets the same mass, every row gives nearly the same."""
+    kernel = ((cosines - 1) / temperature).exp()
+    right = torch.ones(kernel.shape[1])
+    for _ in range(_SCALINGS):
+        left = 1 / (kernel @ right).clamp_min(1e-30) / len(kernel)
+        right = 1 / (left @ kernel).clamp_min(1e-30) / kernel.shape[1]
+    return left.unsqueeze(1) * kernel * right
+
+
+def _mutual_rounds(
+    a: Float[Tensor, "n p"], b: Float[Tensor, "m p"], rotation: Float[Tensor, "r r"]
+) -> tuple[Tensor, Tensor, bool, int]:
+    """Mutual nearest neighbours → rotation → mutual nearest neighbours, until they settle."""
+    grown = torch.zeros(a.shape[1], a.shape[1])
+    grown[: len(rotation), : len(rotation)] = rotation
+    left, right = _mutual(a @ grown.mT, b)
+    for done in range(1, _ROUNDS + 1):
+        before = left * len(b) + right
+        left, right = _mutual(a @ procrustes(a[left].mT @ b[right]).matrix.mT, b)
+        kept = int(torch.isin(left * len(b) + right, before).sum())
+        if kept >= (1 - _SETTLED) * len(left):
+            return left, right, True, done
+    return left, right, False, _ROUNDS
 
 
 def _mutual(a: Float[Tensor, "n p"], b: Float[Tensor, "m p"]) -> tuple[Tensor, Tensor]:
@@ -162,44 +250,3 @@ def _mutual(a: Float[Tensor, "n p"], b: Float[Tensor, "m p"]) -> tuple[Tensor, T
     forward, backward = similarity.argmax(1), similarity.argmax(0)
     left = (backward[forward] == torch.arange(len(a), device=a.device)).nonzero()[:, 0]
     return left, forward[left]
-
-
-def _starts(zx: Float[Tensor, "n p"], zy: Float[Tensor, "m p"]) -> Iterator[tuple[Tensor, Tensor]]:
-    """First matches: by sorted similarity profiles, and by the signs of leading axes that bring the clouds nearest."""
-    size = min(len(zx), len(zy))
-    profiles = []
-    for z in (zx, zy):
-        cosines = (normalize_rows(z) @ normalize_rows(z[:size]).mT).sort(1).values
-        profiles.append(cosines - cosines.mean(0))
-    yield _mutual(*profiles)
-    width = min(_SIGNED_AXES, zx.shape[1], zy.shape[1])
-    a, b = zx[:, :width], zy[:, :width]
-    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=zx.dtype)] * width).reshape(-1, width)
-    distances = torch.tensor([_distance(a[:_START_ROWS] * sign, b[:_START_ROWS]) for sign in signs])
-    for sign in signs[distances.argsort()[:_STARTS]]:
-        yield _mutual(a * sign, b)
-
-
-def _refine(
-    zx: Float[Tensor, "n p"], zy: Float[Tensor, "m p"], left: Tensor, right: Tensor, widths: list[int], most_rounds: int
-) -> tuple[float, Tensor, Tensor, bool, int]:
-    """Matches → rotation → matches on more and more axes, until they settle: distance, matches, settled, rounds."""
-    rounds, converged, distance = 0, False, float("inf")
-    for width in widths:
-        a, b = zx[:, :width], zy[:, :width]
-        converged, previous, rotation = False, 0.0, torch.eye(width, dtype=zx.dtype)
-        for _ in range(most_rounds):
-            if len(left) < 2:
-                break
-            rounds += 1
-            rotation = procrustes(a[left].mT @ b[right]).matrix
-            before = left * len(b) + right
-            left, right = _mutual(a @ rotation.mT, b)
-            share = len(left) / min(len(a), len(b))
-            kept = int(torch.isin(left * len(b) + right, before).sum())
-            if kept >= (1 - _SETTLED) * len(left) or (rounds > 10 and abs(share - previous) < _SETTLED / 5):
-                converged = True
-                break
-            previous = share
-        distance = _distance(a @ rotation.mT, b)
-    return distance, left, right, converged, rounds

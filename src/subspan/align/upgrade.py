@@ -115,9 +115,10 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def fit_unpaired(self, X: Any, Y: Any, *, check: tuple[Any, Any] | None = None) -> UpgradeMap:
         """Fit to rows X (n, d_x) and Y (m, d_y) of which no pairs are known, from the two distributions alone.
 
-        It works where Y is nearly a rotation of X (the same network retrained or rotated); on really different encoders
-        expect it to fail, which it says: `unpaired_.succeeded`, and a warning. check: a few known pairs (x, y), used
-        for nothing but to measure. Raises ValueError for streams, NaN, or fewer than 20 rows.
+        It needs two or three thousand rows of the same kind of items, and spaces that are nearly rotations of each
+        other: one encoder rotated, or two of one family. Of encoders that are built differently expect it to fail,
+        which it says: `unpaired_.succeeded`, and a warning. check: a few known pairs (x, y), used for nothing but to
+        measure. At most 4000 rows of each are looked at. Raises ValueError for streams, NaN, or fewer than 20 rows.
         """
         self._check_parameters()
         self._forget()
@@ -323,7 +324,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     def confidence(self, X: Any) -> Any:
         """Expected recall in [0, 1] of each mapped row (n,), as held-out queries like it had it.
 
-        It falls with the part of a row outside the principal subspace of the anchors, and with its distance inside.
+        It rises where the nearest anchors (at most 2000 are kept) stand out from the others and both spaces name the
+        same ones, and falls with the part of a row outside the anchors' principal subspace and its distance inside.
         Raises ValueError where no pairs were held out.
         """
         check_is_fitted(self, "adapter_")

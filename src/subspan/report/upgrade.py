@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from ..align import backfill_order
@@ -40,7 +39,6 @@ _ANSWERS = {
 }
 Fit = Callable[..., Any]
 _SHARES = tuple(share / 10 for share in range(11))
-_CLUSTER_SAMPLE = 50_000
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,7 @@ def assess(
         "new/new": bench.recall(bench.queries_new, base_new),
     }
     retrieval: dict[str, Any] = {name: None if hits is None else _summary(hits, seed) for name, hits in found.items()}
-    curves = _backfill(bench, mapped, metric, seed, progress)
+    curves = _backfill(bench, mapped, pairs.new[fitted], metric, seed, progress)
     need = target * retrieval["new/new"]["value"]
     shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
     progress("fitting to all pairs", 0.9)
@@ -293,12 +291,17 @@ class _Bench:
         return (hits / np.maximum(possible, 1))[self._kept]
 
 
-def _backfill(bench: _Bench, mapped: np.ndarray, metric: str, seed: int, progress: Progress) -> dict[str, Any]:
-    """Recall@10 of new queries while more and more of the migrated vectors are replaced by new ones."""
+def _backfill(
+    bench: _Bench, mapped: np.ndarray, expected: np.ndarray, metric: str, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """Recall@10 of new queries while more and more of the migrated vectors are replaced by new ones.
+
+    expected: new vectors of other items, which stand for the queries in the order.
+    """
     n = len(mapped)
     similarity = "cosine" if metric == "cosine" else "euclidean"
     orders = {
-        "ordered": backfill_order(mapped, metric=similarity, random_state=seed),
+        "ordered": backfill_order(mapped, metric=similarity, queries=expected, random_state=seed),
         "random": np.random.default_rng(seed).permutation(n),
     }
     curves: dict[str, Any] = {}
@@ -375,21 +378,10 @@ class _Migrated:
 def order_of_backfill(
     index: StoredVectors, upgrade: Upgrade, *, seed: int = 0, progress: Progress = silent
 ) -> Int[np.ndarray, " n"]:
-    """Positions in the order in which to embed items anew: those first that lie farthest from their like, once mapped.
+    """Positions in the order in which to embed items anew: those first that lie, once mapped, nearest to new vectors.
 
-    Streams the collection three times; the clusters that stand for classes are found on at most 50 000 of its rows.
+    The new vectors of the sample stand for the queries to come. Streams the collection once.
     """
-    n = len(index)
     similarity = "cosine" if upgrade.facts["metric"] == "cosine" else "euclidean"
-    chosen = np.sort(np.random.default_rng(seed).choice(n, min(n, _CLUSTER_SAMPLE), replace=False))
-    sample = upgrade.migrated(index.take(chosen)).astype(np.float32)
-    clusters = max(1, round((len(sample) / 2) ** 0.5))
-    options: dict[str, Any] = {"batch_size": 4096, "n_init": 3, "random_state": seed}
-    model = MiniBatchKMeans(clusters, **options).fit(sample)
-    place = np.empty(n, dtype=np.int64)
-    start = 0
-    for rows in _Migrated(index, upgrade):
-        place[start : start + len(rows)] = model.predict(rows.float().numpy())
-        start += len(rows)
-        progress("ordering", 0.5 * start / n)
-    return backfill_order(_Migrated(index, upgrade), place, similarity)
+    progress("ordering", 0.0)
+    return backfill_order(_Migrated(index, upgrade), metric=similarity, queries=upgrade.pairs.new, random_state=seed)

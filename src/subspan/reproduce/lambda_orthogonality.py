@@ -199,7 +199,7 @@ def arms(setting: Setting, seed: int) -> dict[str, Callable[[Data], Maps]]:
 def backfilled(data: Data, maps: Maps, setting: Setting, seed: int) -> dict[str, list[float]]:
     """Area under the top-1 curve, and the curve, of B(new) queries as F(old) rows are replaced in three orders."""
     lifted, mapped = (normalize_rows(rows) for rows in (maps.old(data.old), maps.new(data.new)))
-    far = backfill_order(lifted, data.labels, "cosine")
+    far = backfill_order(lifted, data.labels, "cosine", order="farthest")
     orders = {
         "farthest first": far,
         "random": np.random.default_rng(seed).permutation(len(far)),
