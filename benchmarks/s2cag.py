@@ -160,7 +160,7 @@ def main() -> None:
     methods["spectral"] = "scikit-learn SpectralClustering, edges alone"
     for name in names:
         found = {method: measured(method, name, options.official, repeats=1 if method == "spectral" else 2)
-                 for method in methods}  # fmt: skip
+                 for method in methods if method != "spectral" or name != "pubmed-sized"}  # fmt: skip
         first = found["kmeans+snem"]
         record.table(
             f"{name}: {first['nodes']} nodes, {first['edges']} edges, order {SETTINGS[name][0]}",
@@ -193,6 +193,7 @@ def main() -> None:
         doublings = np.log2(grown[-1]["edges"] / grown[0]["edges"])
         factor = (grown[-1]["seconds"] / grown[0]["seconds"]) ** (1 / doublings)
         record.target("processor time for twice the edges", factor, most=2.6)
+    record.note("Spectral clustering of the graph of Pubmed's size took 410 s and 2.9 GiB in an earlier run: left out.")
     record.save(options.json)
 
 

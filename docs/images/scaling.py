@@ -32,7 +32,7 @@ def s2cag(record: dict[str, Any]) -> Any:
     return figure
 
 
-def subspace_clustering(record: dict[str, Any]) -> Any:
+def subspace_rows(record: dict[str, Any]) -> Any:
     """Time and memory over rows, the sparse methods and K-subspaces."""
     rows = [
         row
@@ -143,7 +143,7 @@ def over_size(record: dict[str, Any]) -> Any:
 
 PICTURES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "s2cag": s2cag,
-    "subspace_clustering": subspace_clustering,
+    "subspace_rows": subspace_rows,
     "butterfly": butterfly,
     "simvq": simvq,
     "compatibility": compatibility,
