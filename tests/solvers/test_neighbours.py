@@ -84,3 +84,18 @@ def test_of_equal_products_the_lowest_index_is_taken():
     assert largest_product(torch.ones(5, 1), base)[1].tolist() == [2] * 5
     exclude = torch.tensor([2, 5, 2, 0, 5999])
     assert largest_product(torch.ones(5, 1), base, exclude=exclude)[1].tolist() == [5, 2, 5, 2, 2]
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])
+@pytest.mark.parametrize("n", [1000, 1024])
+def test_neighbours_over_groups_of_columns_are_those_of_the_sorted_scores(metric, n):
+    base = torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    queries = torch.cat([base[-30:], base[:40]]) + 0.01
+    scores = {"l2": -torch.cdist(queries, base).square(), "inner": queries @ base.mT}
+    scores["cosine"] = scores["inner"] / queries.norm(dim=1, keepdim=True) / base.norm(dim=1)
+    expected = scores[metric].sort(dim=1, descending=True)
+    values, found = nearest(queries, base, 3, metric=metric)
+    assert torch.equal(found, expected.indices[:, :3])
+    torch.testing.assert_close(values, expected.values[:, :3] * (-1 if metric == "l2" else 1))
+    own = nearest(base, base, 3, metric=metric, exclude_self=True)[1]
+    assert not bool((own == torch.arange(n).unsqueeze(1)).any())

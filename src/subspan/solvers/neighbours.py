@@ -44,20 +44,36 @@ def nearest(
     if shift is not None:
         # Distances do not change with the origin, and near it their differences keep their digits.
         q, b = q - shift, b - shift
-    squares = b.square().sum(-1) if metric == "l2" else None
+    half_squares = 0.5 * b.square().sum(-1) if metric == "l2" else None
     step = max(1, min(len(q), _BLOCK // len(b)))
     values, indices = q.new_empty(len(q), k), torch.empty(len(q), k, dtype=torch.int64, device=q.device)
     for start in range(0, len(q), step):
         part = q[start : start + step]
-        score = part @ b.mT if squares is None else torch.addmm(squares, part, b.mT, alpha=-2)
+        score = part @ b.mT if half_squares is None else torch.addmm(half_squares, part, b.mT, beta=-1)
         if exclude_self:
             rows = torch.arange(len(part), device=q.device)
-            score[rows, rows + start] = torch.inf if metric == "l2" else -torch.inf
-        best, found = score.topk(k, dim=1, largest=metric != "l2")
+            score[rows, rows + start] = -torch.inf
+        best, found = _largest(score, k)
         if metric == "l2":
-            best = (best + part.square().sum(-1, keepdim=True)).clamp_min(0)
+            best = (part.square().sum(-1, keepdim=True) - 2 * best).clamp_min(0)
         values[start : start + step], indices[start : start + step] = best, found
     return values, indices
+
+
+def _largest(score: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+    """The k largest values of each row, best first, and their columns.
+
+    They lie in the k groups of columns with the largest maxima, or among the last columns, which are in no group.
+    """
+    groups = score.shape[1] // _GROUP
+    if groups < 4 * k:
+        return score.topk(k, dim=1)
+    best = score[:, : groups * _GROUP].view(len(score), groups, _GROUP).amax(2).topk(k, dim=1).indices
+    columns = (best.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=score.device)).flatten(1)
+    last = torch.arange(groups * _GROUP, score.shape[1], device=score.device)
+    columns = torch.cat([columns, last.expand(len(score), -1)], 1)
+    value, place = score.gather(1, columns).topk(k, dim=1)
+    return value, columns.gather(1, place)
 
 
 def nearest_code(rows: Float[Tensor, "n d"], codes: Float[Tensor, "k d"], *, block: int = _BLOCK) -> Int[Tensor, " n"]:
