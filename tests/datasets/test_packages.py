@@ -71,6 +71,9 @@ def test_vision_networks_load_quietly(name: str, offline: None, capsys: pytest.C
     network = load_model(name)
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+        # The layout that convolutions on a CPU are fastest in is kept up to the last of them.
+        maps = network.extract_features(torch.zeros(2, 3, 64, 64))
+        assert maps.is_contiguous(memory_format=torch.channels_last)
     assert not network.training
     assert sum(p.numel() for p in network.parameters()) == WEIGHT_PACKAGES[name].parameters
     assert capsys.readouterr() == ("", "")

@@ -227,5 +227,6 @@ def test_normalize_rows_is_safe():
     x = torch.tensor([[3e38, 4e30], [1e-40, 0.0], [0.0, 0.0], [3.0, 4.0]])
     unit = normalize_rows(x)
     torch.testing.assert_close(unit.norm(dim=1), torch.tensor([1.0, 1.0, 0.0, 1.0]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normalize_rows(-x), -unit, atol=0, rtol=0)
     with pytest.raises(ValueError, match="1 rows are zero"):
         normalize_rows(x, keep_zero=False)
