@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from record import Record, parser, timed
+from record import Record, by_turns, parser, timed
 from subspan.geometry.grassmann import geodesic, gram_geodesic, tangent_projection
 from subspan.nn import GrassmannHead, RiemannianSGD, with_riemannian
 
@@ -91,18 +91,13 @@ def main() -> None:
     record.target("largest difference of the two steps, float32", difference, most=1e-5)
 
     images, labels = torch.randn(options.images, 3, options.size, options.size), torch.randint(c, (options.images,))
-    runs, steps = {}, {}
+    runs = {}
     for name, head in (("linear", nn.Linear(WIDTH, c)), ("Grassmann", GrassmannHead(WIDTH, c, k))):
         model = network(head, options.size)
         if model is None:
             break
         runs[name] = partial(step, model, trained(model), images, labels)
-        runs[name]()
-    # By turns: the two differ by less than a shared machine does from one minute to the next.
-    for _ in range(7):
-        for name, run in runs.items():
-            seconds = timed(run, repeats=1, warm=False).processor
-            steps[name] = min(steps.get(name, seconds), seconds)
+    steps = by_turns(runs)
     if steps:
         record.table(
             f"A training step of EfficientNet-Lite0, {options.images} images of {options.size} pixels, AdamW",
