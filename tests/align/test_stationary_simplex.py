@@ -93,9 +93,11 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
 
 
 def test_replaced_models_of_another_width_stay_comparable():
-    elsewhere = StationaryModule(
-        backbone(3, width=6), SimplexClassifier(4, 6, preallocated=16, index="back"), batch_size=16, learning_rate=0.02
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        # A head of another width has a layer to learn, which is drawn here.
+        head = SimplexClassifier(4, 6, preallocated=16, index="back")
+    elsewhere = StationaryModule(backbone(3, width=6), head, batch_size=16, learning_rate=0.02)
     elsewhere.loss.lam = 1.0
     data, labels = task([0, 1, 2, 3], seed=3)
     elsewhere.start_task(4)

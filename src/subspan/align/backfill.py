@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..geometry.arrays import check_finite, check_matrix, normalize_rows
 from ..solvers import nearest
-from ..statistics import batches, is_one_shot
+from ..statistics import UniformSample, batches, is_one_shot
 
 _METRICS = ("euclidean", "cosine")
 _ORDERS = ("density", "farthest")
@@ -103,18 +103,14 @@ def _to_queries(gallery: Any, queries: Any, metric: str, random_state: int) -> F
 
 def _sample(gallery: Any, generator: torch.Generator) -> tuple[Float[Tensor, "q d"], Int[Tensor, " q"]]:
     """Rows drawn at random in one pass, and their places."""
-    lots, kept, start = torch.empty(0, dtype=torch.float64), [], 0
-    places = torch.empty(0, dtype=torch.int64)
+    sample, start = UniformSample(_QUERIES, generator), 0
     for rows in _rows(gallery):
-        lots = torch.cat([lots, torch.rand(len(rows), generator=generator, dtype=torch.float64)])
-        places = torch.cat([places, torch.arange(start, start + len(rows))])
+        sample.update(rows, torch.arange(start, start + len(rows)))
         start += len(rows)
-        chosen = lots.argsort()[:_QUERIES].sort().values
-        joined = torch.cat([*kept, rows])
-        lots, places, kept = lots[chosen], places[chosen], [joined[chosen.to(joined.device)]]
     if start < 2:
         raise ValueError(f"gallery: needs at least 2 rows, got {start}")
-    return kept[0], places
+    drawn, places = sample.rows()
+    return drawn, places
 
 
 def _classes(gallery: Any, labels: Any) -> tuple[Float[Tensor, "c d"], Int[Tensor, " n"]]:

@@ -12,7 +12,7 @@ from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
 from ..geometry.subspace import Subspace
-from ..solvers import nearest
+from ..solvers import nearest, recall_at_k
 from ..statistics import Moments
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class Evidence:
         for rows, space, anchors in sides:
             assert space.center is not None
             around.append(self._around(rows - space.center, anchors - space.center))
-        names = [near[1] for near in around]
-        both = (names[0].unsqueeze(1) == names[1].unsqueeze(2)).any(-1).double().mean(-1)
+        both = recall_at_k(*(near[1] for near in around))
         return torch.cat([ordinary, *(near[0] for near in around), both.unsqueeze(-1)], dim=-1)
 
     @staticmethod

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..geometry.arrays import normalize_rows
 from ..geometry.maps import AffineMap, reduced_rank_factors
-from ..solvers import nearest
-from ..statistics import JointMoments
+from ..solvers import nearest, recall_at_k
+from ..statistics import JointMoments, UniformSample
 
 CLOSED_FORMS = ("none", "procrustes", "scaled", "low-rank", "cca", "ridge")
 """Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths."""
@@ -31,10 +31,9 @@ class FoldedPairs:
 
     def __init__(self, d_x: int, d_y: int, *, folds: int, keep: int, generator: torch.Generator) -> None:
         self.folds = [JointMoments(d_x, d_y) for _ in range(folds)]
-        self._keep = keep
+        self._sample = UniformSample(keep, generator)
         self._generator = generator
         self._dealt = 0
-        self._parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def update(self, x: Float[Tensor, "n d_x"], y: Float[Tensor, "n d_y"]) -> FoldedPairs:
         """Deal the rows of a batch; returns self."""
@@ -47,21 +46,13 @@ class FoldedPairs:
         for number in range(count):
             chosen = fold == number
             self.folds[number].update(x[chosen], y[chosen])
-        lot = torch.rand(len(x), generator=self._generator, dtype=torch.float64)
-        self._parts.append((lot, fold, x, y))
-        if sum(len(part[0]) for part in self._parts) > 2 * self._keep:
-            self._parts = [self._drawn()]
+        self._sample.update(fold, x, y)
         return self
-
-    def _drawn(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        lot, fold, x, y = (torch.cat(column) for column in zip(*self._parts))
-        chosen = lot.argsort(stable=True)[: self._keep].sort().values
-        return lot[chosen], fold[chosen], x[chosen], y[chosen]
 
     @cached_property
     def sample(self) -> tuple[Int[Tensor, " m"], Float[Tensor, "m d_x"], Float[Tensor, "m d_y"]]:
         """Fold, x and y of the rows that were kept, in float32."""
-        _, fold, x, y = self._drawn()
+        fold, x, y = self._sample.rows()
         return fold, x.float(), y.float()
 
     @property
@@ -192,7 +183,7 @@ class Retrieval:
             return (found == own.unsqueeze(1)).any(1).double()
         assert truth is not None
         found = self.neighbours(mapped, own)
-        return (found.unsqueeze(1) == truth.unsqueeze(2)).any(-1).double().mean(-1)
+        return recall_at_k(found, truth)
 
 
 @dataclass

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.optimize import quadratic_assignment
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 from ..geometry.arrays import normalize_rows
 from ..geometry.maps import AffineMap, procrustes
-from ..solvers import nearest
+from ..solvers import nearest, recall_at_k, transport_plan
 from ..statistics import Moments
 
 _ROWS = 4000
@@ -26,7 +26,6 @@ _WIDTHS = (32, 64, 128)
 _TEMPERATURES = (0.05, 0.03, 0.02)
 _TRANSPORTS = 8
 _BATCH = 1000
-_SCALINGS = 20
 _WIDEST = 256
 _ROUNDS = 20
 _SETTLED = 0.02
@@ -96,15 +95,15 @@ def align_unpaired(
     whole = fits[0]
     k = min(k, len(y) - 1)
     found = [nearest(fit.affine.map(probe), y, k, metric=metric)[1] for fit in fits[:2]]
-    agreement = _shared(found[0], found[1])
+    agreement = float(recall_at_k(*found).mean())
     # Where all rows lie in a few places, maps agree whatever they do.
-    chance = max(k / len(y), _shared(found[0], found[1].roll(1, 0)))
+    chance = max(k / len(y), float(recall_at_k(found[0], found[1].roll(1, 0)).mean()))
     recall, lucky = None, 0.0
     if check is not None:
         mapped, truth = whole.affine.map(check[0].double()), check[1].double()
         k_check = min(k, len(truth) - 1)
         own = torch.arange(len(truth)).unsqueeze(1)
-        recall = float((nearest(mapped, truth, k_check, metric=metric)[1] == own).any(1).double().mean())
+        recall = float(recall_at_k(nearest(mapped, truth, k_check, metric=metric)[1], own).mean())
         lucky = k_check / len(truth)
     reason = ""
     if recall is not None:
@@ -119,11 +118,6 @@ def align_unpaired(
         agreement, chance, whole.mutual_share, whole.converged, whole.rounds, recall, not reason, reason
     )
     return whole.affine, whole.affine.inverse(), report
-
-
-def _shared(a: Int[Tensor, "n k"], b: Int[Tensor, "n k"]) -> float:
-    """Mean share of the entries of a row of b that are in the same row of a."""
-    return float((a.unsqueeze(1) == b.unsqueeze(2)).any(-1).double().mean())
 
 
 @dataclass(frozen=True)
@@ -209,19 +203,9 @@ def _transported(
             some_a, some_b = (
                 rows[torch.from_numpy(rng.choice(len(rows), min(_BATCH, len(rows)), replace=False))] for rows in (a, b)
             )
-            plan = _plan(some_a @ grown.mT @ some_b.mT, temperature)
+            plan = transport_plan(some_a @ grown.mT @ some_b.mT, temperature)
             grown = procrustes(some_a.mT @ plan @ some_b).matrix
     return grown
-
-
-def _plan(cosines: Float[Tensor, "n m"], temperature: float) -> Float[Tensor, "n m"]:
-    """Entropic transport (Sinkhorn): every column gets the same mass, every row gives nearly the same."""
-    kernel = ((cosines - 1) / temperature).exp()
-    right = torch.ones(kernel.shape[1])
-    for _ in range(_SCALINGS):
-        left = 1 / (kernel @ right).clamp_min(1e-30) / len(kernel)
-        right = 1 / (left @ kernel).clamp_min(1e-30) / kernel.shape[1]
-    return left.unsqueeze(1) * kernel * right
 
 
 def _mutual_rounds(

@@ -44,7 +44,7 @@ from .retrieval import (
     template_gallery,
 )
 from .rounding import ROUNDINGS, round_embedding
-from .sinkhorn import doubly_stochastic
+from .sinkhorn import doubly_stochastic, transport_plan
 
 __all__ = [
     "ROUNDINGS",
@@ -96,4 +96,5 @@ __all__ = [
     "symmetric_normalized",
     "template_gallery",
     "transition_matrix",
+    "transport_plan",
 ]

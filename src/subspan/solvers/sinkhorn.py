@@ -1,4 +1,4 @@
-"""Entropic projection of a symmetric affinity onto doubly stochastic matrices, with its derivative."""
+"""Entropic transport: between two sets, and of a symmetric affinity with its derivative."""
 
 from __future__ import annotations
 
@@ -69,3 +69,18 @@ class _Implicit(torch.autograd.Function):
         system = plan + torch.diag_embed(plan.sum(-1) * (1 + _RIDGE))
         v = torch.linalg.solve(system, marginal.unsqueeze(-1)).squeeze(-1)
         return weighted - v.unsqueeze(-1) * plan, None
+
+
+def transport_plan(cosines: Float[Tensor, "n m"], temperature: float, *, n_iter: int = 20) -> Float[Tensor, "n m"]:
+    """Entropic transport between two sets of equal mass, of the kernel exp((cosines - 1) / temperature).
+
+    Columns sum to 1 / m, rows nearly to 1 / n. Source: Cuturi (2013).
+    """
+    if n_iter < 1:
+        raise ValueError(f"n_iter: at least 1, got {n_iter}")
+    kernel = ((cosines - 1) / temperature).exp()
+    left, right = kernel.new_ones(kernel.shape[0]), kernel.new_ones(kernel.shape[1])
+    for _ in range(n_iter):
+        left = 1 / (kernel @ right).clamp_min(1e-30) / len(kernel)
+        right = 1 / (left @ kernel).clamp_min(1e-30) / kernel.shape[1]
+    return left.unsqueeze(1) * kernel * right

@@ -4,6 +4,7 @@ from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
 from .moments import GroupedMoments, JointMoments, Moments
 from .mutual_information import mutual_information
+from .sampling import UniformSample
 from .sketch import CovarianceSketch
 from .streams import batches, fit_moments, is_dask, is_one_shot, is_stream
 
@@ -12,6 +13,7 @@ __all__ = [
     "GroupedMoments",
     "JointMoments",
     "Moments",
+    "UniformSample",
     "batches",
     "fit_moments",
     "gram_matrix",
