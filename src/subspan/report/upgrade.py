@@ -367,11 +367,14 @@ def _fitted_width(rows: np.ndarray, width: int) -> np.ndarray:
 class _Migrated:
     """The mapped vectors of a collection, as often as they are asked for, a block in memory at a time."""
 
-    def __init__(self, index: StoredVectors, upgrade: Upgrade) -> None:
-        self.index, self.upgrade = index, upgrade
+    def __init__(self, index: StoredVectors, upgrade: Upgrade, progress: Progress) -> None:
+        self.index, self.upgrade, self.progress = index, upgrade, progress
 
     def __iter__(self) -> Iterator[Tensor]:
+        done = 0
         for _, rows in self.index.blocks():
+            self.progress("ordering", done / len(self.index))
+            done += len(rows)
             yield torch.from_numpy(np.ascontiguousarray(self.upgrade.migrated(rows)))
 
 
@@ -383,5 +386,5 @@ def order_of_backfill(
     The new vectors of the sample stand for the queries to come. Streams the collection once.
     """
     similarity = "cosine" if upgrade.facts["metric"] == "cosine" else "euclidean"
-    progress("ordering", 0.0)
-    return backfill_order(_Migrated(index, upgrade), metric=similarity, queries=upgrade.pairs.new, random_state=seed)
+    migrated = _Migrated(index, upgrade, progress)
+    return backfill_order(migrated, metric=similarity, queries=upgrade.pairs.new, random_state=seed)
