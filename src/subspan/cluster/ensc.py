@@ -15,9 +15,10 @@ class ElasticNetSubspaceClustering(SelfExpressiveClustering):
     """Subspace clustering by elastic-net self-expression, min |x - cX|^2/2 + alpha (r |c|_1 + (1 - r)/2 |c|^2).
 
     gamma: alpha is the least value at which c = 0, over gamma, so that any gamma > 1 (5 to 500) means the same for all
-    rows. l1_ratio: r. max_support: coefficients kept of a row. working_set: others in play at a time. The other
-    parameters and the attributes are those of `SelfExpressiveClustering`. Every row is solved on its working set;
-    correlations with all others are matrix products. Memory O(n max_support).
+    rows. l1_ratio: r. max_support: coefficients kept of a row. working_set: others taken in at a time. The other
+    parameters and the attributes are those of `SelfExpressiveClustering`. Every row is solved on its working set, by
+    homotopy where numba is installed (extra `fast`), else by coordinate descent; correlations with all others are
+    matrix products. Memory O(n max_support).
     Source: You, Li, Robinson & Vidal, Oracle based active set algorithm for scalable EnSC, CVPR 2016.
     """
 
@@ -28,7 +29,7 @@ class ElasticNetSubspaceClustering(SelfExpressiveClustering):
         gamma: Any = 50.0,
         l1_ratio: Any = 0.95,
         max_support: Any = 50,
-        working_set: Any = 100,
+        working_set: Any = 32,
         affine: Any = False,
         retain: Any = None,
         affinity: Any = "symmetric",

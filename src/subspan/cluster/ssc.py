@@ -25,7 +25,7 @@ class SparseSubspaceClustering(SelfExpressiveClustering):
         *,
         gamma: Any = 50.0,
         max_support: Any = 50,
-        working_set: Any = 100,
+        working_set: Any = 32,
         affine: Any = False,
         retain: Any = None,
         affinity: Any = "symmetric",

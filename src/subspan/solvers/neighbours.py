@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from ..geometry.arrays import check_matrix, normalize_rows
 
 _BLOCK = 1 << 24
-# Columns of a group, and rows and columns of a tile of products on the CPU.
+# Columns of a group, and rows and columns of a tile, where only the largest product is sought.
 _GROUP, _ROWS, _TILE = 64, 512, 2048
+# Slices of the columns where several are.
+_SLICES = 16
 
 
 def nearest(
@@ -53,24 +55,26 @@ def nearest(
         if exclude_self:
             rows = torch.arange(len(part), device=q.device)
             score[rows, rows + start] = -torch.inf
-        best, found = _largest(score, k)
+        best, found = largest_per_row(score, k)
         if metric == "l2":
             best = (part.square().sum(-1, keepdim=True) - 2 * best).clamp_min(0)
         values[start : start + step], indices[start : start + step] = best, found
     return values, indices
 
 
-def _largest(score: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
+def largest_per_row(score: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """The k largest values of each row, best first, and their columns.
 
     They lie in the k groups of columns with the largest maxima, or among the last columns, which are in no group.
     """
-    groups = score.shape[1] // _GROUP
+    groups = score.shape[1] // _SLICES
     if groups < 4 * k:
         return score.topk(k, dim=1)
-    best = score[:, : groups * _GROUP].view(len(score), groups, _GROUP).amax(2).topk(k, dim=1).indices
-    columns = (best.unsqueeze(2) * _GROUP + torch.arange(_GROUP, device=score.device)).flatten(1)
-    last = torch.arange(groups * _GROUP, score.shape[1], device=score.device)
+    # A group is a column of each slice, so that the maxima are those of whole slices.
+    grouped = score[:, : groups * _SLICES].view(len(score), _SLICES, groups)
+    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    columns = (best.unsqueeze(2) + torch.arange(0, groups * _SLICES, groups, device=score.device)).flatten(1)
+    last = torch.arange(groups * _SLICES, score.shape[1], device=score.device)
     columns = torch.cat([columns, last.expand(len(score), -1)], 1)
     value, place = score.gather(1, columns).topk(k, dim=1)
     return value, columns.gather(1, place)

@@ -6,7 +6,6 @@ The sparse solvers work on blocks of rows, so that correlations are matrix produ
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,19 +13,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
-from sklearn import config_context
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import enet_path
 from torch import Tensor
 
-from .neighbours import largest_product
+from .elastic_net import elastic_nets
+from .neighbours import largest_per_row, largest_product
 
 # Correlations of a block of rows, small enough to stay in a cache between the passes over them.
 _BLOCK = 1 << 21
-# Rows that pursue their atoms side by side.
-_ROWS = 512
-# Sweeps of the inner solver while the working set still changes, and once it has settled.
-_SWEEPS, _LAST_SWEEPS = 60, 200
+# Rows that pursue their atoms side by side, and the fewest that do so by elastic net.
+_ROWS, _FEW_ROWS = 512, 16
 _DENSE_ROWS = 20_000
 # Up to here the Gram matrix of all rows is small, and looked up in place of a product a row and round.
 _GRAM_ROWS = 4096
@@ -131,7 +126,7 @@ def omp_self_expression(
     n = len(x)
     if not 1 <= n_nonzero < n:
         raise ValueError(f"n_nonzero: must lie in [1, {n - 1}], got {n_nonzero}")
-    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress, width=_BLOCK // _ROWS)]
+    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress, _ROWS)]
     return _assemble(blocks, n)
 
 
@@ -178,7 +173,7 @@ def thresholded_similarities(
     if not 1 <= n_neighbors < n:
         raise ValueError(f"n_neighbors: must lie in [1, {n - 1}], got {n_neighbors}")
     blocks = []
-    for rows in _row_blocks(n, progress):
+    for rows in _row_blocks(n, progress, max(1, _BLOCK // n)):
         score = (x[rows] @ x.mT).abs_()
         score[torch.arange(len(rows), device=x.device), rows] = -1
         value, found = score.topk(n_neighbors, dim=1)
@@ -192,28 +187,34 @@ def elastic_net_self_expression(
     gamma: float = 50.0,
     l1_ratio: float = 0.95,
     max_support: int = 50,
-    working_set: int = 100,
-    n_rounds: int = 10,
+    working_set: int = 32,
+    n_rounds: int = 40,
     tolerance: float = 1e-4,
     progress: Progress | None = None,
 ) -> sparse.csr_matrix:
     """min |x_i - cX|^2 / 2 + alpha (r |c|_1 + (1 - r)/2 |c|^2) by active sets (You, Li, Robinson & Vidal, 2016).
 
     r = l1_ratio (1: the lasso of SSC); alpha = alpha_0 / gamma a row, alpha_0 = max |<x_i, x_j>| / r being the least at
-    which c = 0. Each row starts from its `working_set` most correlated others; the problem there is solved by
-    coordinate descent, and others whose correlation with the residual exceeds alpha r are taken in until none is left,
-    into a larger set where the support fills it. At most `max_support` of the largest coefficients of a row are kept.
+    which c = 0. Each row starts from the `working_set` others most correlated with it; the problem there is solved
+    (`elastic_nets`), and as many of those most correlated with the residual take the place of zeros, until none exceeds
+    the penalty. That comes down to alpha on the way, so that few are taken that do not stay. At most `n_rounds`; at
+    most `max_support` of the largest coefficients of a row are kept.
     """
-    n = len(x)
+    n, d = x.shape
     if n < 2:
         raise ValueError(f"x: needs at least 2 rows, got {n}")
     if not gamma > 0 or not 0 < l1_ratio <= 1:
         raise ValueError(f"gamma, l1_ratio: must be > 0 and in (0, 1], got {gamma} and {l1_ratio}")
+    if gamma <= 1:
+        return sparse.csr_matrix((n, n), dtype=x.numpy().dtype)
     size = min(working_set, n - 1)
     gram = x @ x.mT if n <= _GRAM_ROWS else None
     blocks = [
-        _elastic_net_block(x, gram, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance)
-        for rows in _row_blocks(n, progress, width=max(n, size * x.shape[1]))
+        block
+        for rows in _row_blocks(n, progress, max(_FEW_ROWS, _BLOCK // 4 // max(n, 4 * size * d)))
+        for block in _elastic_net_block(
+            x, gram, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance
+        )
     ]
     return _assemble(blocks, n)
 
@@ -228,108 +229,55 @@ def _elastic_net_block(
     keep: int,
     n_rounds: int,
     tolerance: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    target, b, n = x[rows], len(rows), len(x)
-    every = torch.arange(b, device=x.device)
-    score = target @ x.mT
-    score[every, rows] = 0
-    order = score.abs().topk(size, dim=1)
-    chosen = order.indices
-    alpha = order.values[:, 0] / r / gamma
-    coefficients = x.new_zeros(b, size)
-    filled = torch.ones(b, size, dtype=torch.bool, device=x.device)
-    # What the inner solver leaves open must not look like a violation.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows, others, coefficients) of rows as they settle."""
+    products = x[rows] @ x.mT
+    value, chosen = largest_per_row(products.abs().scatter_(1, rows.unsqueeze(1), 0.0), size)
+    live = (value[:, 0] > 0).nonzero().squeeze(1)
+    coefficients, chosen = torch.zeros_like(value)[live], chosen[live]
+    goal = value[live, 0] / gamma
+    ridge, bound = goal * (1 / r - 1), _next_bound(value[live, 0], value[live], goal)
+    # What an inexact solver leaves open must not look like a violation.
     margin = max(0.01, 10 * tolerance) if tolerance > 1e-7 else 1e-4
-    pending = alpha > 0
     for _ in range(n_rounds):
-        if not bool(pending.any()):
-            break
-        live = pending.nonzero().squeeze(1)
-        atoms = x[chosen[live]]
-        grams = _grams(gram, atoms, chosen[live])
-        c = _elastic_nets(grams, atoms, target[live], alpha[live], r, coefficients[live], tolerance, _SWEEPS)
-        coefficients[live] = c
-        residual = target[live] - (atoms.mT @ c.unsqueeze(2)).squeeze(2)
-        excess = (residual @ x.mT).abs_() - (alpha[live] * r * (1 + margin)).unsqueeze(1)
-        excess[torch.arange(len(live), device=x.device), rows[live]] = -1
-        # Inside the working set the conditions hold; what violates them elsewhere takes the place of zeros.
-        excess.scatter_(1, chosen[live], -1.0)
-        violated = excess > 0
-        count = violated.sum(1)
-        pending[live[count == 0]] = False
-        again = (count > 0).nonzero().squeeze(1)
-        if not len(again):
-            break
-        if size < n - 1 and bool(((c[again] != 0).sum(1) > 0.8 * size).any()):
-            # Supports that fill the working set need a larger one; settled rows leave the new places empty.
-            extra = min(n - 1, size + max(10, size // 2)) - size
-            chosen, coefficients, filled = (
-                torch.nn.functional.pad(part, (0, extra)) for part in (chosen, coefficients, filled)
-            )
-            chosen[live[again], size:] = excess[again].topk(extra, dim=1).indices
-            filled[live[again], size:] = True
-            size += extra
-            continue
-        value, newcomers = excess[again].topk(size, dim=1)
-        c_again, chosen_again = c[again], chosen[live[again]]
-        zero_first = c_again.abs().argsort(dim=1)
-        free = (c_again == 0).sum(1)
-        # A full working set lets go of its smallest coefficient.
-        take = torch.minimum(count[again], free).clamp_min(1)
-        slot = torch.arange(newcomers.shape[1], device=x.device).unsqueeze(0)
-        entering = (slot < take.unsqueeze(1)) & (value > 0)
-        width = newcomers.shape[1]
-        places = zero_first[:, :width]
-        updated = torch.where(entering, newcomers, chosen_again.gather(1, places))
-        chosen_again.scatter_(1, places, updated)
-        kept = torch.where(entering, torch.zeros_like(value), c_again.gather(1, places))
-        c_again.scatter_(1, places, kept)
-        chosen[live[again]], coefficients[live[again]] = chosen_again, c_again
-    some = alpha > 0
-    # An empty place is an atom of zeros, which the solver passes over.
-    places = filled[some].to(x.dtype)
-    atoms = x[chosen[some]] * places.unsqueeze(2)
-    grams = _grams(gram, atoms, chosen[some]) * places.unsqueeze(2) * places.unsqueeze(1)
-    coefficients[some] = _elastic_nets(
-        grams, atoms, target[some], alpha[some], r, coefficients[some], tolerance, _LAST_SWEEPS
-    )
-    best = coefficients.abs().topk(min(keep, size), dim=1).indices
-    return rows, chosen.gather(1, best), coefficients.gather(1, best)
+        if not len(live):
+            return
+        target, atoms, own = x[rows[live]], x[chosen], rows[live].unsqueeze(1)
+        coefficients = elastic_nets(
+            atoms @ atoms.mT if gram is None else gram[chosen.unsqueeze(2), chosen.unsqueeze(1)],
+            products[live.unsqueeze(1), chosen],
+            bound,
+            ridge,
+            target.square().sum(1),
+            coefficients,
+            chosen != own,
+            tolerance=tolerance,
+        )
+        residual = target - (coefficients.unsqueeze(1) @ atoms).squeeze(1)
+        # Inside the working set the conditions hold.
+        outside = (residual @ x.mT).abs_().scatter_(1, chosen, 0.0).scatter_(1, own, 0.0)
+        used = int((coefficients != 0).sum(1).max())
+        value, found = largest_per_row(outside, min(size, len(x) - 1 - used))
+        lower = _next_bound(bound, value, goal)
+        wanted = value > torch.where(lower > goal, lower, goal * (1 + margin)).unsqueeze(1)
+        settled = (bound <= goal) & ~wanted[:, 0]
+        place = coefficients.abs().topk(min(max(used, keep), chosen.shape[1]), dim=1).indices
+        chosen, coefficients = chosen.gather(1, place), coefficients.gather(1, place)
+        yield rows[live[settled]], chosen[settled, :keep], coefficients[settled, :keep]
+        # A row stands for itself in the places of its working set that stay empty.
+        newcomers, rest = torch.where(wanted, found, own), ~settled
+        chosen = torch.cat([chosen[:, :used], newcomers], 1)[rest]
+        coefficients = torch.cat([coefficients[:, :used], torch.zeros_like(value)], 1)[rest]
+        live, goal, ridge, bound = live[rest], goal[rest], ridge[rest], lower[rest]
+    yield rows[live], chosen[:, :keep], coefficients[:, :keep]
 
 
-def _grams(gram: Tensor | None, atoms: Tensor, chosen: Tensor) -> Float[Tensor, "b s s"]:
-    """Gram matrices of atoms (b, s, d): looked up where that of all rows is held."""
-    return atoms @ atoms.mT if gram is None else gram[chosen.unsqueeze(2), chosen.unsqueeze(1)]
+def _next_bound(bound: Tensor, outside: Tensor, goal: Tensor) -> Tensor:
+    """Half the penalty, or as far down as those `outside` (b, m), largest first, tell what will be wanted."""
+    return torch.maximum(goal, torch.minimum(bound / 2, outside[:, -1]))
 
 
-def _elastic_nets(
-    grams: Tensor, atoms: Tensor, target: Tensor, alpha: Tensor, r: float, start: Tensor, tolerance: float, sweeps: int
-) -> Tensor:
-    """Elastic nets (b, s) of targets (b, d) on their own atoms (b, s, d) with Gram matrices (b, s, s).
-
-    The coordinate descent itself is scikit-learn's, one row at a time: rows settle after very different numbers of
-    sweeps.
-    """
-    products = grams.numpy()
-    linear = (atoms @ target.unsqueeze(2)).squeeze(2).numpy()
-    rows, penalties, initial = atoms.numpy(), (alpha / atoms.shape[2]).tolist(), start.numpy()
-    result = np.empty_like(initial)
-    # A row that asks for more than single digits gets the sweeps for it.
-    sweeps = sweeps if tolerance >= 1e-4 else 20 * _SWEEPS
-    with warnings.catch_warnings(), config_context(skip_parameter_validation=True):
-        # Rows that lie in a subspace exactly have no unique answer at small penalties; any of them will do.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for row in range(len(result)):
-            options: dict[str, Any] = {"alphas": [penalties[row]], "precompute": products[row], "Xy": linear[row]}
-            result[row] = enet_path(
-                rows[row].T, target[row].numpy(), l1_ratio=r, coef_init=initial[row], check_input=False,
-                tol=tolerance, max_iter=sweeps, **options,
-            )[1][:, 0]  # fmt: skip
-    return torch.from_numpy(result)
-
-
-def _row_blocks(n: int, progress: Progress | None, width: int | None = None) -> Iterator[Tensor]:
-    step = max(1, min(n, _BLOCK // (width or n)))
+def _row_blocks(n: int, progress: Progress | None, step: int) -> Iterator[Tensor]:
     for start in range(0, n, step):
         yield torch.arange(start, min(n, start + step))
         if progress is not None:
