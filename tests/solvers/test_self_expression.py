@@ -116,6 +116,20 @@ def test_at_gamma_one_nothing_is_expressed():
     assert elastic_net_self_expression(unit(30, 10), gamma=1.05).nnz > 0
 
 
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_every_other_row_may_be_needed(n):
+    x = unit(n, 12)
+    c = elastic_net_self_expression(x, gamma=1e4)
+    assert (c.getnnz(1) == n - 1).all()
+    assert (c.diagonal() == 0).all()
+
+
+def test_an_empty_working_set_is_refused():
+    for options in ({"working_set": 0}, {"max_support": 0}):
+        with pytest.raises(ValueError, match="at least 1"):
+            elastic_net_self_expression(unit(10, 5), **options)
+
+
 def test_the_largest_coefficients_are_kept():
     full = elastic_net_self_expression(unit(40, 10), max_support=40)
     few = elastic_net_self_expression(unit(40, 10), max_support=3)

@@ -205,8 +205,10 @@ def elastic_net_self_expression(
         raise ValueError(f"x: needs at least 2 rows, got {n}")
     if not gamma > 0 or not 0 < l1_ratio <= 1:
         raise ValueError(f"gamma, l1_ratio: must be > 0 and in (0, 1], got {gamma} and {l1_ratio}")
+    if max_support < 1 or working_set < 1:
+        raise ValueError(f"max_support, working_set: must be at least 1, got {max_support} and {working_set}")
     if gamma <= 1:
-        return sparse.csr_matrix((n, n), dtype=x.numpy().dtype)
+        return sparse.csr_matrix((n, n), dtype=x.cpu().numpy().dtype)
     size = min(working_set, n - 1)
     gram = x @ x.mT if n <= _GRAM_ROWS else None
     blocks = [
@@ -257,7 +259,7 @@ def _elastic_net_block(
         # Inside the working set the conditions hold.
         outside = (residual @ x.mT).abs_().scatter_(1, chosen, 0.0).scatter_(1, own, 0.0)
         used = int((coefficients != 0).sum(1).max())
-        value, found = largest_per_row(outside, min(size, len(x) - 1 - used))
+        value, found = largest_per_row(outside, min(size, max(1, len(x) - 1 - used)))
         lower = _next_bound(bound, value, goal)
         wanted = value > torch.where(lower > goal, lower, goal * (1 + margin)).unsqueeze(1)
         settled = (bound <= goal) & ~wanted[:, 0]
