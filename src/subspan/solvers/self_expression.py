@@ -211,14 +211,13 @@ def elastic_net_self_expression(
         return sparse.csr_matrix((n, n), dtype=x.cpu().numpy().dtype)
     size = min(working_set, n - 1)
     gram = x @ x.mT if n <= _GRAM_ROWS else None
-    blocks = [
-        block
-        for rows in _row_blocks(n, progress, max(_FEW_ROWS, _BLOCK // 4 // max(n, 4 * size * d)))
-        for block in _elastic_net_block(
-            x, gram, rows, gamma, l1_ratio, size, min(max_support, n - 1), n_rounds, tolerance
-        )
-    ]
-    return _assemble(blocks, n)
+    keep = min(max_support, n - 1)
+    # In place from the start: many small parts kept between large temporary ones would tear the memory up.
+    others, coefficients = torch.zeros(n, keep, dtype=torch.int64, device=x.device), x.new_zeros(n, keep)
+    for block in _row_blocks(n, progress, max(_FEW_ROWS, _BLOCK // 4 // max(n, 4 * size * d))):
+        for rows, chosen, c in _elastic_net_block(x, gram, block, gamma, l1_ratio, size, keep, n_rounds, tolerance):
+            others[rows, : chosen.shape[1]], coefficients[rows, : chosen.shape[1]] = chosen, c
+    return _assemble([(torch.arange(n), others, coefficients)], n)
 
 
 def _elastic_net_block(
