@@ -105,9 +105,12 @@ def child(path: str, method: str, rows: int, folder: str | None) -> None:
     run = {
         "fit": lambda x: estimator(method).fit(x),
         "ours": lambda x: ours(x, method),
+        "without numba": lambda x: ours(x, method),
         "scikit-learn": lambda x: scikit_learn(x, method),
         "published": lambda x: published(x, method, str(folder)),
     }[path]
+    if path == "without numba":
+        sys.modules["numba"] = None  # pyright: ignore[reportArgumentType]
     # Code is loaded, and compiled, before the clock starts.
     run(x[:_WARM])
     before, started = peak(), time.process_time()
@@ -179,6 +182,8 @@ def main() -> None:
         if options.official and (method == "omp" or spams):
             found["published code"] = measured("published", method, options.rows, options.official)
         small = min(options.rows, 1000)
+        if method == "ensc":
+            found["subspan, without numba"] = measured("without numba", method, options.rows)
         if method == "omp":
             alone = measured("scikit-learn", method, small)
             alone["seconds"] *= options.rows / small

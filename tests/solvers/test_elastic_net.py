@@ -1,5 +1,7 @@
 """Small elastic nets, by homotopy and by coordinate descent."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +37,7 @@ def violation(atoms, targets, c, l1, l2):
 @pytest.fixture(params=["homotopy", "coordinate descent"])
 def way(request, monkeypatch):
     if request.param != "homotopy":
-        monkeypatch.setattr(elastic_net, "find_spec", lambda name: None)
+        monkeypatch.setattr(elastic_net, "_homotopy", lambda: None)
     return request.param
 
 
@@ -95,6 +97,24 @@ def test_what_the_homotopy_leaves_open_is_solved_all_the_same():
     start = torch.zeros(4, 10, dtype=torch.float64)
     start[:, 5] = 1
     assert torch.allclose(solved(atoms, targets, 0.0, 0.5, start=start), expected, atol=1e-5)
+
+
+def test_threads_work_at_the_same_time(monkeypatch):
+    atoms, targets = problem(7, 4, 6, seed=9)
+    together, threads, rows = threading.Barrier(3, timeout=20), torch.get_num_threads(), []
+
+    def wait(*parts):
+        together.wait()
+        rows.append(len(parts[0]))
+        parts[-1][:] = True
+
+    monkeypatch.setattr(elastic_net, "_homotopy", lambda: wait)
+    try:
+        torch.set_num_threads(3)
+        solved(atoms, targets, 0.1, 0.01)
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(rows) == [2, 2, 3]
 
 
 def test_threads_share_the_rows():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.util import find_spec
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,21 +39,31 @@ def elastic_nets(
     """
     arrays = [part.cpu().numpy() for part in (grams, linear, l1, l2, start, present)]
     found, settled = np.zeros(linear.shape), np.zeros(len(linear), bool)
-    if find_spec("numba") is not None:
-        from .homotopy import elastic_net_homotopy
-
-        shares = zip(*(np.array_split(part, torch.get_num_threads()) for part in (*arrays, found, settled)))
-        first, *others = shares
-        if others:
-            with ThreadPoolExecutor(len(others)) as pool:
-                list(pool.map(lambda share: elastic_net_homotopy(*share), [first, *others]))
+    homotopy = _homotopy()
+    if homotopy is not None:
+        parts = (*arrays, found, settled)
+        threads = torch.get_num_threads()
+        if threads == 1:
+            homotopy(*parts)
         else:
-            elastic_net_homotopy(*first)
+            shares = zip(*(np.array_split(part, threads) for part in parts))
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda share: homotopy(*share), shares))
     rest = np.flatnonzero(~settled)
     if len(rest):
         targets = squares.sqrt().cpu().numpy()
         found[rest] = _coordinate_descents(*(part[rest] for part in (*arrays, targets)), tolerance=tolerance)
     return torch.from_numpy(found).to(linear)
+
+
+@cache
+def _homotopy() -> Callable[..., None] | None:
+    """The compiled solver; None without numba, or with one that does not go with this NumPy."""
+    try:
+        from .homotopy import elastic_net_homotopy
+    except ImportError:
+        return None
+    return elastic_net_homotopy
 
 
 def _coordinate_descents(
