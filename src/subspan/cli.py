@@ -513,7 +513,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         table.add_column(name.replace("_", " "), justify=justify, no_wrap=name == "name")
     for row in rows:
         table.add_row(*(_short(value) for value in row.values()))
-    Console(markup=False).print(table)
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 10_000  # a line a row, for whatever reads it
+    console.print(table)
 
 
 # ---------------------------------------------------------------------- select
@@ -1153,7 +1156,8 @@ def list_systems(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(entries)
     else:
-        _print_table([{name: entry[name] for name in ("name", "room", "year", "status", "title")} for entry in entries])
+        shown = ("name", "room", "year", "main_claim", "checks", "title")
+        _print_table([{name: entry[name] for name in shown} for entry in entries])
 
 
 @app.command()
@@ -1192,11 +1196,10 @@ def reproduce(
 
 
 def _print_record(record: dict[str, Any]) -> None:
+    from .reproduce.protocol import status
+
     say = Console(markup=False, highlight=False).print
-    say(
-        f"{record['system']}: {'holds' if record['holds'] else 'does not hold'} ({record['seconds']:.0f} s)",
-        style="bold",
-    )
+    say(f"{record['system']}: {status(record)} ({record['seconds']:.0f} s)", style="bold")
     for name in ("claim", "data", "model", "bar"):
         say(f"  {name}: {record[name]}")
     _print_table(

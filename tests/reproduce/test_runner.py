@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from subspan.reproduce import SYSTEMS, Check, Outcome, Table, find, listing, recorded, run
+from subspan.reproduce.protocol import status, tally
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,6 +93,15 @@ def test_recorded_runs_are_full_and_agree_with_their_bars():
         required = [check["holds"] for check in record["checks"] if check["required"]]
         assert record["holds"] == (record["main_bar_holds"] and all(required))
     assert recorded("nothing") is None
+
+
+def test_a_status_counts_the_claim_and_the_required_checks():
+    checks = [Check("a", "m", 1.0, "> 0", True), Check("b", "m", 0.0, "> 0", False)]
+    aside = Check("c", "m", 0.0, "> 0", False, required=False)
+    record = Outcome("c", "d", "m", "x", 1.0, {}, "> 0", True, [*checks, aside]).facts()
+    assert tally(record) == (True, 2, 3)
+    assert status(record) == "main claim yes · 2 of 3 checks"
+    assert status({**record, "main_bar_holds": False}) == "main claim no · 1 of 3 checks"
 
 
 def test_the_readme_shows_what_was_recorded():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -87,3 +87,15 @@ class Outcome:
         facts["main_bar_holds"] = self.holds
         facts["holds"] = self.all_hold
         return facts
+
+
+def tally(record: Mapping[str, Any]) -> tuple[bool, int, int]:
+    """Whether the main claim of a record holds, how many of its required checks do, and of how many (with it)."""
+    held = [record["main_bar_holds"], *(check["holds"] for check in record["checks"] if check["required"])]
+    return held[0], sum(held), len(held)
+
+
+def status(record: Mapping[str, Any]) -> str:
+    """How a record turned out, in words."""
+    claim, held, checks = tally(record)
+    return f"main claim {'yes' if claim else 'no'} · {held} of {checks} checks"

@@ -13,8 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-from ..geometry.files import atomic_write
-from .protocol import Outcome, Progress, System
+from .protocol import Outcome, Progress, System, tally
 
 SYSTEMS = (
     System(
@@ -271,6 +270,9 @@ def run(
         "seed": seed,
     }
     if results is not None:
+        # Here and not above: the list of systems needs no torch.
+        from ..geometry.files import atomic_write
+
         results.mkdir(parents=True, exist_ok=True)
         with atomic_write(results / f"{system.name}{'.quick' if quick else ''}.json") as path:
             path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -288,11 +290,11 @@ def recorded(name: str) -> dict[str, Any] | None:
 
 
 def listing() -> list[dict[str, Any]]:
-    """One entry a system: name, title, paper, year, room, public name and the status of its recorded run."""
+    """One entry a system: name, title, paper, year, room, public name, and how its recorded run turned out."""
     entries = []
     for system in SYSTEMS:
         record = recorded(system.name)
-        status = "not recorded" if record is None else "holds" if record["holds"] else "does not hold"
+        claim, held, checks = tally(record) if record else (None, 0, 0)
         entries.append(
             {
                 "name": system.name,
@@ -301,7 +303,8 @@ def listing() -> list[dict[str, Any]]:
                 "year": system.year,
                 "room": system.room,
                 "public": f"subspan.{system.room}.{system.public}",
-                "status": status,
+                "main_claim": {True: "yes", False: "no", None: "not recorded"}[claim],
+                "checks": f"{held} of {checks}",
             }
         )
     return entries
