@@ -12,16 +12,17 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
 
-GROUND = frozenset({"geometry", "statistics", "solvers"})
+GROUND = frozenset({"base", "geometry", "statistics", "solvers"})
 FIRST_FLOOR = frozenset({"nn", "models"})
 TASKS = frozenset(
     {"detect", "select", "cluster", "align", "edit", "probe", "compress", "merge", "represent", "dynamics", "wireless"}
 )
 # What each room may import beside itself. `""` is the package's own front page, `subspan/__init__.py`.
 BELOW = {
-    "geometry": frozenset(),
-    "statistics": frozenset({"geometry"}),
-    "solvers": frozenset({"geometry"}),
+    "base": frozenset(),
+    "geometry": frozenset({"base"}),
+    "statistics": frozenset({"base", "geometry"}),
+    "solvers": frozenset({"base", "geometry"}),
     **dict.fromkeys(FIRST_FLOOR, GROUND),
     **dict.fromkeys(TASKS, GROUND | FIRST_FLOOR),
     "datasets": GROUND,

@@ -1,0 +1,1 @@
+"""What every room stands on: files and what they may hold, tables in them, optional dependencies."""
