@@ -18,7 +18,7 @@ from subspan.geometry.maps import reduced_rank, ridge
 from subspan.solvers import transport_plan
 from subspan.statistics import JointMoments
 
-LINEAR = ("none", "procrustes", "scaled", "low-rank", "cca", "ridge")
+LINEAR = ("none", "translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
 
 
 def pairs(n: int = 600, d: int = 12, d_y: int | None = None, *, noise: float = 0.1, seed: int = 0):
@@ -66,7 +66,7 @@ def test_mapped_and_swapped_moments_are_those_of_the_rows():
         assert (ours.d_x, ours.d_y, ours.count) == (direct.d_x, direct.d_y, direct.count)
 
 
-@pytest.mark.parametrize("method", ["procrustes", "scaled", "ridge"])
+@pytest.mark.parametrize("method", ["translation", "procrustes", "scaled", "ridge"])
 def test_closed_forms_are_those_of_space_map(method):
     x, y, _ = pairs()
     space = SpaceMap(method, alpha=0.01).fit(x, y)
@@ -197,10 +197,26 @@ def test_auto_takes_ridge_where_no_rotation_is_near():
     assert model.method_ in ("ridge", "cca", "low-rank")
 
 
+@pytest.mark.parametrize("d", [12, 400])
+def test_auto_takes_the_shift_where_only_the_mean_has_moved(d):
+    x, _, _ = pairs(n=600, d=d)
+    shift = 3 * torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    # In wide spaces maps are chosen on leading axes, which are not the same on both sides.
+    candidates = ("none", "translation", "procrustes") if d > 384 else LINEAR
+    model = quick(candidates=candidates).fit(x, x + shift)
+    assert model.method_ == "translation"
+    table = {row["method"]: row["recall"] for row in model.scores_}
+    assert table["none"] < 0.5 < 0.95 < table["translation"]
+    torch.testing.assert_close(model.transform(x), x + shift, atol=1e-9, rtol=0)
+    torch.testing.assert_close(model.inverse_transform(x + shift), x, atol=1e-9, rtol=0)
+    narrow = quick("translation").fit(x, (x + shift)[:, :9])
+    torch.testing.assert_close(narrow.transform(x), (x + shift)[:, :9], atol=1e-9, rtol=0)
+
+
 def test_simple_means_few_parameters():
-    weights = [complexity("none", {}, 8, 8), complexity("procrustes", {}, 8, 8), complexity("scaled", {}, 8, 8)]
+    weights = [complexity(name, {}, 8, 8) for name in ("none", "translation", "procrustes", "scaled")]
     weights += [complexity("ridge", {"alpha": 1}, 8, 8), complexity("mlp", {"base_complexity": 72, "hidden": 4}, 8, 8)]
-    assert weights == [0, 36, 37, 72, 72 + 4 * 17 + 8]
+    assert weights == [0, 8, 36, 37, 72, 72 + 4 * 17 + 8]
     assert complexity("cca", {"k": 8}, 8, 8) == complexity("ridge", {}, 8, 8)
 
 
@@ -543,7 +559,7 @@ def test_too_few_pairs_fall_back_and_say_so():
     x, y, _ = pairs(n=40, d=60)
     with pytest.warns(UserWarning, match="fewer than the 60 dimensions"):
         model = quick().fit(x[:30], y[:30])
-    assert {row["method"] for row in model.scores_} == {"none", "procrustes", "scaled", "ridge"}
+    assert {row["method"] for row in model.scores_} == {"none", "translation", "procrustes", "scaled", "ridge"}
     with pytest.warns(UserWarning, match="too few to hold any out"):
         model = quick().fit(x[:5], y[:5])
     assert model.method_ == "procrustes"

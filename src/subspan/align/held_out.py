@@ -12,18 +12,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..geometry.arrays import normalize_rows
-from ..geometry.maps import AffineMap, reduced_rank_factors
+from ..geometry.maps import AffineMap, reduced_rank_factors, translation
 from ..solvers import nearest, recall_at_k
 from ..statistics import JointMoments, UniformSample
 
-CLOSED_FORMS = ("none", "procrustes", "scaled", "low-rank", "cca", "ridge")
-"""Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths."""
+CLOSED_FORMS = ("none", "translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
+"""Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths; "translation"
+moves its mean to that of y."""
 
 _ALPHAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 _RANKS = (8, 32, 128, 512)
 _RESIDUAL_ALPHAS = (1.0, 0.1, 0.01)
 # Cross-validation works in at most this many leading directions of each space: a closed form costs O(d^3).
 _SELECTION_DIMENSIONS = 384
+# These send a coordinate to the coordinate of the same number, which leading axes do not have.
+_UNCUT = ("none", "translation")
 
 
 class FoldedPairs:
@@ -101,6 +104,8 @@ def complexity(method: str, parameters: Mapping[str, Any], d_x: int, d_y: int) -
 
     if method == "none":
         return 0
+    if method == "translation":
+        return d_y
     if method in ("procrustes", "scaled"):
         return rotation + (method == "scaled")
     if method == "low-rank":
@@ -122,6 +127,9 @@ def closed_forms(
     shared = {} if shared is None else shared
     if method == "none":
         yield AffineMap(torch.eye(moments.d_y, moments.d_x, dtype=torch.float64))
+        return
+    if method == "translation":
+        yield moments.translation()
         return
     if method == "ridge":
         yield from (moments.ridge(options["alpha"]) for options in parameters)
@@ -248,13 +256,14 @@ class CrossValidation:
     def train(self, *left_out: int) -> tuple[JointMoments, dict[str, Any]]:
         """Moments of the other folds, on the leading axes where the spaces are wide, and what closed forms share."""
         if left_out not in self._moments:
-            self._moments[left_out] = (_without(self._folds, left_out), {"mean_y": self._mean_y(left_out)})
+            self._moments[left_out] = (_without(self._folds, left_out), {"mean_y": self._means(left_out)[1]})
         return self._moments[left_out]
 
-    def _mean_y(self, left_out: tuple[int, ...]) -> Float[Tensor, " d_y"]:
-        """Mean y of the other folds in the whole space."""
+    def _means(self, left_out: tuple[int, ...]) -> tuple[Float[Tensor, " d_x"], Float[Tensor, " d_y"]]:
+        """Mean x and y of the other folds in the whole spaces."""
         kept = [fold for number, fold in enumerate(self.pairs.folds) if number not in left_out]
-        return sum((fold.count * fold.mean_y for fold in kept), 0 * kept[0].mean_y) / sum(fold.count for fold in kept)
+        mean = torch.stack([fold.count * fold.joint.mean for fold in kept]).sum(0) / sum(fold.count for fold in kept)
+        return mean[: kept[0].d_x], mean[kept[0].d_x :]
 
     def in_full(self, affine: AffineMap, mean_y: Float[Tensor, " d_y"]) -> AffineMap:
         """A map between leading axes as a map between the spaces."""
@@ -281,19 +290,21 @@ class CrossValidation:
         self, method: str, left_out: tuple[int, ...], parameters: Sequence[Mapping[str, Any]]
     ) -> Iterator[Callable[[Tensor], Tensor]]:
         """Maps of rows x (q, d_x) from the folds that are not left out."""
-        if method == "none":
-            yield self._identity().map
+        if method in _UNCUT:
+            yield self._uncut(method, left_out).map
             return
         moments, shared = self.train(*left_out)
         yield from (self.through(a, shared["mean_y"]) for a in closed_forms(method, moments, parameters, shared))
 
-    def _identity(self) -> AffineMap:
+    def _uncut(self, method: str, left_out: tuple[int, ...]) -> AffineMap:
+        if method == "translation":
+            return translation(*self._means(left_out))
         return AffineMap(torch.eye(self.y.shape[1], self.x.shape[1], dtype=torch.float64))
 
     def full_map(self, method: str, fold: int, parameters: Mapping[str, Any]) -> AffineMap:
         """One map from all folds but one, between the whole spaces."""
-        if method == "none":
-            return self._identity()
+        if method in _UNCUT:
+            return self._uncut(method, (fold,))
         moments, shared = self.train(fold)
         return self.in_full(next(iter(closed_forms(method, moments, [parameters], shared))), shared["mean_y"])
 

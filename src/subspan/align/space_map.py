@@ -15,13 +15,13 @@ from ..geometry.maps import AffineMap
 from ..statistics import JointMoments
 from ..statistics.pairs import paired_rows
 
-_METHODS = ("procrustes", "scaled", "ridge", "cca")
+_METHODS = ("translation", "procrustes", "scaled", "ridge", "cca")
 
 
 class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
 
-    method: "procrustes", the isometry nearest to the pairs (rotation or reflection; Schönemann, 1966) · "scaled", the
+    method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or reflection; Schönemann, 1966) · "scaled", the
     same times one factor · "ridge", linear regression with penalty `alpha`, relative to the mean variance of X · "cca",
     regression through the first `k` canonical pairs (all where None), covariances shrunk by `shrinkage`.
     One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory.
@@ -64,6 +64,8 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     def _closed_form(self, moments: JointMoments) -> AffineMap:
         if not float(moments.cov_xx.diagonal().sum()) > 0 or not float(moments.cov_yy.diagonal().sum()) > 0:
             raise ValueError("X, Y: one of them is constant; there is nothing to map")
+        if self.method == "translation":
+            return moments.translation()
         if self.method in ("procrustes", "scaled"):
             return moments.procrustes(scale=self.method == "scaled")
         if self.method == "ridge":

@@ -25,7 +25,7 @@ from .held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, HeldOut, close
 from .unpaired import UnpairedReport, align_unpaired
 
 _METHODS = ("auto", *CLOSED_FORMS, "mlp")
-_FEW_ANCHORS = ("none", "procrustes", "scaled", "ridge")
+_FEW_ANCHORS = ("none", "translation", "procrustes", "scaled", "ridge")
 _MLP_PAIRS = 1000
 
 
@@ -34,10 +34,10 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     For an index whose encoder is replaced: X from the new encoder, Y from the old one, both of the same items; mapped
     queries then search the old index.
-    method: "none" (identity; padded or cut for unequal widths) · "procrustes" (Schönemann, 1966) · "scaled" ·
-    "low-rank" (the rotation plus a reduced-rank ridge regression of what it leaves) · "cca" (through k canonical
-    pairs) · "ridge" · "mlp" (a small residual network on top of the best of these; extra: train) · "auto", the simplest
-    whose held-out recall is within one standard error of the best.
+    method: "none" (identity; padded or cut for unequal widths) · "translation" (the same and a shift of the mean) ·
+    "procrustes" (Schönemann, 1966) · "scaled" · "low-rank" (the rotation plus a reduced-rank ridge regression of what
+    it leaves) · "cca" (through k canonical pairs) · "ridge" · "mlp" (a small residual network on top of the best of
+    these; extra: train) · "auto", the simplest whose held-out recall is within one standard error of the best.
     candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None
     are chosen in inner splits. metric: of the search, "cosine", "l2" or "inner". target: what recall counts,
     "neighbours" (share of the true item's `n_neighbors` nearest in the old space that the mapped query finds too) or
@@ -45,7 +45,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     folds: of the cross-validation. max_queries, max_gallery: rows that it scores and keeps; the network is trained on
     those that are kept.
     Rows may be arrays, memory maps, or streams as for `SpaceMap`, read once in O(d²) memory. Fewer pairs than
-    dimensions: a warning, and only rotations of their span and shrunken ridge are tried.
+    dimensions: a warning, and only a shift, rotations of their span and shrunken ridge are tried.
     Attributes: method_, parameters_, adapter_ (an `EmbeddingAdapter`), map_ (its linear part, an `AffineMap`), scores_
     (one dict a candidate: method, parameters, recall, low, high, standard_error, complexity, queries, note), recall_,
     n_pairs_, unpaired_ (an `UnpairedReport` after `fit_unpaired`).
@@ -312,7 +312,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         """The linear map from the target space back."""
         check_is_fitted(self, "adapter_")
         if not hasattr(self, "_inverse"):
-            if self.method_ in ("none", "procrustes", "scaled"):
+            if self.method_ in ("none", "translation", "procrustes", "scaled"):
                 self._inverse = self.map_.inverse()
             else:
                 method, parameters = self.method_, self.parameters_

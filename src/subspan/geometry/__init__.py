@@ -13,6 +13,7 @@ from .maps import (
     procrustes,
     ridge,
     shrink_covariance,
+    translation,
     whitening,
 )
 from .rank import (
@@ -81,6 +82,7 @@ __all__ = [
     "spatial_structure",
     "subspace_distance",
     "subspace_overlap",
+    "translation",
     "von_neumann_entropy",
     "whitening",
 ]

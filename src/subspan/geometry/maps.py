@@ -122,6 +122,11 @@ def _through_means(matrix: Tensor, mean_x: Tensor | None, mean_y: Tensor | None)
     return AffineMap(matrix, mean_y - matrix @ mean_x)
 
 
+def translation(mean_x: Float[Tensor, " d_x"], mean_y: Float[Tensor, " d_y"]) -> AffineMap:
+    """Shift of the mean of x to that of y; between unequal dimensions x is padded with zeros or cut."""
+    return _through_means(torch.eye(len(mean_y), len(mean_x)).to(mean_x), mean_x, mean_y)
+
+
 def procrustes(
     cov_xy: Float[Tensor, "d_x d_y"],
     *,

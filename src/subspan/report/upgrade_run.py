@@ -24,7 +24,7 @@ from .page import render_upgrade
 from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
 
 _ADAPTERS = (".safetensors", ".onnx", ".faiss")
-_LINEAR = ("procrustes", "scaled", "low-rank", "cca", "ridge")
+_LINEAR = ("translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
 METHODS = ("linear", "auto", *_LINEAR, "mlp")
 
 

@@ -345,7 +345,7 @@ def _outcome(
     singles = [name for name in found[0].recall if name != "auto"]
     gaps = [one.recall["auto"] - max(one.recall[name] for name in singles) for one in found]
     means = {name: float(np.mean([one.recall[name] for one in found])) for name in ("auto", *singles)}
-    columns = ["none", "procrustes", "scaled", "low-rank", "cca", "ridge", "auto"]
+    columns = [*CLOSED_FORMS, "auto"]
     tables = [
         Table(
             "recall@10 of held-out queries in the index of old embeddings (old/old is 1 by definition; code and "

@@ -363,6 +363,10 @@ class JointMoments:
         )
         return self._with(len(left), len(right), joint)
 
+    def translation(self) -> maps.AffineMap:
+        """Shift x -> y of the means."""
+        return maps.translation(self.mean_x, self.mean_y)
+
     def procrustes(
         self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None
     ) -> maps.AffineMap:
