@@ -829,6 +829,10 @@ def shorten(
 ) -> None:
     """Write vectors with fewer columns, and say what recall@10 each number of columns leaves.
 
+    Vectors of unit length are scaled to it again, so that cosine, inner product and L2 still rank them alike; scale
+    new rows that `--map` shortens too. Others are left as they come out. The recall is by the metric of the index,
+    of tables by cosine, and printed with it.
+
     Examples:
 
     - `subspan shorten vectors.npy --rank 128 -o short.npy --map pca.safetensors`
@@ -1135,6 +1139,8 @@ def _print_upgrade(facts: dict[str, Any]) -> None:
         print(verdict["bridge"])
     for name, path in facts["files"].items():
         print(f"{name.replace('_', ' ')}: {path}")
+    if "migrated_index" in facts["files"] and facts["migrated_unit_length"]:
+        print("the migrated vectors have length one: scale new ones that replace them, or are added, likewise")
 
 
 # ---------------------------------------------------------------------- systems

@@ -17,8 +17,8 @@ from ..solvers import nearest, recall_at_k
 from ..statistics import JointMoments, UniformSample
 
 CLOSED_FORMS = ("none", "translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
-"""Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths; "translation"
-moves its mean to that of y."""
+"""Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths;
+"translation" moves its mean to that of y."""
 
 _ALPHAS = (10.0, 1.0, 0.1, 0.01, 0.001)
 _RANKS = (8, 32, 128, 512)

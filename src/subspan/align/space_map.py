@@ -21,9 +21,10 @@ _METHODS = ("translation", "procrustes", "scaled", "ridge", "cca")
 class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
 
-    method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or reflection; Schönemann, 1966) · "scaled", the
-    same times one factor · "ridge", linear regression with penalty `alpha`, relative to the mean variance of X · "cca",
-    regression through the first `k` canonical pairs (all where None), covariances shrunk by `shrinkage`.
+    method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or
+    reflection; Schönemann, 1966) · "scaled", the same times one factor · "ridge", linear regression with penalty
+    `alpha`, relative to the mean variance of X · "cca", regression through the first `k` canonical pairs (all where
+    None), covariances shrunk by `shrinkage`.
     One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory.
     Attributes: map_, an `AffineMap`; moments_, the `JointMoments`; canonical_, the canonical directions (method "cca").
     """

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from jaxtyping import Float
 
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index
 from subspan.datasets.indexes import StoredVectors, open_index
+from subspan.geometry.arrays import normalize_rows
 from subspan.geometry.extras import require
 from subspan.geometry.files import atomic_write
 
@@ -87,13 +89,16 @@ def write_index(
     The kind follows the suffix: .npy, .safetensors, .parquet, or FAISS (.faiss, .index): IVF-Flat and HNSW-Flat stay
     what they were, every other index becomes a flat one. Without a suffix: a folder of Qdrant's local mode. key: names
     the map; a run that was killed is resumed by one with the same source and key. metric: of a FAISS index or Qdrant
-    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). overwrite: a file of that name that
+    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). FAISS knows no cosine: rows get
+    unit length then, and the index ranks by inner product. overwrite: a file of that name that
     is not the source. Returns what was written and how it
     was verified. Raises ValueError for a destination that exists or is the source, and for rows that do not come out
     finite; nothing is left then.
     """
     path = check_destination(source, destination, overwrite=overwrite)
     metric = metric or source.metric or "inner"
+    if metric == "cosine" and path.suffix.lower() in FAISS_SUFFIXES:
+        transform = _to_unit(transform)
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
@@ -119,6 +124,10 @@ def write_index(
         Path(lock.lock_file).unlink(missing_ok=True)
     return {"output": str(path), "form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed,
             "verified": verified}  # fmt: skip
+
+
+def _to_unit(transform: Map) -> Map:
+    return lambda rows: normalize_rows(torch.from_numpy(np.ascontiguousarray(transform(rows)))).numpy()
 
 
 def _finite(rows: np.ndarray, columns: int, source: StoredVectors, start: int) -> np.ndarray:

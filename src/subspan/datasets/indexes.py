@@ -22,6 +22,8 @@ from subspan.datasets.tables import ArrayRows, Rows, read_table
 Metric = Literal["inner", "l2", "cosine"]
 ID_COLUMNS = ("id", "ids", "_id")
 UNIT_TOLERANCE = 1e-3
+NEARLY_UNIT = 0.02
+"""How far lengths may lie from one where unit vectors were quantised or rounded."""
 _SHARD_SUFFIXES = (".npy", ".safetensors", ".parquet")
 _BLOCK_BYTES = 16 << 20
 
@@ -168,9 +170,9 @@ def is_stored(source: str) -> bool:
     return path.is_dir() and any(entry.suffix.lower() in _SHARD_SUFFIXES for entry in path.iterdir())
 
 
-def is_unit(low: float, high: float) -> bool:
-    """Whether lengths from `low` to `high` are all one, to the precision of stored vectors."""
-    return abs(low - 1) <= UNIT_TOLERANCE and abs(high - 1) <= UNIT_TOLERANCE
+def is_unit(low: float, high: float, *, tolerance: float = UNIT_TOLERANCE) -> bool:
+    """Whether lengths from `low` to `high` are all one, by default to the precision of stored vectors."""
+    return abs(low - 1) <= tolerance and abs(high - 1) <= tolerance
 
 
 def check_unique(ids: np.ndarray, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 
 from ..datasets.index_writing import Map, write_index
-from ..datasets.indexes import StoredVectors
+from ..datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
 from ..geometry import Subspace, normalize_rows
 from ..represent import Matryoshka
 from ..solvers.neighbours import nearest, recall_at_k
@@ -89,24 +89,29 @@ def shorten(
 ) -> dict[str, Any]:
     """Write the shortened vectors under their ids, and say what recall@10 each number of columns leaves.
 
-    The vectors are read block by block and written as `write_index` does; the curve is measured on at most 10 000 of
-    them, by cosine, whatever the collection ranks by.
+    The vectors are read block by block and written as `write_index` does; what was of unit length is so again. The
+    curve is measured on at most 10 000 of them, as what is written ranks them: as the collection does, tables by
+    cosine.
     """
-    curve = recall_curve(source, head, seed=seed, progress=progress)
+    metric = source.metric or "cosine"
+    unit = is_unit(*source.norms(), tolerance=NEARLY_UNIT)
+    curve = recall_curve(source, head, metric=metric, unit=unit, seed=seed, progress=progress)
+    apply = (lambda rows: _scaled(head.apply(rows))) if unit else head.apply
     if subspace is not None:
         if head.subspace is None:
             raise ValueError("--map: a plain prefix needs no map")
         head.subspace.save(subspace)
-    key = f"{head.name} {head.columns} {_digest(source, head.apply)}"
+    key = f"{head.name} {head.columns} {_digest(source, apply)}"
     try:
         written = write_index(
-            source, destination, head.apply, head.columns, key=key, overwrite=overwrite, progress=progress
+            source, destination, apply, head.columns, key=key, metric=metric, overwrite=overwrite, progress=progress
         )
     except Exception:
         if subspace is not None:
             subspace.unlink(missing_ok=True)
         raise
-    facts = {"rows": len(source), "columns": source.shape[1], "kept": head.columns, "method": head.name}
+    facts = {"rows": len(source), "columns": source.shape[1], "kept": head.columns, "method": head.name,
+             "metric": metric, "unit_length": unit}  # fmt: skip
     if head.subspace is not None and head.subspace.spectrum is not None:
         facts["explained"] = float(head.subspace.explained_ratio)
     facts |= {"output": str(destination), **({"map": str(subspace)} if subspace is not None else {})}
@@ -114,16 +119,25 @@ def shorten(
 
 
 def recall_curve(
-    source: StoredVectors, head: Head, *, seed: int = 0, progress: Progress = silent
+    source: StoredVectors,
+    head: Head,
+    *,
+    metric: str = "cosine",
+    unit: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Recall@10 of each number of columns: of what was shortened, and of the plain prefix beside it."""
+    """Recall@10 of each number of columns: of what was shortened, and of the plain prefix beside it.
+
+    unit: shorter rows are scaled to length one before they are searched.
+    """
     rng = np.random.default_rng(seed)
     n = len(source)
     if n < 3:
         raise ValueError(f"{source.source}: {n} vectors have no neighbours to keep")
     rows = source.take(np.sort(rng.choice(n, min(n, SEARCHED), replace=False)))
     queries = np.sort(rng.choice(len(rows), min(len(rows), _QUERIES), replace=False))
-    truth = _neighbours(rows, queries)
+    truth = _neighbours(rows, queries, metric)
     short = head.apply(rows)
     sizes = [k for k in _sizes(head.columns) if k < head.columns] + [head.columns]
     curve = []
@@ -132,18 +146,23 @@ def recall_curve(
         ways: dict[str, Callable[[], np.ndarray]] = {head.name: lambda k=k: short[:, :k]}
         ways |= {} if head.name == "prefix" else {"prefix": lambda k=k: rows[:, :k]}
         for name, cut in ways.items():
-            recall = recall_at_k(_neighbours(cut(), queries), truth).numpy()
+            found = _neighbours(_scaled(cut()) if unit else cut(), queries, metric)
+            recall = recall_at_k(found, truth).numpy()
             entry[name] = {"recall": float(recall.mean()), "interval": mean_interval(recall, seed)}
         curve.append(entry)
         progress("measuring", 0.3 + 0.2 * (step + 1) / len(sizes))
     return curve
 
 
-def _neighbours(rows: Float[np.ndarray, "n d"], queries: np.ndarray) -> torch.Tensor:
-    base = normalize_rows(torch.from_numpy(np.ascontiguousarray(rows)))
+def _scaled(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    return normalize_rows(torch.from_numpy(np.ascontiguousarray(rows))).numpy()
+
+
+def _neighbours(rows: Float[np.ndarray, "n d"], queries: np.ndarray, metric: str) -> torch.Tensor:
+    base = torch.from_numpy(np.ascontiguousarray(rows))
     chosen = torch.from_numpy(queries)
     k = min(NEIGHBOURS, len(rows) - 1)
-    found = nearest(base[chosen], base, k + 1, metric="inner")[1]
+    found = nearest(base[chosen], base, k + 1, metric=metric)[1]
     own = found == chosen.unsqueeze(1)
     own[~own.any(1), -1] = True
     return found[~own].reshape(len(queries), -1)

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from ..align import backfill_order
-from ..datasets.indexes import StoredVectors, is_unit
+from ..datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
 from ..geometry import normalize_rows
 from ..solvers.neighbours import nearest, recall_at_k
 from .embeddings import Progress, silent
@@ -70,7 +70,8 @@ class Queries:
 class Upgrade:
     """The maps fitted to all pairs, and the facts measured on pairs that maps like them were not fitted to.
 
-    queries: from the new space to the old. vectors: from the old to the new.
+    queries: from the new space to the old. vectors: from the old to the new. unit: migrated vectors are scaled to
+    length one, as the new encoder's are or the cosine asks for.
     """
 
     queries: Any
@@ -80,7 +81,7 @@ class Upgrade:
     unit: bool = False
 
     def migrated(self, rows: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b e"]:
-        """Old vectors in the new space; of unit length where those of the new encoder are."""
+        """Old vectors in the new space."""
         return _unit(self.vectors.transform(rows), self.unit)
 
 
@@ -120,18 +121,18 @@ def pair(
 def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float, float]) -> str:
     """What vectors are ranked by: as the index does, where it says so.
 
-    Raises ValueError where `metric` is another one than that of the index, or cosine is claimed for vectors that are
-    not of unit length.
+    Vectors of nearly unit length are ranked alike by all metrics. Raises ValueError where others are to be ranked by
+    another metric than their index does.
     """
-    unit = is_unit(*lengths)
-    span = f"their lengths go from {lengths[0]:.4g} to {lengths[1]:.4g}"
-    if metric == "cosine" and not unit and index.metric != "cosine":
-        raise ValueError(f"--metric: cosine asks for vectors of unit length; of {index.source} {span}")
+    unit = is_unit(*lengths, tolerance=NEARLY_UNIT)
     if metric is None:
         return index.metric or ("cosine" if unit else "l2")
-    if index.metric is None or metric == index.metric or (unit and index.metric in ("inner", "cosine", "l2")):
+    if unit or index.metric in (None, metric):
         return metric
-    raise ValueError(f"--metric: {index.source} ranks by {index.metric}, not by {metric}; {span}")
+    raise ValueError(
+        f"--metric: {index.source} ranks by {index.metric}, which is {metric} for vectors of unit length alone; their "
+        f"lengths go from {lengths[0]:.4g} to {lengths[1]:.4g}"
+    )
 
 
 def assess(
@@ -140,6 +141,7 @@ def assess(
     *,
     items: int,
     metric: str,
+    index_metric: str | None = None,
     queries: Queries | None = None,
     target: float = 0.9,
     held_out: float = 0.3,
@@ -148,25 +150,29 @@ def assess(
 ) -> Upgrade:
     """Fit both maps, measure recall@10 on held-out items, the curve of partial backfilling, and decide.
 
-    fit(X, Y, chosen): a fitted map of rows X to rows Y with `transform`; chosen: an earlier map whose method is kept.
-    items: how many the collection has. target: the share
-    of new/new recall that is good enough.
+    fit(X, Y, metric, chosen): a fitted map of rows X to rows Y with `transform`, good for search by `metric`; chosen:
+    an earlier map whose method is kept. items: how many the collection has. metric: what new and migrated vectors are
+    ranked by. index_metric: what the old ones are, where that is another. target: the share of new/new recall that is
+    good enough.
     """
     m = len(pairs)
     order = np.random.default_rng(seed).permutation(m)
     judged = np.sort(order[: min(max(round(held_out * m), FEWEST_PAIRS // 3), MOST_SEARCHED)])
     fitted = np.sort(order[len(judged) :])
-    unit = unit_length(pairs)
+    unit = metric == "cosine" or is_unit(*_lengths(pairs.new), tolerance=NEARLY_UNIT)
+    index_metric = index_metric or metric
+    # What is scaled afterwards is ranked by its directions alone.
+    ways = ((pairs.new, pairs.old, index_metric), (pairs.old, pairs.new, "cosine" if unit else metric))
     progress("fitting the maps", 0.1)
-    to_old, to_new = (fit(a[fitted], b[fitted]) for a, b in ((pairs.new, pairs.old), (pairs.old, pairs.new)))
+    to_old, to_new = (fit(a[fitted], b[fitted], ranked) for a, b, ranked in ways)
     progress("searching", 0.4)
     bench = _Bench(pairs, judged, queries, metric, seed)
     mapped = np.asarray(_unit(to_new.transform(bench.old), unit))
     base_old, base_new = bench.old, bench.new
     found: dict[str, Any] = {
-        "old/old": None if bench.queries_old is None else bench.recall(bench.queries_old, base_old),
-        "new/old unmapped": bench.recall(_fitted_width(bench.queries_new, base_old.shape[1]), base_old),
-        "new/old mapped": bench.recall(np.asarray(to_old.transform(bench.queries_new)), base_old),
+        "old/old": None if bench.queries_old is None else bench.recall(bench.queries_old, base_old, index_metric),
+        "new/old unmapped": bench.recall(_fitted_width(bench.queries_new, base_old.shape[1]), base_old, index_metric),
+        "new/old mapped": bench.recall(np.asarray(to_old.transform(bench.queries_new)), base_old, index_metric),
         "new/migrated": bench.recall(bench.queries_new, mapped),
         "new/new": bench.recall(bench.queries_new, base_new),
     }
@@ -175,7 +181,7 @@ def assess(
     need = target * retrieval["new/new"]["value"]
     shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
     progress("fitting to all pairs", 0.9)
-    whole = fit(pairs.new, pairs.old, to_old), fit(pairs.old, pairs.new, to_new)
+    whole = tuple(fit(a, b, ranked, chosen) for (a, b, ranked), chosen in zip(ways, (to_old, to_new)))
     facts: dict[str, Any] = {
         "metric": metric,
         "k": K,
@@ -192,9 +198,10 @@ def assess(
         "retrieval": retrieval,
         "backfill": {"curves": curves, "share_needed": shares, "need": need},
         "items": items,
+        "migrated_unit_length": unit,
     }
     facts["verdict"] = verdict(facts)
-    return Upgrade(*whole, facts, pairs, unit)
+    return Upgrade(whole[0], whole[1], facts, pairs, unit)
 
 
 def verdict(facts: dict[str, Any]) -> dict[str, Any]:
@@ -267,23 +274,23 @@ class _Bench:
             self.truth_in_words = "held-out items with the label of the query (share of them among the first 10)"
         else:
             self.relevant = None
-            self.truth = self.search(self.queries_new, self.new)
+            self.truth = self.search(self.queries_new, self.new, metric)
             self.truth_in_words = "the 10 nearest held-out items by the new encoder, exact search"
 
-    def search(self, queries: np.ndarray, base: np.ndarray) -> Int[Tensor, "q k"]:
+    def search(self, queries: np.ndarray, base: np.ndarray, metric: str) -> Int[Tensor, "q k"]:
         """Places of the nearest items, the query itself left out."""
         k = min(K, len(base) - 1)
         q, b = torch.from_numpy(np.ascontiguousarray(queries)), torch.from_numpy(np.ascontiguousarray(base))
-        found = nearest(q, b, min(k + 1, len(base)), metric=self.metric)[1]
+        found = nearest(q, b, min(k + 1, len(base)), metric=metric)[1]
         if self.own is None:
             return found[:, :k]
         own = found == torch.from_numpy(self.own).unsqueeze(1)
         own[~own.any(1), -1] = True
         return found[~own].reshape(len(found), -1)
 
-    def recall(self, queries: np.ndarray, base: np.ndarray) -> Float[np.ndarray, " q"]:
-        """Recall@10 of each query."""
-        found = self.search(queries, base)
+    def recall(self, queries: np.ndarray, base: np.ndarray, metric: str | None = None) -> Float[np.ndarray, " q"]:
+        """Recall@10 of each query, by the metric of the new vectors or another."""
+        found = self.search(queries, base, metric or self.metric)
         if self.relevant is None:
             return recall_at_k(found, self.truth).numpy()
         hits = np.take_along_axis(self.relevant, found.numpy(), axis=1).sum(axis=1)
@@ -341,8 +348,8 @@ def _describe(fitted: Any) -> dict[str, Any]:
 
 
 def unit_length(pairs: Pairs) -> bool:
-    """Whether old and new vectors are all of length one."""
-    return is_unit(*_lengths(pairs.old)) and is_unit(*_lengths(pairs.new))
+    """Whether old and new vectors all have nearly length one."""
+    return all(is_unit(*_lengths(rows), tolerance=NEARLY_UNIT) for rows in (pairs.old, pairs.new))
 
 
 def _lengths(rows: np.ndarray) -> tuple[float, float]:

@@ -97,14 +97,15 @@ def run_upgrade(
     named = {name: str(path) for name, path in outputs.named().items()}
     if dry_run:
         return {**facts, "files": named}
-    fit = _fitter(method, ranked, unit_length(pairs), seed)
+    fit = _fitter(method, unit_length(pairs), seed)
     found = assess(
-        pairs, fit, items=len(stored), metric=ranked, queries=queries, target=target, seed=seed, progress=progress
-    )
+        pairs, fit, items=len(stored), metric=ranked, index_metric=stored.metric, queries=queries, target=target,
+        seed=seed, progress=progress,
+    )  # fmt: skip
     facts |= found.facts
     written: list[Path] = []
     try:
-        facts["written"] = _write(stored, found, outputs, ranked, seed, written, progress)
+        facts["written"] = _write(stored, found, outputs, stored.metric or ranked, seed, written, progress)
         facts["files"] = named
         facts |= {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -121,11 +122,11 @@ def run_upgrade(
     return facts
 
 
-def _fitter(method: str, metric: str, unit: bool, seed: int) -> Fit:
+def _fitter(method: str, unit: bool, seed: int) -> Fit:
     """Fits maps between the two spaces; the second time a map is fitted, with the method that the first one chose."""
-    options = {"metric": metric, "normalize": unit, "random_state": seed}
 
-    def fit(x: np.ndarray, y: np.ndarray, chosen: Any = None) -> UpgradeMap:
+    def fit(x: np.ndarray, y: np.ndarray, metric: str, chosen: Any = None) -> UpgradeMap:
+        options: dict[str, Any] = {"metric": metric, "normalize": unit, "random_state": seed}
         if chosen is not None:
             fixed = {name: value for name, value in chosen.parameters_.items() if name in ("alpha", "rank", "k")}
             model = UpgradeMap(chosen.method_, **options, **fixed)
