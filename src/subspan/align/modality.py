@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.validation import check_array, validate_data
 from torch import Tensor, nn
 
+from ..base.estimators import check_array, validate_data
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import load_arrays, save_arrays
 from ..statistics import Moments, batches, is_one_shot, is_stream
@@ -230,7 +229,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def _read(self, source: Any, name: str, *, reset: bool) -> Iterator[Tensor]:
         """Batches of `source` in float64, checked against what was read before; `reset`: its first rows."""
         columns = getattr(self, "n_features_in_", None)
-        if isinstance(source, Tensor) or (is_stream(source) and not issparse(source)):
+        if isinstance(source, Tensor) or is_stream(source):
             for batch in batches(source, _BATCH):
                 rows = check_matrix(batch, name, columns=columns)
                 columns = rows.shape[1]

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.validation import validate_data
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.maps import AffineMap

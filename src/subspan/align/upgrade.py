@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.maps import AffineMap

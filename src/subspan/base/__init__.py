@@ -1,1 +1,1 @@
-"""What every room stands on: files and what they may hold, tables in them, optional dependencies."""
+"""What every room stands on: the doors of arrays and estimators, files and tables in them, optional dependencies."""

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_finite, normalize_rows
 from ..models.capture import Capture, evaluation
 from ..models.layers import layer_names

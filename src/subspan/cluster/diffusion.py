@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.cluster import SpectralClustering
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.grassmann import orthonormalize
 from ..geometry.subspace import Subspace

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like
 from ..geometry.rank import EnergyRank
 from ..geometry.spectra import coding_rate, compressed_coding_rate

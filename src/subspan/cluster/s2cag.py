@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry import Subspace
 from ..solvers.graph_filters import (
     FilteredOperator,

@@ -10,9 +10,10 @@ import torch
 from scipy import sparse
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry import Subspace, normalize_rows
 from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
 from ..solvers.rounding import ROUNDINGS

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import track
 from scipy.stats import chi2
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from subspan.base.estimators import validate_data
 from subspan.detect.foreground import foreground_mask, specular_confidence, suppress_specular
 from subspan.detect.maps import aggregate, smooth, stitch, upsample, window_boxes
 from subspan.detect.rotations import RandomRotations

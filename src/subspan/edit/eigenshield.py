@@ -23,14 +23,14 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from subspan.base.estimators import validate_data
 from subspan.geometry import random_matrix
-from subspan.geometry.arrays import as_tensor, check_finite, like
+from subspan.geometry.arrays import as_tensor, centre, check_finite, like
 from subspan.geometry.rank import MarchenkoPastur, RankRule, rank_rule
 from subspan.geometry.subspace import Subspace
 from subspan.models.capture import Layout, Pool, device_of, iterate_representations
@@ -135,7 +135,7 @@ class SpikeFilter(nn.Module):
     def forward(self, z: Float[Tensor, "*b d"], mask: Tensor | None = None) -> Float[Tensor, "*b d"]:
         """Filter the vectors along the last axis."""
         basis = self.basis.to(z.dtype)
-        centred = z - self.center.to(z.dtype)
+        centred = centre(z, self.center)
         inside = (centred @ basis) @ basis.mT
         filtered = z - self.strength * (inside if self.removes else centred - inside)
         if self.keep_norm:
@@ -468,7 +468,7 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     # ------------------------------------------------------------------ rows
 
     def _batches(self, X: Any, name: str, *, reset: bool = False) -> Iterable[Tensor]:
-        source = X if is_stream(X) and not issparse(X) else self._rows(X, name, reset=reset).flatten(0, -2)
+        source = X if is_stream(X) else self._rows(X, name, reset=reset).flatten(0, -2)
         for rows in batches(source, self.batch_size):
             if reset and source is X:
                 self.n_features_in_ = rows.shape[1]

@@ -6,14 +6,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Inexact
 from torch import Tensor
+
+from ..base.arrays import check_finite, from_numpy, refuse_masked, refuse_sparse
 
 
 def as_tensor(x: Any, name: str = "x", *, ndim: int | None = None, floating: bool = True) -> Tensor:
     """Turn an array-like into a tensor (no copy where possible); integers become float64 when `floating`.
 
-    Raises TypeError for things that are not numeric arrays and ValueError for a wrong number of dimensions.
+    Raises TypeError for what is no numeric array or sparse, ValueError for masked entries or another number of
+    dimensions.
     """
+    refuse_masked(x, name)
+    refuse_sparse(x, name)
     if isinstance(x, Tensor):
         tensor = x
     else:
@@ -22,13 +28,15 @@ def as_tensor(x: Any, name: str = "x", *, ndim: int | None = None, floating: boo
             raise TypeError(f"{name}: expected a numeric array, got dtype {array.dtype}")
         if array.dtype == np.float16:
             array = array.astype(np.float32)
+        if array.dtype.type in (np.longdouble, np.clongdouble):
+            array = array.astype(np.float64 if array.dtype.kind == "f" else np.complex128)
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         if any(stride < 0 for stride in array.strides):
             array = array.copy()
         if not array.flags.writeable:
             array = array.copy() if array.nbytes < 1 << 24 else array
-        tensor = _from_numpy(array)
+        tensor = from_numpy(array)
     if floating and not (tensor.is_floating_point() or tensor.is_complex()):
         tensor = tensor.to(torch.float64)
     if ndim is not None and tensor.ndim != ndim:
@@ -36,35 +44,14 @@ def as_tensor(x: Any, name: str = "x", *, ndim: int | None = None, floating: boo
     return tensor
 
 
-def _from_numpy(array: np.ndarray) -> Tensor:
-    if array.flags.writeable:
-        return torch.from_numpy(array)
-    # A read-only memory map is shared without a copy; nothing in the library writes to its input.
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
-
-
-def check_finite(x: Tensor, name: str = "x") -> Tensor:
-    """Return `x`, or raise a ValueError that counts the rows with NaN or infinity and names the first."""
-    # A finite sum proves finite entries in one pass; only a suspicious sum pays for the exact check.
-    if x.numel() and not bool(torch.isfinite(x.sum())):
-        bad = ~torch.isfinite(x)
-        rows = bad.reshape(-1, x.shape[-1]).any(-1) if x.ndim > 1 else bad
-        if bool(rows.any()):
-            first = int(rows.nonzero()[0, 0])
-            raise ValueError(
-                f"{name}: {int(rows.sum())} of {rows.numel()} rows contain NaN or infinity (the first is row {first}); "
-                "remove or impute them"
-            )
-    return x
-
-
 def check_matrix(x: Any, name: str = "x", *, columns: int | None = None, min_rows: int = 1) -> Tensor:
-    """Return `x` as a finite floating matrix (n, d), or raise a ValueError that says what would be right."""
-    tensor = as_tensor(x, name, ndim=2)
+    """Return `x` as a finite matrix (n, d) of real numbers, detached, or raise a ValueError that says what is right.
+
+    Single precision becomes double where the squares of the values would overflow.
+    """
+    tensor = as_tensor(x, name, ndim=2).detach()
+    if tensor.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {str(tensor.dtype).removeprefix('torch.')}")
     if tensor.shape[0] < min_rows:
         raise ValueError(f"{name}: needs at least {min_rows} rows, got {tensor.shape[0]}")
     if tensor.shape[1] < 1:
@@ -79,6 +66,22 @@ def like(result: Tensor, reference: Any) -> Any:
     if isinstance(reference, Tensor):
         return result.to(reference.device)
     return result.detach().cpu().numpy()
+
+
+def holding(dtype: torch.dtype, values: Tensor) -> torch.dtype:
+    """`dtype`, or double precision where the largest of `values` would be infinite in it."""
+    largest = float(values.max()) if values.numel() else 0.0
+    return dtype if largest <= torch.finfo(dtype).max else torch.promote_types(dtype, torch.float64)
+
+
+def centre(rows: Inexact[Tensor, "*n d"], center: Inexact[Tensor, "*b d"]) -> Inexact[Tensor, "*m d"]:
+    """rows - center in the dtype of the rows, without rounding a centre of more digits to theirs first."""
+    rounded = center.to(rows.dtype)
+    centred = rows - rounded
+    if torch.promote_types(center.dtype, rows.dtype) != rows.dtype:
+        # What rounding takes is not small where the centre is large against the spread.
+        centred -= (center - rounded).to(rows.dtype)
+    return centred
 
 
 def normalize_rows(x: Tensor, *, keep_zero: bool = True) -> Tensor:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from .angles import principal_angles, subspace_distance, subspace_overlap
-from .arrays import as_tensor, check_finite
+from .arrays import as_tensor, centre, check_finite, holding
 from .files import load_arrays, save_arrays
 from .grassmann import orthonormalize, polar, random_basis
 from .rank import RankRule, rank_rule
@@ -114,12 +114,12 @@ class Subspace:
     ) -> Subspace:
         """Principal subspace of the rows of `x` (n, d), computed in float64, returned in the dtype of `x`.
 
+        The centre stays in float64: where it is large against the spread, rounding it would move the subspace.
         `rank`: int, float in (0, 1] = explained variance, rule name or rule. `center`: subtract the mean first.
         Uses the smaller of the two Gram matrices, so n < d costs O(n^2 d). For data larger than memory use
         `Moments`. Raises ValueError for non-finite or constant rows.
         """
-        rows = as_tensor(x, "x", ndim=2)
-        check_finite(rows, "x")
+        rows = check_finite(as_tensor(x, "x", ndim=2).detach(), "x")
         n, d = rows.shape
         if n < 2:
             raise ValueError(f"x: needs at least 2 rows, got {n}")
@@ -154,12 +154,12 @@ class Subspace:
         k = rank_rule(rank)(values[:available].cpu().numpy(), max(1, round(count)), d)
         if not 1 <= k <= d:
             raise ValueError(f"rank: the rule returned {k}, outside [1, {d}]")
-        dtype = vectors.dtype if dtype is None else dtype
-        real = torch.empty(0, dtype=dtype).real.dtype
+        dtype = holding(vectors.dtype if dtype is None else dtype, values)
+        real = dtype.to_real()
         rest = values[k:].sum() / (d - k) if k < d else values.new_zeros(())
         return cls(
             basis=vectors[:, :k].to(dtype).contiguous(),
-            center=None if mean is None else mean.to(dtype),
+            center=mean,
             variances=values[:k].to(real),
             residual_variance=rest.to(real),
             spectrum=values.to(real),
@@ -227,7 +227,7 @@ class Subspace:
         return rows.to(dtype)
 
     def _centered(self, rows: Tensor) -> Tensor:
-        return rows if self.center is None else rows - self.center.unsqueeze(-2).to(rows.dtype)
+        return rows if self.center is None else centre(rows, self.center.unsqueeze(-2))
 
     def coordinates(self, x: Any) -> Inexact[Tensor, "*b n k"]:
         """Coordinates (…, n, k) of rows x (…, n, d) along the directions, from the centre."""
@@ -257,7 +257,17 @@ class Subspace:
 
         The distance is |x - c|^2 - |z|^2; rows where that cancels (close to the subspace) are measured directly.
         """
-        rows = self._centered(self._rows(x))
+        given = self._rows(x)
+        z, residual = self._energies(given)
+        if bool(torch.isfinite(residual).all()):
+            return z, residual
+        z, residual = self._energies(check_finite(given, "x").to(torch.promote_types(given.dtype, torch.float64)))
+        if not bool(torch.isfinite(residual).all()):
+            raise ValueError("x: values are so large that their squares overflow float64; rescale them")
+        return z, residual
+
+    def _energies(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._centered(rows)
         basis = self.basis.to(rows.dtype)
         z = rows @ basis.conj()
         norm = rows.abs().square().sum(-1)
@@ -277,9 +287,17 @@ class Subspace:
 
     def mahalanobis(self, x: Any, *, epsilon: float = 0.0) -> Float[Tensor, "*b n"]:
         """Squared Mahalanobis distance inside the subspace, sum_i z_i^2 / (variance_i + epsilon)."""
-        variances = self._need("variances")
-        z = self.coordinates(x)
-        return (z.abs().square() / (variances.unsqueeze(-2) + epsilon).to(z.real.dtype)).sum(-1)
+        variances = self._need("variances").unsqueeze(-2) + epsilon
+        rows = self._rows(x)
+        z = self.coordinates(rows)
+        distance = (z.abs().square() / variances.to(z.real.dtype)).sum(-1)
+        if bool(torch.isfinite(distance).all()):
+            return distance
+        z = self.coordinates(check_finite(rows, "x").to(torch.promote_types(rows.dtype, torch.float64)))
+        distance = (z.abs().square() / variances.to(z.real.dtype)).sum(-1)
+        if not bool(torch.isfinite(distance).all()):
+            raise ValueError("epsilon: a direction has no variance to divide by; choose epsilon > 0 or a lower rank")
+        return distance
 
     def leverage(self, x: Any) -> Float[Tensor, "*b n"]:
         """Statistical leverage sum_i z_i^2 / s_i^2 of rows, equal to Mahalanobis over the degrees of freedom."""

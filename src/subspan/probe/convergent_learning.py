@@ -14,9 +14,10 @@ from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.cluster import SpectralClustering
 from sklearn.linear_model import lars_path_gram
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like
 from ..geometry.grassmann import random_basis
 from ..geometry.maps import AffineMap, CanonicalCorrelation, cca

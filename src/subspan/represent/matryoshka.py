@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.subspace import Subspace
@@ -88,7 +88,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             raise ValueError(f"kind: expected one of {_KINDS}, got {self.kind!r}")
         for name in ("subspace_", "heads_", "classes_", "losses_"):
             self.__dict__.pop(name, None)
-        if self.kind == "pca" and (isinstance(X, Tensor) or (is_stream(X) and not issparse(X))):
+        if self.kind == "pca" and (isinstance(X, Tensor) or is_stream(X)):
             moments = fit_moments(X)
             self.n_features_in_ = moments.d
             self.__dict__.pop("feature_names_in_", None)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
 from ..geometry.extras import require
 from ..geometry.files import load_arrays, save_arrays

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from sklearn.base import BaseEstimator
 from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from subspan.base.estimators import validate_data
 from subspan.geometry import Subspace, as_tensor, check_finite, check_matrix, like, normalize_rows
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
@@ -223,7 +223,7 @@ class LeverageSelector(BaseEstimator):
                 "X: a one-shot iterator is used up by the first of two passes; pass a re-iterable (a list-like of "
                 "batches, a DataLoader, a file), or feed partial_fit and then score_samples"
             )
-        if (not is_stream(X) and not is_dask(X)) or issparse(X):
+        if not is_stream(X) and not is_dask(X):
             return self._rows(X, reset=reset)
         width = X.shape[1] if is_dask(X) else next(iter(batches(X, 1))).shape[1]
         if reset:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from ..geometry import maps
-from ..geometry.arrays import as_tensor
+from ..geometry.arrays import as_tensor, check_matrix
 from ..geometry.files import load_arrays, save_arrays
 from ..geometry.rank import RankRule
 from ..geometry.subspace import Subspace
@@ -64,7 +64,7 @@ class Moments:
 
         A batch that is refused (wrong width, NaN, infinity) leaves the moments as they were.
         """
-        rows = as_tensor(batch, "batch", ndim=2)
+        rows = as_tensor(batch, "batch", ndim=2).detach()
         if rows.shape[1] != self.d:
             raise ValueError(f"batch: expected {self.d} columns, got {rows.shape[1]}")
         if rows.is_complex() and not self.mean.is_complex():
@@ -73,7 +73,7 @@ class Moments:
             rows = rows.to(torch.float32)
         w = None
         if weights is not None:
-            w = as_tensor(weights, "weights", ndim=1).to(self.mean.real.dtype)
+            w = as_tensor(weights, "weights", ndim=1).detach().to(self.mean.real.dtype)
             if w.shape != rows.shape[:1] or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
                 raise ValueError(f"weights: expected {rows.shape[0]} finite non-negative numbers")
         if rows.shape[0]:
@@ -259,7 +259,7 @@ class JointMoments:
 
     def update(self, x: Any, y: Any, weights: Any = None) -> JointMoments:
         """Add paired rows x (n, d_x) and y (n, d_y); returns self."""
-        a, b = as_tensor(x, "x", ndim=2), as_tensor(y, "y", ndim=2)
+        a, b = as_tensor(x, "x", ndim=2).detach(), as_tensor(y, "y", ndim=2).detach()
         if a.shape[1] != self.d_x or b.shape[1] != self.d_y:
             raise ValueError(f"x, y: expected {self.d_x} and {self.d_y} columns, got {a.shape[1]} and {b.shape[1]}")
         if a.shape[0] != b.shape[0]:
@@ -415,9 +415,8 @@ class JointMoments:
         """
         # In double precision: with n pairs the scores of one query differ in the relative order of 1/n.
         center_x, center_y = self.mean_x.double(), self.mean_y.double()
-        a, b = as_tensor(x, "x", ndim=2).to(center_x), as_tensor(y, "y", ndim=2).to(center_y)
-        if a.shape[1] != self.d_x or b.shape[1] != self.d_y:
-            raise ValueError(f"x, y: expected {self.d_x} and {self.d_y} columns, got {a.shape[1]} and {b.shape[1]}")
+        a = check_matrix(x, "x", columns=self.d_x).to(center_x)
+        b = check_matrix(y, "y", columns=self.d_y).to(center_y)
         a, b = a - center_x, b - center_y
         factor = self.count / (self.count + 1)
         scatter, d = self.joint.scatter.double(), self.d_x

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from scipy.sparse import issparse
-from sklearn.utils.validation import validate_data
 from torch import Tensor
 
+from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix
 from .streams import batches, is_stream
 
 
 def is_streamed(rows: Any) -> bool:
     """Whether rows go past scikit-learn's validation: tensors, and what is read batch by batch."""
-    return isinstance(rows, Tensor) or (is_stream(rows) and not issparse(rows))
+    return isinstance(rows, Tensor) or is_stream(rows)
 
 
 def paired_rows(estimator: Any, X: Any, Y: Any, *, reset: bool) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..geometry.arrays import as_tensor, check_finite
+from ..geometry.arrays import check_matrix, holding
 from ..geometry.rank import RankRule, rank_rule
 from ..geometry.subspace import Subspace
 
@@ -38,10 +38,7 @@ class CovarianceSketch:
 
     def update(self, batch: Any) -> CovarianceSketch:
         """Add rows (n, d); returns self."""
-        rows = as_tensor(batch, "batch", ndim=2)
-        if rows.shape[1] != self.d:
-            raise ValueError(f"batch: expected {self.d} columns, got {rows.shape[1]}")
-        check_finite(rows, "batch")
+        rows = check_matrix(batch, "batch", columns=self.d, min_rows=0)
         for start in range(0, rows.shape[0], self.size):
             part = rows[start : start + self.size].to(self.rows)
             mean = part.mean(0)
@@ -112,11 +109,11 @@ class CovarianceSketch:
         k = rank_rule(rank)(spectrum.numpy(force=True), max(1, round(self.count)), self.d)
         if k > kept:
             raise ValueError(f"rank: {k} directions are asked for, the sketch holds {kept}; use a larger size")
-        dtype = self.rows.dtype if dtype is None else dtype
+        dtype = holding(self.rows.dtype if dtype is None else dtype, spectrum)
         basis = torch.linalg.qr(vh[:k].mT)[0].to(dtype)
         return Subspace(
             basis=basis,
-            center=self.mean.to(dtype),
+            center=self.mean,
             variances=values[:k].to(dtype),
             residual_variance=(spectrum[k:].sum() / max(1, self.d - k)).to(dtype),
             spectrum=spectrum.to(dtype),

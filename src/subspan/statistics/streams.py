@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.arrays import is_sparse, refuse_sparse
 from ..geometry.arrays import as_tensor
 from ..geometry.extras import require
 from ..geometry.files import load_arrays, remove_unfinished
@@ -24,7 +25,12 @@ def is_dask(source: Any) -> bool:
 
 
 def is_stream(source: Any) -> bool:
-    """Whether `source` must be read batch by batch: it is no array in memory, or it is a list of arrays (n, d)."""
+    """Whether `source` must be read batch by batch: it is no array in memory, or it is a list of arrays (n, d).
+
+    Sparse matrices are no streams: whether they are read is up to the door of arrays.
+    """
+    if is_sparse(source):
+        return False
     if isinstance(source, list | tuple):
         return bool(source) and getattr(source[0], "ndim", 0) == 2
     return isinstance(source, np.memmap | str | os.PathLike) or not (
@@ -41,8 +47,10 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
     """Yield `source` as tensors (n, d), after skipping `skip` rows.
 
     source: an array or tensor (n, d); a memory map; a path to a .npy or .parquet file; an iterable (or DataLoader) of
-    batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for other files.
+    batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for other files,
+    TypeError for sparse matrices.
     """
+    refuse_sparse(source, "source")
     if batch_size < 1:
         raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
     if skip < 0:
