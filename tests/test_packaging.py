@@ -64,6 +64,29 @@ def asked_extras() -> dict[str, str]:
     return found
 
 
+def imported_packages(source: str) -> set[tuple[str, str | None]]:
+    """What a module imports beside its own package and Python's, each with the extra that `require` says brings it."""
+    found: set[tuple[str, str | None]] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {(alias.name, None) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add((node.module, None))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in (
+            "require",
+            "import_module",
+        ):
+            extra = next((word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)), None)
+            found |= {(word.value, extra) for word in node.args if isinstance(getattr(word, "value", None), str)}
+    known = {"subspan", *sys.stdlib_module_names}
+    return {(name.split(".")[0], extra) for name, extra in found if name.split(".")[0] not in known}
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """Canonical names of what is required."""
+    return {canonicalize_name(Requirement(line).name) for line in requirements}
+
+
 @pytest.mark.parametrize("name", sorted(PINNED))
 def test_every_line_is_a_pin_with_hashes(name: str) -> None:
     lines = PINNED[name].read_text(encoding="utf-8").splitlines()
@@ -91,6 +114,37 @@ def test_every_declared_dependency_is_pinned_within_its_bounds(project: dict) ->
         assert versions, f"{requirement} is not pinned: run `make lock`"
         for pin in versions:
             assert requirement.specifier.contains(next(iter(pin.specifier)).version), f"{pin} is not {requirement}"
+
+
+def test_what_is_imported_is_declared(project: dict) -> None:
+    provided = importlib.metadata.packages_distributions()
+    always = distributions(project["project"]["dependencies"])
+    extras = {name: distributions(lines) for name, lines in project["project"]["optional-dependencies"].items()}
+    anything = always.union(*extras.values())
+    # Protocols measure against other libraries, which only those who run them need.
+    measured_against = distributions(project["dependency-groups"]["dev"])
+    missing = {}
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for package, extra in imported_packages(path.read_text(encoding="utf-8")):
+            names = {canonicalize_name(name) for name in provided.get(package, [package])}
+            allowed = anything if extra is None else always | extras[extra]
+            if not names & (allowed | measured_against if "reproduce" in path.parts else allowed):
+                missing[package, extra] = path.name
+    assert missing == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "extra"),
+    [
+        ("import filelock", None),
+        ("def late():\n    from filelock import FileLock", None),
+        ("require('filelock.asyncio', extra='index')", "index"),
+        ("importlib.import_module('filelock')", None),
+    ],
+)
+def test_an_import_is_seen(source: str, extra: str | None) -> None:
+    found = imported_packages(f"import os\nfrom . import own\nimport subspan.nn\n{source}")
+    assert found == {("filelock", extra)}
 
 
 def test_both_builds_of_torch_are_the_same_version() -> None:
