@@ -285,7 +285,11 @@ CASES["output-is-the-sample"] = (both, "upgrade old.faiss new.parquet --migrate 
 CASES["metric-of-another"] = (both, "upgrade old.faiss new.parquet --queries-old new.parquet", "need --queries-new")
 CASES["no-faiss-network"] = (both, "upgrade old.faiss new.parquet --method mlp --wrap w.faiss", "use linear")
 CASES["unknown-method"] = (both, "upgrade old.faiss new.parquet --method magic", "--method: one of")
-CASES["two-outputs-of-one-name"] = (both, "upgrade old.faiss new.parquet -o a.onnx --wrap a.onnx", "twice")
+CASES["two-outputs-of-one-name"] = (
+    both,
+    "upgrade old.faiss new.parquet -o a.onnx --wrap a.onnx",
+    "is the file of -o too",
+)
 CASES["wrong-suffix"] = (both, "upgrade old.faiss new.parquet --migrate out.xyz", "must end in")
 CASES["missing-folder"] = (both, "upgrade old.faiss new.parquet --report nowhere/r.html", "does not exist")
 CASES["npy-without-ids"] = (both, "upgrade old.faiss new.parquet --migrate out.npy", "holds no ids")

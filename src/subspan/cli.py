@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from .base.files import atomic_write, write_array, write_rows, write_text
+from .base.outputs import Output, Outputs
+
 if TYPE_CHECKING:
     from .report.embeddings import Embeddings
 
@@ -66,6 +69,8 @@ _RANKS = (
 Rank = Annotated[str, typer.Option("--rank", "-k", help=_RANKS)]
 
 
+_TABLES = (".csv", ".json", ".npy")
+_PAGES = (".html", ".htm")
 _STOPPED = 130
 """The exit code after Ctrl-C; newer versions of typer return it, older ones raise Abort."""
 
@@ -159,20 +164,6 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
-def _output(path: Path | None, *suffixes: str) -> None:
-    """Refuse an output that cannot be written before the work is done instead of after it."""
-    if path is None:
-        return
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f"-o: {str(path)!r} must end in {', '.join(suffixes)}")
-    if path.is_dir():
-        raise ValueError(f"-o: {str(path)!r} is a folder")
-    if not path.resolve().parent.is_dir():
-        raise ValueError(f"-o: the folder {str(path.parent)!r} does not exist")
-    if not os.access(path.resolve().parent, os.W_OK):
-        raise ValueError(f"-o: the folder {str(path.parent)!r} cannot be written to")
-
-
 def _rank(text: str) -> int | float | str:
     """`--rank` as the library takes it."""
     from .geometry import rank_rule
@@ -190,29 +181,6 @@ def _check_rank(rank: int | float | str, data: Embeddings) -> None:
     if isinstance(rank, int) and rank > most:
         shape = f"{len(data)} rows of {data.dim} columns"
         raise ValueError(f"--rank: {rank} directions asked for, {shape} span at most {most}")
-
-
-def _write(path: Path, text: str) -> None:
-    from .geometry.files import atomic_write
-
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def _write_rows(path: Path, columns: dict[str, list[Any]]) -> None:
-    """A table as .csv or .json, whole or not at all."""
-    import csv
-    import io
-
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    if path.suffix.lower() == ".json":
-        _write(path, json.dumps(rows, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
-        return
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    _write(path, stream.getvalue())
 
 
 def _naming(data: Embeddings, rows: Any) -> dict[str, list[Any]]:
@@ -260,13 +228,11 @@ def report(
 
     - `subspan report reviews.csv --text-column review --labels stars`
     """
-    _output(output, ".html", ".htm")
-    if json_output is not None and str(json_output) != "-":
-        _output(json_output)
-    from .geometry.files import atomic_write
+    facts_file = None if json_output is None or str(json_output) == "-" else json_output
+    outputs = Outputs(Output("-o", output, _PAGES), Output("--json", facts_file), inputs=(table, against, labels))
     from .report import describe, read_embeddings, render
 
-    with _progress("reading") as progress:
+    with outputs, _progress("reading") as progress:
         data = read_embeddings(
             table,
             labels=labels,
@@ -283,16 +249,11 @@ def report(
             )
         facts = describe(data, other, seed=seed, progress=progress)
         progress("writing the page", 1.0)
-        page = render(facts, data)
-    text = json.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-    if json_output is not None and str(json_output) != "-":
-        # Both or neither: the page is renamed into place only when the facts are.
-        with atomic_write(output) as unfinished, atomic_write(json_output) as unfinished_facts:
-            unfinished.write_text(page, encoding="utf-8")
-            unfinished_facts.write_text(text, encoding="utf-8")
-    else:
-        _write(output, page)
-    if json_output is not None and str(json_output) == "-":
+        write_text(outputs[output], render(facts, data))
+        text = json.dumps(facts, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        if facts_file is not None:
+            write_text(outputs[facts_file], text)
+    if json_output is not None and facts_file is None:
         print(text, end="")
     else:
         print(f"{output}: {facts['contents']['rows']} rows × {facts['contents']['columns']} columns")
@@ -356,27 +317,28 @@ def detect(
 
     - `subspan detect bottle/ --shots 4 --rotations 8`
     """
-    _output(output, ".csv", ".json", ".npy")
+    outputs = Outputs(Output("-o", output, _TABLES), inputs=(table, fit, labels))
     from .report.inputs import is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
     ranked = _rank(rank or ("0.99" if images else "0.9"))
-    if table is not None and images:
-        if fit is not None or labels is not None or by_label:
-            raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
-        columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
-    else:
-        if shots is not None or rotations is not None:
-            raise ValueError("--shots and --rotations: for a folder with train/good and test only")
-        columns, facts = _detect_in_rows(
-            table, fit, ranked, by_label, labels=labels, column=column, text_column=text_column, id_column=id_column,
-            skip_nan=skip_nan,
-        )  # fmt: skip
-    order = sorted(range(len(columns["score"])), key=lambda row: -columns["score"][row])[:top]
-    facts["top"] = [{name: values[row] for name, values in columns.items()} for row in order]
-    if output is not None:
-        _write_columns(output, columns, "score")
-        facts["output"] = str(output)
+    with outputs:
+        if table is not None and images:
+            if fit is not None or labels is not None or by_label:
+                raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
+            columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
+        else:
+            if shots is not None or rotations is not None:
+                raise ValueError("--shots and --rotations: for a folder with train/good and test only")
+            columns, facts = _detect_in_rows(
+                table, fit, ranked, by_label, labels=labels, column=column, text_column=text_column,
+                id_column=id_column, skip_nan=skip_nan,
+            )  # fmt: skip
+        order = sorted(range(len(columns["score"])), key=lambda row: -columns["score"][row])[:top]
+        facts["top"] = [{name: values[row] for name, values in columns.items()} for row in order]
+        if output is not None:
+            _write_columns(outputs[output], columns, "score")
+            facts["output"] = str(output)
     if as_json:
         _print_json(facts)
         return
@@ -483,19 +445,10 @@ def _masks(found: Any, maps: Any) -> list[Any]:
 
 def _write_columns(path: Path, columns: dict[str, list[Any]], numbers: str) -> None:
     """Columns as .csv or .json, or one of them as .npy."""
-    if path.suffix.lower() != ".npy":
-        _write_rows(path, columns)
-        return
-    _write_array(path, columns[numbers])
-
-
-def _write_array(path: Path, values: Any) -> None:
-    import numpy as np
-
-    from .geometry.files import atomic_write
-
-    with atomic_write(path) as unfinished:
-        np.save(unfinished, np.asarray(values), allow_pickle=False)
+    if path.suffix.lower() == ".npy":
+        write_array(path, columns[numbers])
+    else:
+        write_rows(path, columns)
 
 
 def _short(value: Any) -> str:
@@ -555,7 +508,7 @@ def select(
 
     - `subspan select corpus.jsonl --text-column text -m 200 --unique`
     """
-    _output(output, ".csv", ".json", ".npy")
+    outputs = Outputs(Output("-o", output, _TABLES), inputs=(table, labels))
     ranked = _rank(rank)
     import numpy as np
 
@@ -565,7 +518,7 @@ def select(
     from .select.baselines import k_center, k_medoids, random_rows
     from .select.leverage import budget
 
-    with _progress("reading") as progress:
+    with outputs, _progress("reading") as progress:
         data = read_embeddings(
             table, labels=labels, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
             progress=progress,
@@ -590,21 +543,21 @@ def select(
         else:
             chosen = random_rows(len(rows), count, random_state=seed)
         kept = retention(rows, chosen, ranked)
-    columns = _naming(data, pool[chosen])
-    if leverage is not None:
-        columns["leverage"] = leverage[chosen].tolist()
-    if data.texts is not None:
-        columns["text"] = [data.texts[row] for row in pool[chosen]]
+        columns = _naming(data, pool[chosen])
+        if leverage is not None:
+            columns["leverage"] = leverage[chosen].tolist()
+        if data.texts is not None:
+            columns["text"] = [data.texts[row] for row in pool[chosen]]
+        if output is not None:
+            _write_columns(outputs[output], columns, "row")
     facts: dict[str, Any] = {
         "rows": len(data),
         "candidates": len(pool),
         "chosen": len(chosen),
         "method": method,
         "retention": kept,
+        **({} if output is None else {"output": str(output)}),
     }
-    if output is not None:
-        _write_columns(output, columns, "row")
-        facts["output"] = str(output)
     if as_json:
         _print_json({**facts, "indices": pool[chosen].tolist()})
         return
@@ -678,12 +631,14 @@ def cluster(
 
     - `subspan cluster links.edges --attributes words.csv --id-column id -o clusters.npz`
     """
-    _output(output, ".csv", ".json", ".npz")
-    _output(page, ".html", ".htm")
+    outputs = Outputs(
+        Output("-o", output, (".csv", ".json", ".npz")), Output("--report", page, _PAGES),
+        inputs=(table, attributes, labels),
+    )  # fmt: skip
     from .datasets.graphs import is_graph_file
 
     graph = table is not None and (attributes is not None or (Path(table).is_file() and is_graph_file(table)))
-    with _progress("reading") as progress:
+    with outputs, _progress("reading") as progress:
         if graph:
             if method != "auto" or dim is not None or affine or text_column is not None or column is not None:
                 raise ValueError("--method, --dim, --affine, --column and --text-column: for rows, not for a graph")
@@ -703,20 +658,20 @@ def cluster(
             )  # fmt: skip
             _check_clusters(clusters, len(data))
             found = cluster_rows(data, clusters, method=method, dim=dim, affine=affine, seed=seed, progress=progress)
-    facts = found.facts
-    columns = {
-        **_naming(data, range(len(data))),
-        "cluster": found.labels.tolist(),
-        "residual": found.residuals.tolist(),
-    }
-    if output is not None:
-        _write_clusters(output, columns, found)
-        facts["output"] = str(output)
-    if page is not None:
-        from .report.page import render_clusters
+        facts = found.facts
+        columns = {
+            **_naming(data, range(len(data))),
+            "cluster": found.labels.tolist(),
+            "residual": found.residuals.tolist(),
+        }
+        if output is not None:
+            _write_clusters(outputs[output], columns, found)
+            facts["output"] = str(output)
+        if page is not None:
+            from .report.page import render_clusters
 
-        facts["report"] = str(page)
-        _write(page, render_clusters(facts, data))
+            facts["report"] = str(page)
+            write_text(outputs[page], render_clusters(facts, data))
     if as_json:
         _print_json({**facts, "labels": found.labels.tolist()})
         return
@@ -754,11 +709,9 @@ def _cluster_graph(
 
 def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> None:
     if path.suffix.lower() != ".npz":
-        _write_rows(path, columns)
+        write_rows(path, columns)
         return
     import numpy as np
-
-    from .geometry.files import atomic_write
 
     arrays: dict[str, Any] = {}
     arrays |= {name: np.asarray(values) for name, values in columns.items() if name not in ("row", "cluster")}
@@ -844,17 +797,23 @@ def shorten(
     - `subspan shorten images.faiss --method prefix --rank 256 -o short.faiss`
     """
     from .datasets.faiss_files import FAISS_SUFFIXES
+    from .datasets.index_writing import check_destination
     from .datasets.indexes import in_memory, is_stored, open_index
 
-    if output.suffix or table is None or not is_stored(table):
-        _output(output, ".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
-    _output(subspace, ".safetensors")
+    suffixes = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
+    outputs = Outputs(
+        Output(
+            "-o", output, suffixes if output.suffix or table is None or not is_stored(table) else (), resumable=True
+        ),
+        Output("--map", subspace, (".safetensors",)),
+        inputs=(table,),
+    )
     ranked = _rank(rank)
     from .report import read_embeddings
     from .report.shorten import matryoshka_head, pca_head, prefix_head
     from .report.shorten import shorten as shorten_vectors
 
-    with _progress("reading") as progress:
+    with outputs, _progress("reading") as progress:
         if table is not None and is_stored(table):
             source = open_index(table, column=column, id_column=id_column, collection=collection)
         else:
@@ -864,13 +823,16 @@ def shorten(
             )  # fmt: skip
             named = data.ids if id_column is not None else None
             source = in_memory(data.rows, data.argument or data.name, named)
+        check_destination(source, output, overwrite=True)
         if method == "pca":
             head = pca_head(source, ranked, center=center, progress=progress)
         elif method == "matryoshka":
             head = matryoshka_head(source, ranked, seed=seed, progress=progress)
         else:
             head = prefix_head(source, ranked)
-        facts = shorten_vectors(source, head, output, subspace=subspace, seed=seed, progress=progress)
+        drawn = None if subspace is None else outputs[subspace]
+        facts = shorten_vectors(source, head, outputs[output], subspace=drawn, seed=seed, progress=progress)
+    facts |= {"output": str(output), **({} if subspace is None else {"map": str(subspace)})}
     if as_json:
         _print_json(facts)
         return
@@ -914,13 +876,14 @@ def align(
 
     - `subspan align texts.npy images.npy --method realign --apply mapped.npy`
     """
-    _output(output, ".safetensors")
-    _output(apply, ".npy")
+    outputs = Outputs(
+        Output("-o", output, (".safetensors",)), Output("--apply", apply, (".npy",)), inputs=(source, target)
+    )
     import numpy as np
 
     from .report import read_embeddings
 
-    with _progress("reading") as progress:
+    with outputs, _progress("reading") as progress:
         first, second = (
             read_embeddings(path, column=column, text_column=text_column, id_column=id_column, progress=progress)
             for path in (source, target)
@@ -929,13 +892,13 @@ def align(
             fitted, operator, facts = _align_unpaired(first, second)
         else:
             fitted, operator, facts = _align_paired(first, second, method, seed, progress)
-    facts = {"method": method, "source_rows": len(first), "target_rows": len(second), **facts}
-    if output is not None:
-        operator.save(output)
-        facts["output"] = str(output)
-    if apply is not None:
-        _write_array(apply, fitted.transform(np.asarray(first.rows)))
-        facts["applied"] = str(apply)
+        facts = {"method": method, "source_rows": len(first), "target_rows": len(second), **facts}
+        if output is not None:
+            operator.save(outputs[output])
+            facts["output"] = str(output)
+        if apply is not None:
+            write_array(outputs[apply], fitted.transform(np.asarray(first.rows)))
+            facts["applied"] = str(apply)
     if as_json:
         _print_json(facts)
         return
@@ -1074,14 +1037,14 @@ def upgrade(
 
     - `subspan upgrade qdrant_folder/ new.parquet --migrate new_folder --json`
     """
-    from .report.upgrade_run import Outputs, run_upgrade
+    from .report.upgrade_run import UpgradeFiles, run_upgrade
 
-    outputs = Outputs(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
+    files = UpgradeFiles(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
     with _progress("reading") as progress:
         facts = run_upgrade(
             index,
             sample,
-            outputs,
+            files,
             index_ids=index_ids,
             sample_ids=sample_ids,
             queries_new=queries_new,

@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from subspan.geometry.files import atomic_write, temporary_folder
+from subspan.base.files import atomic_write, temporary_folder
 
 
 def cache_folder() -> Path:
@@ -148,9 +148,10 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
             yield None
             return
         with temporary_folder(folder) as unfinished:
-            yield unfinished
-            unfinished.chmod(0o755)
-            unfinished.replace(folder)
+            made = unfinished / "made"
+            made.mkdir()
+            yield made
+            made.replace(folder)
 
 
 def _lock_file(folder: Path) -> Path:

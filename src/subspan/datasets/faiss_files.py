@@ -7,6 +7,7 @@ written here directly, so that no more than a block is in memory; every other ki
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from subspan.base.files import atomic_write
 from subspan.geometry.extras import require
-from subspan.geometry.files import atomic_write
 
 FAISS_SUFFIXES = (".faiss", ".index", ".ivf", ".hnsw")
 _METRICS = {0: "inner", 1: "l2"}
@@ -138,6 +139,18 @@ def flat_tail(ids: np.ndarray, *, id_map: str | None) -> bytes:
     return b"" if id_map is None else _COUNT.pack(len(ids)) + ids.astype("<i8").tobytes()
 
 
+def write_faiss(index: Any, target: str | os.PathLike[str]) -> None:
+    """Write an index, whole or not at all. Raises OSError, in one line, where the disk is full."""
+    faiss = require("faiss", extra="index")
+    with atomic_write(target) as temporary:
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:
+            # FAISS names its own source line and an expression; the system's reason stands last, in brackets.
+            reason = re.search(r"\(([^()]*)\)\s*$", str(error))
+            raise OSError(reason[1] if reason else " ".join(str(error).split())) from error
+
+
 def write_pretransform(source: Path, transforms: list[Any], target: str | os.PathLike[str]) -> None:
     """The index of `source` behind transforms (in the order in which they apply), as one IndexPreTransform file.
 
@@ -145,6 +158,8 @@ def write_pretransform(source: Path, transforms: list[Any], target: str | os.Pat
     before it gets its name. Raises ValueError where that fails.
     """
     faiss = require("faiss", extra="index")
+    if Path(target).exists() and source.samefile(target):
+        raise ValueError(f"target: {os.fspath(target)!r} is the index itself, which is never overwritten")
     index, owner = read_index(source)
     inner = faiss.IndexFlat(index.d, index.metric_type)
     wrapper = faiss.IndexPreTransform(inner)

@@ -1,9 +1,9 @@
 """New collections of vectors out of stored ones: whole or absent, resumed after a kill, the original untouched.
 
-Rows go, a block at a time, into an unfinished file beside the destination, and how many are safely there into a record
-beside that. A run that finds both, made from the same source by the same map, goes on where the record ends; blocks
-lie at the same rows in every run, so the result is the same to the bit. What is read back is checked before the
-unfinished file gets its name.
+Rows go, a block at a time, into an unfinished file in a folder beside the destination, and how many are safely there
+into a record beside that. A run that finds both, made from the same source by the same map, goes on where the record
+ends; blocks lie at the same rows in every run, so the result is the same to the bit. What is read back is checked
+before the unfinished file gets its name.
 
 Flat FAISS indexes (with or without ids), .npy and .safetensors are written as a stream and need a block of memory.
 Parquet is put together from the unfinished rows, row group by row group. IVF and HNSW are built by FAISS, which holds
@@ -12,26 +12,25 @@ the finished index in memory; a Qdrant folder is held in memory by its client.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Float
 
-from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index
+from subspan.base.files import Target, reserve, write_text, written_together
+from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
 from subspan.datasets.indexes import StoredVectors, open_index
 from subspan.geometry.arrays import normalize_rows
 from subspan.geometry.extras import require
-from subspan.geometry.files import atomic_write
 
 Map = Callable[[Float[np.ndarray, "b d"]], Float[np.ndarray, "b e"]]
 WRITTEN = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
@@ -96,34 +95,44 @@ def write_index(
     finite; nothing is left then.
     """
     path = check_destination(source, destination, overwrite=overwrite)
+    with written_together([Target(path, resumable=True, overwrite=overwrite)]) as (unfinished,):
+        facts = write_unfinished(
+            source, unfinished, transform, columns, key=key, metric=metric, block=block, progress=progress
+        )
+    return {"output": str(path), **facts}
+
+
+def write_unfinished(
+    source: StoredVectors,
+    unfinished: Path,
+    transform: Map,
+    columns: int,
+    *,
+    key: str,
+    metric: str | None = None,
+    block: int | None = None,
+    progress: Callable[[str, float], None] = lambda message, fraction: None,
+) -> dict[str, Any]:
+    """The work of `write_index` at a path in a resumable temporary folder, which its caller renames.
+
+    What an earlier run has left in that folder, of the same source and key, is gone on with.
+    """
     metric = metric or source.metric or "inner"
-    if metric == "cosine" and path.suffix.lower() in FAISS_SUFFIXES:
+    if metric == "cosine" and unfinished.suffix.lower() in FAISS_SUFFIXES:
         transform = _to_unit(transform)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    kind = _Qdrant if unfinished.suffix == "" else _File
+    target = kind(source, unfinished, columns, metric, key, block or source.block_rows)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{str(path)!r} is being written by another process") from None
-    try:
-        kind = _Qdrant if path.suffix == "" else _File
-        target = kind(source, path, columns, metric, key, block or source.block_rows)
-        try:
-            resumed = target.done
-            for start, rows in source.blocks(target.block, start=target.done):
-                target.append(start, _finite(transform(rows), columns, source, start))
-                progress("writing", 0.8 * target.done / len(source))
-            target.finish()
-            progress("reading back", 0.8)
-            verified = verify(source, target.unfinished, transform, metric, progress)
-            target.release(overwrite=overwrite)
-        except Exception:
-            target.discard()
-            raise
+        resumed = target.done
+        for start, rows in source.blocks(target.block, start=target.done):
+            target.append(start, _finite(transform(rows), columns, source, start))
+            progress("writing", 0.8 * target.done / len(source))
+        target.finish()
     finally:
-        lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
-    return {"output": str(path), "form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed,
-            "verified": verified}  # fmt: skip
+        target.close()
+    progress("reading back", 0.8)
+    verified = verify(source, unfinished, transform, metric, progress)
+    return {"form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed, "verified": verified}
 
 
 def _to_unit(transform: Map) -> Map:
@@ -145,12 +154,30 @@ def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, blo
     digest = hashlib.sha256()
     stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
     path = Path(source.source)
-    if path.is_file():
-        stat = path.stat()
-        stamp += [stat.st_size, stat.st_mtime_ns]
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            stat = file.stat()
+            stamp += [file.name, stat.st_size, stat.st_mtime_ns]
     digest.update(json.dumps(stamp).encode())
     digest.update(np.ascontiguousarray(source.ids).tobytes())
+    if not hasattr(source.values, "stream"):  # files that are read as a stream have a time; one row costs a pass
+        digest.update(source.take(np.array([0, len(source) - 1])).tobytes())
     return digest.hexdigest()
+
+
+def _recorded_rows(record: Path, key: str) -> int:
+    """Rows that an earlier run left, and 0 where there was none or it was of another source or map."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0
+    if found.get("key") != key:
+        warnings.warn(
+            "what an earlier run had begun to write is of other vectors or by another map; it is begun anew",
+            stacklevel=2,
+        )
+        return 0
+    return int(found["rows"])
 
 
 # ---------------------------------------------------------------------- files
@@ -160,18 +187,20 @@ class _File:
     """An unfinished file and the record of its rows."""
 
     def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
-        self.source, self.path, self.columns, self.metric, self.block = source, path, columns, metric, block
+        self.source, self.unfinished, self.columns, self.metric, self.block = source, path, columns, metric, block
         self.suffix = path.suffix.lower()
         self.form, self._header, self._tail = self._layout()
-        self.unfinished = path.with_name(f".{path.name}.unfinished{path.suffix}")
-        self.record = path.with_name(f".{path.name}.progress.json")
+        self.record = path.with_name("progress.json")
         built = self._header is None
-        self.rows = path.with_name(f".{path.name}.unfinished.rows") if built else self.unfinished
+        self.rows = path.with_name("rows") if built else self.unfinished
         self._offset = len(self._header or b"")
         self._key = _fingerprint(source, columns, metric, key, block, self.form)
-        self.done = self._recorded()
-        if not self.done:
+        self.done = _recorded_rows(self.record, self._key)
+        size = self._offset + 4 * columns * len(source)
+        if not self.done or not self.rows.is_file() or self.rows.stat().st_size < size:
+            self.record.unlink(missing_ok=True)
             self.rows.write_bytes(self._header or b"")
+            reserve(self.rows, size)
             self._note(0)
 
     def _layout(self) -> tuple[str, bytes | None, bytes]:
@@ -195,21 +224,9 @@ class _File:
         tail = flat_tail(source.ids, id_map=id_map)
         return f"{name} in {id_map}" if id_map else name, flat_header(n, d, metric, id_map=id_map), tail
 
-    def _recorded(self) -> int:
-        """Rows that a run before this one left, and 0 where it was of another source or map."""
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-            size = self.rows.stat().st_size
-        except (OSError, ValueError):
-            return 0
-        if record.get("key") != self._key or size < self._offset + 4 * self.columns * record["rows"]:
-            return 0
-        return int(record["rows"])
-
     def _note(self, rows: int) -> None:
         self.done = rows
-        with atomic_write(self.record) as temporary:
-            temporary.write_text(json.dumps({"key": self._key, "rows": rows}), encoding="utf-8")
+        write_text(self.record, json.dumps({"key": self._key, "rows": rows}))
 
     def append(self, start: int, rows: np.ndarray) -> None:
         """Put rows in their place and record them once they are on the disk."""
@@ -238,20 +255,8 @@ class _File:
         count = (stop - start) * self.columns
         return np.fromfile(self.rows, "<f4", count, offset=4 * self.columns * start).reshape(stop - start, -1)
 
-    def release(self, *, overwrite: bool) -> None:
-        """Give the file its name."""
-        umask = os.umask(0)
-        os.umask(umask)
-        self.unfinished.chmod(0o666 & ~umask)
-        if self.path.exists() and not overwrite:
-            raise ValueError(f"{str(self.path)!r} appeared while it was written")
-        self.unfinished.replace(self.path)
-        self.discard()
-
-    def discard(self) -> None:
-        """Leave nothing unfinished."""
-        for path in (self.unfinished, self.rows, self.record):
-            path.unlink(missing_ok=True)
+    def close(self) -> None:
+        """Nothing is held open between blocks."""
 
 
 def _npy_header(n: int, d: int) -> bytes:
@@ -362,8 +367,7 @@ def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: st
                 index.add_with_ids(collected(start, stop), source.ids[start:stop].astype(np.int64))
     finally:
         faiss.omp_set_num_threads(threads)
-    with atomic_write(target) as temporary:
-        faiss.write_index(index, str(temporary))
+    write_faiss(index, target)
 
 
 # ---------------------------------------------------------------------- Qdrant
@@ -375,14 +379,13 @@ class _Qdrant:
     def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         client = require("qdrant_client", extra="qdrant")
         self._models = require("qdrant_client.models", extra="qdrant")
-        self.source, self.path, self.block = source, path, block
+        self.source, self.unfinished, self.block = source, path, block
         self.form = "Qdrant folder"
-        self.unfinished = path.with_name(f".{path.name}.unfinished")
-        self.record = path.with_name(f".{path.name}.progress.json")
+        self.record = path.with_name("progress.json")
         self._key = _fingerprint(source, columns, metric, key, block, self.form)
-        self.done = self._recorded()
-        if not self.done and self.unfinished.exists():
-            shutil.rmtree(self.unfinished)
+        self.done = _recorded_rows(self.record, self._key) if path.is_dir() else 0
+        if not self.done and path.exists():
+            shutil.rmtree(path)
         self._client = client.QdrantClient(path=str(self.unfinished))
         self._collection, self._vector = source.details["collection"], source.values.vector  # pyright: ignore
         if not self._client.collection_exists(self._collection):
@@ -390,13 +393,6 @@ class _Qdrant:
             params = self._models.VectorParams(size=columns, distance=self._models.Distance(names[metric]))
             config = params if self._vector is None else {self._vector: params}
             self._client.create_collection(self._collection, vectors_config=config)
-
-    def _recorded(self) -> int:
-        try:
-            record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return 0
-        return int(record["rows"]) if record.get("key") == self._key and self.unfinished.is_dir() else 0
 
     def append(self, start: int, rows: np.ndarray) -> None:
         """Put points in; one that a killed run had put in already is the same again."""
@@ -408,24 +404,14 @@ class _Qdrant:
             values = {self._vector: values}
         self._client.upsert(self._collection, points=self._models.Batch(ids=points, vectors=values, payloads=payloads))
         self.done = stop
-        with atomic_write(self.record) as temporary:
-            temporary.write_text(json.dumps({"key": self._key, "rows": stop}), encoding="utf-8")
+        write_text(self.record, json.dumps({"key": self._key, "rows": stop}))
 
     def finish(self) -> None:
+        """Nothing: every point is in its place."""
+
+    def close(self) -> None:
         """Let go of the folder."""
         self._client.close()
-
-    def release(self, *, overwrite: bool) -> None:
-        """Give the folder its name."""
-        self.unfinished.replace(self.path)
-        self.record.unlink(missing_ok=True)
-
-    def discard(self) -> None:
-        """Leave nothing unfinished."""
-        with contextlib.suppress(Exception):
-            self._client.close()
-        shutil.rmtree(self.unfinished, ignore_errors=True)
-        self.record.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- reading back

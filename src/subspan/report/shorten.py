@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..datasets.index_writing import Map, write_index
+from ..datasets.index_writing import Map, write_unfinished
 from ..datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
 from ..geometry import Subspace, normalize_rows
 from ..represent import Matryoshka
@@ -80,18 +80,17 @@ def matryoshka_head(source: StoredVectors, rank: int | float | str, *, seed: int
 def shorten(
     source: StoredVectors,
     head: Head,
-    destination: Path,
+    unfinished: Path,
     *,
     subspace: Path | None = None,
     seed: int = 0,
-    overwrite: bool = True,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the shortened vectors under their ids, and say what recall@10 each number of columns leaves.
 
-    The vectors are read block by block and written as `write_index` does; what was of unit length is so again. The
-    curve is measured on at most 10 000 of them, as what is written ranks them: as the collection does, tables by
-    cosine.
+    The vectors are read block by block and written as `write_index` does; what was of unit length is so again.
+    unfinished, subspace: temporary paths, which the caller renames. The curve is measured on at most 10 000 of them, as
+    what is written ranks them: as the collection does, tables by cosine.
     """
     metric = source.metric or "cosine"
     unit = is_unit(*source.norms(), tolerance=NEARLY_UNIT)
@@ -102,19 +101,11 @@ def shorten(
             raise ValueError("--map: a plain prefix needs no map")
         head.subspace.save(subspace)
     key = f"{head.name} {head.columns} {_digest(source, apply)}"
-    try:
-        written = write_index(
-            source, destination, apply, head.columns, key=key, metric=metric, overwrite=overwrite, progress=progress
-        )
-    except Exception:
-        if subspace is not None:
-            subspace.unlink(missing_ok=True)
-        raise
+    written = write_unfinished(source, unfinished, apply, head.columns, key=key, metric=metric, progress=progress)
     facts = {"rows": len(source), "columns": source.shape[1], "kept": head.columns, "method": head.name,
              "metric": metric, "unit_length": unit}  # fmt: skip
     if head.subspace is not None and head.subspace.spectrum is not None:
         facts["explained"] = float(head.subspace.explained_ratio)
-    facts |= {"output": str(destination), **({"map": str(subspace)} if subspace is not None else {})}
     return {**facts, "form": written["form"], "verified": written["verified"], "curve": curve}
 
 

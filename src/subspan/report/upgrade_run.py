@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from ..align import UpgradeMap
-from ..datasets.faiss_files import FAISS_SUFFIXES, write_pretransform
-from ..datasets.index_writing import check_destination, write_index
+from ..base.files import write_array, write_text
+from ..base.outputs import Output, Outputs
+from ..datasets.faiss_files import FAISS_SUFFIXES, write_faiss, write_pretransform
+from ..datasets.index_writing import check_destination, write_unfinished
 from ..datasets.indexes import StoredVectors, open_index, read_ids
 from ..datasets.qdrant import is_qdrant
 from ..datasets.tables import read_table
 from ..geometry.extras import require
-from ..geometry.files import atomic_write
 from .embeddings import Progress, silent
 from .page import render_upgrade
 from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
@@ -29,7 +30,7 @@ METHODS = ("linear", "auto", *_LINEAR, "mlp")
 
 
 @dataclass(frozen=True)
-class Outputs:
+class UpgradeFiles:
     """What to write: maps of queries, the old index behind one, the migrated index, the order of ids, the page."""
 
     adapters: tuple[Path, ...] = ()
@@ -49,7 +50,7 @@ class Outputs:
 def run_upgrade(
     index: str,
     sample: str,
-    outputs: Outputs,
+    files: UpgradeFiles,
     *,
     index_ids: Path | None = None,
     sample_ids: Path | None = None,
@@ -71,12 +72,13 @@ def run_upgrade(
     started = time.monotonic()
     if method not in METHODS:
         raise ValueError(f"--method: one of {', '.join(METHODS)}, got {method!r}")
-    faiss_wanted = outputs.wrapped is not None or any(path.suffix.lower() == ".faiss" for path in outputs.adapters)
+    faiss_wanted = files.wrapped is not None or any(path.suffix.lower() == ".faiss" for path in files.adapters)
     if faiss_wanted and method in ("auto", "mlp"):
         raise ValueError(f"--method: FAISS runs linear maps alone, and {method} may be a network; use linear")
+    outputs = _outputs(files, (index, sample, index_ids, sample_ids, queries_new, queries_old, labels, query_labels))
     stored = open_index(index, ids=index_ids, collection=collection, **_columns(index, column, id_column))
     new = open_index(sample, ids=sample_ids, **_columns(sample, column, id_column))
-    _check_outputs(stored, new, outputs, index, sample)
+    _check_files(stored, new, files)
     label_names = _labels(sample, labels, id_column)
     progress("reading the index", 0.02)
     about = stored.facts()
@@ -94,31 +96,25 @@ def run_upgrade(
         "pairs": len(pairs),
         "seed": seed,
     }
-    named = {name: str(path) for name, path in outputs.named().items()}
+    named = {name: str(path) for name, path in files.named().items()}
     if dry_run:
         return {**facts, "files": named}
     fit = _fitter(method, unit_length(pairs), seed)
-    found = assess(
-        pairs, fit, items=len(stored), metric=ranked, index_metric=stored.metric, queries=queries, target=target,
-        seed=seed, progress=progress,
-    )  # fmt: skip
-    facts |= found.facts
-    written: list[Path] = []
-    try:
-        facts["written"] = _write(stored, found, outputs, stored.metric or ranked, seed, written, progress)
+    with outputs:
+        found = assess(
+            pairs, fit, items=len(stored), metric=ranked, index_metric=stored.metric, queries=queries, target=target,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        facts |= found.facts
+        facts["written"] = _write(stored, found, files, outputs, stored.metric or ranked, seed, progress)
         facts["files"] = named
         facts |= {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": time.monotonic() - started,
             "versions": {name: version(name) for name in ("subspan", "torch", "numpy")},
         }
-        if outputs.page is not None:
-            with atomic_write(outputs.page) as unfinished:
-                unfinished.write_text(render_upgrade(facts), encoding="utf-8")
-    except Exception:
-        for path in written:
-            path.unlink(missing_ok=True)
-        raise
+        if files.page is not None:
+            write_text(outputs[files.page], render_upgrade(facts))
     return facts
 
 
@@ -148,34 +144,24 @@ def _columns(source: str, column: str | None, id_column: str | None) -> dict[str
     return {"column": column, "id_column": id_column}
 
 
-def _check_outputs(stored: StoredVectors, new: StoredVectors, outputs: Outputs, *sources: str) -> None:
-    paths = list(outputs.named().values())
-    resolved = [path.resolve() for path in paths]
-    for path in paths:
-        if path.resolve() in [Path(source).resolve() for source in sources]:
-            raise ValueError(f"{str(path)!r} is input, which is never overwritten; choose another name")
-        if resolved.count(path.resolve()) > 1:
-            raise ValueError(f"{str(path)!r} is named twice as output")
-        if path.is_dir():
-            raise ValueError(f"{str(path)!r} is a folder")
-        if not path.resolve().parent.is_dir():
-            raise ValueError(f"the folder {str(path.parent)!r} does not exist")
-    for path in outputs.adapters:
-        if path.suffix.lower() not in _ADAPTERS:
-            raise ValueError(f"-o: {str(path)!r} must end in {', '.join(_ADAPTERS)}")
-        if path.suffix.lower() == ".onnx":
-            require("onnx", extra="onnx")
-    if outputs.wrapped is not None:
-        if stored.kind != "faiss":
-            raise ValueError(f"--wrap: {stored.source} is no FAISS index; use -o, or --migrate OUT.faiss")
-        if outputs.wrapped.suffix.lower() not in FAISS_SUFFIXES:
-            raise ValueError(f"--wrap: {str(outputs.wrapped)!r} must end in {', '.join(FAISS_SUFFIXES)}")
-    if outputs.migrated is not None:
-        check_destination(stored, outputs.migrated)
-    if outputs.order is not None and outputs.order.suffix.lower() not in (".txt", ".npy"):
-        raise ValueError(f"--backfill-order: {str(outputs.order)!r} must end in .txt or .npy")
-    if outputs.page is not None and outputs.page.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--report: {str(outputs.page)!r} must end in .html")
+def _outputs(files: UpgradeFiles, inputs: tuple[str | Path | None, ...]) -> Outputs:
+    return Outputs(
+        *(Output("-o", path, _ADAPTERS) for path in files.adapters),
+        Output("--wrap", files.wrapped, FAISS_SUFFIXES),
+        Output("--backfill-order", files.order, (".txt", ".npy")),
+        Output("--report", files.page, (".html", ".htm")),
+        Output("--migrate", files.migrated, resumable=True, overwrite=False),
+        inputs=inputs,
+    )
+
+
+def _check_files(stored: StoredVectors, new: StoredVectors, files: UpgradeFiles) -> None:
+    if any(path.suffix.lower() == ".onnx" for path in files.adapters):
+        require("onnx", extra="onnx")
+    if files.wrapped is not None and stored.kind != "faiss":
+        raise ValueError(f"--wrap: {stored.source} is no FAISS index; use -o, or --migrate OUT.faiss")
+    if files.migrated is not None:
+        check_destination(stored, files.migrated)
     if new.kind == "qdrant":
         raise ValueError(f"{new.source}: the sample must be a table or an index file")
 
@@ -220,32 +206,27 @@ def _queries(
 def _write(
     stored: StoredVectors,
     found: Upgrade,
+    files: UpgradeFiles,
     outputs: Outputs,
     metric: str,
     seed: int,
-    written: list[Path],
     progress: Progress,
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {}
-    for path in outputs.adapters:
-        _write_adapter(found.queries, path)
-        written.append(path)
-    if outputs.wrapped is not None:
-        write_pretransform(Path(stored.source), found.queries.to_faiss(), outputs.wrapped)
-        written.append(outputs.wrapped)
-    if outputs.order is not None:
+    for path in files.adapters:
+        _write_adapter(found.queries, outputs[path])
+    if files.wrapped is not None:
+        write_pretransform(Path(stored.source), found.queries.to_faiss(), outputs[files.wrapped])
+    if files.order is not None:
         order = order_of_backfill(stored, found, seed=seed, progress=progress)
-        _write_ids(stored.ids[order], outputs.order)
-        written.append(outputs.order)
-    if outputs.migrated is not None:
-        key = f"{found.vectors!r} {_digest(found, stored)}"
-        columns = found.pairs.new.shape[1]
-        facts["migrated_index"] = write_index(
-            stored, outputs.migrated, found.migrated, columns, key=key, metric=metric, progress=progress
-        )
-        if outputs.migrated.is_file():
-            written.append(outputs.migrated)
-    return facts
+        _write_ids(stored.ids[order], outputs[files.order])
+    if files.migrated is None:
+        return {}
+    key = f"{found.vectors!r} {_digest(found, stored)}"
+    written = write_unfinished(
+        stored, outputs[files.migrated], found.migrated, found.pairs.new.shape[1], key=key, metric=metric,
+        progress=progress,
+    )  # fmt: skip
+    return {"migrated_index": {"output": str(files.migrated), **written}}
 
 
 def _write_adapter(fitted: Any, path: Path) -> None:
@@ -260,17 +241,14 @@ def _write_adapter(fitted: Any, path: Path) -> None:
         wrapper = faiss.IndexPreTransform(faiss.IndexFlatL2(transforms[-1].d_out))
         for transform in reversed(transforms):
             wrapper.prepend_transform(transform)
-        with atomic_write(path) as temporary:
-            faiss.write_index(wrapper, str(temporary))
+        write_faiss(wrapper, path)
 
 
 def _write_ids(ids: np.ndarray, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        if path.suffix.lower() == ".npy":
-            with temporary.open("wb") as stream:
-                np.save(stream, ids, allow_pickle=False)
-        else:
-            temporary.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
+    if path.suffix.lower() == ".npy":
+        write_array(path, ids)
+    else:
+        write_text(path, "".join(f"{name}\n" for name in ids))
 
 
 def _digest(found: Upgrade, stored: StoredVectors) -> str:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..base.arrays import is_sparse, refuse_sparse
+from ..base.files import remove_unfinished
 from ..geometry.arrays import as_tensor
 from ..geometry.extras import require
-from ..geometry.files import load_arrays, remove_unfinished
+from ..geometry.files import load_arrays
 from .moments import Moments
 
 
