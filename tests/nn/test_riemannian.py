@@ -1,10 +1,15 @@
 """Optimisation on the Grassmann manifold."""
 
 import copy
+import io
 import math
+import pickle
 
 import pytest
 import torch
+import transformers
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from subspan.geometry import principal_angles
 from subspan.geometry.grassmann import geodesic, parallel_transport, random_basis, tangent_projection
@@ -214,11 +219,314 @@ def test_beside_adamw_one_schedule_rules_both_and_a_resumed_run_is_the_same_run(
         other.load_state_dict(other.planes.state_dict())
 
 
-def test_a_copied_head_is_still_known_as_planes():
-    head = copy.deepcopy(GrassmannHead(5, 2, rank=2))
-    assert isinstance(head.planes, GrassmannParameter)
-    assert isinstance(head.double().planes, GrassmannParameter)
-    assert not isinstance(torch.nn.Linear(2, 2).weight, GrassmannParameter)
+def head(seed=0):
+    return GrassmannHead(8, 3, rank=2, generator=torch.Generator().manual_seed(seed))
+
+
+def saved_whole():
+    file = io.BytesIO()
+    torch.save(head(), file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+
+
+def saved_parameters():
+    file = io.BytesIO()
+    torch.save(head().state_dict(keep_vars=True), file)
+    made = head(1)
+    made.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True), assign=True)
+    return made
+
+
+def assigned():
+    made = head(1)
+    made.load_state_dict(head().state_dict(), assign=True)
+    return made
+
+
+def from_meta():
+    with torch.device("meta"):
+        made = GrassmannHead(8, 3, rank=2)
+    made = made.to_empty(device="cpu")
+    made.load_state_dict(head().state_dict())
+    return made
+
+
+class Config(transformers.PretrainedConfig):
+    model_type = "planes"
+
+
+class Pretrained(transformers.PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = head()
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+
+def replaced():
+    made = head()
+    made.planes = nn.Parameter(made.planes.detach().clone())
+    return made
+
+
+def put_in_place_past_the_module():
+    made = head()
+    made._parameters["planes"] = nn.Parameter(made.planes.detach().clone())
+    return made
+
+
+def as_pickled_before_modules_knew_their_planes():
+    made = head()
+    state = dict(made.__dict__)
+    state["_parameters"] = {"planes": nn.Parameter(made.planes.detach().clone())}
+    state["_forward_pre_hooks"] = type(made._forward_pre_hooks)()
+    old = GrassmannHead.__new__(GrassmannHead)
+    old.__setstate__(state)
+    return old
+
+
+WAYS = {
+    "deepcopy": lambda: copy.deepcopy(head()),
+    "dtype and back": lambda: head().double().float(),
+    "pickle": lambda: pickle.loads(pickle.dumps(head())),
+    "torch.save": saved_whole,
+    "parameters saved": saved_parameters,
+    "assigned": assigned,
+    "meta": from_meta,
+    "replaced": replaced,
+    "past the module": put_in_place_past_the_module,
+    "old pickle": as_pickled_before_modules_knew_their_planes,
+}
+
+
+def trained(model, optimizer, steps=3, width=8):
+    generator = torch.Generator().manual_seed(7)
+    x, y = torch.randn(30, width, generator=generator), torch.randint(3, (30,), generator=generator)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model
+
+
+def off_orthonormal(head):
+    rows = head.planes.detach()
+    return float((rows @ rows.mT - torch.eye(rows.shape[-2])).abs().max())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_planes_stay_planes_however_a_head_is_copied_or_loaded(way):
+    built, other = head(), WAYS[way]()
+    for each in (built, other):
+        trained(each, RiemannianSGD(each.parameters(), lr=0.5))
+    assert isinstance(other.planes, GrassmannParameter)
+    assert off_orthonormal(other) < 1e-5
+    torch.testing.assert_close(other.planes, built.planes, atol=1e-6, rtol=0)
+
+
+def test_planes_stay_planes_from_pretrained(tmp_path):
+    Pretrained(Config()).save_pretrained(tmp_path)
+    loaded = Pretrained.from_pretrained(tmp_path).head
+    assert isinstance(loaded.planes, GrassmannParameter)
+    assert not isinstance(nn.Linear(2, 2).weight, GrassmannParameter)
+    trained(loaded, RiemannianSGD(loaded.parameters(), lr=0.5))
+    assert off_orthonormal(loaded) < 1e-5
+
+
+def test_planes_that_are_sharded_take_the_same_steps():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        whole, sharded = head(), head()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(whole))
+        optimizer = RiemannianSGD(sharded.parameters(), lr=0.5)
+        for model, own in (
+            (sharded, optimizer),
+            *((m, RiemannianSGD(m.parameters(), lr=0.5)) for m in (whole, wrapped)),
+        ):
+            trained(model, own)
+        assert isinstance(sharded.planes, GrassmannParameter)
+        torch.testing.assert_close(sharded.planes.full_tensor(), whole.planes.data)
+        torch.testing.assert_close(wrapped.module.planes, whole.planes)
+        # As its parameter is: what saves states shard by shard looks for that.
+        assert type(optimizer.state[sharded.planes]["momentum_buffer"]) is type(sharded.planes)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("error")
+def test_averaged_planes_are_planes():
+    model = head()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    optimizer = RiemannianSGD(model.parameters(), lr=2.0, momentum=0)
+    for _ in range(4):
+        trained(model, optimizer, 1)
+        averaged.update_parameters(model)
+    averaged.eval()
+    rows = averaged.module.planes.detach()
+    assert 0.01 < off_orthonormal(averaged.module) < 0.5
+    x = torch.randn(5, 8)
+    basis = averaged.module.subspaces().basis
+    cosine = torch.linalg.vector_norm(torch.einsum("nd,cdk->nck", nn.functional.normalize(x, dim=-1), basis), dim=-1)
+    torch.testing.assert_close(averaged(x), 25 * cosine)
+    torch.testing.assert_close(averaged(x), averaged(x))
+    again = head(3)
+    again.load_state_dict(averaged.module.state_dict())
+    assert torch.equal(again.planes, rows)
+    # Taken up by steps along geodesics they are the same planes with whole rows.
+    RiemannianSGD(again.parameters())
+    assert off_orthonormal(again) < 1e-6
+    torch.testing.assert_close(again.eval()(x), averaged(x))
+
+
+def test_planes_that_another_optimizer_moves_are_their_spans_and_said():
+    model = head()
+    x = torch.randn(6, 8)
+    with torch.no_grad():
+        model.planes.mul_(3).add_(0.2 * torch.randn(3, 2, 8))
+    with pytest.warns(UserWarning, match="something other than RiemannianSGD"):
+        logits = model(x)
+    turned = torch.einsum("nd,cdk->nck", nn.functional.normalize(x, dim=-1), model.subspaces().basis)
+    torch.testing.assert_close(logits, 25 * torch.linalg.vector_norm(turned, dim=-1))
+    nn.functional.cross_entropy(logits, torch.arange(6) % 3).backward()
+    # Of a function of the spans: along the rows themselves there is no slope.
+    assert float((model.planes.grad @ model.planes.detach().mT).abs().max()) < 1e-5
+    assert float(model.planes.grad.abs().max()) > 1e-2
+    moved = head()
+    with pytest.warns(UserWarning, match="something other than RiemannianSGD"):
+        trained(moved, torch.optim.Adam(moved.parameters(), lr=0.05), 40)
+    assert float(moved(x).detach().max()) <= 25 * (1 + 1e-5)
+
+
+def test_planes_are_looked_at_in_every_pass():
+    model = head().eval()
+    x = torch.randn(4, 8)
+    before = model(x)
+    model.planes.data.mul_(2)
+    torch.testing.assert_close(model(x), before)
+    model.planes.data[0, 1] = model.planes.data[0, 0]
+    with pytest.raises(ValueError, match="rows of 1 planes are dependent"):
+        model(x)
+    with pytest.raises(ValueError, match="orthonormal only to"):
+        head().load_state_dict(model.state_dict())
+    model.planes.data[1] = torch.nan
+    with pytest.raises(ValueError, match="planes: the planes contain NaN"):
+        model(x)
+    with pytest.raises(ValueError, match="orthonormal only to"):
+        head().load_state_dict(model.state_dict())
+
+
+def test_half_precision_states_load_as_planes():
+    state = {"planes": head().planes.detach().bfloat16()}
+    made = head(1)
+    made.load_state_dict(state)
+    with torch.random.fork_rng():
+        assert made.bfloat16().eval()(torch.randn(2, 8).bfloat16()).isfinite().all()
+
+
+def three_parts(seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(6, 8), nn.Linear(8, 8), GrassmannHead(8, 3, rank=2)
+
+
+def test_parameters_added_later_are_stepped_as_by_the_inner_optimizer():
+    body, middle, top = three_parts()
+    optimizer = with_riemannian(torch.optim.AdamW([*middle.parameters(), *top.parameters()], 1e-2), 0.2)
+    added = GrassmannHead(8, 3, rank=2, generator=torch.Generator().manual_seed(1))
+    optimizer.add_param_group({"params": [*body.parameters(), added.planes], "lr": 3e-2})
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.2, 3e-2, 0.2]
+    assert optimizer.param_groups[2]["betas"] == (0.9, 0.999)
+    before = body.weight.detach().clone(), added.planes.detach().clone()
+    x, y = torch.randn(20, 6), torch.randint(3, (20,))
+    states = body(x).tanh()
+    nn.functional.cross_entropy(top(middle(states).tanh()) + added(states), y).backward()
+    optimizer.step()
+    # The first step of AdamW: one rate in the direction of the sign, and the decay.
+    expected = before[0] * (1 - 3e-4) - 3e-2 * body.weight.grad.sign()
+    torch.testing.assert_close(body.weight.detach(), expected, atol=1e-4, rtol=0)
+    assert off_orthonormal(added) < 1e-6
+    assert not torch.equal(added.planes, before[1])
+    optimizer.param_groups[2]["lr"] = optimizer.param_groups[3]["lr"] = 0.0
+    still = [part.detach().clone() for part in (body.weight, added.planes)]
+    optimizer.step()
+    for part, kept in zip((body.weight, added.planes), still):
+        torch.testing.assert_close(part.detach(), kept, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="more than one parameter group"):
+        optimizer.add_param_group({"params": [top.planes]})
+
+
+def test_a_group_of_planes_alone_and_one_with_options_of_planes():
+    body, _, top = three_parts()
+    optimizer = with_riemannian(torch.optim.AdamW([*body.parameters(), *top.parameters()], 1e-2))
+    optimizer.add_param_group({"params": [plane(dtype=torch.float32)]})
+    optimizer.add_param_group({"params": [plane(dtype=torch.float32)], "transport": "parallel", "lr": 0.7})
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 0.1, 0.1, 0.7]
+    assert [group["transport"] for group in optimizer.planes.param_groups] == ["project", "project", "parallel"]
+    assert len(optimizer.inner.param_groups) == 1
+
+
+def test_an_optimizer_with_added_groups_is_resumed_copied_and_pickled():
+    def made(seed):
+        body, middle, top = three_parts(seed)
+        optimizer = with_riemannian(torch.optim.AdamW([*middle.parameters(), *top.parameters()], 1e-2), 0.2)
+        optimizer.add_param_group({"params": list(body.parameters()), "lr": 3e-2})
+        return nn.Sequential(body, nn.Tanh(), middle, nn.Tanh(), top), optimizer
+
+    model, optimizer = made(0)
+    trained(model, optimizer, 2, width=6)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    copied = copy.deepcopy((model, optimizer))
+    pickled = pickle.loads(pickle.dumps((model, optimizer)))
+    resumed = made(5)
+    for part, own in zip(resumed, state):
+        part.load_state_dict(own)
+    trained(model, optimizer, 3, width=6)
+    for other, own in (copied, pickled, resumed):
+        assert [group["lr"] for group in own.param_groups] == rates
+        trained(other, own, 3, width=6)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(other.state_dict()[name], value, msg=name)
+
+
+def test_groups_that_a_trainer_replaced_are_stepped():
+    body, middle, top = three_parts()
+    optimizer = with_riemannian(torch.optim.SGD([*middle.parameters(), *top.parameters()], 1e-2), 0.2)
+    optimizer.param_groups = [{**group} for group in optimizer.param_groups]
+    optimizer.param_groups[0] = {"params": [*body.parameters(), *middle.parameters()], "lr": 0.5}
+    model = nn.Sequential(body, nn.Tanh(), middle, nn.Tanh(), top)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained(model, optimizer, 1, width=6)
+    for name, parameter in model.named_parameters():
+        if name != "4.planes":
+            torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * parameter.grad)
+    assert not torch.equal(top.planes, before["4.planes"])
+    assert off_orthonormal(top) < 1e-6
+
+
+def test_planes_that_show_themselves_late_leave_the_inner_optimizer():
+    body, _, top = three_parts()
+    late = put_in_place_past_the_module()
+    optimizer = with_riemannian(torch.optim.SGD([*body.parameters(), *late.parameters(), *top.parameters()], 1e-2), 0.5)
+    assert len(optimizer.param_groups) == 2
+    model = nn.Sequential(body, late)
+    trained(model, optimizer, 5, width=6)
+    assert len(optimizer.param_groups) == 3
+    assert off_orthonormal(late) < 1e-6
+
+
+def test_parameters_with_names_keep_them():
+    body, _, top = three_parts()
+    named = [*body.named_parameters(), *top.named_parameters(prefix="top")]
+    optimizer = with_riemannian(torch.optim.AdamW(named, 1e-2))
+    assert [group["param_names"] for group in optimizer.param_groups] == [["weight", "bias"], ["top.planes"]]
 
 
 def test_refuses_what_makes_no_sense():

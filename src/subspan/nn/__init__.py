@@ -28,7 +28,7 @@ from subspan.nn.matryoshka import (
 from subspan.nn.neural_collapse import NeuralCollapse, neural_collapse
 from subspan.nn.orthogonal import OrthogonalLinear, register_orthonormal
 from subspan.nn.replacement import Site, Surgery, multiply_adds, replace
-from subspan.nn.riemannian import GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
+from subspan.nn.riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from subspan.nn.self_expression import SelfExpression, SubspaceStructured
 from subspan.nn.simplex import (
     CompatibleCE,
@@ -60,6 +60,7 @@ __all__ = [
     "GrassmannHead",
     "GrassmannLanguageModel",
     "GrassmannMixing",
+    "GrassmannModule",
     "GrassmannPairHead",
     "GrassmannParameter",
     "GroupedSimVQ",

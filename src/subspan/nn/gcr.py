@@ -10,28 +10,30 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..geometry import Subspace
 from ..geometry.grassmann import orthonormalize, random_basis
 from ..statistics import GroupedMoments
-from .riemannian import GrassmannParameter
+from .riemannian import GrassmannModule, GrassmannParameter, check_planes
 
-_DEFECT = 1e-3
 _MANY = 10**8
 
 
-class GrassmannHead(nn.Module):
+class GrassmannHead(GrassmannModule):
     """Features x (…, d) → logits γ |S_c' x/|x||, the cosine of the angle between x and the plane of each class.
 
     rank: dimension k of every plane; scale: γ. Logits are never negative and there is no bias; k = 1 is γ |cos|. The
-    planes are one `GrassmannParameter` (classes, k, d), stepped by `RiemannianSGD` or `with_riemannian`: under a plain
-    optimizer the rows would stretch and the plane be lost. They start uniform, or by `init_from` as the principal
-    planes of the classes. Computed in float32 at least. Raises ValueError for k outside [1, d], features that are not
-    finite, and a state whose rows are not orthonormal; warns of zero features, whose logits are 0.
+    planes are one `GrassmannParameter` (classes, k, d), stepped by `RiemannianSGD` or `with_riemannian`. Where rows are
+    not orthonormal, since they were averaged or another optimizer moved them (which warns), logits are those of their
+    spans. They start uniform, or by `init_from` as the principal planes of the classes. Computed in float32 at least.
+    Raises ValueError for k outside [1, d], features that are not finite, planes that are not finite or have dependent
+    rows, and a state with rows too long to be an average; warns of zero features, whose logits are 0.
     Source: Wang, Li & Zhang (ICCV 2023).
     """
+
+    _plane_names = frozenset({"planes"})
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class GrassmannHead(nn.Module):
         if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or x.is_meta):
             _check_rows(x.detach())
         unit = F.normalize(x, dim=-1)
-        planes = self.planes.to(x.dtype)
+        planes = self.planes_of("planes").to(x.dtype)
         coordinates = F.linear(unit, planes.flatten(0, 1)).unflatten(-1, (self.num_classes, self.rank))
         return self.scale * torch.linalg.vector_norm(coordinates.to(x.dtype), dim=-1)
 
@@ -103,14 +105,8 @@ class GrassmannHead(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         planes = state_dict.get(f"{prefix}planes")
-        if planes is not None and planes.ndim == 3:
-            gram = planes.float() @ planes.float().mT
-            defect = float((gram - torch.eye(gram.shape[-1], device=gram.device)).abs().max())
-            if not defect <= _DEFECT:
-                raise ValueError(
-                    f"{prefix}planes: rows are orthonormal only to {defect:.1g}; mend them first "
-                    "(geometry.grassmann.orthonormalize on the transpose)"
-                )
+        if planes is not None and planes.ndim == 3 and not planes.is_meta:
+            check_planes(planes, f"{prefix}planes")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

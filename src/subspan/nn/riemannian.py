@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,8 +19,127 @@ _TRANSPORTS = ("project", "parallel")
 _BLOCK_BYTES = 1 << 21
 
 
-class GrassmannParameter(nn.Parameter):
-    """A parameter (…, k, d) whose orthonormal rows stand for their span; `RiemannianSGD` knows it by its type."""
+class _Marked(type(nn.Parameter)):
+    def __instancecheck__(self, instance: object) -> bool:
+        # As torch knows a parameter of another tensor type, such as a shard, by a mark.
+        return super().__instancecheck__(instance) or getattr(instance, "_is_grassmann", False)
+
+
+class GrassmannParameter(nn.Parameter, metaclass=_Marked):
+    """A parameter (…, k, d) whose orthonormal rows stand for their span; `RiemannianSGD` knows it by its type.
+
+    Copies and pickles keep the type. A parameter that takes its place in a module (assigned from a state, made real
+    from the meta device, sharded) would not have it: see `GrassmannModule`.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return GrassmannParameter, (self.data, self.requires_grad)
+
+
+torch.serialization.add_safe_globals([GrassmannParameter])
+
+
+class GrassmannModule(nn.Module):
+    """A module that keeps its planes: what takes the place of a `GrassmannParameter`, by its name, becomes one.
+
+    A forward pass also sees parameters that were put in place past the module. `planes_of` gives the rows to compute
+    with.
+    """
+
+    _plane_names: frozenset[str] = frozenset()
+    _warned = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_mark)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, GrassmannParameter) and name in self._parameters:
+            self._plane_names = self._plane_names | {name}
+        elif name in self._plane_names:
+            _mark(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _mark(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GrassmannModule:
+        super()._apply(fn, recurse)
+        _mark(self)
+        return self
+
+    def planes_of(self, name: str) -> Float[Tensor, "*b k d"]:
+        """Orthonormal rows of the planes of parameter `name`: the parameter itself, or rows of the same spans.
+
+        Averaged planes have shorter rows, and an optimizer that knows of no planes stretches and tilts them; their
+        spans are planes all the same, with a gradient. Warns, once, in training. Raises ValueError for NaN, infinity
+        and dependent rows.
+        """
+        planes = getattr(self, name)
+        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or planes.is_meta:
+            return planes
+        wide = planes.to(torch.promote_types(planes.dtype, torch.float32))
+        defect = _defect(wide.detach())
+        if defect <= _allowed(planes.dtype):
+            return planes
+        if not math.isfinite(defect):
+            raise ValueError(f"{name}: the planes contain NaN or infinity")
+        if self.training and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{name}: the planes' rows are orthonormal only to {defect:.2g}: something other than RiemannianSGD or "
+                "with_riemannian moves them; their spans are used",
+                stacklevel=3,
+            )
+        return _orthonormal_rows(wide, name).to(planes.dtype)
+
+
+def _mark(module: GrassmannModule, *_: Any) -> None:
+    for name in module._plane_names:
+        value = module._parameters.get(name)
+        if value is None or isinstance(value, GrassmannParameter):
+            continue
+        if type(value) is nn.Parameter:
+            # In place, since an optimizer may hold it already.
+            value.__class__ = GrassmannParameter
+        else:
+            value._is_grassmann = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def check_planes(planes: Tensor, name: str) -> None:
+    """Raise ValueError for rows (…, k, d) that are neither orthonormal nor a mean of orthonormal ones."""
+    planes = _local(planes)
+    wide = planes.double()
+    # A mean shortens rows and does not stretch them; below a tenth it is no longer near any plane.
+    squares = torch.linalg.eigvalsh(wide @ wide.mT) if bool(wide.isfinite().all()) else wide.new_full((1,), torch.nan)
+    if not bool(((squares > 0.01) & (squares < 1 + 10 * _allowed(planes.dtype))).all()):
+        raise ValueError(
+            f"{name}: rows are orthonormal only to {_defect(wide):.1g}; mend them first "
+            "(geometry.grassmann.orthonormalize on the transpose)"
+        )
+
+
+def _allowed(dtype: torch.dtype) -> float:
+    # What steps leave behind is far below; planes of half precision have no better rows.
+    return 1e-4 if dtype == torch.promote_types(dtype, torch.float32) else 2e-2
+
+
+def _defect(planes: Float[Tensor, "*b k d"]) -> float:
+    """The largest entry of |P P' - I|; NaN where there is one."""
+    gram = planes @ planes.mT
+    return float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
+
+
+def _orthonormal_rows(planes: Float[Tensor, "*b k d"], name: str) -> Float[Tensor, "*b k d"]:
+    """Rows of the same spans, by Cholesky: differentiable, also where rows are nearly orthonormal."""
+    wide = planes.double()
+    factor = torch.linalg.cholesky_ex(wide @ wide.mT)[0]
+    heights = factor.detach().diagonal(dim1=-2, dim2=-1)
+    dependent = ~(heights > 1e-6 * heights.amax(-1, keepdim=True)).all(-1)
+    if bool(dependent.any()):
+        raise ValueError(f"{name}: the rows of {int(dependent.sum())} planes are dependent and span less")
+    return torch.linalg.solve_triangular(factor, wide, upper=False).to(planes.dtype)
 
 
 class RiemannianSGD(Optimizer):
@@ -29,7 +149,8 @@ class RiemannianSGD(Optimizer):
     transport) or made tangent again at the new point ("project"); the step is exact (`geodesic_functions`), k x k work
     a plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for
     gradient clipping, since a step's length is an angle already. weight_decay, nesterov: for the other parameters
-    alone, planes have no scale. Rows are mended with each step, so they stay orthonormal; state in float32 at least.
+    alone, planes have no scale. Rows are mended when they are taken up and with each step, so they stay orthonormal;
+    state in float32 at least.
     Raises ValueError for values out of range. Source: Edelman, Arias & Smith (1998); Wang et al. (2023).
     """
 
@@ -65,6 +186,17 @@ class RiemannianSGD(Optimizer):
         super().__init__(params, defaults)
 
     @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more group; rows of planes that are not orthonormal are replaced by such of the same spans."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if isinstance(parameter, GrassmannParameter) and not parameter.is_meta:
+                planes = _local(parameter)
+                wide = planes.to(torch.promote_types(planes.dtype, torch.float32))
+                if planes.numel() and not _defect(wide) <= _allowed(planes.dtype):
+                    planes.copy_(_orthonormal_rows(wide, "params"))
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of all parameters that have a gradient; returns what the closure did."""
         loss = None
@@ -83,10 +215,12 @@ class RiemannianSGD(Optimizer):
 
     def _step_planes(self, parameter: Tensor, group: dict[str, Any]) -> None:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        shape = (-1, *parameter.shape[-2:])
-        gradient: Any = parameter.grad
+        momenta = _local(self._momenta(parameter, dtype)) if group["momentum"] else None
+        gradient: Any = _local(parameter.grad)
+        parameter = _local(parameter)
+        shape = (parameter.shape[:-2].numel(), *parameter.shape[-2:])
         planes, gradients = parameter.reshape(shape), gradient.reshape(shape)
-        momenta = self._momenta(parameter, dtype).view(shape) if group["momentum"] else None
+        momenta = None if momenta is None else momenta.view(shape)
         for part in _blocks(planes, dtype):
             rows = planes[part].to(dtype)
             if momenta is None:
@@ -100,7 +234,7 @@ class RiemannianSGD(Optimizer):
     def _momenta(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+            state["momentum_buffer"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
         # A state that was loaded has the type of the parameter.
         state["momentum_buffer"] = state["momentum_buffer"].to(dtype).contiguous()
         return state["momentum_buffer"]
@@ -117,6 +251,15 @@ class RiemannianSGD(Optimizer):
                 buffer = state["momentum_buffer"] = gradient.clone()
             gradient = gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer
         parameter.add_(gradient, alpha=-group["lr"])
+
+
+def _local(tensor: Any) -> Tensor:
+    """A tensor, or this process's whole planes of one that is sharded."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    if any(each.is_shard() and each.dim >= tensor.ndim - 2 for each in tensor.placements):
+        raise ValueError(f"params: planes {tuple(tensor.shape)} can be sharded between planes, got {tensor.placements}")
+    return tensor.to_local()
 
 
 def _blocks(planes: Tensor, dtype: torch.dtype) -> list[slice]:
@@ -155,18 +298,34 @@ def _moved(
 class WithRiemannian(Optimizer):
     """One optimizer out of two: `inner` for all parameters but planes, `RiemannianSGD` for these.
 
-    One `step`, one `state_dict`, one list of groups, so that schedulers and trainers see a single optimizer.
+    One `step`, one `state_dict`, one list of groups, so that schedulers and trainers see a single optimizer. Groups may
+    be added, also with planes among other parameters, and the list be changed from outside, as trainers do.
     """
 
     def __init__(self, inner: Optimizer, planes: RiemannianSGD) -> None:
         self.inner = inner
         self.planes = planes
+        # Each group is the very dictionary of one of the two: a scheduler that sets a rate here sets it there.
         super().__init__([*inner.param_groups, *planes.param_groups], {})
-        self._gather()
 
-    def _gather(self) -> None:
-        # The groups are those of the two themselves: a scheduler that sets a rate here sets it there.
-        self.param_groups = [*self.inner.param_groups, *self.planes.param_groups]
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """One more group, with the options of `inner`; planes in it go to a group behind it, with options of theirs."""
+        super().add_param_group(param_group)
+        if not any(param_group is group for part in (self.inner, self.planes) for group in part.param_groups):
+            self._divide()
+
+    def _divide(self) -> None:
+        """Bring the two in line with the list of groups; planes leave the groups of `inner` for one of their own."""
+        for part in (self.inner, self.planes):
+            part.param_groups = [group for group in part.param_groups if any(group is one for one in self.param_groups)]
+        planes = [each for group in self.param_groups if "transport" not in group for each in _take_planes(group)]
+        self.param_groups = [group for group in self.param_groups if group["params"]]
+        if planes:
+            self.param_groups.append({"params": planes, **self.planes.defaults})
+        for group in self.param_groups:
+            part = self.planes if "transport" in group else self.inner
+            if not any(group is one for one in part.param_groups):
+                part.add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -175,21 +334,29 @@ class WithRiemannian(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._divide()
         self.inner.step()
         self.planes.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """The states of both."""
+        self._divide()
         return {"inner": self.inner.state_dict(), "planes": self.planes.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the states of both. Raises ValueError for a state of something else."""
         if set(state_dict) != {"inner", "planes"}:
             raise ValueError(f"state_dict: expected the states 'inner' and 'planes', got {sorted(state_dict)}")
+        self._divide()
+        order = [self.planes if "transport" in group else self.inner for group in self.param_groups]
         self.inner.load_state_dict(state_dict["inner"])
         self.planes.load_state_dict(state_dict["planes"])
-        self._gather()
+        groups = {part: iter(part.param_groups) for part in (self.inner, self.planes)}
+        self.param_groups = [next(groups[part]) for part in order]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "inner": self.inner, "planes": self.planes}
 
 
 def with_riemannian(optimizer: Optimizer, manifold_lr: float = 0.1, **options: Any) -> WithRiemannian:
@@ -198,16 +365,22 @@ def with_riemannian(optimizer: Optimizer, manifold_lr: float = 0.1, **options: A
     So weight decay and adaptive rates do not reach them. options: of `RiemannianSGD`. A scheduler that scales rates
     scales both. Raises ValueError where the optimizer holds no `GrassmannParameter`.
     """
-    planes = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, GrassmannParameter)]
-    if not planes:
+    if not any(isinstance(p, GrassmannParameter) for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer: holds no GrassmannParameter")
-    if not any(len(_others(group["params"])) for group in optimizer.param_groups):
-        raise ValueError("optimizer: holds nothing but planes; use RiemannianSGD alone")
-    for group in optimizer.param_groups:
-        group["params"] = _others(group["params"])
+    planes = [each for group in optimizer.param_groups for each in _take_planes(group)]
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+    if not optimizer.param_groups:
+        raise ValueError("optimizer: holds nothing but planes; use RiemannianSGD alone")
     return WithRiemannian(optimizer, RiemannianSGD(planes, lr=manifold_lr, **options))
 
 
-def _others(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [p for p in parameters if not isinstance(p, GrassmannParameter)]
+def _take_planes(group: dict[str, Any]) -> list[Any]:
+    """The planes of a group, with their names where it has names; the group is left without them."""
+    named = "param_names" in group
+    entries = list(zip(group["param_names"], group["params"])) if named else group["params"]
+    planes = [isinstance(parameter, GrassmannParameter) for parameter in group["params"]]
+    rest = [entry for entry, is_plane in zip(entries, planes) if not is_plane]
+    group["params"] = [entry[1] for entry in rest] if named else rest
+    if named:
+        group["param_names"] = [entry[0] for entry in rest]
+    return [entry for entry, is_plane in zip(entries, planes) if is_plane]
