@@ -2,8 +2,8 @@
 
 Run: python benchmarks/detect_tables.py [--json FILE] [--development]. Nobody says which rows are normal: each detector
 is fitted to the table that it scores. Two kinds of table. Real: the rows of some classes, and a few of others. Planted:
-one row in a hundred is replaced by a strange one. The tables were fixed before the detector's rule was chosen, which was
-done on those of --development alone.
+one row in a hundred is replaced by a strange one. The tables were fixed before the rule of the detector was chosen,
+which was done on those of --development alone.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from pyod.models.pca import PCA
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
 from record import Record, parser
-from subspan.datasets import load
+from subspan.datasets import data_folder, load, load_sentence_encoder
 from subspan.detect import SubspaceDetector, auroc
 from subspan.models import SentenceEncoder
 from subspan.report import read_embeddings
@@ -77,7 +77,9 @@ def development_tables() -> Iterator[tuple[str, Labelled]]:
 
 def activities() -> Labelled:
     """Moments of the channels of inertial windows, and the activity."""
-    data = load("uci_har")
+    folder = data_folder()
+    assert folder is not None, "SUBSPAN_DATA"
+    data = np.load(folder / "uci_har" / "uci_har.npz")
     signal = data["x_train"] * data["scale"].reshape(1, -1, 1)
     parts = [signal.mean(2), signal.std(2), signal.min(2), signal.max(2), np.abs(np.diff(signal, axis=2)).mean(2)]
     return np.concatenate(parts, axis=1), data["y_train"]
@@ -86,7 +88,7 @@ def activities() -> Labelled:
 def questions() -> Labelled:
     """Embeddings of questions, and what they ask for."""
     records = load("icl_text/trec")[:1500]
-    x = SentenceEncoder.load("minilm").encode([record["text"] for record in records])
+    x = SentenceEncoder(*load_sentence_encoder()).encode([record["text"] for record in records])
     return x, np.array([record["label"] for record in records])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,7 +261,16 @@ def test_detect_reads_a_folder_of_good_and_defective_images(run: Callable[..., R
     assert facts["image_auroc"] == 1.0
     assert facts["pixel_auroc"] > 0.9
     assert facts["aupro"] > 0.5
+    assert facts["defects_without_mask"] == 0
     assert {entry["type"] for entry in facts["top"][:3]} == {"blot"}
+    Path("tile/ground_truth/blot/1_mask.png").unlink()
+    fewer = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json").out)
+    assert (fewer["defects_without_mask"], fewer["image_auroc"]) == (1, 1.0)
+    assert fewer["pixel_auroc"] > 0.9
+    shutil.rmtree("tile/ground_truth")
+    none = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json").out)
+    assert (none["defects_without_mask"], none["image_auroc"]) == (3, 1.0)
+    assert "pixel_auroc" not in none
 
 
 @pytest.mark.parametrize("method", ["leverage", "sample", "medoids", "farthest", "random"])

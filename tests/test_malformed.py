@@ -672,12 +672,6 @@ def anomaly_folder_without_good_images() -> None:
     picture("tiles/test/crack/a.png")
 
 
-@case("detect tiles")
-def anomaly_folder_without_masks() -> None:
-    picture("tiles/train/good/a.png")
-    picture("tiles/test/crack/a.png")
-
-
 @case("detect tiles --fit other")
 def anomaly_folder_fitted_elsewhere() -> None:
     picture("tiles/train/good/a.png")

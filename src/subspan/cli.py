@@ -424,23 +424,23 @@ def _detect_in_images(
     facts: dict[str, Any] = {"images": len(found.test), "fitted_to": len(good), "rank": detector.subspace_.dim}
     if 0 < found.anomalous.sum() < len(found.anomalous):
         facts["image_auroc"] = float(auroc(result.scores, found.anomalous))
-        masks = _masks(found, result.maps)
-        pixels, defects = np.stack(list(result.maps)), np.stack(masks)
-        facts["pixel_auroc"] = float(auroc(pixels, defects))
-        facts["aupro"] = float(aupro(pixels, defects))
+        located = np.flatnonzero(found.located)
+        facts["defects_without_mask"] = len(found.test) - len(located)
+        masks = [_mask(found, index, result.maps[index].shape) for index in located]
+        if any(mask.any() for mask in masks):
+            pixels, defects = np.stack([result.maps[index] for index in located]), np.stack(masks)
+            facts["pixel_auroc"] = float(auroc(pixels, defects))
+            facts["aupro"] = float(aupro(pixels, defects))
     return columns, facts
 
 
-def _masks(found: Any, maps: Any) -> list[Any]:
-    """The defect masks at the size of the score maps."""
+def _mask(found: Any, index: int, shape: tuple[int, int]) -> Any:
+    """A defect mask at the size of its score map."""
     import numpy as np
     from PIL import Image
 
-    masks = []
-    for index, scores in enumerate(maps):
-        mask = Image.fromarray(found.mask(index))
-        masks.append(np.asarray(mask.resize(scores.shape[::-1], Image.Resampling.NEAREST)).astype(bool))
-    return masks
+    mask = Image.fromarray(found.mask(index))
+    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
 
 
 def _write_columns(path: Path, columns: dict[str, list[Any]], numbers: str) -> None:

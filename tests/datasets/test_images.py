@@ -184,12 +184,69 @@ def test_what_is_missing_in_an_anomaly_layout_is_named(anomalies: Path) -> None:
         anomaly_folder(anomalies.parent)
     with pytest.raises(ValueError, match="has no 'hazelnut'; it has bottle, cable"):
         anomaly_folder(anomalies.parent, "hazelnut")
-    (anomalies / "ground_truth/crack/1_mask.png").unlink()
-    with pytest.raises(ValueError, match=r"test/crack/1\.png has no mask ground_truth/crack/1_mask\.png"):
-        anomaly_folder(anomalies)
     shutil.rmtree(anomalies / "train")
     with pytest.raises(ValueError, match="no images under train/good"):
         anomaly_folder(anomalies)
+
+
+def test_a_defect_without_a_mask_is_a_defect_still(anomalies: Path) -> None:
+    (anomalies / "ground_truth/crack/1_mask.png").unlink()
+    data = anomaly_folder(anomalies)
+    assert data.anomalous.tolist() == [True, True, False]
+    assert data.located.tolist() == [True, False, True]
+    assert not data.mask(2).any()
+    with pytest.raises(ValueError, match=r"defect image test/crack/1\.png has none"):
+        data.mask(1)
+
+
+def disc_mask(mode: str) -> Any:
+    """A mask (32, 32) of a disc, as pictures of several modes store it."""
+    y, x = np.indices((32, 32))
+    disc = np.where(np.hypot(y - 13, x - 17) < 9, 255, 0).astype(np.uint8)
+    white = np.full_like(disc, 255)
+    stored = {
+        "L": disc,
+        "1": disc > 0,
+        "classes": np.where(disc > 0, 1 + x // 16, 0).astype(np.uint8),
+        "I;16": disc.astype(np.uint16) * 257,
+        "RGB": np.stack([disc, disc * 0, disc * 0], -1),
+        "white on transparent white": np.stack([white, white, white, disc], -1),
+        "black on transparent black": np.stack([white * 0, white * 0, white * 0, disc], -1),
+        "opaque": np.stack([disc, disc, disc, white], -1),
+        "LA": np.stack([white, disc], -1),
+    }
+    if mode == "dark palette":
+        image = pil.fromarray(np.where(disc > 0, 1, 0).astype(np.uint8), mode="P")
+        image.putpalette([0, 0, 0, 128, 0, 0] + [0] * 762)
+        return image
+    return pil.fromarray(stored[mode])
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["L", "1", "classes", "I;16", "RGB", "dark palette", "white on transparent white", "black on transparent black",
+     "opaque", "LA"],
+)  # fmt: skip
+def test_masks_of_every_mode_mark_the_same_pixels(anomalies: Path, mode: str) -> None:
+    for name in ("test/crack/0.png", "ground_truth/crack/0_mask.png"):
+        disc_mask(mode).save(anomalies / name)
+    assert np.array_equal(anomaly_folder(anomalies).mask(0), np.asarray(disc_mask("1")))
+
+
+@pytest.mark.parametrize("kept_as", ["jpg", "png"])
+def test_traces_of_compression_mark_nothing(anomalies: Path, kept_as: str) -> None:
+    mask = disc_mask("L")
+    mask.save(anomalies / "mask.jpg", quality=60)
+    compressed = pil.open(anomalies / "mask.jpg")
+    assert (np.asarray(compressed) > 0).mean() > 1.1 * (np.asarray(mask) > 0).mean()
+    (anomalies / "ground_truth/crack/0_mask.png").unlink()
+    target = anomalies / f"ground_truth/crack/0_mask.{kept_as}"
+    if kept_as == "jpg":
+        shutil.copy(anomalies / "mask.jpg", target)
+    else:
+        compressed.save(target)
+    mask.save(anomalies / "test/crack/0.png")
+    assert np.array_equal(anomaly_folder(anomalies).mask(0), np.asarray(disc_mask("1")))
 
 
 def test_a_mask_of_another_size_is_refused(anomalies: Path) -> None:

@@ -1,6 +1,7 @@
 """The image detector: maps, rotations, masks, windows, and the whole on a small convolutional backbone."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def spotted(size=48):
 
 def detector(**settings_):
     options = {"image_size": 48, "augment": None, "blur": 1.0, "rank": 6} | settings_
-    return SubspaceAD(TwoStages(), ["first", "second"], **options)
+    return SubspaceAD(options.pop("backbone", TwoStages()), ["first", "second"], **options)
 
 
 def test_a_defect_is_found_and_located():
@@ -166,7 +167,11 @@ def test_masked_patches_score_nothing_and_are_left_out_of_the_fit():
         return mask
 
     model = detector(mask=left_half, blur=0.0).fit([stripes()])
-    assert not model.predict([spotted()[0]]).maps[0][:, 26:].any()
+    shown = model.predict([spotted()[0]]).maps[0]
+    assert not shown[:, 26:].any()
+    unmasked = model.set_params(mask=None).predict([spotted()[0]]).maps[0]
+    np.testing.assert_array_equal(shown[:, :22], unmasked[:, :22])
+    assert unmasked[:, 26:].any()
     features = FeatureGrid(TwoStages(), ["first", "second"], preprocessing=ImagePreprocessing(48, resize="squash"))
     half = features([stripes()])[:, :, :12].flatten(0, 2)
     assert model.detector_.moments_.count == len(half)
@@ -175,6 +180,141 @@ def test_masked_patches_score_nothing_and_are_left_out_of_the_fit():
     nothing = detector(mask=lambda images, features: torch.zeros(features.shape[:3], dtype=torch.bool))
     with pytest.warns(UserWarning, match="without foreground|no foreground"):
         nothing.fit([stripes()])
+
+
+# ---------------------------------------------------------------------------- as published
+
+
+def test_the_defaults_are_those_of_the_published_benchmark():
+    network = TwoStages()
+    assert SubspaceAD(network).get_params(deep=False) == {
+        "backbone": network,
+        "layers": None,
+        "aggregate": "mean",
+        "normalize": False,
+        "image_size": 224,
+        "preprocessing": None,
+        "augment": RandomRotations(30, degrees=(0.0, 345.0), padding="reflect", interpolation="bilinear"),
+        "rank": 0.99,
+        "distance": "residual",
+        "drop_k": 0,
+        "mask": None,
+        "mask_normals": True,
+        "blur": 4.0,
+        "image_score": "tail",
+        "tail": 0.01,
+        "over": "map",
+        "window": None,
+        "overlap": 0.0,
+        "specular": False,
+        "batch_size": 16,
+        "random_state": 0,
+        "progress": False,
+    }
+
+
+def written_out(network, normals, tests, *, size, normalize=False):
+    """The published method in numpy: maps and scores of `tests`, fitted to `normals` and 30 turned views of each."""
+    generator = torch.Generator().manual_seed(0)
+    views = []
+    for image in normals:
+        views.append(image)
+        for _ in range(30):
+            views.append(rotate(image, 345.0 * float(torch.rand((), generator=generator))))
+
+    def patches(image):
+        with torch.no_grad():
+            first = network.first((image[None] - 0.5) / 0.5)
+            second = network.second(torch.tanh(first))
+        finer = nn.functional.interpolate(second, size=first.shape[-2:], mode="bilinear", align_corners=False)
+        grid = ((first + finer) / 2)[0].movedim(0, -1).double().numpy()
+        return grid / np.linalg.norm(grid, axis=-1, keepdims=True) if normalize else grid
+
+    rows = np.concatenate([patches(view).reshape(-1, 8) for view in views])
+    mean = rows.mean(0)
+    values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / (len(rows) - 1))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    rank = int(np.searchsorted(np.cumsum(values) / values.sum(), 0.99)) + 1
+    kept = vectors[:, :rank]
+    maps, scores = [], []
+    for image in tests:
+        centred = patches(image) - mean
+        residual = np.square(centred - centred @ kept @ kept.T).sum(-1)
+        at = np.clip((np.arange(size) + 0.5) * len(residual) / size - 0.5, 0, len(residual) - 1)
+        pixels = ndimage.map_coordinates(residual, np.meshgrid(at, at, indexing="ij"), order=1)
+        maps.append(ndimage.gaussian_filter(pixels, 4.0, mode="mirror", radius=12))
+        scores.append(np.sort(maps[-1].ravel())[::-1][: int(0.01 * size**2)].mean())
+    return rank, np.stack(maps), np.array(scores)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_whole_is_the_published_method_written_out(normalize):
+    normals, tests = [stripes(0.0), stripes(0.7)], [stripes(2.0), spotted()[0]]
+    model = SubspaceAD(TwoStages(), ["first", "second"], image_size=48, normalize=normalize).fit(normals)
+    result = model.predict(tests)
+    rank, maps, scores = written_out(TwoStages(), normals, tests, size=48, normalize=normalize)
+    assert model.n_views_ == 62
+    assert model.subspace_.dim == rank
+    assert 1 < rank < 8
+    np.testing.assert_allclose(result.maps, maps, rtol=1e-3, atol=1e-3 * maps.max())
+    np.testing.assert_allclose(result.scores, scores, rtol=1e-3)
+
+
+def test_turned_parts_are_normal_where_turned_views_were_fitted():
+    turned = rotate(stripes(0.7), 90)
+    upright = detector(image_size=48, rank=0.99).fit([stripes()]).predict([turned]).scores[0]
+    fitted = detector(image_size=48, rank=0.99, augment=RandomRotations(30)).fit([stripes()])
+    assert fitted.predict([turned]).scores[0] < 0.1 * upright
+
+
+@pytest.mark.parametrize("over", ["map", "patches"])
+@pytest.mark.parametrize(("image_score", "tail"), [("tail", 0.01), ("tail", 0.2), ("max", 0.01), ("mean", 0.01)])
+def test_an_image_scores_what_its_own_map_or_patches_say(over, image_score, tail):
+    image = spotted()[0]
+    model = detector(over=over, image_score=image_score, tail=tail).fit([stripes()])
+    result = model.predict([image])
+    patches = model.score_patches(model._prepare()[0]([image]))
+    ordered = np.sort((result.maps[0] if over == "map" else patches.numpy()).ravel())[::-1]
+    count = {"tail": max(1, int(tail * ordered.size)), "max": 1, "mean": ordered.size}[image_score]
+    assert result.scores[0] == pytest.approx(ordered[:count].mean(), rel=1e-5)
+    again = model.predict_features([model._prepare()[0]([image])], (48, 48))
+    np.testing.assert_allclose(again.scores, result.scores, rtol=1e-5)
+
+
+def test_maps_are_smoothed_by_the_given_width_in_pixels():
+    image = spotted()[0]
+    maps = {blur: detector(blur=blur).fit([stripes()]).predict([image]).maps[0] for blur in (0.0, 2.0, "official")}
+    expected = ndimage.gaussian_filter(maps[0.0].astype(float), 2.0, mode="mirror", radius=6)
+    np.testing.assert_allclose(maps[2.0], expected, rtol=1e-4, atol=1e-6)
+    box = ndimage.gaussian_filter(maps[0.0].astype(float), 4.0, mode="mirror", radius=1)
+    np.testing.assert_allclose(maps["official"], box, rtol=1e-4, atol=1e-6)
+
+
+def test_unit_length_patches_do_not_see_their_length():
+    grid = torch.rand(2, 5, 5, 8) + torch.arange(8)
+    scaled = grid * torch.linspace(1, 9, 25).reshape(1, 5, 5, 1)
+    plain, unit = (SubspaceAD(TwoStages(), normalize=n, rank=3).fit_features([grid]) for n in (False, True))
+    torch.testing.assert_close(unit.score_patches(scaled), unit.score_patches(grid), rtol=1e-3, atol=1e-7)
+    assert plain.score_patches(scaled).mean() > 2 * plain.score_patches(grid).mean()
+
+
+def test_the_border_of_an_image_is_looked_at():
+    def wide(defect=False):
+        image = torch.cat([stripes(), stripes()], -1)
+        if defect:
+            image[:, 10:18, 86:94] = 0.95
+        return image
+
+    grid = FeatureGrid(TwoStages(), ["first", "second"], preprocessing=ImagePreprocessing(48))
+    for settings_ in ({"backbone": grid}, {"preprocessing": ImagePreprocessing(48)}, {}):
+        model = detector(**settings_).fit([wide()])
+        good, defective = model.predict([wide(), wide(defect=True)]).scores
+        assert defective > 2 * good
+    cropped = detector(preprocessing=ImagePreprocessing(48, resize="crop"))
+    with pytest.warns(UserWarning, match="cuts the border"):
+        cropped.fit([wide()])
+    good, defective = cropped.predict([wide(), wide(defect=True)]).scores
+    assert defective == good
 
 
 # ---------------------------------------------------------------------------- maps
@@ -330,6 +470,26 @@ def test_attention_mask_of_a_transformer():
     assert foreground(images, torch.zeros(2, 4, 4, 16)).flatten(1).sum(1).tolist() == [12, 12]
     model = SubspaceAD(network, [1, 2], image_size=56, augment=None, rank=4, mask="attention").fit(images)
     assert model.predict(images).maps.shape == (2, 56, 56)
+
+
+def test_the_network_of_a_mask_is_asked_in_evaluation_mode():
+    class Noisy(nn.Module):
+        """Attention (b, heads, t, t) that is random in training mode, of a CLS token and a 2 × 2 grid."""
+
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.dropout = nn.Dropout(0.5).eval(), nn.Dropout(0.5)
+
+        def forward(self, pixel_values, output_attentions):
+            weights = self.dropout(torch.ones(len(pixel_values), 1, 5, 5)) * torch.arange(5.0)
+            return SimpleNamespace(attentions=[weights])
+
+    network = Noisy()
+    foreground = AttentionForeground(network, ImagePreprocessing(28), layer=0)
+    expected = torch.arange(1.0, 5.0).reshape(1, 2, 2)
+    for _ in range(8):
+        torch.testing.assert_close(foreground.saliency([torch.rand(3, 28, 28)], (2, 2)), expected)
+    assert [network.training, network.dropout.training, network.frozen.training] == [True, True, False]
 
 
 def test_attention_mask_without_weights_says_what_to_do():

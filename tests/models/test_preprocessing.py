@@ -104,3 +104,11 @@ def test_batches_need_images_of_one_size() -> None:
         ImagePreprocessing().batch([])
     with pytest.raises(ValueError, match="of several sizes"):
         ImagePreprocessing(resize="none").batch([COLOURS, COLOURS[1:]])
+
+
+def test_the_border_is_cut_away_only_where_one_vector_describes_the_picture() -> None:
+    wide = np.zeros((20, 40, 3), dtype=np.uint8)
+    wide[:, 36:] = 255
+    assert ImagePreprocessing(20, mean=0.0, std=1.0)(wide).max() == 0
+    assert ImagePreprocessing(20, mean=0.0, std=1.0).whole()(wide).max() == 1
+    assert ImagePreprocessing(20, mean=0.0, std=1.0, resize="crop").whole()(wide).max() == 0

@@ -18,6 +18,8 @@ from jaxtyping import Bool
 
 from subspan.geometry.extras import require
 
+_LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
+_CLASS_LEVELS = 32
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm"})
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 512 * 2**20
@@ -130,7 +132,8 @@ def image_folder(
 class AnomalyImages:
     """Normal training images, and test images with defects: the layout of MVTec AD (Bergmann et al., 2019).
 
-    test.labels are the defect types, "good" = none.
+    test.labels are the defect types, "good" = none. mask_names: the file of each test image's mask, None where there is
+    none.
     """
 
     train: ImageCollection
@@ -140,26 +143,63 @@ class AnomalyImages:
     @property
     def anomalous(self) -> Bool[np.ndarray, " n"]:
         """Which test images are not good."""
-        return np.array([name is not None for name in self.mask_names], dtype=bool)
+        return np.array([label != "good" for label in self.test.labels], dtype=bool)
+
+    @property
+    def located(self) -> Bool[np.ndarray, " n"]:
+        """Of which test images it is known where they are defective: the good ones, and those with a mask."""
+        return ~self.anomalous | np.array([name is not None for name in self.mask_names], dtype=bool)
 
     def mask(self, index: int) -> Bool[np.ndarray, "h w"]:
-        """Where a test image's defect is, at the image's size; nowhere for a good one. ValueError for another size."""
+        """Where a test image's defect is, at the image's size; nowhere for a good one.
+
+        Raises ValueError for a defect without a mask (see `located`), and for a mask of another size than its image.
+        """
         image = self.test[index]
         name = self.mask_names[index]
+        if not self.located[index]:
+            raise ValueError(f"mask: the defect image {self.test.names[index]} has none")
         if name is None:
             return np.zeros((image.height, image.width), dtype=bool)
-        mask = np.asarray(open_image(self.test.read(name), name).convert("L")) > 0
+        mask = defect_pixels(open_image(self.test.read(name), name), lossy=Path(name).suffix.lower() in _LOSSY_SUFFIXES)
         if mask.shape != (image.height, image.width):
             shape = f"{mask.shape[1]}×{mask.shape[0]}"
             raise ValueError(f"mask {name}: {shape} pixels, its image has {image.width}×{image.height}")
         return mask
 
 
+def defect_pixels(mask: Any, *, lossy: bool = False) -> Bool[np.ndarray, "h w"]:
+    """Where a mask (PIL image of any mode) marks a defect.
+
+    Where there are few levels, as of class numbers: what is not zero. In a picture of many levels, or a `lossy` one:
+    what is brighter than half, so that traces of compression and of resizing mark nothing. What is transparent is no
+    defect, and what is not is one where all of it has one colour.
+    """
+    if mask.mode in ("1", "F") or mask.mode.startswith("I"):
+        values = np.asarray(mask)
+        return values > 0 if mask.mode == "1" else _marked(values, 1.0 if mask.mode == "F" else 65535.0, lossy)
+    if mask.mode not in ("RGBA", "LA", "PA") and "transparency" not in mask.info:
+        # The colours of a palette stand for classes, however dark they are.
+        grey = np.asarray(mask.convert("L"))
+        return grey > 0 if mask.mode == "P" else _marked(grey, 255.0, lossy)
+    pixels = np.asarray(mask.convert("RGBA"))
+    grey, opaque = np.asarray(mask.convert("RGB").convert("L")), pixels[..., 3] > 127
+    if not opaque.all() and len(np.unique(grey[opaque])) <= 1:
+        return opaque
+    return opaque & _marked(np.where(opaque, grey, 0), 255.0, lossy)
+
+
+def _marked(values: np.ndarray, white: float, lossy: bool) -> Bool[np.ndarray, "h w"]:
+    picture = lossy or (values.max(initial=0) > white / 2 and len(np.unique(values)) > _CLASS_LEVELS)
+    return values > (white / 2 if picture else 0)
+
+
 def anomaly_folder(path: str | os.PathLike[str], category: str | None = None) -> AnomalyImages:
     """Read train/good, test/<type>, ground_truth/<type>/<name>_mask.png from a folder or zip archive, images lazily.
 
-    category: the subfolder (or top folder of the archive) where several such layouts lie side by side. Raises
-    ValueError naming what is missing: the category, the training images, or a defect's mask.
+    category: the subfolder (or top folder of the archive) where several such layouts lie side by side. A defect may
+    have no mask (see `AnomalyImages.located`). Raises ValueError naming what is missing: the category, the training or
+    the test images.
     """
     every = [name for name in _file_names(Path(path)) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     roots = sorted({found.group(1) or "" for name in every if (found := re.match(r"(?:(.*)/)?train/good/", name))})
@@ -186,12 +226,12 @@ def anomaly_folder(path: str | os.PathLike[str], category: str | None = None) ->
     )
 
 
-def _mask_name(name: str, kind: str, masks: dict[str, str]) -> str:
+def _mask_name(name: str, kind: str, masks: dict[str, str]) -> str | None:
     stem = Path(name).stem
     for candidate in (f"{kind}/{stem}_mask", f"{kind}/{stem}"):
         if candidate in masks and "ground_truth/" in masks[candidate]:
             return masks[candidate]
-    raise ValueError(f"path: the defect image {name} has no mask ground_truth/{kind}/{stem}_mask.png")
+    return None
 
 
 def _file_names(root: Path) -> list[str]:

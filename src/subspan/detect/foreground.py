@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from subspan.detect.maps import gaussian_blur
 from subspan.geometry import Subspace
 from subspan.models import ImagePreprocessing
+from subspan.models.capture import evaluation, to_device_of
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class AttentionForeground:
 
     def saliency(self, images: Sequence[Tensor], grid: tuple[int, int]) -> Float[Tensor, "b h w"]:
         """Mean attention to each patch."""
-        pixels = self.preprocessing.batch(images).to(next(self.model.parameters()).device)
-        with torch.no_grad():
+        pixels = to_device_of(self.model, self.preprocessing.whole().batch(images))
+        with torch.no_grad(), evaluation(self.model):
             attentions = getattr(self.model(pixel_values=pixels, output_attentions=True), "attentions", None)
         if not attentions or attentions[0] is None:
             raise ValueError("mask: the model gives no attention weights; load it with attn_implementation='eager'")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -408,6 +408,12 @@ class SubspaceAD(BaseEstimator):
 
     def _fit(self, images: Any, augment: RandomRotations | None) -> SubspaceAD:
         features, mask = self._prepare()
+        if self._preprocessing.resize == "crop":
+            warnings.warn(
+                "preprocessing: resize='crop' cuts the border of an image away, where a defect would not be seen; "
+                "'squash' looks at the whole",
+                stacklevel=3,
+            )
         self.n_views_ = 0
         return self._fit_rows(
             self._normal_patches(self._views(images, augment), features, mask if self.mask_normals else None)
@@ -523,18 +529,26 @@ class SubspaceAD(BaseEstimator):
             raise ValueError(f"tail: a fraction in (0, 1], got {self.tail}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: at least 1, got {self.batch_size}")
-        grid = self.backbone
+        grid, preprocessing = self.backbone, self._preprocessing
         if isinstance(grid, nn.Module):
             if self.layers is None:
                 raise ValueError("layers: needed beside a network; name its middle layers")
-            preprocessing = self.preprocessing or ImagePreprocessing(size=self.image_size, resize="squash")
             grid = FeatureGrid(grid, self.layers, aggregate=self.aggregate, preprocessing=preprocessing)
         if isinstance(grid, FeatureGrid):
             return grid, foreground_mask(self.mask, grid)
         if not callable(grid):
             raise TypeError(f"backbone: a network, a FeatureGrid or a function is needed, got {type(grid).__name__}")
-        preprocessing = self.preprocessing or ImagePreprocessing(self.image_size, mean=0.0, std=1.0, resize="squash")
         return (lambda images: grid(preprocessing.batch(images))), foreground_mask(self.mask, grid)
+
+    @property
+    def _preprocessing(self) -> ImagePreprocessing:
+        """How images are prepared: whole, unless cropping was asked for by name."""
+        if isinstance(self.backbone, FeatureGrid):
+            return self.backbone.preprocessing
+        if self.preprocessing is not None:
+            return self.preprocessing.whole()
+        plain = ImagePreprocessing(self.image_size, resize="squash")
+        return plain if isinstance(self.backbone, nn.Module) else replace(plain, mean=0.0, std=1.0)
 
     def _views(self, images: Any, augment: RandomRotations | None) -> Iterator[Tensor]:
         generator = torch.Generator()
@@ -623,12 +637,8 @@ class SubspaceAD(BaseEstimator):
         return float(aggregate(values.flatten(), self.image_score, tail=self.tail)), anomaly_map
 
     def _input_size(self, image: Tensor) -> tuple[int, int]:
-        preprocessing = self.backbone.preprocessing if isinstance(self.backbone, FeatureGrid) else self.preprocessing
-        if preprocessing is None:
-            return self.image_size, self.image_size
-        if preprocessing.resize == "none":
-            return image.shape[-2], image.shape[-1]
-        return preprocessing.height_width
+        preprocessing = self._preprocessing
+        return (image.shape[-2], image.shape[-1]) if preprocessing.resize == "none" else preprocessing.height_width
 
 
 def _each(images: Any) -> Iterator[Any]:

@@ -53,7 +53,7 @@ class FeatureGrid:
         self.layers = list(dict.fromkeys(name for group in self.groups for name in group)) if self.groups else named
         if set(self.layers) - set(named):
             raise ValueError(f"groups: {sorted(set(self.layers) - set(named))} are not among the layers")
-        self.preprocessing = preprocessing or ImagePreprocessing(resize="squash")
+        self.preprocessing = (preprocessing or ImagePreprocessing()).whole()
         self.drop_tokens = drop_tokens
         self.layout: Layout = layout
         self.forward = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -18,21 +18,22 @@ class ImagePreprocessing:
     """Image(s) → float32 network input (3, h, w).
 
     size: side length or (height, width). resize: "squash" to the size whatever the shape; "crop" = short side to size
-    / crop_fraction, then centre crop; "none" leaves the size. mean, std: of pixel values in [0, 1], one number or
-    three. Images may be PIL images, uint8 or uint16 arrays (h, w), (h, w, 1|3|4), uint8 tensors (3, h, w), or floats
-    in [0, 1].
+    / crop_fraction, then centre crop; "none" leaves the size. None is "crop" for a vector of the whole picture, but
+    "squash" where patches are told apart (`FeatureGrid`, `SubspaceAD`), so that its border is seen too. mean, std: of
+    pixel values in [0, 1], one number or three. Images may be PIL images, uint8 or uint16 arrays (h, w), (h, w, 1|3|4),
+    uint8 tensors (3, h, w), or floats in [0, 1].
     """
 
     size: int | tuple[int, int] = 224
     mean: float | tuple[float, float, float] = 0.5
     std: float | tuple[float, float, float] = 0.5
-    resize: Literal["squash", "crop", "none"] = "crop"
+    resize: Literal["squash", "crop", "none"] | None = None
     crop_fraction: float = 0.875
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
-        if self.resize not in ("squash", "crop", "none"):
-            raise ValueError(f"resize: 'squash', 'crop' or 'none', got {self.resize!r}")
+        if self.resize not in ("squash", "crop", "none", None):
+            raise ValueError(f"resize: 'squash', 'crop', 'none' or None, got {self.resize!r}")
         if min(self.height_width) < 1:
             raise ValueError(f"size: at least 1 pixel, got {self.size}")
         if not 0 < self.crop_fraction <= 1:
@@ -44,6 +45,10 @@ class ImagePreprocessing:
     def height_width(self) -> tuple[int, int]:
         """The size as (height, width)."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def whole(self) -> ImagePreprocessing:
+        """The same with "squash" where `resize` is None: nothing of the image is cut away unless that was asked for."""
+        return replace(self, resize="squash") if self.resize is None else self
 
     def __call__(self, image: Any) -> Float[Tensor, "3 h w"]:
         """One image, resized and normalised."""
