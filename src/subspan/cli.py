@@ -424,7 +424,7 @@ def _detect_in_images(
     facts: dict[str, Any] = {"images": len(found.test), "fitted_to": len(good), "rank": detector.subspace_.dim}
     if 0 < found.anomalous.sum() < len(found.anomalous):
         facts["image_auroc"] = float(auroc(result.scores, found.anomalous))
-        located = np.flatnonzero(found.located)
+        located = np.flatnonzero(found.located).tolist()
         facts["defects_without_mask"] = len(found.test) - len(located)
         masks = [_mask(found, index, result.maps[index].shape) for index in located]
         if any(mask.any() for mask in masks):
