@@ -446,3 +446,38 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode in (0, 141)
     assert ran.stderr == ""
+
+
+def test_align_names_only_what_it_has(run: Callable[..., Ran], rows: np.ndarray) -> None:
+    np.save("short.npy", rows[:-1])
+    np.save("whole.npy", rows)
+    ran = run("align", "short.npy", "whole.npy")
+    assert ran.code == 2
+    assert "--" not in ran.err.removeprefix("subspan: error: ")
+    holes = rows.copy()
+    holes[4, 0] = np.nan
+    np.save("holes.npy", holes)
+    assert "--skip-nan" in run("align", "whole.npy", "holes.npy").err
+    ran = run("align", "whole.npy", "holes.npy", "--skip-nan", "--json")
+    assert json.loads(ran.out)["held_out"]["procrustes"]["recall@1"]["value"] > 0.9
+
+
+def test_label_errors_are_what_the_report_finds(run: Callable[..., Ran]) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.arange(300) % 3
+    np.save("rows.npy", (np.eye(3, 12)[truth] * 4 + rng.normal(size=(300, 12)) * 0.5).astype("f4"))
+    wrong = rng.choice(300, 9, replace=False)
+    given = truth.copy()
+    given[wrong] = (truth[wrong] + 1) % 3
+    Path("labels.txt").write_text("\n".join(map(str, given)), encoding="utf-8")
+    ran = run("detect", "rows.npy", "--labels", "labels.txt", "--label-errors", "-o", "check.csv", "--json")
+    with open("check.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    found = [int(row["row"]) for row in table if row["suspect"] == "True"]
+    assert sorted(found) == sorted(wrong.tolist())
+    assert all(int(table[row]["suggested"]) == truth[row] for row in wrong)
+    assert json.loads(ran.out)["suspects"] == 9
+    page = run("report", "rows.npy", "--labels", "labels.txt", "--json", "facts.json")
+    assert page.code == 0
+    assert json.loads(Path("facts.json").read_text(encoding="utf-8"))["labels"]["suspects_found"] == 9
+    assert "--label-errors -o labels_to_check.csv" in Path("report.html").read_text(encoding="utf-8")

@@ -245,8 +245,9 @@ def report(
         other = None
         if against is not None:
             other = read_embeddings(
-                against, column=column, text_column=text_column, id_column=id_column, progress=progress
-            )
+                against, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan,
+                progress=progress,
+            )  # fmt: skip
         facts = describe(data, other, seed=seed, progress=progress)
         progress("writing the page", 1.0)
         write_text(outputs[output], render(facts, data))
@@ -278,6 +279,10 @@ def detect(
     labels: Labels = None,
     by_label: Annotated[
         bool, typer.Option("--by-label", help="Score each row against the other rows of its own label.")
+    ] = False,
+    label_errors: Annotated[
+        bool,
+        typer.Option("--label-errors", help="Ask the ten nearest rows of each for its label; score their dissent."),
     ] = False,
     top: Annotated[int, typer.Option("--top", min=0, help="How many of the highest scores to print.")] = 10,
     output: Annotated[
@@ -315,6 +320,8 @@ def detect(
 
     - `subspan detect vectors.parquet --labels class --by-label`
 
+    - `subspan detect vectors.parquet --labels class --label-errors -o labels_to_check.csv`
+
     - `subspan detect bottle/ --shots 4 --rotations 8`
     """
     outputs = Outputs(Output("-o", output, _TABLES), inputs=(table, fit, labels))
@@ -324,16 +331,26 @@ def detect(
     ranked = _rank(rank or ("0.99" if images else "0.9"))
     with outputs:
         if table is not None and images:
-            if fit is not None or labels is not None or by_label:
-                raise ValueError("--fit, --labels and --by-label do not apply to a folder with train/good and test")
+            if fit is not None or labels is not None or by_label or label_errors:
+                raise ValueError(
+                    "--fit, --labels, --by-label and --label-errors do not apply to a folder with train/good and test"
+                )
             columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
         else:
             if shots is not None or rotations is not None:
                 raise ValueError("--shots and --rotations: for a folder with train/good and test only")
-            columns, facts = _detect_in_rows(
-                table, fit, ranked, by_label, labels=labels, column=column, text_column=text_column,
-                id_column=id_column, skip_nan=skip_nan,
-            )  # fmt: skip
+            reading = {
+                "labels": labels, "column": column, "text_column": text_column, "id_column": id_column,
+                "skip_nan": skip_nan,
+            }  # fmt: skip
+            if label_errors:
+                if fit is not None or rank is not None or by_label:
+                    raise ValueError(
+                        "--label-errors: asks the neighbours, so --fit, --rank and --by-label do not apply"
+                    )
+                columns, facts = _detect_label_errors(table, **reading)
+            else:
+                columns, facts = _detect_in_rows(table, fit, ranked, by_label, **reading)
         order = sorted(range(len(columns["score"])), key=lambda row: -columns["score"][row])[:top]
         facts["top"] = [{name: values[row] for name, values in columns.items()} for row in order]
         if output is not None:
@@ -384,6 +401,27 @@ def _detect_in_rows(
         "outlier": outlying.tolist(),
     }
     return columns, {"rows": len(data), "fitted_to": len(good), "rank": rank, "outliers": int(outlying.sum())}
+
+
+def _detect_label_errors(table: str | None, **reading: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    from .detect import label_votes
+    from .report import read_embeddings
+
+    with _progress("reading") as progress:
+        data = read_embeddings(table, progress=progress, **reading)
+        if data.labels is None:
+            raise ValueError("--label-errors: needs --labels")
+        if len(data) < 3:
+            raise ValueError(f"--label-errors: {len(data)} rows are too few to have neighbours")
+        progress("asking the neighbours", 0.5)
+        votes = label_votes(data.rows, data.labels, min(10, len(data) - 1))
+    columns = {
+        **_naming(data, range(len(data))),
+        "suggested": [str(name) for name in votes.suggested],
+        "score": votes.scores.tolist(),
+        "suspect": votes.suspect.tolist(),
+    }
+    return columns, {"rows": len(data), "labels": len(set(data.labels.tolist())), "suspects": int(votes.suspect.sum())}
 
 
 def _detect_in_images(
@@ -863,6 +901,7 @@ def align(
     column: Column = None,
     text_column: TextColumn = None,
     id_column: IdColumn = None,
+    skip_nan: SkipNan = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -885,7 +924,9 @@ def align(
 
     with outputs, _progress("reading") as progress:
         first, second = (
-            read_embeddings(path, column=column, text_column=text_column, id_column=id_column, progress=progress)
+            read_embeddings(
+                path, column=column, text_column=text_column, id_column=id_column, skip_nan=skip_nan, progress=progress
+            )
             for path in (source, target)
         )
         if method == "realign":
@@ -923,7 +964,7 @@ def _align_paired(
 ) -> tuple[Any, Any, dict[str, Any]]:
     from .report.comparison import fit_map, paired
 
-    fitted, facts = fit_map(first, paired(first, second), method, seed=seed, progress=progress)
+    fitted, facts = fit_map(*paired(first, second), method, seed=seed, progress=progress)
     return fitted, fitted.map_, facts
 
 

@@ -62,8 +62,23 @@ def test_rows_are_paired_by_id() -> None:
     ids = [f"row-{i}" for i in range(40)]
     old = embeddings(rows, ids=ids)
     shuffled = embeddings(rows[order], "new", ids=[ids[i] for i in order])
-    assert np.array_equal(paired(old, shuffled).rows, rows)
-    assert paired(old, dataclasses.replace(shuffled, rows=rows, ids=ids)).rows is rows
+    assert np.array_equal(paired(old, shuffled)[1].rows, rows)
+    assert paired(old, dataclasses.replace(shuffled, rows=rows, ids=ids))[1].rows is rows
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_rows_left_out_of_one_are_left_out_of_both(named: bool) -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 6))
+    whole = embeddings(rows, ids=[f"r{i}" for i in range(40)] if named else None)
+    first, second = np.delete(np.arange(40), 7), np.delete(np.arange(40), [2, 9])
+    one = dataclasses.replace(whole.subset(first), dropped=1)
+    two = dataclasses.replace(whole.subset(second), dropped=2, name="new")
+    common = np.delete(np.arange(40), [2, 7, 9])
+    for left, right, kept in ((one, two, common), (two, one, common), (whole, one, first), (two, whole, second)):
+        pair = paired(left, right)
+        assert all(np.array_equal(part.rows, rows[kept]) for part in pair)
+    with pytest.raises(ValueError, match="has 40 rows"):
+        paired(dataclasses.replace(one, dropped=0, ids=whole.ids and one.ids), whole)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import gzip
+import hashlib
 import html.parser
 import json
 import re
@@ -11,7 +15,7 @@ import numpy as np
 import pytest
 
 from subspan.report import Embeddings, describe, render
-from subspan.report.page import _percent
+from subspan.report.page import _card, _percent
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 ☃"
 
@@ -76,7 +80,7 @@ def test_every_section_is_there_and_linked(rendered: tuple[str, dict[str, Any]])
 def test_each_section_names_a_command(rendered: tuple[str, dict[str, Any]]) -> None:
     for section in re.findall(r"<section.*?</section>", rendered[0], re.S):
         assert re.search(r'<p class="command"><span>[^<]+</span> <code>subspan \w+ ', section), section[:200]
-    assert "subspan detect &#x27;my table.npy&#x27; --labels &#x27;la bel&#x27; --by-label" in rendered[0]
+    assert "subspan detect &#x27;my table.npy&#x27; --labels &#x27;la bel&#x27; --label-errors" in rendered[0]
 
 
 def test_commands_read_the_same_columns() -> None:
@@ -85,9 +89,37 @@ def test_commands_read_the_same_columns() -> None:
     data = Embeddings(rows=rows, name="texts", argument="x.csv", ids=[str(i) for i in range(40)], dropped=2, **columns)
     other = Embeddings(rows=rows, name="other", argument="y.csv", ids=data.ids)
     page = render(describe(data, other), data)
-    assert page.count("subspan align x.csv y.csv --text-column &#x27;the text&#x27; --id-column id --method") == 1
+    assert (
+        page.count("subspan align x.csv y.csv --text-column &#x27;the text&#x27; --id-column id --skip-nan --method")
+        == 1
+    )
     for verb in ("select", "shorten", "detect"):
         assert f"subspan {verb} x.csv --text-column &#x27;the text&#x27; --skip-nan " in page
+
+
+def test_the_plots_come_compressed_and_from_the_published_file(rendered: tuple[str, dict[str, Any]]) -> None:
+    packed = re.search(r'<script type="text/plain" id="plotly">([^<]*)</script>', rendered[0])
+    assert packed
+    library = gzip.decompress(base64.b64decode(packed[1]))
+    # plotly.js-cartesian-dist-min 4.1.1 of the npm registry.
+    assert hashlib.sha256(library).hexdigest() == "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
+    assert len(packed[1]) < 700_000
+
+
+def test_labels_stay_where_a_name_contains_them() -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 6))
+    data = Embeddings(rows=rows, name="digits", labels=np.array(["1", "2", "3"] * 20))
+    assert "· 1</small>" in _card(10, "note", dataclasses.replace(data, labels=np.array(["1"] * 60)))
+    pictures = Embeddings(rows=rows, name="photos", labels=np.array(["cat"] * 60), ids=[f"cat/{i}" for i in range(60)])
+    assert "cat</small>" not in _card(0, "note", pictures)
+
+
+def test_one_is_singular() -> None:
+    rows = np.random.default_rng(0).normal(size=(200, 6)) * [9, 8, 7, 0.1, 0.1, 0.1]
+    rows[3, 5] = 50
+    facts = describe(Embeddings(rows=rows, name="rows"))
+    facts["outliers"]["beyond_fence"] = 1
+    assert "<strong>1</strong><span>row lies far" in render(facts, Embeddings(rows=rows, name="rows"))
 
 
 def test_nothing_is_fetched_from_elsewhere(rendered: tuple[str, dict[str, Any]]) -> None:

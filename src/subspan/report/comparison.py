@@ -28,35 +28,46 @@ _MOST_SHRINKAGE = 0.99
 _BASE_ROWS = 50_000
 
 
-def paired(data: Embeddings, other: Embeddings) -> Embeddings:
-    """`other` in the row order of `data`: matched by ids where both have them, else by position.
+def paired(data: Embeddings, other: Embeddings) -> tuple[Embeddings, Embeddings]:
+    """The two in one order of rows: matched by ids where both have them, else by position.
 
-    Raises ValueError when the rows of the two are not the same.
+    Rows that were left out of one of them for NaN or infinity are left out of both. Raises ValueError when the rows of
+    the two are not the same otherwise.
     """
-    if data.ids is not None and other.ids is not None:
-        place = {str(name): row for row, name in enumerate(other.ids)}
-        if len(place) != len(other):
-            raise ValueError(f"--against: the ids of {other.name} are not unique")
-        wanted = [str(name) for name in data.ids]
-        missing = [name for name in wanted if name not in place]
-        if missing or len(other) != len(data):
-            example = f"; {missing[0]!r} is missing there" if missing else ""
+    if data.ids is None or other.ids is None:
+        if data.dropped or other.dropped:
+            data, other = (part if part.dropped else _numbered(part) for part in (data, other))
+            return paired(data, other)
+        if len(other) != len(data):
             raise ValueError(
-                f"--against: {other.name} has {len(other)} rows, {data.name} {len(data)}, "
-                f"with {len(wanted) - len(missing)} ids in common{example}"
+                f"{other.name} has {len(other)} rows, {data.name} has {len(data)}; the two must embed the same rows in "
+                "the same order (or both have an id column)"
             )
-        order = np.array([place[name] for name in wanted])
-        if np.array_equal(order, np.arange(len(order))):
-            return other
-        return dataclasses.replace(
+        return data, other
+    place = {str(name): row for row, name in enumerate(other.ids)}
+    if len(place) != len(other):
+        raise ValueError(f"{other.name}: the ids are not unique")
+    wanted = [str(name) for name in data.ids]
+    common = [name for name in wanted if name in place]
+    if len(wanted) - len(common) > other.dropped or len(other) - len(common) > data.dropped:
+        missing = [name for name in wanted if name not in place]
+        example = f"; {missing[0]!r} is missing in {other.name}" if missing else ""
+        raise ValueError(
+            f"{other.name} has {len(other)} rows, {data.name} {len(data)}, with {len(common)} ids in common{example}"
+        )
+    if len(common) < len(wanted):
+        data = data.subset(np.flatnonzero([name in place for name in wanted]))
+    order = np.array([place[name] for name in common])
+    if not np.array_equal(order, np.arange(len(other))):
+        other = dataclasses.replace(
             other, rows=other.rows[order], ids=data.ids, labels=None, texts=data.texts, images=data.images
         )
-    if len(other) != len(data):
-        raise ValueError(
-            f"--against: {other.name} has {len(other)} rows, {data.name} has {len(data)}; "
-            "the two must embed the same rows in the same order (or both have an id column)"
-        )
-    return other
+    return data, other
+
+
+def _numbered(data: Embeddings) -> Embeddings:
+    """The same with its rows' numbers as their ids."""
+    return dataclasses.replace(data, ids=[data.row_name(row) for row in range(len(data))])
 
 
 def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress: Progress) -> dict[str, Any]:
@@ -79,6 +90,7 @@ def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress
         "target": other.name,
         "target_argument": other.argument,
         "target_columns": other.dim,
+        "rows_left_out": bool(data.dropped or other.dropped),
         "rows_fitted": int(train.sum()),
         "rows_held_out": len(held_out),
         "queries": min(_QUERIES, len(held_out)),

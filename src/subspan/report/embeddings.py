@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Progress = Callable[[str, float], None]
@@ -79,6 +79,22 @@ class Embeddings:
         rows = np.empty((len(index), self.dim), dtype=working_precision(self.rows[:0]).dtype)
         rows[order] = self.rows[np.asarray(index)[order]]
         return rows
+
+    def subset(self, kept: Int[np.ndarray, " m"]) -> Embeddings:
+        """The data of some rows alone."""
+        places = kept.tolist()
+
+        def chosen(values: Sequence[Any] | None) -> list[Any] | None:
+            return None if values is None else [values[row] for row in places]
+
+        return replace(
+            self,
+            rows=self.take(kept),
+            labels=None if self.labels is None else self.labels[kept],
+            texts=chosen(self.texts),
+            images=chosen(self.images),
+            ids=[self.row_name(row) for row in places],
+        )
 
     def row_name(self, index: int) -> str:
         """The id of a row, else its number."""

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..detect.label_votes import counted_votes
 from ..geometry import (
     MarchenkoPastur,
     Subspace,
@@ -60,10 +61,9 @@ def describe(
     from .comparison import comparison_facts, paired
 
     started = time.monotonic()
-    if other is not None:
-        other = paired(data, other)
+    pair = None if other is None else paired(data, other)
     stages = ["reading", "measuring", "shortening", "subset"]
-    stages += ["labels"] * (data.labels is not None) + ["against"] * (other is not None)
+    stages += ["labels"] * (data.labels is not None) + ["against"] * (pair is not None)
 
     def stage(name: str) -> Progress:
         return lambda message, fraction: progress(message, (stages.index(name) + fraction) / len(stages))
@@ -78,7 +78,7 @@ def describe(
         "outliers": outlier_facts(measured),
         "subset": subset_facts(data, seen, measured, seed=seed, progress=stage("subset")),
         "labels": None if data.labels is None else label_facts(data, seen, seed=seed, progress=stage("labels")),
-        "against": None if other is None else comparison_facts(data, other, seed=seed, progress=stage("against")),
+        "against": None if pair is None else comparison_facts(*pair, seed=seed, progress=stage("against")),
     }
     return {
         **facts,
@@ -405,21 +405,11 @@ def _neighbour_purity(data: Embeddings, seen: Survey, counts: dict[Any, int], se
     assert data.labels is not None
     labels = data.labels[seen.base_index]
     found = _neighbours(seen, min(NEIGHBOURS, len(seen.base) - 1))[1].numpy()
-    same = labels[found] == labels[seen.queries][:, None]
-    share = same.mean(1)
+    asked = seen.base_index[seen.queries]
+    votes = counted_votes(labels[found], data.labels[asked])
+    suspects = np.flatnonzero(votes.suspect)
+    share = votes.own
     chance = float(sum((count / len(data)) ** 2 for count in counts.values()))
-    suspects = []
-    for position in np.flatnonzero(share == 0):
-        values, votes = np.unique(labels[found[position]], return_counts=True)
-        if votes.max() >= 0.8 * found.shape[1]:
-            suspects.append(
-                {
-                    "row": int(seen.base_index[seen.queries[position]]),
-                    "label": str(labels[seen.queries[position]]),
-                    "neighbours_say": str(values[votes.argmax()]),
-                    "votes": int(votes.max()),
-                }
-            )
     return {
         "neighbours_with_same_label": {
             "k": int(found.shape[1]),
@@ -427,7 +417,15 @@ def _neighbour_purity(data: Embeddings, seen: Survey, counts: dict[Any, int], se
             "interval": mean_interval(share, seed),
             "chance": chance,
         },
-        "suspects": sorted(suspects, key=lambda entry: -entry["votes"])[:_EXAMPLES],
+        "suspects": [
+            {
+                "row": int(asked[position]),
+                "label": str(data.labels[asked[position]]),
+                "neighbours_say": str(votes.suggested[position]),
+                "votes": round(votes.share[position] * found.shape[1]),
+            }
+            for position in suspects[np.argsort(-votes.share[suspects], kind="stable")][:_EXAMPLES]
+        ],
         "suspects_found": len(suspects),
         "rows_asked": len(share),
     }

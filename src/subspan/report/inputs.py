@@ -163,16 +163,7 @@ def _finite(data: Embeddings, skip: bool) -> Embeddings:
         )
     if not finite.any():
         raise ValueError(f"{data.argument}: all {len(data)} rows contain NaN or infinity")
-    kept = np.flatnonzero(finite)
-    places = kept.tolist()
-    return dataclasses.replace(
-        data,
-        rows=data.take(kept),
-        labels=None if data.labels is None else data.labels[kept],
-        texts=None if data.texts is None else [data.texts[row] for row in places],
-        ids=[data.row_name(row) for row in places],
-        dropped=len(bad),
-    )
+    return dataclasses.replace(data.subset(np.flatnonzero(finite)), dropped=len(bad))
 
 
 # ---------------------------------------------------------------------- texts and images

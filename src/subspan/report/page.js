@@ -70,15 +70,32 @@
     return Plotly.react(plot, coloured(figure.data, colours), layout, { displayModeBar: false });
   };
 
+  // The library of plots lies in the page compressed, at a third of its size.
+  const unpacked = async () => {
+    const packed = atob(document.getElementById("plotly").textContent);
+    const bytes = Uint8Array.from(packed, (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  };
+
   const plots = [...document.querySelectorAll(".plot")];
   const drawAll = () => Promise.all(plots.map(draw));
-  drawAll().then(() => document.documentElement.setAttribute("data-drawn", String(plots.length)));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  // A turned phone or another window size changes the type sizes too, so figures are drawn again, not only stretched.
-  const resized = new ResizeObserver((entries) => {
-    for (const { target } of entries) {
-      if (target.layout && target.clientWidth !== target.layout.width) draw(target);
-    }
+  const start = async () => {
+    await unpacked();
+    await drawAll();
+    document.documentElement.setAttribute("data-drawn", String(plots.length));
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+    // A turned phone or another window size changes the type sizes too, so figures are drawn again, not only stretched.
+    const resized = new ResizeObserver((entries) => {
+      for (const { target } of entries) {
+        if (target.layout && target.clientWidth !== target.layout.width) draw(target);
+      }
+    });
+    for (const plot of plots) resized.observe(plot);
+  };
+  start().catch((error) => {
+    for (const plot of plots) plot.textContent = `The plot could not be drawn (${error.message}); ${plot.ariaLabel}`;
   });
-  for (const plot of plots) resized.observe(plot);
 })();

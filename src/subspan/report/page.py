@@ -11,8 +11,6 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from . import figures
 from .embeddings import Embeddings
 
@@ -83,7 +81,7 @@ def document(title: str, brand: str, top: str, links: str, body: str, facts: dic
 {facts["seconds"]:.0f} s. The numbers of this page are in it as JSON, in the element with the id <code>facts</code>.</p>
 </footer>
 <script type="application/json" id="facts">{_json(facts)}</script>
-<script>{get_plotlyjs()}</script>
+<script type="text/plain" id="plotly">{_plotly()}</script>
 <script>
 {script}</script>
 </body>
@@ -97,6 +95,12 @@ def document(title: str, brand: str, top: str, links: str, body: str, facts: dic
 def _json(value: Any) -> str:
     """JSON that may stand inside a script element: no `<` survives, so nothing in a text can end the element."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+
+
+def _plotly() -> str:
+    """plotly.js with the kinds of plots that pages have, compressed; the page unpacks it."""
+    packed = resources.files("subspan.report").joinpath("plotly-cartesian.min.js.gz").read_bytes()
+    return base64.b64encode(packed).decode("ascii")
 
 
 def _figure(name: str, figure: dict[str, Any], caption: str, alternative: str) -> str:
@@ -143,7 +147,8 @@ def _cards(entries: list[tuple[int, str]], data: Embeddings) -> str:
 def _card(row: int, note: str, data: Embeddings) -> str:
     picture = "" if data.images is None else f'<img alt="" src="{thumbnail(data.images[row])}">'
     name, label = data.row_name(row), "" if data.labels is None else str(data.labels[row])
-    label = f" · {escape(label)}" if label and label not in name else ""
+    # The images of a folder are named by it and labelled by it.
+    label = f" · {escape(label)}" if label and label not in name.split("/")[:-1] else ""
     text = "" if data.texts is None else f"<p>{escape(_snippet(data.texts[row]))}</p>"
     return f"<li>{picture}<b>{escape(name)}</b><small>{note}{label}</small>{text}</li>"
 
@@ -184,8 +189,12 @@ def _interval(low: float, high: float, show: Callable[[float], str]) -> str:
     return f"{show(low)} to {show(high)}"
 
 
+def _noun(count: int, one: str, many: str) -> str:
+    return one if count == 1 else many
+
+
 def _plural(count: int, one: str, many: str) -> str:
-    return f"{_count(count)} {one if count == 1 else many}"
+    return f"{_count(count)} {_noun(count, one, many)}"
 
 
 # ---------------------------------------------------------------------- top
@@ -195,8 +204,9 @@ def _tiles(facts: dict[str, Any]) -> str:
     contents, spectrum, short = facts["contents"], facts["spectrum"], facts["shortening"]
     low, high = spectrum["effective_rank"]["interval"]
     dims, full = short["smallest"]["pca"]["95%"], contents["columns"]
+    beyond = facts["outliers"]["beyond_fence"]
     tiles = [
-        (_count(contents["rows"]), f"rows of {_count(full)} numbers"),
+        (_count(contents["rows"]), f"{_noun(contents['rows'], 'row', 'rows')} of {_count(full)} numbers"),
         (
             _number(spectrum["effective_rank"]["value"]),
             f"effective rank, 95\u202f% interval {_interval(low, high, _number)}",
@@ -207,7 +217,10 @@ def _tiles(facts: dict[str, Any]) -> str:
             if dims < full
             else "of the dimensions can go if 95\u202f% of the neighbours are to stay",
         ),
-        (_count(facts["outliers"]["beyond_fence"]), "rows lie far outside the common subspace"),
+        (
+            _count(beyond),
+            f"{_noun(beyond, 'row lies', 'rows lie')} far outside the common subspace",
+        ),
     ]
     if facts.get("labels"):
         tiles.append(
@@ -501,8 +514,8 @@ def _labels(facts: dict[str, Any], data: Embeddings) -> str:
     labels = f"--labels {shlex.quote(data.label_argument)} " if data.label_argument else ""
     parts.append(
         _command(
-            "Score each row against the subspace of its own class:",
-            _call("detect", data, f"{labels}--by-label -o scores.csv"),
+            "Ask the neighbours of every row for its label:",
+            _call("detect", data, f"{labels}--label-errors -o labels_to_check.csv"),
         )
     )
     return "".join(parts)
@@ -537,7 +550,8 @@ def _against(facts: dict[str, Any], data: Embeddings) -> str:
         f"A falling line; {shared['count']} pairs are above {shared['correlation_above']}.",
     )
     bars = verdict["bars"]["yes"]
-    files = shlex.join([data.argument or "OLD", facts["target_argument"], *data.reading, *data.pairing])
+    skipping = ["--skip-nan"] * facts["rows_left_out"]
+    files = shlex.join([data.argument or "OLD", facts["target_argument"], *data.reading, *data.pairing, *skipping])
     return (
         f'<p class="lead">{lead}</p>{retrieval}'
         + _table(["Map", "own row first", "own row in 10", "neighbours kept"], rows)
@@ -689,7 +703,10 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
         for name, (title, content) in sections.items()
     )
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, (title, _) in sections.items())
-    tiles = [(_count(facts["clusters"]), "clusters"), (_count(facts["rows"]), "rows")]
+    tiles = [
+        (_count(facts["clusters"]), _noun(facts["clusters"], "cluster", "clusters")),
+        (_count(facts["rows"]), "rows"),
+    ]
     tiles += [(f"{facts['silhouette']:.2f}", "silhouette of the subspaces")] if "silhouette" in facts else []
     tiles += [(f"{value:.3f}", f"{name}, against the labels") for name, value in facts.get("scores", {}).items()]
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
@@ -698,7 +715,7 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
 
 
 def _cluster_table(facts: dict[str, Any]) -> str:
-    lead = f"{_count(facts['clusters'])} clusters by {escape(facts['method'])}"
+    lead = f"{_plural(facts['clusters'], 'cluster', 'clusters')} by {escape(facts['method'])}"
     count = facts.get("count")
     if count is None:
         lead += ", as many as were asked for."
@@ -739,5 +756,5 @@ def _cluster_members(facts: dict[str, Any], data: Embeddings) -> str:
     parts = []
     for cluster, members in enumerate(facts["representatives"]):
         cards = _cards([(row, f"cluster {cluster}") for row in members], data)
-        parts.append(_details(f"Cluster {cluster}: {_count(facts['sizes'][cluster])} rows", cards))
+        parts.append(_details(f"Cluster {cluster}: {_plural(facts['sizes'][cluster], 'row', 'rows')}", cards))
     return "".join(parts)
