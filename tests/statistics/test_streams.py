@@ -50,6 +50,33 @@ def test_every_source_gives_the_same_moments(rows, tmp_path):
     assert not is_one_shot(loader)
 
 
+def test_a_file_is_read_as_the_table_reader_reads_it(rows, tmp_path):
+    """Ragged lists are refused, large lists read, an id is no dimension, and no digit of whole numbers is lost."""
+    arrow = pytest.importorskip("pyarrow", reason="Parquet is an optional extra")
+    import pyarrow.parquet as parquet
+
+    def written(**columns):
+        parquet.write_table(arrow.table(columns), tmp_path / "x.parquet", row_group_size=128)
+        return tmp_path / "x.parquet"
+
+    lists = arrow.array(rows.tolist(), arrow.large_list(arrow.float64()))
+    np.testing.assert_allclose(fit_moments(written(id=range(1000), v=lists)).mean.numpy(), rows.mean(0))
+    columns = {f"c{i}": rows[:, i] for i in range(7)}
+    with pytest.warns(UserWarning, match=r"left out: 'id' \(an id\)"):
+        assert fit_moments(written(id=range(1000), **columns)).mean.shape == (7,)
+    ragged = [row[: 7 + (i == 900)] for i, row in enumerate(np.ones((1000, 8)).tolist())]
+    with pytest.raises(ValueError, match=r"row 900 of 'v' .* has 8 values, row 0 has 7"):
+        fit_moments(written(v=ragged))
+    with pytest.raises(ValueError, match=r"'v' .* has 1 values"):
+        fit_moments(written(v=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]))
+    large = 2**40 + np.arange(40).reshape(10, 4)[:, ::-1] % 7
+    np.testing.assert_allclose(fit_moments(written(a=large[:, 0], b=large[:, 1])).mean, large[:, :2].mean(0), rtol=0)
+    (tmp_path / "x.csv").write_text("a,b\n" + "1.5,2\n3.5,4\n" * 5)
+    np.testing.assert_allclose(fit_moments(tmp_path / "x.csv").mean, [2.5, 3])
+    rest = list(batches(tmp_path / "x.csv", 4, skip=3))
+    assert [len(batch) for batch in rest] == [4, 3]
+
+
 def test_skipping_rows_across_batches(rows):
     for source in (rows, [rows[:300], rows[300:]]):
         rest = torch.cat(list(batches(source, 128, skip=450)))
@@ -61,9 +88,9 @@ def test_unreadable_sources_are_named(tmp_path, rows):
     np.save(tmp_path / "objects.npy", np.array([{}, 1], dtype=object), allow_pickle=True)
     (tmp_path / "x.txt").write_text("1 2 3")
     for name, message in [
-        ("cut.npy", "not a readable .npy"),
-        ("objects.npy", "not a readable .npy"),
-        ("x.txt", ".txt"),
+        ("cut.npy", "not an .npy array"),
+        ("objects.npy", "pickled"),
+        ("x.txt", "is a text"),
     ]:
         with pytest.raises(ValueError, match=message):
             fit_moments(tmp_path / name)
@@ -73,6 +100,8 @@ def test_unreadable_sources_are_named(tmp_path, rows):
         fit_moments(iter([]))
     with pytest.raises(TypeError, match="cannot read rows"):
         fit_moments(3)
+    with pytest.raises(TypeError, match="cannot read rows from a Graph; a graph is no table"):
+        fit_moments(pytest.importorskip("networkx").path_graph(4))
     with pytest.raises(ValueError, match="columns"):
         fit_moments([rows, rows[:, :3]])
 

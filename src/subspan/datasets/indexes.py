@@ -278,14 +278,23 @@ def _open_table(path: Path, column: str | None, id_column: str | None) -> Stored
     if table.ids is None:
         ids: np.ndarray = np.arange(len(table))
     else:
+        id_column = table.id_column or id_column
         ids = np.array(table.ids, dtype=str)
         if id_column is not None and columns.get(id_column, False):
-            ids = as_ids(ids.astype(np.int64))
+            ids = _whole(ids)
     stored = table.values.dtype
     return StoredVectors(
         str(path), "table", f"{path.suffix.lower()} table", table.values, ids, numbered=table.ids is None,
         details={"column": column, "id_column": id_column, "dtype": str(stored)},
     )  # fmt: skip
+
+
+def _whole(names: np.ndarray) -> np.ndarray:
+    """Names of whole numbers as int64, or as they are where one is missing or beyond it."""
+    try:
+        return names.astype(np.int64)
+    except (ValueError, OverflowError):
+        return names
 
 
 def _columns(path: Path) -> dict[str, bool]:

@@ -1,4 +1,4 @@
-"""Rows from anywhere: arrays, memory maps, Parquet files, iterables, DataLoaders and Dask arrays, batch by batch."""
+"""Rows from anywhere: arrays, memory maps, tables in files, iterables, DataLoaders and Dask arrays, batch by batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..base.arrays import is_sparse, refuse_sparse
+from ..base.extras import require
 from ..base.files import remove_unfinished
+from ..base.tables import ArrayRows, read_table, stored_blocks
 from ..geometry.arrays import as_tensor
-from ..geometry.extras import require
 from ..geometry.files import load_arrays
 from .moments import Moments
 
@@ -47,9 +48,9 @@ def is_one_shot(source: Any) -> bool:
 def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[Tensor]:
     """Yield `source` as tensors (n, d), after skipping `skip` rows.
 
-    source: an array or tensor (n, d); a memory map; a path to a .npy or .parquet file; an iterable (or DataLoader) of
-    batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for other files,
-    TypeError for sparse matrices.
+    source: an array or tensor (n, d); a memory map; a path to a table (see `subspan.datasets.read_table`); an iterable
+    (or DataLoader) of batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for
+    other files, TypeError for what holds no rows, such as a graph, and for sparse matrices.
     """
     refuse_sparse(source, "source")
     if batch_size < 1:
@@ -57,7 +58,7 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
     if skip < 0:
         raise ValueError(f"skip: must be >= 0, got {skip}")
     if isinstance(source, str | os.PathLike):
-        source = _open(Path(source), batch_size)
+        source, skip = _opened(Path(source), batch_size, skip)
     if is_dask(source):
         source = (np.asarray(block.compute()) for block in source.rechunk({1: -1}).to_delayed().ravel())
     if isinstance(source, Tensor) or hasattr(source, "__array__"):
@@ -65,10 +66,11 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
         for start in range(skip, rows.shape[0], batch_size):
             yield rows[start : start + batch_size]
         return
-    if not isinstance(source, Iterable):
-        raise TypeError(f"source: cannot read rows from a {type(source).__name__}")
+    if not isinstance(source, Iterable) or hasattr(source, "adj"):
+        graph = "; a graph is no table (its adjacency is one: networkx.to_numpy_array)" if hasattr(source, "adj") else ""
+        raise TypeError(f"source: cannot read rows from a {type(source).__name__}{graph}")
     for batch in source:
-        first = next(iter(batch.values())) if isinstance(batch, dict) else batch
+        first: Any = next(iter(batch.values())) if isinstance(batch, dict) else batch
         first = first[0] if isinstance(first, tuple | list) and len(first) and not np.isscalar(first[0]) else first
         rows = as_tensor(first, "batch", ndim=2)
         if skip >= rows.shape[0]:
@@ -78,51 +80,14 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
         skip = 0
 
 
-def _open(path: Path, batch_size: int) -> Any:
+def _opened(path: Path, batch_size: int, skip: int) -> tuple[Any, int]:
+    """The rows of a table as they are stored, mapped or in blocks, and how many of them are still to be skipped."""
     if not path.exists():
         raise FileNotFoundError(f"source: no file {str(path)!r}")
-    if path.suffix == ".npy":
-        try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"source: {str(path)!r} is not a readable .npy file ({error})") from error
-    if path.suffix == ".parquet":
-        return _parquet(path, batch_size)
-    raise ValueError(f"source: cannot stream {path.suffix or 'a file without suffix'!r}; expected .npy or .parquet")
-
-
-def _parquet(path: Path, batch_size: int) -> Iterator[np.ndarray]:
-    parquet: Any = require("pyarrow.parquet", extra="tables")
-    arrow: Any = require("pyarrow", extra="tables")
-    try:
-        file = parquet.ParquetFile(path)
-    except Exception as error:
-        raise ValueError(f"source: {str(path)!r} is not a readable Parquet file ({error})") from error
-
-    def is_vector(kind: Any) -> bool:
-        return arrow.types.is_fixed_size_list(kind) or arrow.types.is_list(kind)
-
-    def is_number(kind: Any) -> bool:
-        return arrow.types.is_floating(kind) or arrow.types.is_integer(kind)
-
-    schema = file.schema_arrow
-    vectors = [field.name for field in schema if is_vector(field.type) and is_number(field.type.value_type)]
-    numbers = [field.name for field in schema if is_number(field.type)]
-    if not vectors and not numbers:
-        raise ValueError(f"source: {str(path)!r} has no column of vectors and no numeric columns")
-    for batch in file.iter_batches(batch_size, columns=vectors[:1] or numbers):
-        if batch.num_rows == 0:
-            continue
-        if any(column.null_count for column in batch.columns):
-            raise ValueError(f"source: {str(path)!r} has missing values; remove or impute them")
-        if vectors:
-            column = batch.column(0)
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            if len(flat) % batch.num_rows:
-                raise ValueError(f"source: the vectors in column {vectors[0]!r} have unequal lengths")
-            yield flat.reshape(batch.num_rows, -1)
-        else:
-            yield np.column_stack([column.to_numpy(zero_copy_only=False) for column in batch.columns])
+    values = read_table(path).values
+    if isinstance(values, ArrayRows):
+        return values.values, skip
+    return stored_blocks(values, batch_size, min(skip, values.shape[0])), 0
 
 
 def fit_moments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import struct
 import zipfile
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from subspan.base import tables as module
 from subspan.datasets import FiniteCheck, read_table
-from subspan.datasets import tables as module
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 feather = pytest.importorskip("pyarrow.feather")
@@ -96,9 +97,21 @@ def write_csv_of_lists(folder: Path, values: np.ndarray) -> dict:
     return {"path": folder / "t.tsv", "label_column": "label", "column": "vector"}
 
 
+def write_json_lines(folder: Path, values: np.ndarray) -> dict:
+    rows = [{"id": i, "kind": label, "embedding": row.tolist()} for i, (label, row) in enumerate(zip(LABELS, values))]
+    (folder / "t.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return {"path": folder / "t.jsonl.gz", "label_column": "kind", "id_column": "id"}
+
+
+def write_json_texts(folder: Path, values: np.ndarray) -> dict:
+    texts = [json.dumps(row.tolist()) for row in values]
+    parquet.write_table(pyarrow.table({"id": range(N), "vector": texts, "label": LABELS}), folder / "t.parquet")
+    return {"path": folder / "t.parquet", "label_column": "label", "id_column": "id"}
+
+
 WRITERS = [
     write_npy, write_npy_columns_first, write_npz, write_safetensors, write_parquet, write_parquet_columns,
-    write_feather, write_csv, write_csv_gz, write_csv_of_lists,
+    write_json_texts, write_feather, write_csv, write_csv_gz, write_csv_of_lists, write_json_lines,
 ]  # fmt: skip
 
 
@@ -121,6 +134,81 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, values: np.ndarray, wr
         assert table.ids == tuple(map(str, range(N)))
     with pytest.raises(IndexError, match="from 0 to 22"):
         table.rows([23])
+
+
+COLUMNS = {
+    "pandas' nameless index": ({"": range(N)}, "", "an index"),
+    "an index written twice": ({"Unnamed: 0": range(N)}, "Unnamed: 0", "an index"),
+    "an index out of order": ({"__index_level_0__": [*range(5, N), *range(5)]}, "__index_level_0__", "an index"),
+    "an id by name": ({"ID": [7 * i % N for i in range(N)]}, "ID", "an id"),
+    "whole numbers that rise": ({"product": range(10**9, 10**9 + N)}, "product", "whole numbers that only rise"),
+    "a constant": ({"version": [3] * N}, None, "one whole number in every row"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+@pytest.mark.parametrize("case", COLUMNS)
+def test_columns_that_name_or_count_rows_are_no_dimensions(
+    tmp_path: Path, values: np.ndarray, case: str, suffix: str
+) -> None:
+    extra, id_column, why = COLUMNS[case]
+    table = pyarrow.table({**extra, **{f"x{j}": values[:, j] for j in range(D)}})
+    path = tmp_path / f"t{suffix}"
+    if suffix == ".csv":
+        rows = [",".join(table.column_names), *(",".join(map(str, row.values())) for row in table.to_pylist())]
+        path.write_text("\n".join(rows))
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    else:
+        parquet.write_table(table, path, row_group_size=7)
+    with pytest.warns(UserWarning, match=why):
+        found = read_table(path)
+    np.testing.assert_array_equal(found.array(), values)
+    assert found.ids == (None if id_column is None else tuple(map(str, extra[id_column])))
+    assert found.id_column == id_column
+
+
+def test_a_table_of_whole_numbers_keeps_what_could_be_a_dimension(tmp_path: Path) -> None:
+    """Rising in few rows, constant among whole numbers, or all that there is: such columns stay."""
+    for text, shape in [
+        ("a,b\n1,2\n3,5\n4,9\n", (3, 2)),
+        ("a,b\n" + "".join(f"{i},0\n" for i in [3, 1, 2] * 4), (12, 2)),
+        ("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(12)), (12, 2)),
+        ("a,b\n" + "".join(f"{i}.0,1.0\n" for i in range(12)), (12, 2)),
+    ]:
+        (tmp_path / "t.csv").write_text(text)
+        assert read_table(tmp_path / "t.csv").shape == shape
+    (tmp_path / "t.csv").write_text("a,b\n" + "".join(f"{i},{i * i % 7}\n" for i in range(12)))
+    with pytest.warns(UserWarning, match="'a'"):
+        assert read_table(tmp_path / "t.csv").shape == (12, 1)
+
+
+def test_ids_that_are_repeated_name_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 1, "v": [1, 2.5]}\n{"id": 1, "v": [3, 4]}\n')
+    found = read_table(tmp_path / "t.jsonl")
+    assert (found.ids, found.id_column, found.shape) == (None, None, (2, 2))
+    assert read_table(tmp_path / "t.jsonl", id_column="id").ids == ("1", "1")
+
+
+def test_numbers_beyond_float32_stay_finite_in_text(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("a,b\n1e300,2\n3,4\n")
+    found = read_table(tmp_path / "t.csv")
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found.array(), [[1e300, 2], [3, 4]])
+
+
+def test_labels_of_bytes_are_texts(tmp_path: Path) -> None:
+    np.savez(tmp_path / "t.npz", x=np.ones((2, 3)), y=np.array(["é".encode(), b"b"]))
+    assert read_table(tmp_path / "t.npz", label_column="y").labels == ("é", "b")
+
+
+def test_a_table_larger_than_the_memory_is_refused_when_it_is_wanted_whole(tmp_path: Path) -> None:
+    with (tmp_path / "t.npy").open("wb") as stream:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**9, 1000)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.truncate(stream.tell() + 4 * 10**12)
+    with pytest.raises(ValueError, match=r"t\.npy' takes .* GiB, this machine has"):
+        read_table(tmp_path / "t.npy").array()
 
 
 @pytest.mark.parametrize(
@@ -189,6 +277,36 @@ def safetensors_bytes(header: str, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header.encode() + data
 
 
+def damaged(data: bytes) -> bytes:
+    """With its middle overwritten: the checks of deflate fail, not those of the container."""
+    middle = len(data) // 2
+    return data[:middle] + b"\xff\x00" * 40 + data[middle + 80 :]
+
+
+def npy_header(header: bytes) -> bytes:
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+def parquet_of_two_a() -> bytes:
+    stream = io.BytesIO()
+    arrays = [pyarrow.array([1.0]), pyarrow.array([2.0])]
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["a", "a"]), stream)
+    return stream.getvalue()
+
+
+def feather_with_wild_offsets() -> bytes:
+    """Texts whose offsets lead out of their buffer."""
+    offsets = struct.pack("<4i", 0, 3, 6, 9)
+    stream = io.BytesIO()
+    table = pyarrow.table({"x": [1.5, 2.5, 3.5], "y": ["abc", "def", "ghi"]})
+    feather.write_feather(table, stream, compression="uncompressed")
+    assert stream.getvalue().count(offsets) == 1
+    return stream.getvalue().replace(offsets, struct.pack("<4i", 0, 2**30, 2**30 + 1, 2**31 - 1))
+
+
+NOISE = np.random.default_rng(0).standard_normal((40, 30))
+NUMBERS = "\n".join(["a", *map(str, NOISE.ravel())]).encode()
+MEGABYTE = b"x" * 2**20
 MATRIX = npy_bytes(np.ones((4, 3)))
 HUGE = MATRIX.replace(b"(4, 3), }" + b" " * 9, b"(4000000000, 3), }")
 
@@ -228,12 +346,12 @@ MALFORMED: dict[str, tuple[str, bytes, dict, str]] = {
         {"label_column": "y"},
         r"labels .* have shape \(3,\), one a row \(4\)",
     ),
-    "safetensors, not one": ("t.safetensors", b"hello, this is text", {}, "not a whole safetensors"),
+    "safetensors, not one": ("t.safetensors", b"hello, this is text", {}, "not a whole .safetensors"),
     "safetensors, cut off": (
         "t.safetensors",
         safetensors_bytes('{"x":{"dtype":"F32","shape":[4,3],"data_offsets":[0,48]}}', b"\0" * 10),
         {},
-        "not a whole safetensors",
+        "not a whole .safetensors",
     ),
     "safetensors, one axis": (
         "t.safetensors",
@@ -264,9 +382,67 @@ MALFORMED: dict[str, tuple[str, bytes, dict, str]] = {
     "csv, not UTF-8": ("t.csv", b"a,b\n1,2\n\xff\xfe,2\n", {}, "not UTF-8"),
     "csv, an open quote": ("t.csv", b'a,b\n1,"2\n', {}, "is broken|unexpected end"),
     "csv, lists of two lengths": ("t.csv", b'v\n"[1, 2]"\n"[3]"\n', {"column": "v"}, "line 3 .* has 1 values"),
-    "csv, a broken list": ("t.csv", b'v\n"[1, 2"\n', {"column": "v"}, "a number is needed"),
+    "csv, a broken list": ("t.csv", b'v\n"[1, 2"\n', {"column": "v"}, "line 2 .* is not JSON"),
     "csv.gz, cut off": ("t.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 999)[:-12], {}, "is broken"),
     "csv.gz, not packed": ("t.csv.gz", b"a,b\n1,2\n", {}, "is broken"),
+    "npy, open brackets": ("t.npy", npy_header(b"{'descr': '<f4', 'shape': " + b"(" * 300), {}, "not an .npy array"),
+    "npy, deep brackets": ("t.npy", npy_header(b"(" * 9000 + b")" * 9000), {}, "not an .npy array"),
+    "npy, negative shape": ("t.npy", MATRIX.replace(b"(4, 3), } ", b"(-4, 3), }"), {}, "not an .npy array"),
+    "npy, an endless header": ("t.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + b" " * 99, {}, "header of 4294967295"),
+    "npz, damaged": ("t.npz", damaged(npz_with({"x.npy": npy_bytes(NOISE)})), {}, "not a whole .npz|Error -3"),
+    "npz, labels that are no characters": (
+        "t.npz",
+        npz_with({"x.npy": MATRIX, "y.npy": npy_bytes(np.array(["a"] * 4)).replace(b"a\0\0\0", b"\0\0\x11\x7f")}),
+        {"label_column": "y"},
+        "not a whole .npz",
+    ),
+    "npz, a sparse matrix": (
+        "t.npz",
+        npz_with({f"{name}.npy": MATRIX for name in ("indices", "indptr", "format", "data", "shape")}),
+        {},
+        "is a sparse matrix of SciPy; a table is dense",
+    ),
+    "npz, a graph": ("t.npz", npz_with({"adj_indptr.npy": MATRIX, "attr_indptr.npy": MATRIX}), {}, "is a graph, not"),
+    "parquet, two columns of one name": ("t.parquet", parquet_of_two_a(), {}, "several columns called 'a'"),
+    "csv, two columns of one name": ("t.csv", b"a,a\n1,2\n", {}, "several columns called 'a'"),
+    "csv, two lists": ("t.csv", b'v,w\n"[1]","[2]"\n', {}, "choose one of v, w"),
+    "csv, only an id": ("t.csv", b"id\n1\n2\n", {}, "no numeric column beside id"),
+    "csv, a megabyte in a field": ("t.csv", b"a,b\n1," + MEGABYTE + b"\n", {}, "b of .* is not numeric"),
+    "csv, a megabyte in a later field": (
+        "t.csv",
+        b"a,b\n1,2\n1," + MEGABYTE + b"\n",
+        {},
+        r"'x+\.\.\.x+' in column",
+    ),
+    "csv, a megabyte in a name": ("t.csv", b"a," + MEGABYTE + b"\n1,2\n", {"column": "c"}, r"it has a, x+\.\.\.x+"),
+    "csv.gz, damaged": (
+        "t.csv.gz",
+        damaged(gzip.compress(NUMBERS)),
+        {},
+        "is broken",
+    ),
+    "jsonl, empty": ("t.jsonl", b"\n", {}, "holds no rows"),
+    "jsonl, no object": ("t.jsonl", b"[1, 2]\n", {}, "line 1 .* is a JSON list, an object is needed"),
+    "jsonl, deep brackets": ("t.jsonl", b'{"v": ' + b"[" * 10**5, {}, "line 1 .* is not JSON"),
+    "jsonl, 400 digits": ("t.jsonl", b'{"v": [' + b"9" * 400 + b"]}\n", {}, "line 1 .* a number that no float holds"),
+    "jsonl, 400 digits in a number": (
+        "t.jsonl",
+        b'{"v": ' + b"9" * 400 + b"}\n",
+        {},
+        r"line 1 .* has 9+\.\.\.9+ in column",
+    ),
+    "jsonl, ragged": ("t.jsonl", b'{"v": [1, 2]}\n{"v": [1]}\n', {}, "line 2 .* has 1 values, the first has 2"),
+    "jsonl, a gap": ("t.jsonl", b'{"v": [1, 2]}\n{"w": [1]}\n', {}, "line 2 .* has no 'v'"),
+    "jsonl, null": ("t.jsonl", b'{"v": [1, 2]}\n{"v": [1, null]}\n', {}, "line 2 .* a list of numbers is needed"),
+    "jsonl, half a character": (
+        "t.jsonl",
+        b'{"v": [1, 2], "y": "\\ud800"}\n',
+        {"label_column": "y"},
+        r"row 0 of the labels .* holds the code point U\+D800",
+    ),
+    "feather, damaged": ("t.feather", feather_with_wild_offsets(), {"label_column": "y"}, "larger than values array"),
+    "an edge list": ("t.edges", b"0 1\n", {}, "is an edge list: `subspan cluster` reads it"),
+    "a text": ("t.txt", b"hello\n", {}, "is a text: its lines are embedded"),
     "another format": ("t.pkl", b"\x80\x04K\x01.", {}, "is not one of"),
 }
 
