@@ -67,7 +67,9 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
             yield rows[start : start + batch_size]
         return
     if not isinstance(source, Iterable) or hasattr(source, "adj"):
-        graph = "; a graph is no table (its adjacency is one: networkx.to_numpy_array)" if hasattr(source, "adj") else ""
+        graph = (
+            "; a graph is no table (its adjacency is one: networkx.to_numpy_array)" if hasattr(source, "adj") else ""
+        )
         raise TypeError(f"source: cannot read rows from a {type(source).__name__}{graph}")
     for batch in source:
         first: Any = next(iter(batch.values())) if isinstance(batch, dict) else batch
