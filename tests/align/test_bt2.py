@@ -233,7 +233,12 @@ def test_teacher_features_are_computed_once_and_kept_as_a_memory_map(tmp_path):
     assert calls == [32, 32, 6]
     np.testing.assert_allclose(first, F.normalize(torch.from_numpy(inputs).flatten(1), dim=1), atol=1e-6)
     np.testing.assert_array_equal(teacher_features(encoder, inputs, tmp_path / "old.npy"), first)
-    assert len(calls) == 3
+    assert calls == [32, 32, 6, 1, 1]
+    for other in (lambda batch: encoder(batch).roll(1, 1), lambda batch: encoder(batch)[:, :4]):
+        with pytest.raises(ValueError, match="is of another encoder or of other inputs"):
+            teacher_features(other, inputs, tmp_path / "old.npy")
+    with pytest.raises(ValueError, match="is of another encoder or of other inputs"):
+        teacher_features(encoder, inputs[::-1].copy(), tmp_path / "old.npy")
     with pytest.raises(ValueError, match="expected 60 rows"):
         teacher_features(encoder, inputs[:60], tmp_path / "old.npy")
     with pytest.raises(ValueError, match=r"ends in \.npy"):

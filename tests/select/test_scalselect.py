@@ -233,6 +233,31 @@ def test_a_folder_of_other_settings_or_samples_is_refused(model, tokenizer, pool
         ScalSelect(model, tokenizer, folder=tmp_path, shard_size=10).fit(pool)
 
 
+@pytest.mark.parametrize("kind", ["array", "image", "file", "opened file", "tensor"])
+def test_samples_with_other_images_are_other_samples(tmp_path, kind):
+    from PIL import Image
+
+    from subspan.select.scalselect import _digest_of_samples, _sample
+
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 5, 3), dtype=np.uint8)
+    digests = []
+    for changed in (0, 0, 1):
+        given = pixels + np.uint8(changed)
+        path = tmp_path / "image.png"
+        if changed or not path.exists():
+            Image.fromarray(given).save(path)
+        image = {
+            "array": given,
+            "image": Image.fromarray(given),
+            "file": str(path),
+            "opened file": Image.open(path),
+            "tensor": torch.from_numpy(given),
+        }[kind]
+        talk = [{"role": "user", "content": "<image> w1"}]
+        digests.append(_digest_of_samples([_sample({"id": 1, "messages": talk, "image": image}, 0)]))
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_shards_without_pickles_and_with_a_missing_one(tmp_path):
     shards = RepresentationShards(tmp_path, {"a": 1})
     shards.write(0, Shard(["x", "y"], torch.tensor([[1.0, 2.0], [torch.nan, torch.nan]]), "d"))

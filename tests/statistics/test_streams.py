@@ -169,6 +169,74 @@ def test_a_foreign_checkpoint_is_refused(tmp_path, rows):
         fit_moments(rows, checkpoint=tmp_path / "c.safetensors")
 
 
+def sources(folder, rows):
+    """The same rows as every kind of source that can be resumed."""
+    table = pytest.importorskip("pyarrow")
+    np.save(folder / "x.npy", rows)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        table.table({"vector": list(rows)}), folder / "x.parquet", row_group_size=50
+    )
+    return {
+        "array": rows,
+        "tensor": torch.from_numpy(rows),
+        "map": np.load(folder / "x.npy", mmap_mode="r", allow_pickle=False),
+        "npy": folder / "x.npy",
+        "parquet": folder / "x.parquet",
+        "list": [rows[start : start + 50] for start in range(0, len(rows), 50)],
+        "generator": (rows[start : start + 50] for start in range(0, len(rows), 50)),
+    }
+
+
+def stop_after(source, path, monkeypatch, updates=3):
+    """Leave a checkpoint of a run that was stopped."""
+    update, calls = Moments.update, []
+
+    def counted(self, batch):
+        if len(calls) == updates:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return update(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Moments, "update", counted)
+        with pytest.raises(KeyboardInterrupt):
+            fit_moments(source, batch_size=50, checkpoint=path, checkpoint_seconds=0)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "map", "npy", "parquet", "list", "generator"])
+@pytest.mark.parametrize("other", ["other rows", "one batch changed", "fewer rows"])
+def test_a_checkpoint_of_other_rows_is_refused(tmp_path, monkeypatch, kind, other):
+    rows = np.random.default_rng(0).normal(size=(300, 4))
+    path = tmp_path / "c.safetensors"
+    stop_after(sources(tmp_path, rows)[kind], path, monkeypatch)
+    changed = rows + 40
+    if other == "one batch changed":
+        changed = rows.copy()
+        changed[99] += 1
+    if other == "fewer rows":
+        changed = rows[:120]
+    with pytest.raises(ValueError, match=r"is not of this run .* or its source has changed since; remove it"):
+        fit_moments(sources(tmp_path, changed)[kind], batch_size=50, checkpoint=path)
+    path.unlink()
+    found = fit_moments(sources(tmp_path, changed)[kind], batch_size=50, checkpoint=path)
+    np.testing.assert_allclose(found.mean, changed.mean(0))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor", "map", "npy", "parquet", "list", "generator"])
+def test_stopped_and_resumed_every_source_gives_the_same_bits(tmp_path, monkeypatch, kind):
+    rows = np.random.default_rng(0).normal(size=(300, 4))
+    path = tmp_path / "c.safetensors"
+    whole = fit_moments(sources(tmp_path, rows)[kind], batch_size=50)
+    given = sources(tmp_path, rows)
+    stop_after(given[kind], path, monkeypatch)
+    again = sources(tmp_path, rows) if kind == "generator" else given
+    resumed = fit_moments(again[kind], batch_size=50, checkpoint=path)
+    assert torch.equal(resumed.scatter, whole.scatter)
+    assert torch.equal(resumed.mean, whole.mean)
+    assert not path.exists()
+
+
 def _reduce(rank, port, path):
     import torch.distributed as dist
 

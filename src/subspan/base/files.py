@@ -74,6 +74,15 @@ def write_array(path: Path, values: Any) -> None:
         np.save(stream, np.asarray(values), allow_pickle=False)
 
 
+def new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Any:
+    """A memory map of a new .npy file, to be filled; its space on the disk is taken before."""
+    import numpy as np
+
+    mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    reserve(path, path.stat().st_size)
+    return mapped
+
+
 def reserve(path: Path, size: int) -> None:
     """Take `size` bytes on the disk for a file that is there.
 

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,7 +151,7 @@ class ScalSelect:
                 if sample.id in ids:
                     raise ValueError(f"dataset: samples {ids[sample.id]} and {len(ids)} have the same id {sample.id!r}")
                 ids[sample.id] = len(ids)
-            digest = _digest_of_samples(samples)
+            digest = "" if self.folder is None else _digest_of_samples(samples)
             shard = shards.read(index)
             if shard is None:
                 shard = Shard([sample.id for sample in samples], self._represent(samples), digest)
@@ -350,16 +351,19 @@ def _image(image: Any) -> Any:
 
 
 def _digest_of_samples(samples: list[_Sample]) -> str:
-    """Digest of ids and messages; images count by their number, and by name where they are paths."""
-    facts = [
-        [
-            sample.id,
-            sample.messages,
-            [str(image) if isinstance(image, str | os.PathLike) else "" for image in sample.images],
-        ]
-        for sample in samples
-    ]
+    """Digest of ids, messages and images."""
+    facts = [[sample.id, sample.messages, [_image_facts(image) for image in sample.images]] for sample in samples]
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _image_facts(image: Any) -> list[Any]:
+    """What tells an image from another: name, size and time of a file, else a digest of the pixels."""
+    file = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", None)
+    if isinstance(file, str | os.PathLike) and Path(file).is_file():
+        stat = Path(file).stat()
+        return [str(file), stat.st_size, stat.st_mtime_ns, *getattr(image, "size", ())]
+    pixels = np.asarray(image)
+    return [*pixels.shape, hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from subspan.geometry.files import atomic_write
+from subspan.base.files import write_text
+from subspan.geometry.files import load_arrays, save_arrays
 
 _SETTINGS = "settings.json"
 
@@ -42,8 +41,7 @@ class RepresentationShards:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _SETTINGS
         if not path.exists():
-            with atomic_write(path) as temporary:
-                temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            write_text(path, json.dumps(settings, indent=1))
             return
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -65,10 +63,9 @@ class RepresentationShards:
         if self.folder is None:
             return self._kept.get(index)
         try:
-            with safe_open(self.path(index), framework="pt") as stored:
-                facts = json.loads(stored.metadata()["subspan"])
-                return Shard(facts["ids"], stored.get_tensor("rows"), facts["digest"])
-        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            arrays, facts = load_arrays(self.path(index), "representations")
+            return Shard(facts["ids"], arrays["rows"], facts["digest"])
+        except (FileNotFoundError, KeyError, ValueError):
             return None
 
     def write(self, index: int, shard: Shard) -> None:
@@ -76,9 +73,7 @@ class RepresentationShards:
         if self.folder is None:
             self._kept[index] = shard
             return
-        facts = json.dumps({"kind": "representations", "ids": shard.ids, "digest": shard.digest})
-        with atomic_write(self.path(index)) as temporary:
-            save_file({"rows": shard.rows.contiguous()}, temporary, metadata={"subspan": facts})
+        save_arrays(self.path(index), "representations", {"rows": shard.rows}, ids=shard.ids, digest=shard.digest)
 
     def __iter__(self) -> Iterator[Tensor]:
         for index in range(self.count):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -104,34 +105,37 @@ def fit_moments(
     """Moments of all rows of `source` (anything that `batches` takes) in one pass.
 
     `checkpoint`: a file that is rewritten every `checkpoint_seconds`; when it exists the rows that it covers are
-    skipped, and it is removed at the end, so a killed run resumes to the same result. `progress` shows a bar on a
-    terminal. Dask arrays are reduced by the scheduler, which recomputes what a lost worker held.
+    skipped, and it is removed at the end, so a killed run resumes to the same result. Raises ValueError where it is of
+    another source, or of one that has changed since: its size and time, and the first and last row of every batch.
+    `progress` shows a bar on a terminal. Dask arrays are reduced by the scheduler, which recomputes what a lost worker
+    held.
     """
     if is_dask(source):
         return _dask_moments(source, dtype)
     moments: Moments | None = None
-    done = 0
+    done, seen, known = 0, "", None
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         remove_unfinished(path)
+        known = _source_facts(source)
     if path is not None and path.exists():
-        state, facts = load_arrays(path, "moments")
-        moments = Moments.from_state(state)
-        if "rows" not in facts or facts.get("batch_size") != batch_size:
-            raise ValueError(f"checkpoint: {str(path)!r} is not of this run (batch_size={batch_size}); remove it")
-        done = int(facts["rows"])
+        moments, done, seen, rows = _resumed(path, source, batch_size)
+    else:
+        rows = batches(source, batch_size)
     last = time.monotonic()
     bar = _bar(source, done) if progress else None
     try:
-        for batch in batches(source, batch_size, skip=done):
+        for batch in rows:
             if moments is None:
                 moments = Moments(batch.shape[1], dtype=dtype, device=batch.device)
             moments.update(batch)
             done += batch.shape[0]
+            if path is not None:
+                seen = _seen(seen, batch)
             if bar is not None:
                 bar.update(batch.shape[0])
             if path is not None and time.monotonic() - last >= checkpoint_seconds:
-                moments.save(path, rows=done, batch_size=batch_size)
+                moments.save(path, rows=done, batch_size=batch_size, source=known, seen=seen)
                 last = time.monotonic()
     finally:
         if bar is not None:
@@ -141,6 +145,46 @@ def fit_moments(
     if path is not None:
         path.unlink(missing_ok=True)
     return moments
+
+
+def _resumed(path: Path, source: Any, batch_size: int) -> tuple[Moments, int, str, Iterator[Tensor]]:
+    """What a checkpoint holds: moments, rows, what was seen of them; and the batches that follow."""
+    state, facts = load_arrays(path, "moments")
+    foreign = ValueError(
+        f"checkpoint: {str(path)!r} is not of this run (batch_size={batch_size}), or its source has changed since; "
+        "remove it"
+    )
+    if facts.get("batch_size") != batch_size or "seen" not in facts or facts["source"] != _source_facts(source):
+        raise foreign
+    done, count, seen = int(facts["rows"]), 0, ""
+    if isinstance(source, str | os.PathLike) and Path(source).suffix != ".npy":
+        # A table is known by its size and time: to see its rows again would take as long as the run did.
+        return Moments.from_state(state), done, facts["seen"], batches(source, batch_size, skip=done)
+    rows = batches(source, batch_size)
+    for batch in rows:
+        count, seen = count + batch.shape[0], _seen(seen, batch)
+        if count >= done:
+            break
+    if count != done or seen != facts["seen"]:
+        raise foreign
+    return Moments.from_state(state), done, seen, rows
+
+
+def _source_facts(source: Any) -> list[Any]:
+    """Size and time of a file, shape of an array; nothing is known of other sources before they are read."""
+    file = getattr(source, "filename", None) if isinstance(source, np.memmap) else source
+    if isinstance(file, str | os.PathLike) and Path(file).is_file():
+        stat = Path(file).stat()
+        return [stat.st_size, stat.st_mtime_ns]
+    return [*source.shape, str(source.dtype)] if isinstance(source, Tensor | np.ndarray) else []
+
+
+def _seen(before: str, batch: Tensor) -> str:
+    """Digest of what was seen before and of the first and last row of a batch."""
+    if not len(batch):
+        return before
+    ends = batch[[0, -1]].detach().cpu().contiguous()
+    return hashlib.sha256(before.encode() + ends.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 class _Bar:
