@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 models = typer.Typer(help="Pretrained models that are installed as packages.", no_args_is_help=True)
-cache = typer.Typer(help="The folder of cached features and converted models.", no_args_is_help=True)
+cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
 
@@ -1282,7 +1282,12 @@ def cache_info(as_json: AsJson = False) -> None:
     from .datasets.cache import cache_entries, cache_folder
 
     entries = [
-        {"kind": entry.kind, "megabytes": round(entry.megabytes, 1), "folder": entry.folder.name[:16]}
+        {
+            "kind": entry.kind,
+            "megabytes": round(entry.megabytes, 1),
+            "folder": entry.key[:16],
+            "state": "finished" if entry.finished else "unfinished",
+        }
         for entry in cache_entries()
     ]
     total = round(sum(entry["megabytes"] for entry in entries), 1)
@@ -1299,7 +1304,7 @@ def cache_clear(
         float, typer.Option("--older-than", metavar="DAYS", min=0, help="Only entries at least so old.")
     ] = 0.0,
 ) -> None:
-    """Remove cached features and converted models that no process is working on.
+    """Remove what is in the cache and what killed runs left there, but for what a process is making.
 
     Example: `subspan cache clear --older-than 30`
     """

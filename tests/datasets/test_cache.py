@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 
 from subspan.datasets import cache_entries, cache_folder, cached_features, clear_cache, fingerprint, open_image
-from subspan.datasets.cache import whole_folder
+from subspan.datasets.cache import KINDS, entry_folder, whole_folder
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +77,29 @@ def test_another_model_data_or_option_is_another_entry() -> None:
 def test_an_interrupted_computation_goes_on_from_its_last_shard(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         cached_features(Rows(break_after=70), data=1, shard_rows=20)
-    left = [file.name for file in folder.rglob("*") if file.is_file() and not file.name.endswith(".lock")]
-    assert sorted(left) == [f"part-{index:06d}.npy" for index in range(3)]
+    assert sorted(file.name for file in folder.rglob("part-*")) == [f"part-{index:06d}.npy" for index in range(3)]
+    assert [entry.finished for entry in cache_entries()] == [False]
     compute = Rows()
     np.testing.assert_array_equal(cached_features(compute, data=1, shard_rows=20), expected())
     assert compute.starts == [60]
-    assert not list(folder.rglob("part-*"))
+    assert sorted(file.name for file in folder.rglob("*") if file.is_file()) == ["entry.json", "features.npy"]
+
+
+def test_a_failed_computation_goes_on_from_its_last_shard() -> None:
+    class Failed(Exception):
+        pass
+
+    def failing(start: int) -> Iterator[torch.Tensor]:
+        for block in Rows()(start):
+            if block[0, 0] >= 70:
+                raise Failed
+            yield block
+
+    with pytest.raises(Failed):
+        cached_features(failing, data=1, shard_rows=20)
+    compute = Rows()
+    np.testing.assert_array_equal(cached_features(compute, data=1, shard_rows=20), expected())
+    assert compute.starts == [60]
 
 
 def test_a_damaged_shard_and_what_follows_it_are_computed_again(folder: Path) -> None:
@@ -194,6 +214,112 @@ def test_the_cache_can_be_listed_and_cleared(folder: Path) -> None:
     compute = Rows(20)
     cached_features(compute, data=2)
     assert compute.starts == [0]
+
+
+def fill(kind: str) -> None:
+    with whole_folder(entry_folder(kind, "k")) as unfinished:
+        assert unfinished is not None
+        (unfinished / "weights").write_bytes(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_listed_and_cleared(folder: Path, kind: str) -> None:
+    fill(kind)
+    assert [(entry.kind, entry.key, entry.megabytes, entry.finished) for entry in cache_entries()] == [
+        (kind, "k", 1, True)
+    ]
+    assert clear_cache() == 1
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_nothing_is_kept_outside_the_kinds() -> None:
+    with pytest.raises(ValueError, match="kind: expected one of features"):
+        entry_folder("attic", "k")
+    source = Path(__file__).parents[2] / "src" / "subspan"
+    asking = {
+        str(path.relative_to(source))
+        for path in source.rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("cache_folder", "SUBSPAN_CACHE"))
+    }
+    # The cache itself, its face, and the command that shows where it is; all others ask for the place of an entry.
+    assert asking == {"datasets/cache.py", "datasets/__init__.py", "cli.py"}
+    used = {
+        kind
+        for path in source.rglob("*.py")
+        for kind in re.findall(r'entry_folder\("([^"]+)"', path.read_text(encoding="utf-8"))
+    }
+    assert used == set(KINDS)
+
+
+def test_what_a_process_is_making_is_not_cleared(folder: Path) -> None:
+    freed = []
+
+    def compute(start: int) -> Iterator[torch.Tensor]:
+        for block in Rows()(start):
+            freed.append(clear_cache())
+            yield block
+
+    np.testing.assert_array_equal(cached_features(compute, data=1, shard_rows=20), expected())
+    assert freed == [0] * 10
+    with whole_folder(entry_folder("models", "m")) as unfinished:
+        assert unfinished is not None
+        (unfinished / "file").write_text("whole")
+        assert clear_cache() > 0  # the features
+    assert [(entry.kind, entry.key) for entry in cache_entries()] == [("models", "m")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_killed_runs_have_left_is_listed_and_cleared(folder: Path, kind: str) -> None:
+    child = os.fork()
+    if child == 0:
+        with whole_folder(entry_folder(kind, "k")) as unfinished:
+            assert unfinished is not None
+            (unfinished / "half").write_bytes(bytes(1 << 20))
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert [(entry.kind, entry.key, entry.finished) for entry in cache_entries()] == [(kind, "k", False)]
+    assert clear_cache() == pytest.approx(1, abs=0.01)
+    assert cache_entries() == []
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_killed_run_has_left_goes_with_the_next_of_its_kind(folder: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with whole_folder(entry_folder("models", "a")):
+            os._exit(0)
+    os.waitpid(child, 0)
+    fill_models_b = entry_folder("models", "b")
+    with whole_folder(fill_models_b) as unfinished:
+        assert unfinished is not None
+    assert [path.name for path in (folder / "models").iterdir()] == ["b"]
+
+
+def test_a_clearing_that_is_killed_leaves_no_half_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill("models")
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(os, "rmdir", lambda *_, **__: os._exit(0))
+        monkeypatch.setattr(os, "unlink", lambda *_, **__: os._exit(0))
+        clear_cache()
+    os.waitpid(child, 0)
+    assert not entry_folder("models", "k").exists()
+    fill("models")
+    assert [path.name for path in (folder / "models").iterdir()] == ["k"]
+
+
+def test_a_full_disk_is_an_error_before_a_map_is_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"features.npy' cannot be written \(No space left on device\)"):
+        cached_features(Rows(), data=1, shard_rows=20)
+    monkeypatch.undo()
+    monkeypatch.setenv("SUBSPAN_CACHE", str(folder))
+    compute = Rows()
+    np.testing.assert_array_equal(cached_features(compute, data=1, shard_rows=20), expected())
+    assert compute.starts == [100]
 
 
 def test_the_folder_follows_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -241,24 +241,41 @@ def _unwritten(path: Path, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def temporary_folder(target: Path, *, resumable: bool = False, exclusive: bool = False) -> Iterator[Path]:
+def temporary_folder(
+    target: Path, *, resumable: bool = False, after_errors: bool = False, exclusive: bool = False, wait: bool = False
+) -> Iterator[Path]:
     """Yield a locked folder beside `target` to make it in, which is removed at the end with all that is in it.
 
     A folder, as some writers make temporary files of their own beside the one that they are asked for. resumable: it
-    stays where the process is killed or stopped, and the next run with the same target gets it as it was left.
-    exclusive (resumable is that too): ValueError where a living process is writing `target`.
+    stays where the process is killed or stopped (after_errors: and where it fails), and the next run with the same
+    target gets it as it was left. exclusive (resumable is that too): where a living process is writing `target` that is
+    a ValueError, or waited for.
     """
-    claimed = _claimed(target, resumable, exclusive or resumable)
+    claim = _claimed(target, resumable, exclusive or resumable, wait)
     keep = False
     try:
-        yield claimed.folder
-    except Exception:
-        raise
-    except BaseException:
-        keep = resumable
+        yield claim.folder
+    except BaseException as error:
+        keep = resumable and (after_errors or not isinstance(error, Exception))
         raise
     finally:
-        _release(claimed, remove=not keep)
+        _release(claim, remove=not keep)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder so that it is never seen in part, whenever the process is killed."""
+    with temporary_folder(path) as folder, contextlib.suppress(FileNotFoundError):
+        path.replace(folder / "discarded")
+
+
+def unfinished_folders(parent: Path) -> list[Path]:
+    """What runs have left in a folder, or are making there."""
+    return [folder for folder in _folders(parent) if _is_ours(folder)]
+
+
+def unfinished_target(folder: Path) -> str:
+    """The name of what was to be made in an unfinished folder."""
+    return str(_marker(folder).get("target", folder.name))
 
 
 def remove_unfinished(target: Path) -> None:
@@ -268,12 +285,19 @@ def remove_unfinished(target: Path) -> None:
     """
     with contextlib.suppress(OSError):
         for folder in _folders(target.parent):
-            claim = _locked(folder)
-            if claim.handle is None:
-                continue
-            if _is_ours(folder) and (not _marker(folder).get("resumable") or folder.name.startswith(_prefix(target))):
-                _remove(folder)
-            _release(claim, remove=False)
+            remove_left(folder, resumable=folder.name.startswith(_prefix(target)))
+
+
+def remove_left(folder: Path, *, resumable: bool) -> bool:
+    """Remove an unfinished folder that no living process has, one that can be resumed only if `resumable`."""
+    claim = _locked(folder)
+    try:
+        gone = claim.handle is not None and _is_ours(folder) and (resumable or not _marker(folder).get("resumable"))
+        if gone:
+            _remove(folder)
+        return gone
+    finally:
+        _release(claim, remove=False)
 
 
 class _Claim(NamedTuple):
@@ -284,17 +308,21 @@ class _Claim(NamedTuple):
     held: bool = False
 
 
-def _claimed(target: Path, resumable: bool, exclusive: bool) -> _Claim:
-    for attempt in range(_TRIES):
-        adopted = _left_over(target) if resumable else None
-        remove_unfinished(target)
-        claim = adopted or _new_folder(target, resumable)
-        if not exclusive or not _written_elsewhere(target, claim.folder):
-            return claim
-        # Of two that start at once each may see the other: they try again at different times.
-        _release(claim, remove=adopted is None)
-        time.sleep(random.uniform(0.01, 0.1) * (attempt + 1))
-    raise ValueError(f"{str(target)!r} is being written by another process")
+def _claimed(target: Path, resumable: bool, exclusive: bool, wait: bool) -> _Claim:
+    tries = 0
+    while True:
+        if not exclusive or not _written_elsewhere(target):
+            adopted = _left_over(target) if resumable else None
+            remove_unfinished(target)
+            claim = adopted or _new_folder(target, resumable)
+            if not exclusive or not _written_elsewhere(target, claim.folder):
+                return claim
+            # Of two that start at once each may see the other: they try again at different times.
+            _release(claim, remove=adopted is None)
+        tries += 1
+        if tries == _TRIES and not wait:
+            raise ValueError(f"{str(target)!r} is being written by another process")
+        time.sleep(random.uniform(0.01, 0.1) * min(tries, _TRIES))
 
 
 def _new_folder(target: Path, resumable: bool) -> _Claim:
@@ -332,7 +360,7 @@ def _left_over(target: Path) -> _Claim | None:
     return None
 
 
-def _written_elsewhere(target: Path, own: Path) -> bool:
+def _written_elsewhere(target: Path, own: Path | None = None) -> bool:
     for folder in _folders(target.parent, _prefix(target)):
         if folder != own:
             claim = _locked(folder)

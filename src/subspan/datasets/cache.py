@@ -18,10 +18,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from subspan.base.files import atomic_write, temporary_folder
+from subspan.base.files import (
+    atomic_write,
+    discard,
+    new_array,
+    remove_left,
+    temporary_folder,
+    unfinished_folders,
+    unfinished_target,
+    write_text,
+)
+
+KINDS = ("features", "models", "dual-encoder", "point-network", "small-networks", "sts-views", "style-generators")
+"""All that the library keeps in its cache; each kind has a folder there."""
 
 
 def cache_folder() -> Path:
@@ -40,6 +51,14 @@ def cache_folder() -> Path:
     except OSError as error:
         raise ValueError(f"SUBSPAN_CACHE: the folder {str(folder)!r} cannot be made ({error.strerror})") from error
     return folder
+
+
+def entry_folder(kind: str, key: str) -> Path:
+    """Where an entry of one of `KINDS` is, or is to be."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    folder = cache_folder() / kind
+    return folder / key[:2] / key if kind == "features" else folder / key
 
 
 def cached_features(
@@ -62,19 +81,26 @@ def cached_features(
     if shard_rows < 1:
         raise ValueError(f"shard_rows: at least 1, got {shard_rows}")
     key = fingerprint({"model": model, "data": data, "options": options, "version": _version()})
-    folder = cache_folder() / "features" / key[:2] / key
+    folder = entry_folder("features", key)
     finished = _finished(folder)
     if finished is not None:
         return finished
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(folder, resumable=True, after_errors=True, wait=True) as unfinished:
         finished = _finished(folder)
-        if finished is not None:
+        if finished is not None:  # another process made it meanwhile
             return finished
-        _compute_shards(folder, compute, shard_rows)
-        _join_shards(folder, {name: repr(value) for name, value in (options or {}).items()})
-    finished = _finished(folder)
-    assert finished is not None
+        _compute_shards(unfinished, compute, shard_rows)
+        made = unfinished / "made"
+        shutil.rmtree(made, ignore_errors=True)
+        made.mkdir()
+        _join_shards(unfinished, made, {name: repr(value) for name, value in (options or {}).items()})
+        if folder.exists():  # a damaged one
+            folder.replace(unfinished / "damaged")
+        made.replace(folder)
+        finished = _finished(folder)
+    if finished is None:
+        raise OSError(f"{str(folder)!r} was removed as soon as it was made")
     return finished
 
 
@@ -94,42 +120,39 @@ def fingerprint(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class CacheEntry:
-    """One set of features, or one converted model, in the cache."""
+    """One set of features, converted model or other thing in the cache; unfinished ones are being made or left over."""
 
     folder: Path
     kind: str
+    key: str
     megabytes: float
     modified: float
     options: Mapping[str, str]
+    finished: bool = True
 
 
 def cache_entries() -> list[CacheEntry]:
     """What the cache holds, finished or not, oldest first."""
-    root = cache_folder()
-    folders = [("features", folder) for folder in root.glob("features/??/*") if folder.is_dir()]
-    folders += [("model", folder) for folder in root.glob("models/*") if folder.is_dir()]
-    entries = [
-        CacheEntry(
-            folder,
-            kind,
-            sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2**20,
-            folder.stat().st_mtime,
-            _description(folder).get("options", {}),
-        )
-        for kind, folder in folders
-    ]
+    entries = []
+    for kind in KINDS:
+        for parent in _parents(kind):
+            unfinished = unfinished_folders(parent)
+            finished = [path for path in parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+            entries += [_entry(kind, folder, finished=folder not in unfinished) for folder in finished + unfinished]
     return sorted(entries, key=lambda entry: entry.modified)
 
 
 def clear_cache(*, older_than_days: float = 0.0) -> float:
-    """Remove the entries that are at least so old and that no process is working on; returns the megabytes freed."""
+    """Remove the entries that are at least so old and that no process is making; returns the megabytes freed."""
     freed = 0.0
     for entry in cache_entries():
         if time.time() - entry.modified < older_than_days * 86400:
             continue
-        with contextlib.suppress(Timeout), FileLock(_lock_file(entry.folder), timeout=0):
-            shutil.rmtree(entry.folder, ignore_errors=True)
-            freed += entry.megabytes
+        if entry.finished:
+            discard(entry.folder)
+        elif not remove_left(entry.folder, resumable=True):
+            continue
+        freed += entry.megabytes
     return freed
 
 
@@ -143,19 +166,32 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
         yield None
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(_lock_file(folder)):
+    with temporary_folder(folder, exclusive=True, wait=True) as unfinished:
         if folder.is_dir():
             yield None
             return
-        with temporary_folder(folder) as unfinished:
-            made = unfinished / "made"
-            made.mkdir()
-            yield made
-            made.replace(folder)
+        made = unfinished / "made"
+        made.mkdir()
+        yield made
+        made.replace(folder)
 
 
-def _lock_file(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.lock"
+def _parents(kind: str) -> list[Path]:
+    """The folders that hold the entries of a kind."""
+    folder = cache_folder() / kind
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir()) if kind == "features" else [folder]
+
+
+def _entry(kind: str, folder: Path, *, finished: bool) -> CacheEntry:
+    size, modified = 0, 0.0
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # of a living process, which removes its temporary files
+            stat = path.stat()
+            size, modified = size + (stat.st_size if path.is_file() else 0), max(modified, stat.st_mtime)
+    key = folder.name if finished else unfinished_target(folder)
+    return CacheEntry(folder, kind, key, size / 2**20, modified, _description(folder).get("options", {}), finished)
 
 
 def _version() -> str:
@@ -228,23 +264,19 @@ def _write_shard(folder: Path, index: int, blocks: list[np.ndarray]) -> None:
         np.save(unfinished, np.concatenate(blocks), allow_pickle=False)
 
 
-def _join_shards(folder: Path, options: dict[str, str]) -> None:
+def _join_shards(folder: Path, made: Path, options: dict[str, str]) -> None:
     shards = _shards(folder)
     shape = (sum(len(shard) for shard in shards), *shards[0].shape[1:])
     dtype = np.result_type(*shards)
-    with atomic_write(folder / "features.npy") as unfinished:
-        joined = np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
+    with atomic_write(made / "features.npy") as temporary:
+        joined = new_array(temporary, dtype, shape)
         start = 0
         for shard in shards:
             joined[start : start + len(shard)] = shard
             start += len(shard)
         joined.flush()
         del joined
-    with atomic_write(folder / "entry.json") as unfinished:
-        described = {"shape": list(shape), "dtype": str(dtype), "options": options}
-        unfinished.write_text(json.dumps(described), encoding="utf-8")
-    for file in folder.glob("part-*.npy"):
-        file.unlink()
+    write_text(made / "entry.json", json.dumps({"shape": list(shape), "dtype": str(dtype), "options": options}))
 
 
 def _pieces(value: Any) -> Iterator[bytes | memoryview]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspan.datasets.cache import cache_folder, whole_folder
+from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.geometry.extras import require
 
 
@@ -199,7 +199,7 @@ def load_language_model(
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(dtype).eval(), tokenizer
-    folder = cache_folder() / "models" / f"{name}-{weight_package(name).version}-{weights.stat().st_size}"
+    folder = entry_folder("models", f"{name}-{weight_package(name).version}-{weights.stat().st_size}")
     with whole_folder(folder) as unfinished, _bars_only_on_terminal():
         if unfinished is not None:
             model, tokenizer = _converted_language_model(weights, transformers)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from subspan.datasets import load
-from subspan.datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
+from subspan.datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
 from subspan.datasets.packages import load_sentence_encoder
 from subspan.datasets.shared import is_available
 from subspan.geometry.files import load_arrays, save_arrays
@@ -184,7 +184,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
     columns = {side: torch.cat([getattr(part, side) for part in pairs]) for side in ("image", "text")}
     starts = np.cumsum([0, *(int(part.group.max()) + 1 for part in pairs)]).tolist()
     columns["group"] = torch.cat([part.group + start for part, start in zip(pairs, starts)])
-    folder = cache_folder() / "dual-encoder" / fingerprint({"recipe": recipe, "pairs": columns})
+    folder = entry_folder("dual-encoder", fingerprint({"recipe": recipe, "pairs": columns}))
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
             _fit_heads(heads, columns, recipe)

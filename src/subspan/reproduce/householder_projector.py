@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..datasets import load
-from ..datasets.cache import cache_folder, fingerprint, whole_folder
+from ..datasets.cache import entry_folder, fingerprint, whole_folder
 from ..datasets.packages import is_installed, load_sentence_encoder
 from ..datasets.shared import is_available
 from ..datasets.texts import stdlib_docstrings
@@ -122,7 +122,7 @@ def base_model(data: Pictures, distance: FeatureDistance, steps: int, seed: int)
     model = StyleAutoencoder(data.train.shape[1], LATENT)
     images = data.train[N_CHECK:]
     options = {"start": model, "images": images, "steps": steps, "seed": seed, "rate": BASE_RATE, "beta": BETA}
-    folder = cache_folder() / "style-generators" / fingerprint({**options, "distance": distance.name})
+    folder = entry_folder("style-generators", fingerprint({**options, "distance": distance.name}))
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
             train(model, images, distance, steps, seed, rate=BASE_RATE, cycle=True)

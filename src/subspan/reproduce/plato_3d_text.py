@@ -28,7 +28,7 @@ from ..align import CrossModalReport, cross_modal_report, distance_correlation
 from ..align.cross_modal import METHODS, split_queries
 from ..align.plato_3d_text import SubspaceAligner
 from ..datasets import is_available, load, procedural_shapes, stdlib_docstrings
-from ..datasets.cache import cache_folder, cached_features, fingerprint, whole_folder
+from ..datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
 from ..datasets.packages import load_sentence_encoder
 from ..geometry.files import load_arrays, save_arrays
 from ..models import SentenceEncoder
@@ -183,7 +183,7 @@ def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any
         key = fingerprint(
             {"clouds": clouds, "steps": steps, "batch": BATCH, "start": model, "views": model.hparams["keep"]}
         )
-        folder = cache_folder() / "point-network" / key
+        folder = entry_folder("point-network", key)
         with whole_folder(folder) as unfinished:
             if unfinished is not None:
                 data: Any = torch.from_numpy(clouds)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..datasets.cache import cache_folder, fingerprint, whole_folder
+from ..datasets.cache import entry_folder, fingerprint, whole_folder
 from ..geometry.extras import require
 from ..geometry.files import load_arrays, save_arrays
 from ..nn.training import quiet_trainer
@@ -60,7 +60,7 @@ def trained_network(images: Float[Tensor, "n c h w"], labels: np.ndarray, *, see
     classes = int(labels.max()) + 1
     network = small_network(images.shape[1], classes, seed)
     key = fingerprint({"start": network, "images": images, "labels": labels, "seed": seed, "epochs": epochs})
-    folder = cache_folder() / "small-networks" / key
+    folder = entry_folder("small-networks", key)
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
             _train(network, images, torch.from_numpy(labels.astype(np.int64)), seed, epochs)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.datasets import load, load_model, load_sentence_encoder
-from subspan.datasets.cache import cache_folder, whole_folder
+from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.datasets.shared import is_available
 from subspan.edit.perturbations import gaussian_blur
 from subspan.edit.sts import (
@@ -127,7 +127,7 @@ def pictures(source: str, split: str) -> tuple[Any, Tensor, list[str]]:
 
 def sample(draw: Draw, progress: Callable[[float], None] = lambda fraction: None) -> Sample:
     """Features of the views of a stratified draw of pictures, from the cache where they are there."""
-    folder = cache_folder() / "sts-views" / draw.key
+    folder = entry_folder("sts-views", draw.key)
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
             save_arrays(unfinished / "views.safetensors", "views", _encode(draw, progress), **asdict(draw))
