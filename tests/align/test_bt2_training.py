@@ -127,3 +127,12 @@ def test_the_rate_warms_up_and_falls(data, monkeypatch):
         module(means, warmup=1.0)
     with pytest.raises(ValueError, match="learning_rate"):
         module(means, learning_rate=0.0)
+
+
+def test_encoding_leaves_every_mode_as_it_was(data):
+    model = module(torch.zeros(CLASSES, CLASSES))
+    model.backbone.append(torch.nn.BatchNorm1d(CLASSES + 6).eval())
+    model.encode(torch.randn(4, D))
+    assert model.training
+    assert model.backbone[0].training
+    assert not model.backbone[-1].training

@@ -187,6 +187,22 @@ def test_stage_two_trains_everything_on_answers_about_real_images(stage_one, tok
     assert sum(word == item["answer"] for word, item in zip(said, items)) > 0.8 * len(items)
 
 
+def test_stages_leave_frozen_parts_frozen(aligner):
+    llm = small_llm()
+    llm.get_input_embeddings().requires_grad_(False)
+    before = [parameter.requires_grad for parameter in llm.parameters()]
+    model = ReVision(llm, aligner)
+    model.set_stage(1)
+    assert not any(parameter.requires_grad for parameter in llm.parameters())
+    assert not llm.training
+    model.set_stage(2)
+    assert [parameter.requires_grad for parameter in llm.parameters()] == before
+    assert llm.training
+    frozen = small_llm().requires_grad_(False)
+    ReVision(frozen, aligner, stage=2)
+    assert all(parameter.requires_grad for parameter in frozen.parameters())
+
+
 def test_labels_are_on_captions_and_on_answers_alone(tokenizer):
     collator = RevisionCollator(tokenizer)
     vector = torch.zeros(D)

@@ -141,3 +141,13 @@ def test_a_model_is_made_stationary_in_place():
         make_stationary(model, "fc", 5)
     with pytest.raises(ValueError, match="Dropout"):
         make_stationary(model, "classifier.0", 5)
+
+
+def test_a_replacement_is_trained_but_for_its_frozen_parts():
+    module = StationaryModule(backbone(), SimplexClassifier(2, preallocated=16))
+    whole, partly = backbone(1).requires_grad_(False), backbone(2)
+    partly[0].requires_grad_(False)
+    module.start_task(2, whole)
+    assert all(parameter.requires_grad for parameter in module.backbone.parameters())
+    module.start_task(3, partly)
+    assert [p.requires_grad for p in module.backbone.parameters()] == [False, False, True, True]

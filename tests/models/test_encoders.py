@@ -163,3 +163,19 @@ def test_both_towers_of_a_clip_like_model(tokenizer: Any) -> None:
         output = clip(**batch, pixel_values=PREPROCESSING.batch(IMAGES))
     np.testing.assert_allclose(texts[:5], output.text_embeds, atol=1e-5)
     np.testing.assert_allclose(images, output.image_embeds, atol=1e-5)
+
+
+def test_an_encoder_leaves_the_mode_of_a_model_as_it_was(bert: nn.Module, tokenizer: Any) -> None:
+    bert.train()
+    try:
+        first = SentenceEncoder(bert, tokenizer)
+        vectors = first.encode(TEXTS[:3])
+        assert bert.training
+    finally:
+        bert.eval()
+    np.testing.assert_array_equal(vectors, first.encode(TEXTS[:3]))
+    model = nn.Sequential(nn.Flatten(), nn.LazyLinear(4), nn.Dropout(0.5))
+    images = ImageEncoder(model, ImagePreprocessing(size=4))
+    one = images.encode([torch.rand(3, 4, 4)])
+    assert one.shape == (1, 4)
+    assert model.training

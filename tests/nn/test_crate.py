@@ -166,6 +166,20 @@ def test_the_language_model_has_its_published_size_and_sees_no_future():
     assert len(model.subspaces()) == 2
 
 
+def test_padding_does_not_count_in_the_language_model_s_loss():
+    model = CRATELanguageModel(20, 9, 8, 2, 1)
+    ids = torch.randint(20, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    each = [F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum") for row in (ids[0], ids[1, :5])]
+    torch.testing.assert_close(model.loss(ids, mask), sum(each) / (8 + 4))
+    torch.testing.assert_close(model.loss(ids, torch.ones_like(mask)), model.loss(ids))
+    with pytest.raises(ValueError, match="padding behind the tokens"):
+        model.loss(ids, mask.flip(1))
+    with pytest.raises(ValueError, match="nothing is predicted"):
+        model.loss(ids, torch.arange(9).expand(2, -1) == 0)
+
+
 def test_the_overcomplete_layer_adds_a_decoded_token():
     torch.manual_seed(0)
     layer, z = CRATELayer(6, 2, expansion=4).double(), tokens(2, 5, 6)

@@ -90,6 +90,19 @@ def test_limits_of_the_noise():
     torch.testing.assert_close(model(x, each), apart)
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.05])
+def test_rows_without_noise_pass_their_gradient_on_as_it_is(floor):
+    model = mixture(floor, learn_all=True)
+    x, sigma = rows().requires_grad_(), torch.tensor([0.0, 0.5, 0.0, 1.0, 0.0, 0.2, 0.0], dtype=torch.float64)
+    model(x, sigma).sum().backward()
+    assert bool((x.grad[sigma == 0] == 1).all())
+    assert bool(x.grad.isfinite().all())
+    noisy = mixture(floor, learn_all=True)
+    noisy(rows()[sigma > 0], sigma[sigma > 0]).sum().backward()
+    for ours, theirs in zip(model.parameters(), noisy.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_half_precision_is_summed_in_single():
     model = mixture(0.05).float()
     x = rows().float()

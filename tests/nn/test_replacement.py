@@ -84,6 +84,18 @@ def test_one_module_in_several_places_and_inputs_by_keyword():
     assert model(x).shape == x.shape
 
 
+def test_a_new_module_takes_the_mode_and_keeps_its_frozen_parts():
+    frozen = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    frozen[1].eval()
+    model = nn.Sequential(nn.Linear(4, 4))
+    replace(model, {"0": frozen}, torch.randn(3, 4))
+    assert model[0].training
+    assert not model[0][1].training
+    still = nn.Sequential(nn.Linear(4, 4)).eval()
+    replace(still, {"0": nn.Sequential(nn.BatchNorm1d(4))})
+    assert not still[0][0].training
+
+
 def test_attention_counts_its_maps():
     attention = nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 5, 32)

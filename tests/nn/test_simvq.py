@@ -179,6 +179,89 @@ def test_residual_codes_refine_and_prefixes_are_useful():
     assert torch.equal(dropped.decode(partial)[0], dropped.quantizers[0].codebook.detach()[3])
 
 
+@pytest.mark.parametrize("estimator", ["straight-through", "rotation"])
+@pytest.mark.parametrize("channel_dim", [-1, 1])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: made(**options),
+        lambda **options: ResidualSimVQ(6, 40, 3, **options),
+        lambda **options: GroupedSimVQ(6, 40, 2, **options),
+    ],
+)
+def test_padding_is_neither_coded_nor_learnt_from(make, channel_dim, estimator):
+    layer = make(channel_dim=channel_dim, estimator=estimator)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, 4:] = False
+    rows = latents(2, 10, 6).requires_grad_()
+    padded = torch.where(mask.unsqueeze(-1), rows, torch.nan)
+    found = layer(padded.movedim(-1, channel_dim), mask)
+    true = torch.cat([rows[0], rows[1, :4]]).detach().requires_grad_()
+    # A sequence of fourteen tokens.
+    alone = layer(true.unsqueeze(0).movedim(-1, channel_dim))
+    torch.testing.assert_close(found.loss, alone.loss)
+    values = found.values.movedim(channel_dim, -1)
+    assert torch.equal(values[mask], alone.values.movedim(channel_dim, -1)[0])
+    assert not bool(values[~mask].any())
+    assert torch.equal(found.codes[mask], alone.codes[0])
+    assert bool((found.codes[~mask] == -1).all())
+    decoded = [] if isinstance(layer, ResidualSimVQ) else [mask]
+    assert torch.equal(layer.decode(found.codes, *decoded), found.values.detach())
+    (found.loss + (found.values * 3).sum()).backward()
+    (alone.loss + (alone.values * 3).sum()).backward()
+    torch.testing.assert_close(rows.grad[mask], true.grad)
+    assert not bool(rows.grad[~mask].any())
+    with pytest.raises(ValueError, match=r"mask: expected shape \(2, 10\), got \(2, 9\)"):
+        layer(padded.movedim(-1, channel_dim), mask[:, :9])
+    with pytest.raises(ValueError, match="mask: leaves no latents"):
+        layer(padded.movedim(-1, channel_dim), torch.zeros_like(mask))
+    with pytest.raises(ValueError, match="NaN"):
+        layer(padded.movedim(-1, channel_dim), torch.ones_like(mask))
+
+
+def test_a_residual_quantizer_with_dropout_trains_distributed():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.quantizer = torch.nn.Linear(6, 6), ResidualSimVQ(6, 40, 4, dropout=True)
+
+        def forward(self, x):
+            found = self.quantizer(self.inner(x))
+            return found.loss + found.values.square().mean(), found.codes
+
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        net, left_out = torch.nn.parallel.DistributedDataParallel(Net()), 0
+        for step in range(8):
+            net.zero_grad()
+            loss, codes = net(latents(16, 6, seed=step))
+            loss.backward()
+            left_out += int((codes == -1).any())
+            for number, quantizer in enumerate(net.module.quantizer.quantizers):
+                used = bool(quantizer.transform.weight.grad.any())
+                assert used == bool((codes[:, number] >= 0).all())
+        assert left_out > 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_decoder_is_that_of_the_weights_of_now():
+    layer = made(dim=64, num_codes=300)
+    codes = torch.arange(300)
+    layer.decode(codes)
+    layer.half().float()
+    assert torch.equal(layer.decode(codes), layer.codebook.detach())
+
+
+def test_zero_latents_have_a_finite_gradient():
+    for layer in (made(estimator="rotation"), ResidualSimVQ(6, 40, 2, estimator="rotation")):
+        z = torch.zeros(3, 6, requires_grad=True)
+        found = layer(z)
+        (found.loss + (found.values * 2).sum()).backward()
+        assert float(z.grad.abs().max()) < 100
+
+
 def test_usage():
     usage = code_usage(torch.tensor([[0, 0], [1, -1]]), 8)
     assert usage.active == 0.25

@@ -69,6 +69,34 @@ def test_leading_directions_are_removed_in_place_of_the_mean() -> None:
     assert not bool(SpatialNorm(1.0, remove_rank=1)(torch.ones(1, 5, 3, dtype=torch.float64)).any())
 
 
+@pytest.mark.parametrize("remove_rank", [None, 2])
+@pytest.mark.parametrize("shape", [(2, 9, 4), (2, 4, 9)])
+def test_the_derivative_is_that_of_the_formula_and_finite_where_nothing_varies(
+    remove_rank: int | None, shape: tuple[int, int, int]
+) -> None:
+    norm = SpatialNorm(0.8, remove_rank=remove_rank)
+    x = (1 + tokens(*shape)).requires_grad_()
+    assert torch.autograd.gradcheck(norm, x)
+    for still in (
+        torch.zeros(shape),
+        torch.ones(shape),
+        torch.cat([torch.zeros(1, *shape[1:]), torch.randn(shape)[:1]]),
+    ):
+        still.requires_grad_()
+        norm(still).square().sum().backward()
+        assert still.grad is not None
+        assert bool(still.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_channel_that_is_not_finite_stays_so(bad: float) -> None:
+    x = tokens(2, 9, 4)
+    x[1, 3, 2] = bad
+    y = SpatialNorm()(x)
+    assert bool(y[1, :, 2].isnan().all())
+    assert int(y.isnan().sum()) == 9
+
+
 @pytest.mark.parametrize(
     "options", [{"gamma": 1.5}, {"gamma": -0.1}, {"eps": -1.0}, {"remove_rank": 0}, {"floor": -1.0}]
 )

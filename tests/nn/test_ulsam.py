@@ -113,6 +113,16 @@ def test_blocks_that_keep_their_shape_are_found_replaced_and_put_back():
     control.undo()
 
 
+def test_looking_for_blocks_leaves_every_mode_as_it_was():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
+    model[0][1].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    assert list(shape_preserving_blocks(model, maps(2, 3, 4, 4))) == ["0"]
+    assert {name: part.training for name, part in model.named_modules()} == before
+    assert model.training
+    assert torch.equal(model[1].running_mean, torch.zeros(3))
+
+
 def test_mobilenet_s_published_savings():
     """One 512 → 512 separable block at 14 × 14 has 0.267 M parameters, 52.3 M multiply-adds; ours 1 k, 0.2 M."""
     block = nn.Sequential(

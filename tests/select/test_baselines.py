@@ -71,6 +71,25 @@ def test_perplexity_ignores_padding_on_either_side():
 # ---------------------------------------------------------------------- retention
 
 
+def test_perplexity_leaves_every_mode_as_it_was():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.dropout = torch.nn.Embedding(9, 9), torch.nn.Dropout(0.5)
+            self.frozen = torch.nn.Dropout(0.5).eval()
+
+        def forward(self, input_ids, attention_mask, use_cache):
+            assert not self.dropout.training
+            return type("Output", (), {"logits": self.dropout(self.table(input_ids))})
+
+    model = Model()
+    batch = {"input_ids": torch.randint(9, (2, 5)), "attention_mask": torch.ones(2, 5)}
+    for _ in perplexity(model, [batch]):
+        assert model.training
+    assert model.dropout.training
+    assert not model.frozen.training
+
+
 def test_retention_of_the_whole_pool_and_of_too_few_rows(pool):
     everything = np.arange(len(pool))
     assert retention(pool, everything, 4) == pytest.approx(1)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.modules import evaluation
 from ..geometry.extras import require
 from ..geometry.files import load_arrays, save_arrays
 
@@ -61,12 +62,8 @@ class BackwardCompatibleModule(LightningModule):
         """Vectors of inputs: "full" for new galleries (inner product), "compatible", of unit length, for old ones."""
         if space not in _SPACES:
             raise ValueError(f"space: expected one of {_SPACES}, got {space!r}")
-        training = self.training
-        self.eval()
-        try:
+        with evaluation(self):
             out = self.head(self.backbone(inputs))
-        finally:
-            self.train(training)
         return out.full if space == "full" else F.normalize(out.compatible, dim=-1)
 
     def configure_optimizers(self) -> Any:

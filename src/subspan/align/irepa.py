@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ..base.modules import evaluation
 from ..geometry.spatial import grid_shape, spatial_structure
-from ..models.capture import Capture, evaluation, to_device_of
+from ..models.capture import Capture, to_device_of
 from ..models.features import FeatureGrid
 from ..models.layers import first_tensor
 from ..nn.matching import cosine_matching_loss

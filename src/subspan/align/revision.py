@@ -71,17 +71,22 @@ class ReVision(LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup = warmup
+        parameters = list(self.llm.parameters())
+        self._free = [each for each in parameters if each.requires_grad] or parameters
         # A stage-1 checkpoint holds no language model.
         self.strict_loading = False
         self.set_stage(stage)
 
     def set_stage(self, stage: int) -> None:
-        """Freeze (1) or free (2) the language model."""
+        """Freeze (1) or free (2) the language model; free are the parameters that were, all of them where none was."""
         if stage not in (1, 2):
             raise ValueError(f"stage: expected 1 or 2, got {stage}")
         self.stage = stage
-        self.llm.requires_grad_(stage == 2)
-        self.train(self.training)
+        if stage == 1:
+            self.llm.requires_grad_(False)
+        for parameter in self._free:
+            parameter.requires_grad_(stage == 2)
+        self.llm.train(stage == 2 and self.training)
 
     def train(self, mode: bool = True) -> ReVision:
         """Training mode; the frozen language model of stage 1 stays in evaluation mode."""

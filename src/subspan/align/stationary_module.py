@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from ..base.modules import release
 from ..geometry.extras import require
 from ..nn.simplex import CompatibleCE, HOCLoss, SimplexClassifier
 from .stationary_simplex import BalancedBatches, Rehearsal
@@ -66,12 +67,13 @@ class StationaryModule(LightningModule):
         """Begin a task after which the labels are 0 … num_classes - 1.
 
         replace_with: a backbone trained elsewhere against the same vertices, with its head where its features are not
-        embeddings yet; any architecture and width. The teacher of the HOC loss is the model that the task starts from,
+        embeddings yet; any architecture and width; trained too, but for the parts of it that are frozen where others
+        are not. The teacher of the HOC loss is the model that the task starts from,
         the replacement where there is one. Raises ValueError for a head on another simplex.
         """
         if replace_with is not None:
             backbone, head = replace_with if isinstance(replace_with, tuple) else (replace_with, None)
-            self.backbone = copy.deepcopy(backbone).requires_grad_(True)
+            self.backbone = release(copy.deepcopy(backbone))
             if head is not None:
                 if head.preallocated != self.head.preallocated:
                     raise ValueError(

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from subspan.models.capture import Capture, evaluation
+from subspan.base.modules import evaluation
+from subspan.models.capture import Capture
 from subspan.models.layers import layer_names
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
+from subspan.base.modules import evaluation
 from subspan.models.layers import Layers, first_tensor, is_single, layer_names
 
 Pool = Literal["mean", "sum", "last", "first", "rows", "none"]
@@ -253,18 +254,6 @@ def channels_last(states: Tensor, layout: Layout = "auto") -> Tensor:
         raise ValueError(f"layout: 'auto', 'channels_first' or 'channels_last', got {layout!r}")
     first = layout == "channels_first" or (layout == "auto" and states.ndim > 3)
     return states.movedim(1, -1) if first else states
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; every module's own training flag is put back after it."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def device_of(model: nn.Module) -> torch.device | None:

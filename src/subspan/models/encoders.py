@@ -56,7 +56,6 @@ class SentenceEncoder:
             self.tokenizer = tokenizer
         else:
             self.model, self.tokenizer = _saved_encoder(Path(model), tokenizer)
-        self.model.eval()
         if device is not None:
             self.model.to(device)
         self.max_length = max_length
@@ -124,7 +123,7 @@ class ImageEncoder:
         normalize: bool = False,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
-        self.model: Any = model.eval()
+        self.model: Any = model
         self.preprocessing = preprocessing
         self.layer = layer
         self.drop_tokens = drop_tokens

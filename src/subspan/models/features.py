@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.models.capture import Capture, Layout, channels_last, evaluation
+from subspan.base.modules import evaluation
+from subspan.models.capture import Capture, Layout, channels_last
 from subspan.models.layers import Layers, layer_names
 from subspan.models.preprocessing import ImagePreprocessing
 

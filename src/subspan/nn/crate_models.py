@@ -263,9 +263,20 @@ class CRATELanguageModel(nn.Module):
         place = self.position(torch.arange(ids.shape[1], device=ids.device))
         return F.linear(self.norm(self.layers(self.token(ids) + place)), self.token.weight)
 
-    def loss(self, ids: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
-        """Mean cross entropy of every token but the first, nats."""
-        return F.cross_entropy(self(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    def loss(self, ids: Int[Tensor, "n t"], mask: Bool[Tensor, "n t"] | None = None) -> Float[Tensor, ""]:
+        """Mean cross entropy of every token but the first, nats; mask: False for padding, which follows the tokens.
+
+        Raises ValueError for padding before a token, which would be looked at, and where nothing is predicted.
+        """
+        logits, following = self(ids[:, :-1]), ids[:, 1:]
+        if mask is None:
+            return F.cross_entropy(logits.flatten(0, 1), following.flatten())
+        if mask.shape != ids.shape or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError(f"mask: expected shape {tuple(ids.shape)} with padding behind the tokens alone")
+        predicted = mask[:, 1:]
+        if not bool(predicted.any()):
+            raise ValueError("mask: no sequence has two tokens, so nothing is predicted")
+        return F.cross_entropy(logits[predicted], following[predicted])
 
     def subspaces(self) -> list[Subspace]:
         """The heads' subspaces, one batch (heads, d, p) a layer."""

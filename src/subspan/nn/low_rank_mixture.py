@@ -85,7 +85,8 @@ class LowRankMixtureDenoiser(nn.Module):
         rows, noise = self._rows(x, sigma)
         z, logits, bases = self._coordinates(rows, noise)
         weight = self._weights(logits)
-        variance = noise.square()
+        # Rows without noise come back as they are; a gradient would pass through what is not taken of them.
+        variance = noise.square().masked_fill(noise == 0, 1)
         gain = self.log_variances.exp() / (self.log_variances.exp() + variance)
         rest = (self.floor / (self.floor + variance[..., 0])).unsqueeze(-1)
         pulled = weight.unsqueeze(-1) * (gain - rest) * z

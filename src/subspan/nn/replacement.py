@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.modules import evaluation
+
 
 @dataclass(frozen=True)
 class Site:
@@ -101,7 +103,8 @@ def replace(
             like = next(old.parameters(), None)
             if like is not None:
                 new = new.to(like.device)
-            originals[name], made[name] = old, new.train(old.training)
+            # Parts of a new module in that mode may be in the other on purpose, such as frozen batch norms.
+            originals[name], made[name] = old, new if new.training == old.training else new.train(old.training)
             done.append(_site(name, old, new, seen.get(name), reversals))
     except BaseException:
         for reverse in reversals:
@@ -144,15 +147,12 @@ def _counted_run(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Any, in
     for part in module.modules():
         if isinstance(part, counted) or hasattr(part, "multiply_adds"):
             handles.append(part.register_forward_hook(count, with_kwargs=True))
-    training = [(part, part.training) for part in module.modules()]
     try:
-        with torch.no_grad():
-            return module.eval()(*inputs, **named), total
+        with torch.no_grad(), evaluation(module):
+            return module(*inputs, **named), total
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in training:
-            part.training = mode
 
 
 def _first_tensor(values: Any) -> Tensor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,7 +21,8 @@ _ESTIMATORS = ("straight-through", "rotation")
 class Quantized(NamedTuple):
     """values: the quantised latents, in their shape. codes: their numbers, without the channel dimension. loss: scalar.
 
-    Of residual and grouped quantisers the codes have one dimension more at the end, a code a quantiser.
+    Of residual and grouped quantisers the codes have one dimension more at the end, a code a quantiser. Of padding the
+    values are 0 and the codes -1, and neither the loss nor a gradient knows of it.
     """
 
     values: Float[Tensor, "*m"]
@@ -113,24 +115,32 @@ class SimVQ(nn.Module):
         self.transform.weight.copy_(F.pad(root, (0, width - kept)))
         self.transform.bias.copy_(moments.mean)
 
-    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
-        """Quantise latents; values have their shape and dtype."""
-        z = _channels_last(latents, self.dim, self.channel_dim)
+    def forward(self, latents: Inexact[Tensor, "*n"], mask: Bool[Tensor, "*m"] | None = None) -> Quantized:
+        """Quantise latents; values have their shape and dtype. mask, without the channels: False for padding."""
+        z = _channels_last(latents, self.dim, self.channel_dim, mask)
         rows = z.flatten(0, -2).to(torch.promote_types(z.dtype, torch.float32))
+        if mask is not None:
+            rows = rows[mask.flatten()]
         codebook = self.codebook.to(rows.dtype)
         codes = nearest_code(rows.detach(), codebook.detach(), block=self.block)
         chosen = codebook[codes]
         loss = F.mse_loss(chosen, rows.detach()) + self.commitment * F.mse_loss(rows, chosen.detach())
         values = _estimate(rows, chosen.detach(), self.estimator)
+        if mask is not None:
+            kept = mask.flatten()
+            values = values.new_zeros(len(kept), self.dim).masked_scatter(kept.unsqueeze(-1), values)
+            codes = codes.new_full(kept.shape, -1).masked_scatter(kept, codes)
         values = _channels_back(values.unflatten(0, z.shape[:-1]), self.channel_dim).to(latents.dtype)
         return Quantized(values, codes.unflatten(0, z.shape[:-1]), loss)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Float[Tensor, "*m"]:
-        """The quantised values of stored codes, those of `forward` to the last bit.
+    def decode(self, codes: Tensor, mask: Bool[Tensor, "*n"] | None = None) -> Float[Tensor, "*m"]:
+        """The quantised values of stored codes, those of `forward` to the last bit; of padding (mask False) zeros.
 
         Raises TypeError for codes that are no integers, ValueError for codes outside [0, K).
         """
+        if mask is not None:
+            return self.decode(codes.masked_fill(~mask, 0)).masked_fill(~mask.unsqueeze(self.channel_dim), 0)
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise TypeError(f"codes: expected integers, got {codes.dtype}")
         if codes.numel() and not (int(codes.min()) >= 0 and int(codes.max()) < self.num_codes):
@@ -148,6 +158,11 @@ class SimVQ(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_decoder": None}
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SimVQ:
+        # New tensors may lie where those lay that the codes were made of.
+        self._decoder = None
+        return super()._apply(fn, recurse)
+
     @torch.no_grad()
     def export(self) -> Float[Tensor, "k d"]:
         """The codebook alone, which is all that decoding needs: the frozen codes and the map can go."""
@@ -162,7 +177,8 @@ class ResidualSimVQ(nn.Module):
     """Several `SimVQ` in a row, each on what those before left over: depth codes a latent, values their sum.
 
     dropout: in training keep only a random first part of the quantisers in each batch, so that prefixes of codes are
-    useful; the codes of those left out are -1. options: of `SimVQ`. The loss is the sum over quantisers.
+    useful; the codes of those left out are -1, and their parameters have zero gradients, for which distributed
+    training waits. options: of `SimVQ`. The loss is the sum over quantisers.
     """
 
     def __init__(self, dim: int, num_codes: int, depth: int, *, dropout: bool = False, **options: Any) -> None:
@@ -175,9 +191,10 @@ class ResidualSimVQ(nn.Module):
         self.dropout = dropout
         self.quantizers = nn.ModuleList(SimVQ(dim, num_codes, **options) for _ in range(depth))
 
-    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
-        """Quantise latents; codes (…, depth)."""
-        z = _channels_last(latents, self.dim, self.channel_dim)
+    def forward(self, latents: Inexact[Tensor, "*n"], mask: Bool[Tensor, "*m"] | None = None) -> Quantized:
+        """Quantise latents; codes (…, depth). mask, without the channels: False for padding."""
+        z = _channels_last(latents, self.dim, self.channel_dim, mask)
+        z = z if mask is None else torch.where(mask.unsqueeze(-1), z, 0)
         rest = z.to(torch.promote_types(z.dtype, torch.float32))
         depth = len(self.quantizers)
         kept = int(torch.randint(1, depth + 1, ())) if self.dropout and self.training else depth
@@ -185,8 +202,9 @@ class ResidualSimVQ(nn.Module):
         for number, quantizer in enumerate(self.quantizers):
             if number >= kept:
                 codes.append(torch.full_like(codes[0], -1))
+                loss = loss + 0 * torch.stack([each.sum() for each in quantizer.parameters()]).sum()
                 continue
-            values, found, part = quantizer(rest)
+            values, found, part = quantizer(rest, mask)
             # Without the estimators of the single quantisers, whose gradients would add up to `depth` times the one.
             rest = rest - values.detach()
             total = total + values.detach()
@@ -220,10 +238,10 @@ class GroupedSimVQ(nn.Module):
         self.channel_dim = options.pop("channel_dim", -1)
         self.quantizers = nn.ModuleList(SimVQ(dim // groups, num_codes, **options) for _ in range(groups))
 
-    def forward(self, latents: Inexact[Tensor, "*n"]) -> Quantized:
-        """Quantise latents; codes (…, groups). The loss is the mean over groups."""
-        z = _channels_last(latents, self.dim, self.channel_dim)
-        parts = [one(part) for one, part in zip(self.quantizers, z.chunk(len(self.quantizers), -1))]
+    def forward(self, latents: Inexact[Tensor, "*n"], mask: Bool[Tensor, "*m"] | None = None) -> Quantized:
+        """Quantise latents; codes (…, groups). The loss is the mean over groups. mask: as of `SimVQ`."""
+        z = _channels_last(latents, self.dim, self.channel_dim, mask)
+        parts = [one(part, mask) for one, part in zip(self.quantizers, z.chunk(len(self.quantizers), -1))]
         return Quantized(
             _channels_back(torch.cat([part.values for part in parts], -1), self.channel_dim),
             torch.stack([part.codes for part in parts], -1),
@@ -231,12 +249,12 @@ class GroupedSimVQ(nn.Module):
         )
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "*n"]) -> Float[Tensor, "*m"]:
-        """The values of stored codes (…, groups)."""
+    def decode(self, codes: Int[Tensor, "*n"], mask: Bool[Tensor, "*k"] | None = None) -> Float[Tensor, "*m"]:
+        """The values of stored codes (…, groups); of padding (mask False) zeros."""
         if codes.shape[-1] != len(self.quantizers):
             raise ValueError(f"codes: expected {len(self.quantizers)} at the end, got {codes.shape[-1]}")
         quantizers: Any = self.quantizers
-        parts = [one.decode(found) for one, found in zip(quantizers, codes.unbind(-1))]
+        parts = [one.decode(found, mask) for one, found in zip(quantizers, codes.unbind(-1))]
         return _channels_back(torch.cat(parts, -1), self.channel_dim)
 
 
@@ -260,18 +278,23 @@ def code_usage(codes: Int[Tensor, "*n"], num_codes: int) -> CodeUsage:
     return CodeUsage(active / num_codes, active / min(num_codes, used.numel()), float(entropy.exp()))
 
 
-def _channels_last(latents: Tensor, dim: int, channel_dim: int) -> Tensor:
+def _channels_last(latents: Tensor, dim: int, channel_dim: int, mask: Tensor | None) -> Tensor:
     if not -latents.ndim <= channel_dim < latents.ndim or latents.ndim < 2:
         raise ValueError(f"latents: expected a dimension {channel_dim} and at least two, got {tuple(latents.shape)}")
     if latents.shape[channel_dim] != dim:
         raise ValueError(f"latents: expected {dim} channels in dimension {channel_dim}, got {tuple(latents.shape)}")
     if not latents.numel():
         raise ValueError(f"latents: there are none in shape {tuple(latents.shape)}")
-    if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()) and not bool(
-        torch.isfinite(latents.detach()).all()
-    ):
-        raise ValueError("latents: contain NaN or infinity")
-    return latents.movedim(channel_dim % latents.ndim, latents.ndim - 1)
+    z = latents.movedim(channel_dim % latents.ndim, latents.ndim - 1)
+    if mask is not None and mask.shape != z.shape[:-1]:
+        raise ValueError(f"mask: expected shape {tuple(z.shape[:-1])}, got {tuple(mask.shape)}")
+    if not (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()):
+        known = z.detach() if mask is None else z.detach()[mask]
+        if not len(known):
+            raise ValueError("mask: leaves no latents")
+        if not bool(torch.isfinite(known).all()):
+            raise ValueError("latents: contain NaN or infinity")
+    return z
 
 
 def _channels_back(values: Tensor, channel_dim: int) -> Tensor:
@@ -291,5 +314,7 @@ def _estimate(rows: Tensor, chosen: Tensor, estimator: str) -> Tensor:
     middle = z_unit + q_unit
     middle = middle / torch.linalg.vector_norm(middle, dim=-1, keepdim=True).clamp_min(tiny)
     along = lambda unit: (rows * unit).sum(-1, keepdim=True)  # noqa: E731
-    turned = (rows - 2 * middle * along(middle) + 2 * q_unit * along(z_unit)) * (q_norm / z_norm)
+    # A latent of zero has no direction to be turned from: its gradient is that of the code.
+    scale = torch.where(z_norm > tiny, q_norm / z_norm, 1)
+    turned = (rows - 2 * middle * along(middle) + 2 * q_unit * along(z_unit)) * scale
     return chosen + (turned - turned.detach())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ class SpatialNorm(nn.Module):
     the global component is, in place of the mean, the projection onto the image's r leading uncentred directions, and
     s the deviation of what is left. floor: channels with s <= floor · |m| become 0: with γ < 1 the published formula
     turns a constant channel into (1 - γ) m / eps, which swallows every cosine. Statistics in float32 or wider, output
-    in the dtype given. Raises ValueError for fewer than 2 tokens, whose deviation is undefined.
+    in the dtype given; NaN stays NaN. Raises ValueError for fewer than 2 tokens, whose deviation is undefined.
     Source: Singh et al. (2026), arXiv 2512.10794; their two programs use γ = 0.6 and 0.8.
     """
 
@@ -50,16 +50,17 @@ class SpatialNorm(nn.Module):
         wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         mean = wide.mean(-2, keepdim=True)
         if self.remove_rank is None:
-            rest = wide - self.gamma * mean
-            deviation = wide.std(-2, keepdim=True)
+            rest, spread = wide - self.gamma * mean, wide
         else:
             if self.remove_rank >= min(t, d):
                 raise ValueError(f"remove_rank: below min(t, d) = {min(t, d)}, got {self.remove_rank}")
-            rest = wide - self.gamma * _leading_part(wide, self.remove_rank)
-            deviation = rest.std(-2, keepdim=True)
-        varies = deviation > self.floor * mean.abs()
-        scale = torch.where(varies, deviation + self.eps, 1.0)
-        return torch.where(varies, rest / scale, 0.0).to(tokens.dtype)
+            rest = spread = wide - self.gamma * _leading_part(wide, self.remove_rank)
+        # Written so that NaN is not constant and comes out as NaN.
+        constant = spread.detach().std(-2, keepdim=True) <= self.floor * mean.detach().abs()
+        # The deviation of a constant channel has no slope, which is NaN: one that varies stands in for it.
+        varied = torch.arange(t, dtype=wide.dtype, device=wide.device).unsqueeze(-1)
+        scale = torch.where(constant, varied, spread).std(-2, keepdim=True) + self.eps
+        return torch.where(constant, 0.0, rest / scale).to(tokens.dtype)
 
     def extra_repr(self) -> str:
         """Shown by print."""
@@ -144,5 +145,33 @@ def resize_tokens(
 def _leading_part(x: Float[Tensor, "b t d"], rank: int) -> Float[Tensor, "b t d"]:
     """Projection of the rows onto the `rank` leading right singular directions of each matrix."""
     with torch.autocast(x.device.type, enabled=False):
+        return _LeadingPart.apply(x, rank)  # pyright: ignore[reportReturnType]
+
+
+class _LeadingPart(torch.autograd.Function):
+    """With its own derivative: that of the SVD has poles at equal singular values, also where both are left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int) -> Tensor:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        ctx.save_for_backward(u, s, vh)
+        ctx.rank = rank
         return (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), (u, s, vh), r = grads, ctx.saved_tensors, ctx.rank
+        inner = u.mT @ grad @ vh.mT
+        kept = torch.arange(s.shape[-1], device=s.device) < r
+        # Pairs (i, j) of a direction kept and one left out; only their singular values meet in the derivative.
+        first, second = s.unsqueeze(-1), s.unsqueeze(-2)
+        gap = first.square() - second.square()
+        pairs = kept.unsqueeze(-1) & ~kept & (gap > torch.finfo(s.dtype).eps * first.square())
+        share = torch.where(pairs, 1 / torch.where(pairs, gap, 1), 0)
+        own, across = second.square() * share, first * second * share
+        turned = own * inner + across * inner.mT
+        turned = turned + (own * inner.mT + across * inner).mT
+        rows, columns = u[..., :r] @ (u[..., :r].mT @ grad), (grad @ vh[..., :r, :].mT) @ vh[..., :r, :]
+        both = u[..., :r] @ inner[..., :r, :r] @ vh[..., :r, :]
+        return rows + columns - both + u @ turned @ vh, None

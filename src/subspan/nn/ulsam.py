@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.modules import evaluation
+
 _GATES = ("default", "identity")
 
 
@@ -104,12 +106,10 @@ def shape_preserving_blocks(model: nn.Module, x: Any) -> dict[str, tuple[int, ..
     for name, module in model.named_modules():
         if name and len([part for part in module.modules() if isinstance(part, nn.Conv2d)]) > 1:
             handles.append(module.register_forward_hook(look(name)))
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(x)
+        with torch.no_grad(), evaluation(model):
+            model(x)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     inside = {name for name in found if any(name.startswith(f"{other}.") for other in found)}

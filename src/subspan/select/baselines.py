@@ -12,6 +12,7 @@ from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from subspan.base.modules import evaluation
 from subspan.geometry import check_matrix
 
 from .leverage import budget, rank_rows
@@ -35,11 +36,10 @@ def perplexity(model: torch.nn.Module, batches: Iterable[dict[str, Tensor]]) -> 
     A batch holds `input_ids` and `attention_mask` (b, t), padded on either side. The first token of a sequence is not
     predicted. Raises ValueError for a sequence of fewer than two tokens.
     """
-    model.eval()
     device = next(model.parameters()).device
     for batch in batches:
         ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluation(model):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         yield token_losses(logits, ids, mask).exp()
 
