@@ -116,7 +116,12 @@ def test_imports_go_down() -> None:
 
 def test_nothing_is_unpickled() -> None:
     found = [fault for module, path in modules() for fault in unsafe_reads(path.read_text(encoding="utf-8"), module)]
-    assert not found, "\n".join(found)
+    # Qdrant's folders hold pickles, which are read by a reader that makes inert objects of two names and nothing else.
+    allowed = [fault for fault in found if fault.startswith("subspan.datasets.qdrant_folder:")]
+    assert [fault.split()[1:] for fault in allowed] == [["imports", "pickle"]]
+    source = (SOURCE / "datasets" / "qdrant_folder.py").read_text(encoding="utf-8")
+    assert re.findall(r"\bpickle\.\w+", source) == ["pickle.Unpickler"]
+    assert found == allowed, "\n".join(found)
 
 
 def test_every_module_has_a_telling_name() -> None:

@@ -7,7 +7,7 @@ before the unfinished file gets its name.
 
 Flat FAISS indexes (with or without ids), .npy and .safetensors are written as a stream and need a block of memory.
 Parquet is put together from the unfinished rows, row group by row group. IVF and HNSW are built by FAISS, which holds
-the finished index in memory; a Qdrant folder is held in memory by its client.
+the finished index in memory; a new Qdrant folder is held in memory by its client.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from jaxtyping import Float
 from subspan.base.files import Target, reserve, write_text, written_together
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
 from subspan.datasets.indexes import StoredVectors, open_index
+from subspan.datasets.qdrant import QdrantRows
+from subspan.datasets.qdrant_folder import QdrantFolder
 from subspan.geometry.arrays import normalize_rows
 from subspan.geometry.extras import require
 
@@ -153,7 +155,7 @@ def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, blo
     """What must be the same for a run to be resumed."""
     digest = hashlib.sha256()
     stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
-    path = Path(source.source)
+    path = Path(source.details.get("file", source.source))
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.is_file():
             stat = file.stat()
@@ -374,7 +376,10 @@ def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: st
 
 
 class _Qdrant:
-    """A folder of Qdrant's local mode, filled point by point under the ids and with the payloads of the source."""
+    """A folder of Qdrant's local mode, filled point by point under the ids of the source.
+
+    Payloads and all other vectors are copied, and so are points without the vector that is mapped.
+    """
 
     def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         client = require("qdrant_client", extra="qdrant")
@@ -386,28 +391,43 @@ class _Qdrant:
         self.done = _recorded_rows(self.record, self._key) if path.is_dir() else 0
         if not self.done and path.exists():
             shutil.rmtree(path)
+        if (path / "meta.json").exists():
+            QdrantFolder(path).check()  # what the client is to open may be of anybody
         self._client = client.QdrantClient(path=str(self.unfinished))
-        self._collection, self._vector = source.details["collection"], source.values.vector  # pyright: ignore
-        if not self._client.collection_exists(self._collection):
+        self._rows: QdrantRows = source.values  # pyright: ignore
+        if not self._client.collection_exists(self._rows.collection):
             names = {"cosine": "Cosine", "inner": "Dot", "l2": "Euclid"}
-            params = self._models.VectorParams(size=columns, distance=self._models.Distance(names[metric]))
-            config = params if self._vector is None else {self._vector: params}
-            self._client.create_collection(self._collection, vectors_config=config)
+            dense = {name: dict(params) for name, params in self._rows.dense.items()}
+            # Mapped vectors are no whole numbers.
+            dense[self._rows.vector] |= {"size": columns, "distance": names[metric], "datatype": None}
+            config = {name: self._models.VectorParams(**params) for name, params in dense.items()}
+            sparse = {name: self._models.SparseVectorParams(**params) for name, params in self._rows.sparse.items()}
+            self._client.create_collection(
+                self._rows.collection, vectors_config=config.get("", config), sparse_vectors_config=sparse or None
+            )
 
     def append(self, start: int, rows: np.ndarray) -> None:
         """Put points in; one that a killed run had put in already is the same again."""
         stop = start + len(rows)
-        points = self.source.values.points[start:stop]  # pyright: ignore
-        payloads = self.source.values.payloads(start, stop)  # pyright: ignore
-        values: Any = rows.tolist()
-        if self._vector is not None:
-            values = {self._vector: values}
-        self._client.upsert(self._collection, points=self._models.Batch(ids=points, vectors=values, payloads=payloads))
+        self._put(self._rows.points[start:stop], rows)
         self.done = stop
         write_text(self.record, json.dumps({"key": self._key, "rows": stop}))
 
+    def _put(self, ids: Sequence[Any], rows: np.ndarray | None) -> None:
+        points = []
+        for place, (name, (vectors, payload)) in enumerate(zip(ids, self._rows.whole(ids))):
+            copied = {key: self._models.SparseVector(**one) if isinstance(one, dict) else one
+                      for key, one in vectors.items() if one is not None}  # fmt: skip
+            if rows is not None:
+                copied[self._rows.vector] = rows[place].tolist()
+            points.append(self._models.PointStruct(id=name, vector=copied, payload=payload))
+        self._client.upsert(self._rows.collection, points=points)
+
     def finish(self) -> None:
-        """Nothing: every point is in its place."""
+        """Copy the points without the vector."""
+        others = self._rows.others
+        for start in range(0, len(others), self.block):
+            self._put(others[start : start + self.block], None)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -428,44 +448,53 @@ def verify(
 
     Raises ValueError where anything differs from what should have been written.
     """
-    back = open_index(written)
-    try:
-        if len(back) != len(source):
-            raise ValueError(f"{written}: {len(back)} vectors came back of {len(source)}")
-        places = _places(source, back)
-        rng = np.random.default_rng(0)
-        chosen = np.sort(rng.choice(len(source), min(_CHECKED, len(source)), replace=False))
-        wanted = np.ascontiguousarray(transform(source.take(chosen)), np.float32)
-        found = back.take(places[chosen])
-        if back.metric == "cosine":
-            # Qdrant ranks by directions alone, and gives lengths back or not.
-            wanted, found = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (wanted, found))
-        scale = float(np.abs(wanted).max()) or 1.0
-        if not np.allclose(found, wanted, rtol=0, atol=1e-4 * scale):
-            raise ValueError(f"{written}: rows do not come back as they were mapped")
-        queries, names = wanted[:_QUERIED], source.ids[chosen[:_QUERIED]]
-        exact = _streamed_neighbours(back, queries, "inner" if metric == "cosine" else metric, progress)
-        facts = {"rows_compared": len(chosen), "ids_compared": len(back), "queries": len(queries),
-                 "search": "exact, over all rows read back"}  # fmt: skip
-        if back.kind == "faiss" and (written.stat().st_size <= _SEARCHED_BYTES or "Flat" not in back.form):
-            index, owner = read_index(written)
-            if back.details.get("kind") == "ivf":
-                # All cells, to see that the vectors are there; how many to visit in use is the index's own setting.
-                index.nprobe = index.nlist
-            answers = index.search(queries, exact.shape[1])[1]
-            facts["search"] = f"{back.form}.search against exact search"
-            facts["agreement"] = float(
-                np.mean([len(np.intersect1d(one, other)) / len(other) for one, other in zip(answers, exact)])
-            )
-            if facts["agreement"] < (0.5 if back.details.get("kind") == "hnsw" else 0.95):
-                raise ValueError(f"{written}: the index does not find what is in it")
-            del index, owner
-        elif metric != "inner":
-            facts["own_row_first"] = float(np.mean(exact[:, 0] == names))
-        return facts
-    finally:
-        if back.kind == "qdrant":
-            back.values.client.close()  # pyright: ignore
+    name: str | None = getattr(source.values, "vector", None) or None
+    back = open_index(written, column=name if written.is_dir() else None)
+    if len(back) != len(source):
+        raise ValueError(f"{written}: {len(back)} vectors came back of {len(source)}")
+    places = _places(source, back)
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(len(source), min(_CHECKED, len(source)), replace=False))
+    wanted = np.ascontiguousarray(transform(source.take(chosen)), np.float32)
+    found = back.take(places[chosen])
+    if back.metric == "cosine":
+        # Qdrant ranks by directions alone, and gives lengths back or not.
+        wanted, found = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (wanted, found))
+    scale = float(np.abs(wanted).max()) or 1.0
+    if not np.allclose(found, wanted, rtol=0, atol=1e-4 * scale):
+        raise ValueError(f"{written}: rows do not come back as they were mapped")
+    queries, names = wanted[:_QUERIED], source.ids[chosen[:_QUERIED]]
+    exact = _streamed_neighbours(back, queries, "inner" if metric == "cosine" else metric, progress)
+    facts = {"rows_compared": len(chosen), "ids_compared": len(back), "queries": len(queries),
+             "search": "exact, over all rows read back"}  # fmt: skip
+    if back.kind == "faiss" and (written.stat().st_size <= _SEARCHED_BYTES or "Flat" not in back.form):
+        index, owner = read_index(written)
+        if back.details.get("kind") == "ivf":
+            # All cells, to see that the vectors are there; how many to visit in use is the index's own setting.
+            index.nprobe = index.nlist
+        answers = index.search(queries, exact.shape[1])[1]
+        facts["search"] = f"{back.form}.search against exact search"
+        facts["agreement"] = float(
+            np.mean([len(np.intersect1d(one, other)) / len(other) for one, other in zip(answers, exact)])
+        )
+        if facts["agreement"] < (0.5 if back.details.get("kind") == "hnsw" else 0.95):
+            raise ValueError(f"{written}: the index does not find what is in it")
+        del index, owner
+    elif metric != "inner":
+        facts["own_row_first"] = float(np.mean(exact[:, 0] == names))
+    if back.kind == "qdrant":
+        _verify_copied(source.values, back.values, chosen)  # pyright: ignore
+    return facts
+
+
+def _verify_copied(source: QdrantRows, back: QdrantRows, chosen: np.ndarray) -> None:
+    """What stands beside the mapped vector, and the points that have none."""
+    sample = [source.points[int(place)] for place in chosen] + list(source.others[:_CHECKED])
+    for name, one, other in zip(sample, source.whole(sample), back.whole(sample)):
+        if one[1] != other[1] or one[0].keys() != other[0].keys():
+            raise ValueError(f"collection: the payload or the other vectors of point {name!r} did not come back")
+    if set(back.others) != set(source.others):
+        raise ValueError(f"collection: {len(source.others)} points without the vector are {len(back.others)} now")
 
 
 def _places(source: StoredVectors, back: StoredVectors) -> np.ndarray:

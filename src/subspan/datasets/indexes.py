@@ -17,6 +17,7 @@ from jaxtyping import Float, Int, Shaped
 
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
 from subspan.datasets.qdrant import is_qdrant, open_qdrant
+from subspan.datasets.qdrant_folder import point_id
 from subspan.datasets.tables import ArrayRows, Rows, read_table
 
 Metric = Literal["inner", "l2", "cosine"]
@@ -107,8 +108,10 @@ class StoredVectors:
 
     def positions(self, ids: Shaped[np.ndarray, " k"], *, name: str = "ids") -> Int[np.ndarray, " k"]:
         """Where the vectors of these ids are. Raises ValueError for repeated and for unknown ids."""
-        check_unique(ids, name)
         own, wanted = self.ids, np.asarray(ids)
+        if self.kind == "qdrant" and wanted.dtype.kind == "U":
+            wanted = np.array([point_id(text) for text in wanted.tolist()], dtype=str)
+        check_unique(wanted, name)
         if own.dtype.kind != wanted.dtype.kind:
             own, wanted = own.astype(str), wanted.astype(str)
         order = np.argsort(own, kind="stable")
@@ -196,13 +199,14 @@ def open_index(
 
     ids: a file with one id a row (.npy of whole numbers or texts, or .txt), for formats that hold none. column: the
     vectors (a named vector in Qdrant); id_column: their ids (default: a column named id, else the row numbers).
-    collection: which one of Qdrant, where there are several. A Qdrant folder is read by its own client, which
-    unpickles; open only your own. Raises ValueError, in one line, for what is damaged, ragged, empty or ambiguous.
+    collection: which one of Qdrant, where there are several. Raises ValueError, in one line, for what is damaged,
+    ragged, empty or ambiguous.
     """
     if is_qdrant(source):
         if ids is not None or id_column is not None:
             raise ValueError("ids: a Qdrant collection has its own ids")
-        opened = StoredVectors(kind="qdrant", **open_qdrant(source, collection, column))
+        found = open_qdrant(source, collection, column)
+        opened = StoredVectors(kind="qdrant", **(found | {"ids": as_ids(found["ids"])}))
     else:
         path = Path(source)
         if collection is not None:
@@ -271,7 +275,7 @@ def _working(rows: np.ndarray) -> np.ndarray:
 
 
 def _open_table(path: Path, column: str | None, id_column: str | None) -> StoredVectors:
-    columns = _columns(path)
+    columns = column_names(path)
     if id_column is None:
         id_column = next((name for name in ID_COLUMNS if name in columns and name != column), None)
     table = read_table(path, column=column, id_column=id_column)
@@ -297,7 +301,7 @@ def _whole(names: np.ndarray) -> np.ndarray:
         return names
 
 
-def _columns(path: Path) -> dict[str, bool]:
+def column_names(path: Path) -> dict[str, bool]:
     """Names of the columns of a file that has any, and whether each holds whole numbers."""
     from subspan.geometry.extras import require
 

@@ -1,12 +1,12 @@
-"""Qdrant collections, through their own client: a local folder, the address of a server, or a client in memory.
+"""Qdrant collections: a folder of its local mode, the address of a server, or a client in memory.
 
-Points are listed once without their vectors; vectors are then asked for by id, a block at a time. A local folder is
-held in memory by its client (and unpickled by it), so only a server keeps a large collection out of this process.
+Points are listed once; vectors are then asked for by id, a block at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from subspan.datasets.qdrant_folder import Point, QdrantFolder, point_id
 from subspan.geometry.extras import require
 
-_SCROLL = 10_000
 _ASK = 1000
 _DISTANCES = {"Cosine": "cosine", "Dot": "inner", "Euclid": "l2"}
 
@@ -29,80 +29,148 @@ def is_qdrant(source: Any) -> bool:
     return text.startswith(("http://", "https://")) or (Path(text) / "meta.json").is_file()
 
 
-def connect(source: Any) -> tuple[Any, str]:
-    """(client, what it is called)."""
+class _Client:
+    """Collections as a client gives them."""
+
+    def __init__(self, client: Any, name: str) -> None:
+        self.client, self.name = client, name
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ValueError(f"{self.name}: the Qdrant server does not answer ({reason})") from error
+
+    def origin(self, collection: str) -> dict[str, Any]:
+        return {}
+
+    def collections(self) -> list[str]:
+        with self._asking():
+            return sorted(entry.name for entry in self.client.get_collections().collections)
+
+    def schema(self, collection: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        with self._asking():
+            params = self.client.get_collection(collection).config.params.model_dump(mode="json")
+        vectors = params["vectors"] or {}
+        return {"": vectors} if "size" in vectors else vectors, params.get("sparse_vectors") or {}
+
+    def points(self, collection: str, vector: str) -> tuple[list[Any], list[Any]]:
+        having: list[Any] = []
+        missing: list[Any] = []
+        offset = None
+        while True:
+            with self._asking():
+                found, offset = self.client.scroll(
+                    collection, limit=_ASK, offset=offset, with_vectors=[vector] if vector else True,
+                    with_payload=False,
+                )  # fmt: skip
+            for point in found:
+                there = _by_name(point.vector).get(vector) is not None
+                (having if there else missing).append(point_id(point.id))
+            if offset is None:
+                return having, missing
+
+    def fetch(self, collection: str, ids: Sequence[Any], only: str | None) -> Iterator[tuple[Any, Point]]:
+        named = [only] if only else True
+        for first in range(0, len(ids), _ASK):
+            asked = list(ids[first : first + _ASK])
+            with self._asking():
+                found = self.client.retrieve(collection, ids=asked, with_vectors=named, with_payload=only is None)
+            for point in found:
+                yield point_id(point.id), (_by_name(point.vector), point.payload or {})
+
+
+def _by_name(vectors: Any) -> dict[str, Any]:
+    return vectors if isinstance(vectors, dict) else {} if vectors is None else {"": vectors}
+
+
+def _connect(source: Any) -> _Client | QdrantFolder:
     if hasattr(source, "scroll"):
-        return source, "qdrant"
-    client = require("qdrant_client", extra="qdrant").QdrantClient
+        return _Client(source, "qdrant")
     text = str(source)
-    if text.startswith(("http://", "https://")):
-        if not urlsplit(text).hostname:
-            raise ValueError(f"{text!r} is no address of a Qdrant server")
-        return client(url=text), text
-    try:
-        return client(path=text), text
-    except RuntimeError as error:
-        raise ValueError(f"{text}: the folder is in use by another Qdrant client ({error})") from error
+    if not text.startswith(("http://", "https://")):
+        return QdrantFolder(Path(text))
+    if not urlsplit(text).hostname:
+        raise ValueError(f"{text!r} is no address of a Qdrant server")
+    return _Client(require("qdrant_client", extra="qdrant").QdrantClient(url=text), text)
 
 
 def open_qdrant(source: Any, collection: str | None, vector: str | None) -> dict[str, Any]:
-    """The fields of `StoredVectors` for a collection and, where it has several, the vector of that name."""
-    client, name = connect(source)
-    try:
-        known = sorted(entry.name for entry in client.get_collections().collections)
-    except Exception as error:
-        raise ValueError(f"{name}: the Qdrant server does not answer ({type(error).__name__}: {error})") from error
+    """The fields of `StoredVectors` for a collection and, where it has several, the vector of that name.
+
+    Its rows are the points that have such a vector.
+    """
+    store = _connect(source)
+    known = store.collections()
     if collection is None and len(known) == 1:
         collection = known[0]
     if collection is None or collection not in known:
-        raise ValueError(f"collection: say which one of {name}: {', '.join(known) or 'it has none'}")
-    params = client.get_collection(collection).config.params.vectors
-    if isinstance(params, dict):
-        if vector is None and len(params) == 1:
-            vector = next(iter(params))
-        if vector not in params:
-            raise ValueError(f"column: say which vector of {collection!r}: {', '.join(params) or 'it has none'}")
-        params = params[vector]
-    elif vector is not None:
-        raise ValueError(f"column: the vectors of {collection!r} have no names, so there is no {vector!r}")
-    if params is None:
-        raise ValueError(f"collection: {collection!r} has no dense vectors")
-    if params.distance.value not in _DISTANCES:
+        raise ValueError(f"collection: say which one of {store.name}: {', '.join(known) or 'it has none'}")
+    dense, sparse = store.schema(collection)
+    name = _vector(collection, vector, dense, sparse)
+    params = dense[name]
+    if params["distance"] not in _DISTANCES:
         ranks = ", ".join(_DISTANCES)
-        raise ValueError(f"collection: {collection!r} ranks by {params.distance.value}; one of {ranks} is needed")
-    points = _list(client, collection)
+        raise ValueError(f"collection: {collection!r} ranks by {params['distance']}; one of {ranks} is needed")
+    points, others = store.points(collection, name)
     if not points:
-        raise ValueError(f"collection: {collection!r} is empty")
-    values = QdrantRows(client, collection, vector, points, (len(points), params.size))
+        what = f"has no point with a vector{f' {name!r}' if name else ''}" if others else "is empty"
+        raise ValueError(f"collection: {collection!r} {what}")
+    values = QdrantRows(store, collection, name, dense, sparse, points, others, (len(points), params["size"]))
     whole = all(isinstance(point, int) for point in points)
+    form = f"Qdrant collection {collection!r} ({params['distance']})"
+    if others:
+        form += f", beside {len(others)} points without {repr(name) if name else 'a vector'}"
     return {
-        "source": f"{name} ({collection})",
-        "form": f"Qdrant collection {collection!r} ({params.distance.value})",
+        "source": f"{store.name} ({collection})",
+        "form": form,
         "values": values,
-        "ids": np.array(points, dtype=np.int64 if whole else str),
-        "metric": _DISTANCES[params.distance.value],
-        "details": {"distance": params.distance.value, "collection": collection},
+        "ids": np.array(points, dtype=np.uint64 if whole else str),
+        "metric": _DISTANCES[params["distance"]],
+        "details": {"distance": params["distance"], "collection": collection, **store.origin(collection)},
     }
 
 
-def _list(client: Any, collection: str) -> list[Any]:
-    points: list[Any] = []
-    offset = None
-    while True:
-        found, offset = client.scroll(collection, limit=_SCROLL, offset=offset, with_vectors=False, with_payload=False)
-        points += [point.id for point in found]
-        if offset is None:
-            return points
+def _vector(collection: str, asked: str | None, dense: dict[str, Any], sparse: dict[str, Any]) -> str:
+    """Name of the vector that is meant, "" where vectors have none."""
+    usable = [name for name, params in dense.items() if not params.get("multivector_config")]
+    choice = ", ".join(repr(name) for name in usable) or "it has none"
+    if asked is None and len(usable) == 1:
+        return usable[0]
+    if asked in usable and asked:
+        return asked
+    if (asked or "") in dense and (asked or "") not in usable:
+        raise ValueError(
+            f"column: {asked or 'the vector'!r} of {collection!r} is a multivector, several rows a point, which no map "
+            f"of one takes; write their means into a table, or name another vector ({choice})"
+        )
+    if asked in sparse or not dense:
+        raise ValueError(
+            f"column: {asked or ', '.join(sparse)!r} of {collection!r} is sparse, and maps are of dense vectors; name "
+            f"one ({choice})"
+        )
+    if asked is not None and list(dense) == [""]:
+        raise ValueError(f"column: the vectors of {collection!r} have no names, so there is no {asked!r}")
+    raise ValueError(f"column: say which vector of {collection!r} ({choice})")
 
 
 @dataclass(frozen=True)
 class QdrantRows:
-    """Vectors of the points of a collection, asked for by id."""
+    """Vectors of the points of a collection, asked for by id.
 
-    client: Any = field(repr=False)
+    vector: their name, "" for none. dense, sparse: parameters of all vectors of the collection by name. points: ids of
+    the rows. others: ids of points without such a vector.
+    """
+
+    store: _Client | QdrantFolder = field(repr=False)
     collection: str
-    vector: str | None
+    vector: str
+    dense: dict[str, Any] = field(repr=False)
+    sparse: dict[str, Any] = field(repr=False)
     points: Sequence[Any] = field(repr=False)
+    others: Sequence[Any] = field(repr=False)
     shape: tuple[int, int] = (0, 0)
     dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
 
@@ -114,29 +182,27 @@ class QdrantRows:
         """Vectors of the points at these places."""
         return self._vectors([self.points[int(place)] for place in indices])
 
-    def payloads(self, start: int, stop: int) -> list[dict[str, Any]]:
-        """What is stored beside the vectors."""
-        points = self.points[start:stop]
-        found = {}
-        for first in range(0, len(points), _ASK):
-            asked = list(points[first : first + _ASK])
-            for point in self.client.retrieve(self.collection, ids=asked, with_payload=True, with_vectors=False):
-                found[point.id] = point.payload or {}
-        return [found.get(point, {}) for point in points]
+    def whole(self, points: Sequence[Any]) -> list[Point]:
+        """All vectors and the payload of each of these points."""
+        return self._found(points, None)
+
+    def _found(self, points: Sequence[Any], only: str | None) -> list[Point]:
+        found = dict(self.store.fetch(self.collection, points, only))
+        try:
+            return [found[point] for point in points]
+        except KeyError:
+            raise ValueError(f"collection: {self.collection!r} changed while it was read") from None
 
     def _vectors(self, points: Sequence[Any]) -> np.ndarray:
         rows = np.empty((len(points), self.shape[1]), np.float32)
-        place = {point: row for row, point in enumerate(points)}
-        seen = 0
-        for first in range(0, len(points), _ASK):
-            asked = list(points[first : first + _ASK])
-            named = True if self.vector is None else [self.vector]
-            for point in self.client.retrieve(self.collection, ids=asked, with_vectors=named, with_payload=False):
-                value = point.vector if self.vector is None else (point.vector or {}).get(self.vector)
-                if value is None or len(value) != self.shape[1]:
-                    raise ValueError(f"collection: point {point.id!r} of {self.collection!r} has no such vector")
-                rows[place[point.id]] = value
-                seen += 1
-        if seen != len(points):
-            raise ValueError(f"collection: {self.collection!r} changed while it was read")
+        for row, (vectors, _) in enumerate(self._found(points, self.vector)):
+            try:
+                rows[row] = np.asarray(vectors[self.vector], np.float32).reshape(self.shape[1])
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"collection: point {points[row]!r} of {self.collection!r} has no vector of {self.shape[1]} numbers"
+                ) from error
+        if self.dense[self.vector]["distance"] == "Cosine":
+            # A server keeps them so, a folder as they came.
+            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
         return rows

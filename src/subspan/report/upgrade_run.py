@@ -16,7 +16,7 @@ from ..base.files import write_array, write_text
 from ..base.outputs import Output, Outputs
 from ..datasets.faiss_files import FAISS_SUFFIXES, write_faiss, write_pretransform
 from ..datasets.index_writing import check_destination, write_unfinished
-from ..datasets.indexes import StoredVectors, open_index, read_ids
+from ..datasets.indexes import StoredVectors, column_names, open_index, read_ids
 from ..datasets.qdrant import is_qdrant
 from ..datasets.tables import read_table
 from ..geometry.extras import require
@@ -77,6 +77,8 @@ def run_upgrade(
         raise ValueError(f"--method: FAISS runs linear maps alone, and {method} may be a network; use linear")
     outputs = _outputs(files, (index, sample, index_ids, sample_ids, queries_new, queries_old, labels, query_labels))
     stored = open_index(index, ids=index_ids, collection=collection, **_columns(index, column, id_column))
+    if is_qdrant(index) and column not in column_names(Path(sample)):
+        column = None  # the name of a vector of the collection, and of no column of the sample
     new = open_index(sample, ids=sample_ids, **_columns(sample, column, id_column))
     _check_files(stored, new, files)
     label_names = _labels(sample, labels, id_column)
