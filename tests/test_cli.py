@@ -113,10 +113,46 @@ def test_a_defect_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pyte
         run("list")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["detect", "--help"], ["list"]])
-def test_what_needs_no_torch_does_not_wait_for_it(arguments: list[str]) -> None:
-    code = f"import sys; from subspan import cli; cli.run({arguments!r}); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["--help", "detect --help", "list", "list --json"],
+        [
+            "detect absent.npy",
+            "detect code.py",
+            "detect code.py --bogus",
+            "detect -k some",
+            "select -k 1.5",
+            "report absent.npy",
+            "report --against absent.npy",
+            "cluster absent.edges",
+            "shorten absent.faiss",
+            "align absent.npy absent.npy",
+            "upgrade absent.faiss absent.npy",
+            "detect code.py -o out.pdf",
+        ],
+    ],
+)
+def test_what_needs_no_torch_does_not_wait_for_it(lines: list[str], tmp_path: Path) -> None:
+    (tmp_path / "code.py").touch()
+    code = f"""
+import sys
+from subspan import cli
+for line in {lines!r}:
+    assert cli.run(line.split()) == (2 if "help" not in line and "list" not in line else 0), line
+    assert "torch" not in sys.modules, line
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120, cwd=tmp_path)
+
+
+def test_rules_of_rank_are_those_of_the_library() -> None:
+    from subspan.geometry import rank_rule
+
+    for text in (*cli._RANK_RULES, "3", "0.5", "1.0"):
+        rank_rule(cli._rank(text))
+    for text in ("bogus", "0", "1.5", "0.0", "nan"):
+        with pytest.raises(ValueError, match="--rank"):
+            cli._rank(text)
 
 
 # ---------------------------------------------------------------------- report

@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 
 from .base.files import atomic_write, write_array, write_rows, write_text
+from .base.kinds import ARCHIVES, GRAPHS, INDEXES, TABLES, TEXTS, check_input
 from .base.outputs import Output, Outputs
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ _RANKS = (
 Rank = Annotated[str, typer.Option("--rank", "-k", help=_RANKS)]
 
 
+_ROWS = (*TABLES, *TEXTS, *ARCHIVES)
 _TABLES = (".csv", ".json", ".npy")
 _PAGES = (".html", ".htm")
 _STOPPED = 130
@@ -164,16 +166,29 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
 
 
+_RANK_RULES = ("marchenko-pastur", "gavish-donoho", "effective", "elbow")
+
+
 def _rank(text: str) -> int | float | str:
     """`--rank` as the library takes it."""
-    from .geometry import rank_rule
-
     try:
         rank: int | float | str = int(text) if text.isdecimal() else float(text)
     except ValueError:
         rank = text
-    rank_rule(rank)
+    if isinstance(rank, str) and rank not in _RANK_RULES:
+        raise ValueError(f"--rank: {text!r} is neither a number nor one of {', '.join(_RANK_RULES)}")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"--rank: must be at least 1, got {text}")
+    if isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(f"--rank: a share of the variance lies in (0, 1], got {text}")
     return rank
+
+
+def _check_inputs(*names: str | None, kinds: tuple[str, ...] = _ROWS) -> None:
+    """Refuse inputs that cannot be read by their names, before anything heavy is loaded."""
+    for name in names:
+        if name is not None and "://" not in name:
+            check_input(name, kinds)
 
 
 def _check_rank(rank: int | float | str, data: Embeddings) -> None:
@@ -230,6 +245,7 @@ def report(
     """
     facts_file = None if json_output is None or str(json_output) == "-" else json_output
     outputs = Outputs(Output("-o", output, _PAGES), Output("--json", facts_file), inputs=(table, against, labels))
+    _check_inputs(table, against)
     from .report import describe, read_embeddings, render
 
     with outputs, _progress("reading") as progress:
@@ -325,6 +341,9 @@ def detect(
     - `subspan detect bottle/ --shots 4 --rotations 8`
     """
     outputs = Outputs(Output("-o", output, _TABLES), inputs=(table, fit, labels))
+    _check_inputs(table, fit)
+    if rank is not None:
+        _rank(rank)
     from .report.inputs import is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
@@ -547,6 +566,7 @@ def select(
     - `subspan select corpus.jsonl --text-column text -m 200 --unique`
     """
     outputs = Outputs(Output("-o", output, _TABLES), inputs=(table, labels))
+    _check_inputs(table)
     ranked = _rank(rank)
     import numpy as np
 
@@ -673,6 +693,8 @@ def cluster(
         Output("-o", output, (".csv", ".json", ".npz")), Output("--report", page, _PAGES),
         inputs=(table, attributes, labels),
     )  # fmt: skip
+    _check_inputs(table, kinds=(*_ROWS, *GRAPHS) if attributes is None else ())
+    _check_inputs(attributes, kinds=TABLES)
     from .datasets.graphs import is_graph_file
 
     graph = table is not None and (attributes is not None or (Path(table).is_file() and is_graph_file(table)))
@@ -834,11 +856,12 @@ def shorten(
 
     - `subspan shorten images.faiss --method prefix --rank 256 -o short.faiss`
     """
-    from .datasets.faiss_files import FAISS_SUFFIXES
+    _check_inputs(table, kinds=(*_ROWS, *INDEXES))
+    ranked = _rank(rank)
     from .datasets.index_writing import check_destination
     from .datasets.indexes import in_memory, is_stored, open_index
 
-    suffixes = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
+    suffixes = (".npy", ".safetensors", ".parquet", *INDEXES)
     outputs = Outputs(
         Output(
             "-o", output, suffixes if output.suffix or table is None or not is_stored(table) else (), resumable=True
@@ -846,7 +869,6 @@ def shorten(
         Output("--map", subspace, (".safetensors",)),
         inputs=(table,),
     )
-    ranked = _rank(rank)
     from .report import read_embeddings
     from .report.shorten import matryoshka_head, pca_head, prefix_head
     from .report.shorten import shorten as shorten_vectors
@@ -918,6 +940,7 @@ def align(
     outputs = Outputs(
         Output("-o", output, (".safetensors",)), Output("--apply", apply, (".npy",)), inputs=(source, target)
     )
+    _check_inputs(source, target)
     import numpy as np
 
     from .report import read_embeddings
@@ -1078,6 +1101,7 @@ def upgrade(
 
     - `subspan upgrade qdrant_folder/ new.parquet --migrate new_folder --json`
     """
+    _check_inputs(index, sample, queries_new, queries_old, kinds=(*TABLES, *INDEXES))
     from .report.upgrade_run import UpgradeFiles, run_upgrade
 
     files = UpgradeFiles(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)

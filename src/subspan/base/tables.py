@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from .columns import Columns, Kind, Progressions, choose_columns, listed
 from .extras import require
+from .kinds import LINES, SEPARATED, TABLES, check_input, suffix_of
 from .reading import (
     characters,
     check_memory,
@@ -38,18 +39,6 @@ _SUSPICIOUS_RATIO = 200
 _MAX_HEADER = 2**20
 _BLOCK_NUMBERS = 2**20
 _WHOLE = re.compile(r"[+-]?\d+")
-_EXTENSIONS = ".npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .tsv, .jsonl (the last three also .gz)"
-_OTHER_FILES = {
-    **dict.fromkeys((".edges", ".edgelist"), "an edge list: `subspan cluster` reads it beside --attributes TABLE"),
-    **dict.fromkeys((".graphml", ".gml", ".gexf", ".net"), "a graph: save its edges as an edge list, a row of "
-                    "attributes for each node as a table"),
-    ".mtx": "a sparse matrix: save it densely, as .npy",
-    **dict.fromkeys((".txt", ".md"), "a text: its lines are embedded by the command line, or by read_texts and "
-                    "SentenceEncoder"),
-    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), "a pickle, which could run code: save the numbers "
-                    "as .npy or .safetensors"),
-    **dict.fromkeys((".faiss", ".index"), "a FAISS index: open_index reads it"),
-}  # fmt: skip
 
 
 @runtime_checkable
@@ -176,19 +165,14 @@ def read_table(
     """
     source = regular_file(path)
     names = {"ids": id_column, "labels": label_column, "texts": text_column}
-    suffixes = [suffix.lower() for suffix in source.suffixes]
-    packed = suffixes[-1:] == [".gz"]
-    suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
-    openers: dict[str, Callable[..., Table]] = {".csv": _open_separated, ".tsv": _open_separated,
-                                                ".jsonl": _open_json_lines, ".ndjson": _open_json_lines}  # fmt: skip
-    if not packed:
-        openers |= {".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors,
-                    **dict.fromkeys((".parquet", ".arrow", ".feather"), _open_arrow)}  # fmt: skip
-    if suffix not in openers:
-        what = f"is {_OTHER_FILES[suffix]}" if suffix in _OTHER_FILES else "is no table"
-        raise ValueError(f"path: {str(source)!r} {what}; it is not one of {_EXTENSIONS}")
+    check_input(str(source), TABLES, folders=False)
+    suffix = suffix_of(source)
+    openers: dict[str, Callable[..., Table]] = {
+        **dict.fromkeys(SEPARATED, _open_separated), **dict.fromkeys(LINES, _open_json_lines),
+        ".npy": _open_npy, ".npz": _open_npz, ".safetensors": _open_safetensors,
+    }  # fmt: skip
     with reading(source, problem=f"is not a whole {suffix} file"):
-        table = openers[suffix](source, column, names)
+        table = openers.get(suffix, _open_arrow)(source, column, names)
     if 0 in table.shape:
         raise ValueError(f"path: {str(source)!r} is empty: {table.shape[0]} rows of {table.shape[1]} values")
     return table

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from subspan.base.files import atomic_write
+from subspan.base.kinds import INDEXES
 from subspan.geometry.extras import require
 
-FAISS_SUFFIXES = (".faiss", ".index", ".ivf", ".hnsw")
+FAISS_SUFFIXES = INDEXES
 _METRICS = {0: "inner", 1: "l2"}
 # fourcc, d, n, two unused words, is_trained, metric
 _HEADER = struct.Struct("<4siqqq?i")

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from subspan.base.kinds import suffix_of
+
 MAX_UNPACKED_BYTES = 8 * 2**30
 
 _UNCOUNTED_PACKAGES = frozenset(
@@ -73,8 +75,7 @@ def read_texts(
 def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The records of a .jsonl, .csv, .tsv or .txt file (also .gz) one at a time; a line of .txt is {"text": line}."""
     source = Path(path)
-    suffixes = [suffix.lower() for suffix in source.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else "".join(suffixes[-1:])
+    kind = suffix_of(source)
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".txt": _plain_lines, ".csv": _comma, ".tsv": _tab}
     if kind not in readers:
         raise ValueError(f"path: {str(source)!r} is not one of {', '.join(readers)} (also .gz)")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
 from ..datasets.cache import cached_features
 from ..datasets.images import ImageCollection, image_folder
 from ..datasets.packages import image_preprocessing, load_model, load_sentence_encoder
@@ -22,8 +23,6 @@ from .embeddings import Embeddings, Progress, silent
 IMAGE_MODEL = "efficientnet-lite0"
 TEXT_MODEL = "minilm"
 _MODEL_TITLES = {IMAGE_MODEL: "EfficientNet-Lite0", TEXT_MODEL: "all-MiniLM-L6-v2"}
-_LINES = frozenset({".txt", ".jsonl", ".ndjson"})
-_SEPARATED = frozenset({".csv", ".tsv"})
 
 
 def read_embeddings(
@@ -53,15 +52,14 @@ def read_embeddings(
                 )
         return _docstrings(progress)
     path = Path(argument)
-    if not path.exists():
-        raise ValueError(f"{argument}: there is no such file or folder")
-    suffix = _suffix(path)
+    check_input(argument)
+    suffix = suffix_of(path)
     label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
     label_column = None if label_file is not None else labels
-    if path.is_dir() or suffix == ".zip":
+    if path.is_dir() or suffix in ARCHIVES:
         _refuse(argument, "a folder of images", column=column, text_column=text_column, id_column=id_column)
         data = _images(path, argument, label_column, progress)
-    elif suffix in _LINES or (suffix in _SEPARATED and text_column is not None and column is None):
+    elif suffix in TEXTS + LINES or (suffix in SEPARATED and text_column is not None and column is None):
         _refuse(argument, "a file of texts", column=column)
         data = _texts(path, argument, text_column, id_column, label_column, progress)
     else:
@@ -90,12 +88,6 @@ def is_anomaly_layout(argument: str) -> bool:
             names = [f"/{name}" for name in archive.namelist()]
         return any("/train/good/" in name for name in names) and any("/test/" in name for name in names)
     return False
-
-
-def _suffix(path: Path) -> str:
-    """The suffix in lower case, of `x.csv.gz` the one before .gz."""
-    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
-    return suffixes[-2] if suffixes[-1] == ".gz" and len(suffixes) > 1 else suffixes[-1]
 
 
 def _refuse(argument: str, what: str, **options: str | None) -> None:
