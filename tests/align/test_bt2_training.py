@@ -78,7 +78,7 @@ def test_training_makes_the_new_model_searchable_in_the_old_gallery_and_better_t
     with pytest.raises(ValueError, match="space"):
         model.encode(inputs, "old")
     other = BackwardCompatibleModule(torch.nn.Linear(D, 3), model.head, model.loss)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         other.load_weights(tmp_path / "model.safetensors")
 
 

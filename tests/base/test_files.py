@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import Int
 
 from subspan.base.files import Target, atomic_write, remove_unfinished, temporary_folder, written_together
-from subspan.geometry.files import load_arrays, save_arrays
+from subspan.base.saved import saved_object
+from subspan.geometry.files import save_arrays
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be forked, no folder locked")
 
@@ -97,7 +99,8 @@ def test_what_a_killed_process_was_writing_goes_with_the_next_write(tmp_path, na
     for _ in range(2):
         killed_while_writing(target)
         assert len(os.listdir(tmp_path)) == 2  # also the second time: the first left folder is gone
-    assert load_arrays(target, "moments")[0]["a"].tolist() == [0, 1, 2]
+    with saved_object(target, "moments", {"a": Int[torch.Tensor, "3"]}) as (arrays, _):
+        assert arrays["a"].tolist() == [0, 1, 2]
     save_arrays(target, "moments", {"a": torch.arange(4)})
     assert os.listdir(tmp_path) == [name]
 

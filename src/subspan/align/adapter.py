@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..base.saved import Schema, saved_object
 from ..geometry.arrays import normalize_rows
 from ..geometry.extras import require
-from ..geometry.files import atomic_write, load_arrays, save_arrays
+from ..geometry.files import atomic_write, save_arrays
 from ..geometry.maps import AffineMap
 
 _SMALLEST_LENGTH = 1e-30
@@ -142,13 +143,23 @@ class EmbeddingAdapter(nn.Module):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EmbeddingAdapter:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        return cls.from_arrays(*load_arrays(path, "embedding-adapter"))
+        with saved_object(path, "embedding-adapter", SAVED_ARRAYS, _SAVED_FACTS) as found:
+            return cls.from_arrays(*found)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Tensor], facts: dict[str, Any]) -> EmbeddingAdapter:
         """From the state and facts of a file."""
-        hidden: Any = tuple(arrays[name] for name in _HIDDEN) if _HIDDEN[0] in arrays else None
+        hidden: Any = tuple(arrays[name] for name in _HIDDEN) if set(_HIDDEN) & set(arrays) else None
         return cls(arrays["weight"], arrays["bias"], hidden=hidden, **facts)
 
 
 _HIDDEN = ("hidden_weight", "hidden_bias", "residual_weight", "residual_bias")
+SAVED_ARRAYS: Schema = {
+    "weight": Float[Tensor, "d_out d_in"],
+    "bias": Float[Tensor, " d_out"],
+    "hidden_weight": Float[Tensor, "h d_in"] | None,
+    "hidden_bias": Float[Tensor, " h"] | None,
+    "residual_weight": Float[Tensor, "d_out h"] | None,
+    "residual_bias": Float[Tensor, " d_out"] | None,
+}
+_SAVED_FACTS = {"normalize_input": bool, "normalize_output": bool}

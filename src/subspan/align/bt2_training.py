@@ -7,13 +7,14 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.modules import evaluation
+from ..base.saved import saved_object, set_state
 from ..geometry.extras import require
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -86,11 +87,8 @@ class BackwardCompatibleModule(LightningModule):
 
     def load_weights(self, path: str | os.PathLike[str]) -> None:
         """Read what `save_weights` wrote. Raises ValueError when it is another file or does not fit."""
-        arrays, _ = load_arrays(path, "backward-compatible")
-        try:
-            self._encoder().load_state_dict(arrays)
-        except RuntimeError as error:
-            raise ValueError(f"path: the weights do not fit this model ({error})") from error
+        with saved_object(path, "backward-compatible", {"*": Shaped[Tensor, "..."]}) as (arrays, _):
+            set_state(self._encoder(), arrays)
 
     def _encoder(self) -> nn.ModuleDict:
         return nn.ModuleDict({"backbone": self.backbone, "head": self.head})

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
+from ..base.saved import Schema
 from ..geometry.subspace import Subspace
 from ..solvers import nearest, recall_at_k
 from ..statistics import Moments
@@ -23,6 +24,22 @@ _TINY = 1e-12
 _ANCHORS = 2000
 _NEAR, _AROUND = 10, 50
 _FEATURES = 9
+
+
+SAVED_ARRAYS: Schema = {
+    "source_basis": Float[Tensor, "d_in k_source"] | None,
+    "source_center": Float[Tensor, " d_in"] | None,
+    "source_variances": Float[Tensor, " k_source"] | None,
+    "target_basis": Float[Tensor, "d_out k_target"] | None,
+    "target_center": Float[Tensor, " d_out"] | None,
+    "target_variances": Float[Tensor, " k_target"] | None,
+    "anchors_x": Float[Tensor, "anchors d_in"] | None,
+    "anchors_y": Float[Tensor, "anchors d_out"] | None,
+    **{name: Float[Tensor, str(_FEATURES)] | None for name in ("center", "scale", "coefficients")},
+    **dict.fromkeys(("scores", "values"), Float[Tensor, " steps"] | None),
+    "limits": Float[Tensor, "2"] | None,
+}
+"""What a file holds of a confidence: all of it or nothing."""
 
 
 @dataclass(frozen=True)

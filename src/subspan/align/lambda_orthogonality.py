@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.estimators import validate_data
+from ..base.saved import Schema, saved_object, set_state
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap, procrustes
 from ..geometry.subspace import Subspace
 from ..nn.contrastive import info_nce
@@ -39,6 +40,26 @@ _FORWARD = ("affine", "mlp")
 _STARTS = ("procrustes", "identity")
 _COMPARED_ROWS = 1000
 _KIND = "lambda-orthogonal-adapter"
+_OPTIONS: Schema = {
+    "backward": str,
+    "forward": str,
+    "lam": float | None,
+    "lam_rel": float | None,
+    "alpha": float,
+    "penalty": float,
+    "weights": list[float],
+    "temperature": float,
+    "symmetric": bool,
+    "normalize": bool,
+    "start": str,
+    "determinant": int | None,
+    "safeguard": bool,
+    "learning_rate": float,
+    "weight_decay": float,
+    "batch_size": int,
+    "epochs": int,
+    "random_state": None,
+}
 
 
 class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -340,19 +361,25 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LambdaOrthogonalAdapter:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, _KIND)
-        model = cls(**facts["options"])
-        d_new, d_old = facts["d"]
-        backward, forward = (
-            nn.Linear(d_new, d_new, bias="backward.bias" in arrays),
-            _forward(model.forward, d_old, d_new),
-        )
-        for part, prefix in ((backward, "backward."), (forward, "forward.")):
-            part.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
-        model._n_features_out = model.n_features_in_ = d_new
-        model.n_features_old_, model.lam_, model.history_ = d_old, facts["lam"], []
-        model._keep(backward, forward)
-        return model
+        schema = {"backward.*": Float[Tensor, "..."], "forward.*": Shaped[Tensor, "..."]}
+        kept = {"options": _OPTIONS, "d": list[int], "lam": float}
+        with saved_object(path, _KIND, schema, kept) as (arrays, facts):
+            model = cls(**facts["options"])
+            model._check_parameters()
+            d_new, d_old = facts["d"]
+            first = arrays["forward.0.weight" if model.forward == "mlp" else "forward.weight"]
+            if arrays["backward.weight"].shape != (d_new, d_new) or first.shape[1] != d_old:
+                raise ValueError(f"maps that are not of {d_new} and {d_old} dimensions")
+            backward, forward = (
+                nn.Linear(d_new, d_new, bias="backward.bias" in arrays),
+                _forward(model.forward, d_old, d_new),
+            )
+            for part, prefix in ((backward, "backward."), (forward, "forward.")):
+                set_state(part, {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
+            model._n_features_out = model.n_features_in_ = d_new
+            model.n_features_old_, model.lam_, model.history_ = d_old, facts["lam"], []
+            model._keep(backward, forward)
+            return model
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

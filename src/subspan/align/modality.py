@@ -20,8 +20,9 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
 from ..base.estimators import check_array, validate_data
+from ..base.saved import saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..statistics import Moments, batches, is_one_shot, is_stream
 from ..statistics.spread import Spread
 
@@ -93,8 +94,13 @@ class ProjectedAffine(nn.Module):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProjectedAffine:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "projected-affine")
-        return cls(**arrays, **facts)
+        schema = {
+            "weight": Float[Tensor, ""] | Float[Tensor, "d d"],
+            "bias": Float[Tensor, " d"],
+            "drift": Float[Tensor, "rounds d"],
+        }
+        with saved_object(path, "projected-affine", schema, {"normalize": bool, "noise": float}) as (arrays, facts):
+            return cls(**arrays, **facts)
 
 
 class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):

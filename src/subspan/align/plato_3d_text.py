@@ -15,15 +15,38 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from ..base.estimators import validate_data
+from ..base.saved import Schema, saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap
 from ..geometry.subspace import Subspace
 from ..solvers import assign, nearest
 from ..statistics import JointMoments, local_kernel_cka
 from ..statistics.kernel_alignment import MOST_KERNEL_ROWS
+from ..statistics.moments import SAVED_STATE
 from ..statistics.pairs import paired_rows
 
+_PARAMETERS: Schema = {
+    "n_components": int | str,
+    "method": str,
+    "subspace": str | None,
+    "shrinkage": float | str,
+    "direction": str,
+    "kernel": str,
+    "scale": str,
+    "alpha": float,
+}
+_SAVED: Schema = {
+    "moments_count": Float[Tensor, "1"],
+    "moments_mean": Float[Tensor, " m"],
+    "moments_scatter": Float[Tensor, "m m"],
+    "matrix_x": Float[Tensor, "k_x d_x"],
+    "mean_x": Float[Tensor, " d_x"],
+    "matrix_y": Float[Tensor, "k_y d_y"],
+    "mean_y": Float[Tensor, " d_y"],
+    "correlations": Float[Tensor, " k_x"] | None,
+    "held_out": Float[Tensor, " h"] | None,
+}
 _METHODS = ("affine", "local_cka", "procrustes", "cosine")
 _SUBSPACES = ("cca", "pca", "svcca", None)
 _DIRECTIONS = ("x->y", "y->x")
@@ -493,19 +516,22 @@ class SubspaceAligner(BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceAligner:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "subspace-aligner")
-        new = cls(**facts["parameters"])
-        mean_x, mean_y = arrays["mean_x"], arrays["mean_y"]
-        map_x, map_y = _centred(arrays["matrix_x"], mean_x), _centred(arrays["matrix_y"], mean_y)
-        moments = JointMoments(len(map_x.matrix), len(map_y.matrix))
-        names = ("count", "mean", "scatter")
-        moments.joint = type(moments.joint).from_state({name: arrays[f"moments_{name}"] for name in names})
-        found = arrays.get("correlations"), arrays.get("held_out")
-        new._shared = _SharedSpace(map_x, map_y, mean_x, mean_y, moments, *found)
-        new._anchors = []
-        new.n_features_in_ = map_x.matrix.shape[1]
-        new._align()
-        return new
+        with saved_object(path, "subspace-aligner", _SAVED, {"parameters": _PARAMETERS}) as (arrays, facts):
+            new = cls(**facts["parameters"])
+            new._check_parameters()
+            mean_x, mean_y = arrays["mean_x"], arrays["mean_y"]
+            map_x, map_y = _centred(arrays["matrix_x"], mean_x), _centred(arrays["matrix_y"], mean_y)
+            moments = JointMoments(len(map_x.matrix), len(map_y.matrix))
+            joint = type(moments.joint).from_state({name: arrays[f"moments_{name}"] for name in SAVED_STATE})
+            if joint.d != moments.joint.d:
+                raise ValueError(f"moments of {joint.d} dimensions, expected {moments.joint.d}")
+            moments.joint = joint
+            found = arrays.get("correlations"), arrays.get("held_out")
+            new._shared = _SharedSpace(map_x, map_y, mean_x, mean_y, moments, *found)
+            new._anchors = []
+            new.n_features_in_ = map_x.matrix.shape[1]
+            new._align()
+            return new
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from ..base.saved import saved_object, set_state
 from ..geometry.extras import require
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..models.splice import IGNORED, PLACEHOLDER, Spliced, splice_embeddings
 from .modality import ModalityMap
 
@@ -167,13 +168,11 @@ class ReVision(LightningModule):
 
     def load_projector(self, path: str | os.PathLike[str]) -> None:
         """Read an adapter written by `save_projector`. Raises ValueError when it is another file or does not fit."""
-        arrays, facts = load_arrays(path, "revision-projector")
-        if facts["n_tokens"] != self.n_tokens:
-            raise ValueError(f"path: an adapter for n_tokens = {facts['n_tokens']}, this model has {self.n_tokens}")
-        try:
-            self.projector.load_state_dict(arrays)
-        except RuntimeError as error:
-            raise ValueError(f"path: the adapter does not fit this model ({error})") from error
+        schema = {"*": Float[Tensor, "..."]}
+        with saved_object(path, "revision-projector", schema, {"n_tokens": int}) as (arrays, facts):
+            if facts["n_tokens"] != self.n_tokens:
+                raise ValueError(f"an adapter for n_tokens = {facts['n_tokens']}, this model has {self.n_tokens}")
+            set_state(self.projector, arrays)
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,25 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..base.estimators import validate_data
+from ..base.saved import Schema, saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap
 from ..statistics import JointMoments
 from ..statistics.pairs import paired_rows
+from .adapter import SAVED_ARRAYS as ADAPTER_ARRAYS
 from .adapter import EmbeddingAdapter
+from .confidence import SAVED_ARRAYS as CONFIDENCE_ARRAYS
 from .confidence import RetrievalConfidence
 from .held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, HeldOut, closed_forms, complexity, grid
 from .unpaired import UnpairedReport, align_unpaired
@@ -216,10 +220,9 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         chosen = results[self.method_]
         self.parameters_, self.recall_ = dict(chosen.parameters), chosen.mean
         self.scores_ = [_row(result, weight[name]) for name, result in results.items()]
-        self.scores_ += [
-            {**dict.fromkeys(_ROW), "method": name, "parameters": {}, "note": f"skipped: {note}"}
-            for name, note in notes.items()
-        ]
+        for name, note in notes.items():
+            skipped: Any = {**dict.fromkeys(_Score.__annotations__), "method": name, "parameters": {}}
+            self.scores_.append({**skipped, "note": f"skipped: {note}"})
         hidden = None
         if self.method_ == "mlp":
             base = results[chosen.parameters["base"]]
@@ -386,22 +389,24 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> UpgradeMap:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "upgrade-map")
+        with saved_object(path, "upgrade-map", _SAVED_ARRAYS, _SAVED_FACTS) as (arrays, facts):
 
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
+            def part(prefix: str) -> dict[str, Tensor]:
+                return {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)}
 
-        try:
             parameters = facts["parameters"]
             if parameters["candidates"] is not None:
                 parameters["candidates"] = tuple(parameters["candidates"])
             model = cls(**parameters)
+            model._check_parameters()
             normal = bool(model.normalize)
             model.adapter_ = EmbeddingAdapter.from_arrays(
                 part("adapter."), {"normalize_input": normal, "normalize_output": normal}
             )
             model.map_ = AffineMap(model.adapter_.weight, model.adapter_.bias)
             model._inverse = AffineMap(arrays["inverse.matrix"], arrays.get("inverse.bias"))
+            if facts["method"] not in (*_METHODS[1:], "unpaired") or facts["pairs"] < 0:
+                raise ValueError(f"a map by {facts['method']!r} of {facts['pairs']} pairs")
             model.method_, model.parameters_ = facts["method"], facts["chosen"]
             model.scores_, model.n_pairs_ = facts["scores"], facts["pairs"]
             model.recall_ = float("nan") if facts["recall"] is None else facts["recall"]
@@ -410,9 +415,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 model._confidence = RetrievalConfidence.from_arrays(confidence)
             if facts["unpaired"] is not None:
                 model.unpaired_ = UnpairedReport(**facts["unpaired"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"path: {os.fspath(path)!r} is no complete upgrade map ({error})") from error
-        return model
+            return model
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -422,21 +425,64 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         return tags
 
 
-_ROW = ("method", "parameters", "recall", "low", "high", "standard_error", "complexity", "queries", "note")
+class _Score(TypedDict):
+    method: str
+    parameters: dict[str, float | int | str]
+    recall: float | None
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    complexity: int | None
+    queries: int | None
+    note: str
 
 
-def _row(result: HeldOut, weight: int) -> dict[str, Any]:
+_SAVED_ARRAYS: Schema = {
+    **{f"adapter.{name}": kind for name, kind in ADAPTER_ARRAYS.items()},
+    "inverse.matrix": Float[Tensor, "d_in d_out"],
+    "inverse.bias": Float[Tensor, " d_in"] | None,
+    **{f"confidence.{name}": kind for name, kind in CONFIDENCE_ARRAYS.items()},
+}
+_SAVED_FACTS: Schema = {
+    "parameters": {
+        "method": str,
+        "candidates": list[str] | None,
+        "alpha": float | None,
+        "rank": int | None,
+        "k": int | None,
+        "metric": str,
+        "target": str,
+        "n_neighbors": int,
+        "normalize": bool,
+        "folds": int,
+        "max_queries": int,
+        "max_gallery": int,
+        "random_state": int,
+    },
+    "method": str,
+    "chosen": {
+        "alpha": float | None,
+        **dict.fromkeys(("rank", "k", "hidden", "base_complexity"), int | None),
+        "base": str | None,
+    },
+    "scores": list[_Score],
+    "recall": float | None,
+    "pairs": int,
+    "unpaired": UnpairedReport | None,
+}
+
+
+def _row(result: HeldOut, weight: int) -> _Score:
     error = result.standard_error
     reach = 1.96 * error if np.isfinite(error) else 0.0
-    values = (
-        result.method,
-        result.parameters,
-        result.mean,
-        max(0.0, result.mean - reach),
-        min(1.0, result.mean + reach),
-        error if np.isfinite(error) else None,
-        weight,
-        len(result.recall),
-        "",
-    )
-    return dict(zip(_ROW, values))
+    return {
+        "method": result.method,
+        "parameters": dict(result.parameters),
+        "recall": result.mean,
+        "low": max(0.0, result.mean - reach),
+        "high": min(1.0, result.mean + reach),
+        "standard_error": error if np.isfinite(error) else None,
+        "complexity": weight,
+        "queries": len(result.recall),
+        "note": "",
+    }

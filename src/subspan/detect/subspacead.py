@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -24,12 +24,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base.estimators import validate_data
+from subspan.base.saved import Schema, saved_object
 from subspan.detect.foreground import foreground_mask, specular_confidence, suppress_specular
 from subspan.detect.maps import aggregate, smooth, stitch, upsample, window_boxes
 from subspan.detect.rotations import RandomRotations
 from subspan.geometry import Subspace, as_tensor, check_matrix, like, normalize_rows
-from subspan.geometry.files import load_arrays, save_arrays
+from subspan.geometry.files import save_arrays
 from subspan.geometry.rank import FixedRank, rank_rule
+from subspan.geometry.subspace import SAVED_ARRAYS
 from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
 from subspan.models.layers import Layers
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
@@ -182,8 +184,8 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceDetector:
         """Read what `save` wrote. Raises ValueError for a damaged file or another kind of one."""
-        subspace, facts = _load(path, "SubspaceDetector")
-        return cls._from_facts(subspace, facts)
+        with saved_object(path, "SubspaceDetector", SAVED_ARRAYS, _DETECTOR | {"count": float}) as (arrays, facts):
+            return cls._from_facts(Subspace.from_arrays(arrays, facts["count"]), facts)
 
     def _facts(self) -> dict[str, Any]:
         parameters = self.get_params()
@@ -195,6 +197,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     @classmethod
     def _from_facts(cls, subspace: Subspace, facts: Mapping[str, Any]) -> SubspaceDetector:
         detector = cls(**facts["parameters"])
+        detector._check_parameters()
         detector.subspace_, detector.n_features_in_ = subspace, subspace.ambient_dim
         if facts["offset"] is not None:
             detector.offset_ = facts["offset"]
@@ -304,14 +307,48 @@ def _gaussian_limit(subspace: Subspace, distance: str, drop_k: int, epsilon: int
 
 
 def _save(path: str | os.PathLike[str], kind: str, subspace: Subspace, facts: dict[str, Any]) -> None:
-    arrays = {field.name: getattr(subspace, field.name) for field in fields(subspace)}
-    tensors = {name: value for name, value in arrays.items() if isinstance(value, Tensor)}
-    save_arrays(path, kind, tensors, count=subspace.count, **facts)
+    save_arrays(path, kind, subspace.arrays(), count=subspace.count, **facts)
 
 
-def _load(path: str | os.PathLike[str], kind: str) -> tuple[Subspace, dict[str, Any]]:
-    arrays, facts = load_arrays(path, kind)
-    return Subspace(count=facts["count"], **arrays), facts
+_DETECTOR: Schema = {
+    "parameters": {
+        "rank": int | float | str,
+        "distance": str,
+        "drop_k": int,
+        "epsilon": float,
+        "contamination": float | None,
+        "strict": bool,
+        "batch_size": int,
+    },
+    "offset": float | None,
+}
+_IMAGE_DETECTOR: Schema = {
+    "count": float,
+    "detector": _DETECTOR,
+    "views": int,
+    "threshold": float | None,
+    "own_mask": bool,
+    "parameters": {
+        "layers": str | int | list[str | int] | None,
+        "aggregate": str,
+        "normalize": bool,
+        "image_size": int | list[int],
+        "preprocessing": ImagePreprocessing | None,
+        "augment": RandomRotations | None,
+        "mask": str | None,
+        "mask_normals": bool,
+        "blur": float | str,
+        "image_score": str,
+        "tail": float,
+        "over": str,
+        "window": int | list[int] | None,
+        "overlap": float,
+        "specular": bool,
+        "batch_size": int,
+        "random_state": int | None,
+        "progress": bool,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -501,26 +538,28 @@ class SubspaceAD(BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: Any, *, mask: Any = None) -> SubspaceAD:
         """Read what `save` wrote, for the same backbone (and the same `mask` where that was a function)."""
-        subspace, facts = _load(path, "SubspaceAD")
-        if facts["own_mask"] and mask is None:
-            raise ValueError("mask: the saved model used a function as mask; give it here")
-        parameters = facts["parameters"]
+        with saved_object(path, "SubspaceAD", SAVED_ARRAYS, _IMAGE_DETECTOR) as (arrays, facts):
+            parameters = facts["parameters"]
+            if parameters["augment"] is not None:
+                parameters["augment"] = RandomRotations(**_tuples(parameters["augment"]))
+            if parameters["preprocessing"] is not None:
+                parameters["preprocessing"] = ImagePreprocessing(**_tuples(parameters["preprocessing"]))
+            subspace = Subspace.from_arrays(arrays, facts["count"])
+            detector = SubspaceDetector._from_facts(subspace, facts["detector"])
+            shared = {name: getattr(detector, name) for name in ("rank", "distance", "drop_k")}
+            model = cls(backbone, **parameters, **shared)
+            model._check_parameters()
+            model.detector_, model.n_views_ = detector, facts["views"]
+            if facts["threshold"] is not None:
+                model.threshold_ = facts["threshold"]
         if facts["own_mask"]:
-            parameters["mask"] = mask
-        if parameters["augment"] is not None:
-            parameters["augment"] = RandomRotations(**_tuples(parameters["augment"]))
-        if parameters["preprocessing"] is not None:
-            parameters["preprocessing"] = ImagePreprocessing(**_tuples(parameters["preprocessing"]))
-        detector = SubspaceDetector._from_facts(subspace, facts["detector"])
-        shared = {name: getattr(detector, name) for name in ("rank", "distance", "drop_k")}
-        model = cls(backbone, **parameters, **shared)
-        model.detector_, model.n_views_ = detector, facts["views"]
-        if facts["threshold"] is not None:
-            model.threshold_ = facts["threshold"]
+            if mask is None:
+                raise ValueError("mask: the saved model used a function as mask; give it here")
+            model.mask = mask
         return model
 
-    def _prepare(self) -> tuple[Callable[[list[Tensor]], Tensor], Any]:
-        """How features are taken, and the mask; settings are checked here."""
+    def _check_parameters(self) -> None:
+        """Refuse settings that make no sense."""
         if self.over not in ("map", "patches"):
             raise ValueError(f"over: 'map' or 'patches', got {self.over!r}")
         if self.blur != "official" and (isinstance(self.blur, str) or not self.blur >= 0):
@@ -529,6 +568,10 @@ class SubspaceAD(BaseEstimator):
             raise ValueError(f"tail: a fraction in (0, 1], got {self.tail}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size: at least 1, got {self.batch_size}")
+
+    def _prepare(self) -> tuple[Callable[[list[Tensor]], Tensor], Any]:
+        """How features are taken, and the mask; settings are checked here."""
+        self._check_parameters()
         grid, preprocessing = self.backbone, self._preprocessing
         if isinstance(grid, nn.Module):
             if self.layers is None:

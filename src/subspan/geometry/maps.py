@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..base.saved import saved_object
 from .arrays import as_tensor
 from .extras import require
-from .files import load_arrays, save_arrays
+from .files import save_arrays
 from .subspace import Subspace
 
 
@@ -110,10 +111,9 @@ class AffineMap:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AffineMap:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, _ = load_arrays(path, "affine-map")
-        if "matrix" not in arrays:
-            raise ValueError(f"path: {os.fspath(path)!r} holds no matrix")
-        return cls(arrays["matrix"], arrays.get("bias"))
+        schema = {"matrix": Float[Tensor, "d_out d_in"], "bias": Float[Tensor, " d_out"] | None}
+        with saved_object(path, "affine-map", schema) as (arrays, _):
+            return cls(**arrays)
 
 
 def _through_means(matrix: Tensor, mean_x: Tensor | None, mean_y: Tensor | None) -> AffineMap:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,13 +14,21 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from ..base.saved import Schema, saved_object
 from .angles import principal_angles, subspace_distance, subspace_overlap
 from .arrays import as_tensor, centre, check_finite, holding
-from .files import load_arrays, save_arrays
+from .files import save_arrays
 from .grassmann import orthonormalize, polar, random_basis
 from .rank import RankRule, rank_rule
 
-_ARRAYS = ("basis", "center", "variances", "residual_variance", "spectrum")
+SAVED_ARRAYS: Schema = {
+    "basis": Inexact[Tensor, "*b d k"],
+    "center": Inexact[Tensor, "*b d"] | None,
+    "variances": Float[Tensor, "*b k"] | None,
+    "residual_variance": Float[Tensor, "*b"] | None,
+    "spectrum": Float[Tensor, "*b m"] | None,
+}
+"""What a file holds of a subspace, beside its count."""
 
 
 @dataclass(frozen=True)
@@ -390,25 +399,34 @@ class Subspace:
 
     def to(self, *args: Any, **kwargs: Any) -> Subspace:
         """Move to a device or floating dtype, like `Tensor.to`; the basis is made orthonormal again."""
-        moved = {}
-        for name in _ARRAYS:
-            value = getattr(self, name)
-            moved[name] = None if value is None else value.to(*args, **kwargs)
+        moved = {name: value.to(*args, **kwargs) for name, value in self.arrays().items()}
         if moved["basis"].dtype != self.basis.dtype:
             wide = self.basis.to(moved["basis"].device)
             target = moved["basis"].dtype
             moved["basis"] = orthonormalize(wide.to(torch.promote_types(target, wide.dtype))).to(target)
         return Subspace(count=self.count, **moved)
 
+    def arrays(self) -> dict[str, Tensor]:
+        """Basis, centre and spectra by name, as far as they are there: what a file holds."""
+        return {name: value for name in SAVED_ARRAYS if (value := getattr(self, name)) is not None}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Tensor], count: float | None) -> Subspace:
+        """What `arrays` returned as a subspace again. Raises ValueError where spectrum and count do not fit."""
+        found = cls(count=count, **arrays)
+        if count is not None and not count >= 1:
+            raise ValueError(f"count: must be at least 1, got {count}")
+        d, m = found.ambient_dim, None if found.spectrum is None else found.spectrum.shape[-1]
+        if m is not None and m != d and (count is None or m != round(count)):
+            raise ValueError(f"spectrum: expected {d} values, or as many as rows, got {m}")
+        return found
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        arrays = {name: value for name in _ARRAYS if (value := getattr(self, name)) is not None}
-        save_arrays(path, "subspace", arrays, count=self.count)
+        save_arrays(path, "subspace", self.arrays(), count=self.count)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Subspace:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "subspace")
-        if "basis" not in arrays:
-            raise ValueError(f"path: {os.fspath(path)!r} holds no basis")
-        return cls(count=facts.get("count"), **{name: arrays[name] for name in _ARRAYS if name in arrays})
+        with saved_object(path, "subspace", SAVED_ARRAYS, {"count": float | None}) as (arrays, facts):
+            return cls.from_arrays(arrays, facts["count"])

@@ -14,8 +14,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from ..base.saved import saved_object
 from ..geometry.arrays import as_tensor, check_finite, like
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..nn.matryoshka import MatryoshkaLinear
 from ..solvers.prefixes import prefix_sizes
 
@@ -146,12 +147,16 @@ class MatryoshkaCascade(BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MatryoshkaCascade:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "matryoshka-cascade")
-        model = cls(facts.pop("dims"))
-        model.thresholds_ = arrays["thresholds"].numpy()
-        for name, value in facts.items():
-            setattr(model, name, value)
-        return model
+        kept = {"dims": list[int], "accuracy_": float, "expected_dim_": float, "expected_total_dim_": float}
+        schema = {"thresholds": Float[Tensor, " l"]}
+        with saved_object(path, "matryoshka-cascade", schema, kept) as (arrays, facts):
+            model = cls(facts["dims"])
+            if len(arrays["thresholds"]) != len(prefix_sizes(facts["dims"])) - 1:
+                raise ValueError(f"{len(arrays['thresholds'])} thresholds between the sizes {facts['dims']}")
+            model.thresholds_ = arrays["thresholds"].numpy()
+            model.accuracy_, model.expected_dim_ = facts["accuracy_"], facts["expected_dim_"]
+            model.expected_total_dim_ = facts["expected_total_dim_"]
+            return model
 
 
 def _confidence(logits: Float[Tensor, "*l n c"]) -> Float[Tensor, "*l n"]:

@@ -14,8 +14,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..base.estimators import validate_data
+from ..base.saved import Schema, saved_object, set_state
 from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.subspace import Subspace
 from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
 from ..nn.training import quiet_trainer
@@ -24,7 +25,18 @@ from ..statistics import Moments, fit_moments, is_stream
 
 _KINDS = ("pca", "rotation", "linear", "mlp")
 _BLOCK = 8192
-_SAVED = ("kind", "center", "normalize", "efficient", "hidden")
+_SAVED: Schema = {"kind": str, "center": bool, "normalize": bool, "efficient": bool, "hidden": int}
+_SAVED_ARRAYS: Schema = {
+    "adapter.shift": Float[Tensor, " d"],
+    "adapter.scale": Float[Tensor, ""],
+    "adapter.basis": Float[Tensor, "d k"] | None,
+    "adapter.map.weight": Float[Tensor, "m d"] | None,
+    "adapter.map.0.weight": Float[Tensor, "h d"] | None,
+    "adapter.map.0.bias": Float[Tensor, " h"] | None,
+    "adapter.map.2.weight": Float[Tensor, "m h"] | None,
+    "adapter.map.2.bias": Float[Tensor, " m"] | None,
+    "heads.*": Float[Tensor, "..."] | None,
+}
 
 
 class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -261,31 +273,41 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Matryoshka:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "matryoshka")
-        model = cls(**facts["parameters"], dims=facts["dims"])
-        model.dims_, model.n_features_in_ = tuple(facts["dims"]), int(facts["d"])
-        model._n_features_out = model.dims_[-1]
-        parts = {
-            part: {name.removeprefix(f"{part}."): value for name, value in arrays.items() if name.startswith(part)}
+        kept = {"parameters": _SAVED, "dims": list[int], "d": int, "classes": list[Any] | None}
+        with saved_object(path, "matryoshka", _SAVED_ARRAYS, kept) as (arrays, facts):
+            model = cls(**facts["parameters"], dims=facts["dims"])
+            model.dims_, model.n_features_in_ = prefix_sizes(facts["dims"]), facts["d"]
+            model._n_features_out = model.dims_[-1]
+            model._set_saved(arrays, facts["classes"])
+            return model
+
+    def _set_saved(self, arrays: dict[str, Tensor], classes: list[Any] | None) -> None:
+        adapter, heads = (
+            {name.removeprefix(f"{part}."): value for name, value in arrays.items() if name.startswith(f"{part}.")}
             for part in ("adapter", "heads")
-        }
-        state = parts["adapter"]
-        kept = model.kind in ("pca", "rotation")
-        options: Any = {"kind": "rotation" if kept else model.kind, "hidden": model.hidden, "trainable": not kept}
-        if kept:
-            center = state["shift"] if model.center else None
-            model.subspace_ = Subspace(_orthonormal(state["basis"]), center=center)
-            options["basis"] = state["basis"]
-        adapter = MatryoshkaAdapter(model.n_features_in_, model.dims_, **options)
-        adapter.load_state_dict(state)
-        model.adapter_ = adapter.eval().requires_grad_(False)
-        if parts["heads"]:
-            model.classes_ = np.asarray(facts["classes"])
-            bias = any(name.endswith("bias") for name in parts["heads"])
-            heads = MatryoshkaLinear(model.dims_, len(model.classes_), efficient=model.efficient, bias=bias)
-            heads.load_state_dict(parts["heads"])
-            model.heads_ = heads.eval().requires_grad_(False)
-        return model
+        )
+        d, width = self.n_features_in_, self.dims_[-1]
+        widest = next((adapter[name] for name in ("map.2.weight", "map.weight") if name in adapter), None)
+        hidden = len(adapter["map.0.weight"]) if "map.0.weight" in adapter else self.hidden
+        if len(adapter["shift"]) != d or hidden != self.hidden or (widest is not None and len(widest) != width):
+            raise ValueError(f"a map that is not of {d} to {width} dimensions")
+        is_closed = self.kind in ("pca", "rotation")
+        options: Any = {"kind": "rotation" if is_closed else self.kind, "trainable": not is_closed}
+        if is_closed:
+            center = adapter["shift"] if self.center else None
+            self.subspace_ = Subspace(_orthonormal(adapter["basis"]), center=center)
+            options["basis"] = adapter["basis"]
+        module = MatryoshkaAdapter(d, self.dims_, hidden=hidden, **options)
+        set_state(module, adapter)
+        self.adapter_ = module.eval().requires_grad_(False)
+        if (classes is None) != (not heads):
+            raise ValueError("heads without classes, or classes without heads")
+        if classes is not None:
+            self.classes_ = np.asarray(classes)
+            bias = any(name.endswith("bias") for name in heads)
+            layer = MatryoshkaLinear(self.dims_, len(classes), efficient=self.efficient, bias=bias)
+            set_state(layer, heads)
+            self.heads_ = layer.eval().requires_grad_(False)
 
 
 def _orthonormal(basis: Float[Tensor, "d k"]) -> Float[Tensor, "d k"]:

@@ -14,16 +14,24 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..base.estimators import validate_data
+from ..base.saved import Schema, saved_object
 from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
 from ..geometry.extras import require
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..solvers.prefixes import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
 
 _METRICS = ("cosine", "l2")
 _BACKENDS = ("exact", "faiss")
 _BLOCK = 1 << 24
 _ROWS = 8192
-_SAVED = ("dims", "shortlist", "schedule", "metric", "backend", "factory")
+_SAVED: Schema = {
+    "dims": list[int] | None,
+    "shortlist": int,
+    "schedule": str | list[tuple[int, int]],
+    "metric": str,
+    "backend": str,
+    "factory": str,
+}
 
 
 class MatryoshkaIndex(BaseEstimator):
@@ -231,8 +239,8 @@ class MatryoshkaIndex(BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> MatryoshkaIndex:
         """Read a file written by `save` and index it anew. Raises ValueError when it is not one."""
-        arrays, facts = load_arrays(path, "matryoshka-index")
-        return cls(**{name: facts[name] for name in _SAVED}).fit(arrays["database"])
+        with saved_object(path, "matryoshka-index", {"database": Float[Tensor, "n d"]}, _SAVED) as (arrays, facts):
+            return cls(**facts).fit(arrays["database"])
 
 
 def _inverse(squares: Tensor) -> Tensor:

@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from subspan.base.saved import saved_object, set_state
 from subspan.datasets import load
 from subspan.datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
 from subspan.datasets.packages import load_sentence_encoder
 from subspan.datasets.shared import is_available
-from subspan.geometry.files import load_arrays, save_arrays
+from subspan.geometry.files import save_arrays
 from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
 from subspan.nn.training import quiet_trainer
@@ -189,7 +190,10 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
         if unfinished is not None:
             _fit_heads(heads, columns, recipe)
             save_arrays(unfinished / "heads.safetensors", "dual-encoder", heads.state_dict(), **asdict(recipe))
-    heads.load_state_dict(load_arrays(folder / "heads.safetensors", "dual-encoder")[0])
+    with saved_object(
+        folder / "heads.safetensors", "dual-encoder", {"*": Shaped[Tensor, "..."]}, get_type_hints(Recipe)
+    ) as (state, _):
+        set_state(heads, state)
     return SharedSpace(recipe, heads.eval().requires_grad_(False), splits)
 
 

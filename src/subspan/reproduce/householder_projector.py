@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..base.saved import saved_object, set_state
 from ..datasets import load
 from ..datasets.cache import entry_folder, fingerprint, whole_folder
 from ..datasets.packages import is_installed, load_sentence_encoder
@@ -21,7 +22,7 @@ from ..datasets.shared import is_available
 from ..datasets.texts import stdlib_docstrings
 from ..edit import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from ..geometry import Subspace
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.grassmann import random_basis
 from ..models import SentenceEncoder
 from ..nn import HouseholderProjector, replace
@@ -127,7 +128,8 @@ def base_model(data: Pictures, distance: FeatureDistance, steps: int, seed: int)
         if unfinished is not None:
             train(model, images, distance, steps, seed, rate=BASE_RATE, cycle=True)
             save_arrays(unfinished / "model.safetensors", "style-autoencoder", model.state_dict())
-    model.load_state_dict(load_arrays(folder / "model.safetensors", "style-autoencoder")[0])
+    with saved_object(folder / "model.safetensors", "style-autoencoder", {"*": Shaped[Tensor, "..."]}) as (state, _):
+        set_state(model, state)
     return model.eval()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.sparse import hstack
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -27,10 +27,11 @@ from torch import Tensor
 from ..align import CrossModalReport, cross_modal_report, distance_correlation
 from ..align.cross_modal import METHODS, split_queries
 from ..align.plato_3d_text import SubspaceAligner
+from ..base.saved import saved_object, set_state
 from ..datasets import is_available, load, procedural_shapes, stdlib_docstrings
 from ..datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
 from ..datasets.packages import load_sentence_encoder
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..models import SentenceEncoder
 from ..nn.training import quiet_trainer
 from ..solvers import chamfer_distances, neighbour_purity
@@ -191,7 +192,8 @@ def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any
                 with quiet_trainer(max_steps=steps, max_epochs=-1) as trainer:
                     trainer.fit(model, loader)
                 save_arrays(unfinished / "network.safetensors", "point-contrast", model.state_dict())
-    model.load_state_dict(load_arrays(folder / "network.safetensors", "point-contrast")[0])
+    with saved_object(folder / "network.safetensors", "point-contrast", {"*": Shaped[Tensor, "..."]}) as (state, _):
+        set_state(model, state)
     return model.eval().requires_grad_(False)
 
 

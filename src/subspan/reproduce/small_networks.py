@@ -6,14 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from ..base.saved import saved_object, set_state
 from ..datasets.cache import entry_folder, fingerprint, whole_folder
 from ..geometry.extras import require
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..nn.training import quiet_trainer
 
 _BATCH, _RATE = 128, 2e-3
@@ -65,7 +66,8 @@ def trained_network(images: Float[Tensor, "n c h w"], labels: np.ndarray, *, see
         if unfinished is not None:
             _train(network, images, torch.from_numpy(labels.astype(np.int64)), seed, epochs)
             save_arrays(unfinished / "network.safetensors", "small-network", network.state_dict())
-    network.load_state_dict(load_arrays(folder / "network.safetensors", "small-network")[0])
+    with saved_object(folder / "network.safetensors", "small-network", {"*": Shaped[Tensor, "..."]}) as (state, _):
+        set_state(network, state)
     return network.eval().requires_grad_(False)
 
 

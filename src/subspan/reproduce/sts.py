@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from subspan.base.saved import saved_object
 from subspan.datasets import load, load_model, load_sentence_encoder
 from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.datasets.shared import is_available
@@ -35,7 +36,7 @@ from subspan.edit.sts import (
     zero_shot_prototypes,
 )
 from subspan.geometry.arrays import normalize_rows
-from subspan.geometry.files import load_arrays, save_arrays
+from subspan.geometry.files import save_arrays
 from subspan.geometry.grassmann import random_basis
 from subspan.geometry.subspace import Subspace
 from subspan.models import ImageEncoder, SentenceEncoder, image_tensor
@@ -131,8 +132,9 @@ def sample(draw: Draw, progress: Callable[[float], None] = lambda fraction: None
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
             save_arrays(unfinished / "views.safetensors", "views", _encode(draw, progress), **asdict(draw))
-    arrays, _ = load_arrays(folder / "views.safetensors", "views")
-    return Sample(arrays["features"], arrays["labels"])
+    schema = {"features": Float[Tensor, "n v d"], "labels": Int[Tensor, " n"]}
+    with saved_object(folder / "views.safetensors", "views", schema, get_type_hints(Draw)) as (arrays, _):
+        return Sample(arrays["features"], arrays["labels"])
 
 
 def _encode(draw: Draw, progress: Callable[[float], None]) -> dict[str, Tensor]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from subspan.base.files import write_text
-from subspan.geometry.files import load_arrays, save_arrays
+from subspan.base.reading import read_json
+from subspan.base.saved import saved_object
+from subspan.geometry.files import save_arrays
 
+_KIND = "representations"
 _SETTINGS = "settings.json"
 
 
@@ -43,10 +47,7 @@ class RepresentationShards:
         if not path.exists():
             write_text(path, json.dumps(settings, indent=1))
             return
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"folder: {str(path)!r} is not readable JSON ({error})") from error
+        stored = read_json(path, "folder")
         changed = sorted(key for key in settings.keys() | stored.keys() if settings.get(key) != stored.get(key))
         if changed:
             raise ValueError(
@@ -62,10 +63,13 @@ class RepresentationShards:
         """Shard `index`, or None where it is not there or its file is damaged."""
         if self.folder is None:
             return self._kept.get(index)
+        schema = {"rows": Float[Tensor, "m d"], "known": Bool[Tensor, " m"]}
         try:
-            arrays, facts = load_arrays(self.path(index), "representations")
-            return Shard(facts["ids"], arrays["rows"], facts["digest"])
-        except (FileNotFoundError, KeyError, ValueError):
+            with saved_object(self.path(index), _KIND, schema, {"ids": list[str], "digest": str}) as (arrays, facts):
+                if len(facts["ids"]) != len(arrays["rows"]):
+                    raise ValueError(f"{len(facts['ids'])} ids of {len(arrays['rows'])} rows")
+                return Shard(facts["ids"], arrays["rows"].masked_fill(~arrays["known"][:, None], nan), facts["digest"])
+        except (FileNotFoundError, ValueError):
             return None
 
     def write(self, index: int, shard: Shard) -> None:
@@ -73,7 +77,9 @@ class RepresentationShards:
         if self.folder is None:
             self._kept[index] = shard
             return
-        save_arrays(self.path(index), "representations", {"rows": shard.rows}, ids=shard.ids, digest=shard.digest)
+        known = ~shard.rows.isnan().any(1)
+        arrays = {"rows": shard.rows.masked_fill(~known[:, None], 0), "known": known}
+        save_arrays(self.path(index), _KIND, arrays, ids=shard.ids, digest=shard.digest)
 
     def __iter__(self) -> Iterator[Tensor]:
         for index in range(self.count):

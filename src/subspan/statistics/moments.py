@@ -15,12 +15,20 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
+from ..base.saved import Schema, saved_object
 from ..geometry import maps
 from ..geometry.arrays import as_tensor, check_matrix
-from ..geometry.files import load_arrays, save_arrays
+from ..geometry.files import save_arrays
 from ..geometry.rank import RankRule
 from ..geometry.subspace import Subspace
 
+SAVED_STATE: Schema = {
+    "count": Float[Tensor, "1"],
+    "mean": Inexact[Tensor, " d"],
+    "scatter": Inexact[Tensor, "d d"],
+}
+"""What a file holds of `Moments`."""
+_PASS = {"rows": int | None, "batch_size": int | None, "source": list[int | str] | None, "seen": str | None}
 _CHUNK_BYTES = 16 << 20
 _PANEL = 256
 
@@ -222,11 +230,13 @@ class Moments:
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
-        """Moments from what `state` returned. Raises ValueError when the shapes do not fit."""
+        """Moments from what `state` returned. Raises ValueError when the shapes do not fit or the count is negative."""
         try:
             count, mean, scatter = float(state["count"][0]), state["mean"], state["scatter"]
         except KeyError as error:
             raise ValueError(f"state: lacks {error}") from None
+        if not count >= 0:
+            raise ValueError(f"state: a count must be >= 0, got {count}")
         if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
             raise ValueError(f"state: shapes do not fit, mean {tuple(mean.shape)}, scatter {tuple(scatter.shape)}")
         new = cls.__new__(cls)
@@ -240,7 +250,13 @@ class Moments:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        return cls.from_state(load_arrays(path, "moments")[0])
+        return cls.load_resumable(path)[0]
+
+    @classmethod
+    def load_resumable(cls, path: str | os.PathLike[str]) -> tuple[Moments, dict[str, Any]]:
+        """What `save` wrote: the moments, and the facts of the pass that it interrupted (None where there are none)."""
+        with saved_object(path, "moments", SAVED_STATE, _PASS) as (state, facts):
+            return cls.from_state(state), facts
 
 
 class JointMoments:

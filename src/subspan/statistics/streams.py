@@ -18,7 +18,6 @@ from ..base.extras import require
 from ..base.files import remove_unfinished
 from ..base.tables import ArrayRows, read_table, stored_blocks
 from ..geometry.arrays import as_tensor
-from ..geometry.files import load_arrays
 from .moments import Moments
 
 
@@ -149,17 +148,21 @@ def fit_moments(
 
 def _resumed(path: Path, source: Any, batch_size: int) -> tuple[Moments, int, str, Iterator[Tensor]]:
     """What a checkpoint holds: moments, rows, what was seen of them; and the batches that follow."""
-    state, facts = load_arrays(path, "moments")
+    moments, facts = Moments.load_resumable(path)
     foreign = ValueError(
         f"checkpoint: {str(path)!r} is not of this run (batch_size={batch_size}), or its source has changed since; "
         "remove it"
     )
-    if facts.get("batch_size") != batch_size or "seen" not in facts or facts["source"] != _source_facts(source):
+    if (
+        None in (facts["rows"], facts["seen"])
+        or facts["batch_size"] != batch_size
+        or facts["source"] != _source_facts(source)
+    ):
         raise foreign
-    done, count, seen = int(facts["rows"]), 0, ""
+    done, count, seen = facts["rows"], 0, ""
     if isinstance(source, str | os.PathLike) and Path(source).suffix != ".npy":
         # A table is known by its size and time: to see its rows again would take as long as the run did.
-        return Moments.from_state(state), done, facts["seen"], batches(source, batch_size, skip=done)
+        return moments, done, facts["seen"], batches(source, batch_size, skip=done)
     rows = batches(source, batch_size)
     for batch in rows:
         count, seen = count + batch.shape[0], _seen(seen, batch)
@@ -167,7 +170,7 @@ def _resumed(path: Path, source: Any, batch_size: int) -> tuple[Moments, int, st
             break
     if count != done or seen != facts["seen"]:
         raise foreign
-    return Moments.from_state(state), done, seen, rows
+    return moments, done, seen, rows
 
 
 def _source_facts(source: Any) -> list[Any]:
