@@ -497,7 +497,7 @@ def _mask(found: Any, index: int, shape: tuple[int, int]) -> Any:
     from PIL import Image
 
     mask = Image.fromarray(found.mask(index))
-    return np.asarray(mask.resize(shape[::-1], Image.Resampling.NEAREST)).astype(bool)
+    return np.asarray(mask.resize((shape[1], shape[0]), Image.Resampling.NEAREST)).astype(bool)
 
 
 def _write_columns(path: Path, columns: dict[str, list[Any]], numbers: str) -> None:
