@@ -7,6 +7,7 @@ the run and its end; it forks a child for each point, so that a kill costs no st
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -73,7 +74,7 @@ def killed_at(point: int, work: Job) -> int:
 
         def hook(event: str, arguments: tuple) -> None:
             if event == "open":
-                path, mode, flags = arguments
+                path, _, flags = arguments
                 writes = bool(flags & (os.O_WRONLY | os.O_RDWR)) if isinstance(flags, int) else False
                 if not writes or not isinstance(path, str) or (path.startswith("/") and not path.startswith(here)):
                     return
@@ -115,6 +116,7 @@ def try_job(name: str, prepare: Job, work: Job, *, points: int | None, finished:
     faults = []
     start = os.getcwd()
     with tempfile.TemporaryDirectory() as parent:
+
         def fresh(number: int) -> Path:
             folder = Path(parent) / str(number)
             folder.mkdir()
@@ -130,22 +132,20 @@ def try_job(name: str, prepare: Job, work: Job, *, points: int | None, finished:
         if points is not None and points < total:
             # The names are given at the end: half of the points lie there.
             last = range(total - points // 2 + 1, total + 1)
-            tried = sorted({*last, *np.linspace(1, total, points - len(last), dtype=int).tolist()})
+            tried = sorted({*last, *np.linspace(1, total, points - len(last) + 2, dtype=int)[1:-1].tolist()})
         for number in tried:
             folder = fresh(number)
             code = killed_at(number, work)
             after = contents(folder)
             own = {key for key in after if key in expected and not key.endswith("/")}
             done = finished is not None and (folder / finished).exists()
-            code_again = 0 if done else killed_at(10**9, work)
-            if done:
-                killed_at(10**9, work)  # says that it is there, and tidies up
+            code_again = killed_at(10**9, work)  # where all is there it says so, and tidies up
             again = contents(folder)
             found = Point(
                 code,
-                inputs_kept=all(after.get(key) == value for key, value in inputs.items() if key not in changing(inputs, expected)),
+                inputs_kept=all(after.get(key) == inputs[key] for key in inputs if expected.get(key) == inputs[key]),
                 torn=sorted(key for key in own if after[key] not in (inputs.get(key), expected[key])),
-                code_again=code_again,
+                code_again=0 if done else code_again,
                 wrong=sorted(key for key in expected if again.get(key) != expected[key]),
                 left=sorted(again.keys() - expected.keys()),
             )  # fmt: skip
@@ -155,11 +155,6 @@ def try_job(name: str, prepare: Job, work: Job, *, points: int | None, finished:
             shutil.rmtree(folder)
     print(f"{name}: {len(tried)} of {total} points", flush=True)
     return faults
-
-
-def changing(inputs: dict[str, bytes], expected: dict[str, bytes]) -> set[str]:
-    """Older files that the job is to overwrite, or to remove."""
-    return {key for key in inputs if expected.get(key) != inputs[key]}
 
 
 # ---------------------------------------------------------------------- jobs
@@ -196,8 +191,8 @@ def command(arguments: str) -> Job:
 
 
 UPGRADE = (
-    "upgrade old.npy new.npy --method ridge -o q.safetensors -o q.faiss --migrate migrated.faiss --backfill-order o.txt "
-    "--report page.html"
+    "upgrade old.npy new.npy --method ridge -o q.safetensors -o q.faiss --migrate migrated.faiss "
+    "--backfill-order o.txt --report page.html"
 )
 
 
@@ -258,10 +253,9 @@ def migration(name: str) -> Job:
         from subspan.datasets.index_writing import write_index
         from subspan.datasets.indexes import open_index
 
-        if Path(name).exists():
-            return
         turn = np.linalg.qr(np.arange(36.0).reshape(6, 6) % 7)[0]
-        write_index(open_index("old.npy"), name, lambda rows: rows @ turn, 6, key="turn", block=50)
+        with contextlib.suppress(ValueError) if Path(name).exists() else contextlib.nullcontext():
+            write_index(open_index("old.npy"), name, lambda rows: rows @ turn, 6, key="turn", block=50)
 
     return work
 
@@ -285,28 +279,39 @@ JOBS: dict[str, tuple[Job, Job, str | None]] = {
 }  # fmt: skip
 
 
+def import_ahead(names: list[str]) -> None:
+    """Import what the jobs import, so that a child need not; only a child runs them, as no thread outlives a fork."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = set(sys.modules)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            for name in names:
+                with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Exception):
+                    os.chdir(folder)
+                    JOBS[name][0]()
+                    JOBS[name][1]()
+        os.write(writer, "\n".join(sorted(sys.modules.keys() - before)).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as stream:
+        found = stream.read().split()
+    os.waitpid(child, 0)
+    for name in found:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
 def main() -> None:
     """Try the jobs of the command line, print what is wrong, and end with 1 where anything is."""
     import torch
 
-    import subspan.cli
-    import subspan.datasets.index_writing
-    import subspan.report.clusters
-    import subspan.report.comparison
-    import subspan.report.shorten
-    import subspan.report.upgrade_run
-    import subspan.select
-    import subspan.statistics
-
-    for name in ("faiss", "pyarrow.parquet", "onnx"):
-        with contextlib.suppress(ImportError):
-            __import__(name)
     torch.set_num_threads(1)
+    names = sys.argv[2:] or list(JOBS)
+    import_ahead(names)
     points = int(sys.argv[1]) or None
     faults = [
-        fault
-        for name in sys.argv[2:] or JOBS
-        for fault in try_job(name, *JOBS[name][:2], points=points, finished=JOBS[name][2])
+        fault for name in names for fault in try_job(name, *JOBS[name][:2], points=points, finished=JOBS[name][2])
     ]
     print("\n".join(faults))
     sys.exit(1 if faults else 0)

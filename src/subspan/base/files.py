@@ -37,14 +37,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     A link is followed; into a pipe or terminal the bytes are copied at the end. Raises ValueError where `path` can be
     no file, OSError that names it where it cannot be written.
     """
-    with written_together([Target(Path(path))], exclusive=False) as (temporary,):
-        try:
-            yield temporary
-        except OSError as error:
-            # Without a name: a full disk, met in the middle of a file.
-            if error.filename is None and str(temporary) not in str(error):
-                raise OSError(_unwritten(Path(path), error.strerror or str(error))) from error
-            raise
+    with written_together([Target(Path(path))], exclusive=False) as (temporary,), naming(temporary):
+        yield temporary
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors without a file's name, as of a disk that is full in the middle of one, say that `path` is not written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and str(path.parent) not in str(error):
+            raise OSError(_unwritten(path, error.strerror or str(error))) from error
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

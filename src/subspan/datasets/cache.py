@@ -25,6 +25,7 @@ from subspan.base.files import (
     discard,
     new_array,
     remove_left,
+    remove_unfinished,
     temporary_folder,
     unfinished_folders,
     unfinished_target,
@@ -84,6 +85,7 @@ def cached_features(
     folder = entry_folder("features", key)
     finished = _finished(folder)
     if finished is not None:
+        remove_unfinished(folder)  # of a run that was killed when it had all but tidied up
         return finished
     folder.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(folder, resumable=True, after_errors=True, wait=True) as unfinished:
@@ -163,6 +165,7 @@ def whole_folder(folder: Path) -> Iterator[Path | None]:
     One process fills it, others that ask meanwhile wait and get None.
     """
     if folder.is_dir():
+        remove_unfinished(folder)
         yield None
         return
     folder.parent.mkdir(parents=True, exist_ok=True)

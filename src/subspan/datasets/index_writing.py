@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from subspan.base.files import Target, reserve, write_text, written_together
+from subspan.base.files import Target, naming, remove_unfinished, reserve, write_text, written_together
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
 from subspan.datasets.indexes import StoredVectors, open_index
 from subspan.datasets.qdrant import QdrantRows
@@ -52,6 +53,7 @@ def check_destination(source: StoredVectors, destination: str | os.PathLike[str]
     if origin.exists() and path.resolve() == origin.resolve():
         raise ValueError(f"{str(path)!r} is the original, which is never overwritten; choose another name")
     if path.is_dir() or (path.exists() and not overwrite):
+        remove_unfinished(path)  # of a run that was killed when it had all but tidied up
         raise ValueError(f"{str(path)!r} exists; remove it or choose another name")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"the folder {str(path.parent)!r} does not exist")
@@ -127,9 +129,12 @@ def write_unfinished(
     try:
         resumed = target.done
         for start, rows in source.blocks(target.block, start=target.done):
-            target.append(start, _finite(transform(rows), columns, source, start))
+            mapped = _finite(transform(rows), columns, source, start)
+            with naming(unfinished):
+                target.append(start, mapped)
             progress("writing", 0.8 * target.done / len(source))
-        target.finish()
+        with naming(unfinished):
+            target.finish()
     finally:
         target.close()
     progress("reading back", 0.8)
@@ -201,9 +206,10 @@ class _File:
         size = self._offset + 4 * columns * len(source)
         if not self.done or not self.rows.is_file() or self.rows.stat().st_size < size:
             self.record.unlink(missing_ok=True)
-            self.rows.write_bytes(self._header or b"")
-            reserve(self.rows, size)
-            self._note(0)
+            with naming(self.unfinished):
+                self.rows.write_bytes(self._header or b"")
+                reserve(self.rows, size)
+                self._note(0)
 
     def _layout(self) -> tuple[str, bytes | None, bytes]:
         """(what is written, what stands before the rows or None where they are only collected, what stands after)."""
@@ -421,7 +427,10 @@ class _Qdrant:
             if rows is not None:
                 copied[self._rows.vector] = rows[place].tolist()
             points.append(self._models.PointStruct(id=name, vector=copied, payload=payload))
-        self._client.upsert(self._rows.collection, points=points)
+        try:
+            self._client.upsert(self._rows.collection, points=points)
+        except sqlite3.OperationalError as error:  # a full disk
+            raise OSError(str(error)) from error
 
     def finish(self) -> None:
         """Copy the points without the vector."""
