@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 KILLED = 137
-# What changes between two runs that do the same: when, and how long.
-_TIMES = re.compile(rb"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?|\"?seconds\"?: [\d.]+|[\d.]+ s\b")
+# What changes between two runs that do the same: when, how long, and from which row on.
+_TIMES = re.compile(
+    rb"\"resumed_at\": \d+|\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00)?( UTC)?|\"?seconds\"?: [\d.]+|[\d.]+ s\b"
+)
 _TOUCHING = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate"})
 
 Job = Callable[[], None]
