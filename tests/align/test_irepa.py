@@ -203,6 +203,34 @@ def test_a_feature_grid_teaches() -> None:
     torch.testing.assert_close(alignment(x), reference(x))
 
 
+@pytest.mark.parametrize("n", [2, 16])
+def test_a_student_that_has_tokens_first(n: int) -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, WIDTH, 4, stride=4)
+            self.block = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(self.embed(x).flatten(2).permute(2, 0, 1)).transpose(0, 1)
+
+    student, projector, x, teacher = Turned(), PatchProjector(WIDTH, D), images(n), features(n)
+    with RepresentationAlignment(student, "block", None, projector, weight=1.0) as alignment:
+        states = student(x)
+        expected = cosine_matching_loss(projector(states), SpatialNorm()(teacher.flatten(2).mT))
+        torch.testing.assert_close(alignment(teacher), expected)
+
+
+def test_states_are_those_of_the_layer_though_the_student_goes_on_in_place() -> None:
+    student = nn.Sequential(nn.Conv2d(3, WIDTH, 4, stride=4), nn.ReLU(inplace=True))
+    projector, x, teacher = PatchProjector(WIDTH, D, "linear"), images(), features()
+    with RepresentationAlignment(student, "0", None, projector) as alignment:
+        student(x)
+        tokens = student[0](x).flatten(2).mT
+        expected = cosine_matching_loss(projector(tokens), SpatialNorm()(teacher.flatten(2).mT))
+        torch.testing.assert_close(alignment(teacher), expected)
+
+
 def test_the_weight_may_be_a_schedule() -> None:
     student, x, teacher = Student(), images(), features()
     calls = []

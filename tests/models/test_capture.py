@@ -314,3 +314,148 @@ def test_a_deep_copy_does_not_write_into_the_capture() -> None:
         assert len(states["0"]) == 4
         states.clear()
         assert not states
+
+
+class TokensFirst(nn.Module):
+    """Blocks that run (t, b, d): torch's own default, or one that only the sizes tell of."""
+
+    def __init__(self, *, own: bool = False, attention: bool = True) -> None:
+        super().__init__()
+        self.own, self.attention = own, attention
+        self.embed = nn.Conv2d(3, 8, 4, 4)
+        if own:
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0) for _ in range(2))
+        else:
+            make = (lambda: nn.MultiheadAttention(8, 2)) if attention else (lambda: nn.Linear(8, 8))
+            self.blocks = nn.ModuleList(nn.ModuleDict({"mix": make(), "mlp": nn.Linear(8, 8)}) for _ in range(2))
+            self.norm = nn.ModuleList(nn.LayerNorm(8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.embed(x).flatten(2).permute(2, 0, 1)
+        for number, block in enumerate(self.blocks):
+            if self.own:
+                states = block(states)
+            else:
+                mixed = block["mix"](states, states, states)[0] if self.attention else block["mix"](states)
+                states = self.norm[number](states + block["mlp"](mixed))
+        return states.transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "n"),
+    [
+        (TokensFirst(own=True), "blocks.1", 3),
+        # As many tokens as samples: torch's layer says what it does.
+        (TokensFirst(own=True), "blocks.1", 4),
+        (TokensFirst(), "norm.1", 3),
+        (TokensFirst(), "norm.1", 1),
+        (TokensFirst(attention=False), "norm.1", 6),
+    ],
+)
+def test_layers_that_have_tokens_first_give_samples(model: TokensFirst, layer: str, n: int) -> None:
+    x = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = model.eval()(x).detach()
+    for layout in ("auto", "tokens_first"):
+        found = next(iterate_representations(model, [x], layer, layout=layout))
+        torch.testing.assert_close(found, expected.mean(1))
+        found = next(iterate_representations(model, [[x, 0]], layer, pool="last", layout=layout))
+        torch.testing.assert_close(found, expected[:, -1])
+    with torch.no_grad(), capture(model, layer) as states:
+        model(x=x)
+        torch.testing.assert_close(states.by_sample(layer), expected)
+        assert states[layer].shape == (4, n, 8)
+
+
+def test_an_order_that_cannot_be_told_is_refused() -> None:
+    model, x = TokensFirst().eval(), torch.randn(4, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"layer 'norm.1': cannot tell .* some layers of the model have tokens first"):
+        next(iterate_representations(model, [x], "norm.1"))
+    found = next(iterate_representations(model, [x], "norm.1", layout="tokens_first"))
+    torch.testing.assert_close(found, model(x).detach().mean(1))
+    as_it_is = next(iterate_representations(model, [x], "norm.1", layout="channels_last"))
+    torch.testing.assert_close(as_it_is, model(x).detach().mean(0))
+    # Samples where torch's layer has tokens: a model that takes ids (t, b), or one that means something else.
+    with pytest.raises(ValueError, match="torch says that it has tokens first"):
+        next(iterate_representations(nn.TransformerEncoderLayer(8, 2, 16).eval(), [torch.randn(5, 4, 8)], ""))
+
+
+def test_a_model_that_has_samples_first_and_as_many_tokens_is_not_doubted(bert: nn.Module) -> None:
+    ids = torch.randint(1, 50, (7, 7), generator=torch.Generator().manual_seed(1))
+    found = next(iterate_representations(bert, [{"input_ids": ids}], 1))
+    with torch.no_grad():
+        torch.testing.assert_close(found, bert(ids, output_hidden_states=True).hidden_states[2].mean(1))
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.encoder(self.embedding(input_ids), src_key_padding_mask=attention_mask == 0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("longest", [7, 6])
+def test_inner_layers_of_an_encoder_that_nests_its_padding(longest: int) -> None:
+    torch.manual_seed(0)
+    model = Padded().eval()
+    mask = (torch.arange(7) < torch.tensor([[4], [longest], [2]])).long()
+    batch = {"input_ids": torch.randint(1, 50, (3, 7)), "attention_mask": mask}
+    # Sample by sample there is no padding and nothing nested.
+    alone = []
+    for ids, length in zip(batch["input_ids"], mask.sum(1).tolist()):
+        with torch.no_grad(), capture(model, "encoder.layers.1") as states:
+            model(ids[None, :length], torch.ones(1, length))
+            alone.append(states["encoder.layers.1"][0])
+    for site, layer in (("output", "encoder.layers.1"), ("input", "encoder.layers.2")):
+        mean = next(iterate_representations(model, [batch], layer, site=site))
+        torch.testing.assert_close(mean, torch.stack([each.mean(0) for each in alone]), atol=1e-5, rtol=1e-5)
+        rows = next(iterate_representations(model, [batch], layer, site=site, pool="rows", mask=None))
+        torch.testing.assert_close(rows, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    with torch.no_grad(), capture(model, "encoder.layers.1") as states:
+        model(**batch)
+    assert states["encoder.layers.1"].shape == (3, longest, 16)
+    assert not bool(states["encoder.layers.1"][0, 4:].any())
+    with pytest.raises(ValueError, match="takes for padding"):
+        next(iterate_representations(model, [batch], "encoder.layers.1", mask=lambda _: torch.ones(3, 7)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.inner, self.last = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.last(self.inner(x))
+        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant))
+
+
+def test_gradients_of_checkpointed_states_are_whole_or_refused() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    gradients = []
+    for reentrant in (None, False):
+        model = Checkpointed(reentrant)
+        with capture(model, "inner.0") as states:
+            out = model(x)
+            kept = states["inner.0"]
+            (out.square().sum() + kept.square().sum()).backward()
+            # What runs again in the backward pass is no pass of its own.
+            assert states["inner.0"] is kept
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    model = Checkpointed(True)
+    with capture(model, "inner.0") as states:
+        with pytest.raises(ValueError, match=r"layer 'inner.0': runs under re-entrant checkpointing"):
+            model(x)
+        with torch.no_grad():
+            model(x)
+        assert states["inner.0"].shape == (3, 4)
+    with capture(model, "last") as states:
+        model(x).sum().backward()
+        assert states["last"].requires_grad

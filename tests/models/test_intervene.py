@@ -92,3 +92,79 @@ def test_wrong_arguments_are_named(gpt2: nn.Module) -> None:
         pass
     with pytest.raises(ValueError, match=r"has no layer 'h\.9'"), intervene(gpt2, {"h.9": torch.zeros_like}):
         pass
+
+
+def test_functions_get_samples_first_where_a_layer_has_tokens_first() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    model = nn.Sequential(layer, nn.Identity()).eval()
+    x = torch.randn(5, 3, 8)  # five tokens of three samples
+    seen = []
+
+    def first_token_alone(states: Tensor) -> Tensor:
+        seen.append(states.shape)
+        return torch.cat([states[:, :1] + 1, states[:, 1:]], 1)
+
+    with torch.no_grad(), intervene(model, "0", first_token_alone, layout="tokens_first"):
+        changed = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(changed[0], model(x)[0] + 1)
+        torch.testing.assert_close(changed[1:], model(x)[1:])
+    assert seen == [(3, 5, 8)]
+
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x.transpose(0, 1)).transpose(0, 1)
+
+    with torch.no_grad(), intervene(Batched(), "inner.0", first_token_alone) as batched:
+        torch.testing.assert_close(batched(x.transpose(0, 1)).transpose(0, 1), changed)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("site", ["output", "input"])
+def test_nested_states_reach_the_function_padded(site: str) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 3).eval()
+    x, padding = torch.randn(3, 6, 8), torch.arange(6) >= torch.tensor([[4], [5], [2]])
+    with torch.no_grad():
+        before = model(x, src_key_padding_mask=padding)
+        with intervene(model, "layers.1", lambda states: states + 0, site=site):
+            torch.testing.assert_close(model(x, src_key_padding_mask=padding), before, atol=1e-5, rtol=1e-5)
+        with intervene(model, "layers.1", lambda states: states + torch.arange(8), site=site):
+            changed = model(x, src_key_padding_mask=padding)
+            one = model(x[:1, :4])
+    torch.testing.assert_close(changed[:1, :4], one, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(changed[:1, :4], before[:1, :4], atol=0.1)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant, self.inner, self.last = reentrant, nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.last(self.inner(x))
+        return self.last(torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("layer", ["inner.0", "inner"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_changes_of_checkpointed_layers_are_in_the_gradients_or_refused(reentrant: bool, layer: str) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    gradients = []
+    for model in (Checkpointed(None), Checkpointed(reentrant)):
+        with intervene(model, layer, lambda states: 2 * states):
+            model(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    model = Checkpointed(reentrant)
+    with pytest.raises(ValueError, match="run that within the block too"), intervene(model, layer, lambda s: 2 * s):
+        model(x)
+    with torch.no_grad(), intervene(model, layer, lambda s: 2 * s):
+        model(x)
+    with intervene(Checkpointed(None), layer, lambda s: 2 * s) as plain:
+        plain(x)

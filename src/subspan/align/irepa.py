@@ -36,9 +36,10 @@ class RepresentationAlignment(nn.Module):
     list of teachers, then with a list of projectors. A teacher that is a module runs in evaluation mode and is neither
     trained nor saved. projector: `PatchProjector`, or any module of tokens. norm: `SpatialNorm()` (iREPA; the default),
     None (REPA). weight: a number, or a function of the step. tokens: how h and x become tokens (b, t, d): "infer" takes
-    (b, t, d) without the first `drop_tokens` (`teacher_drop_tokens`) and flattens (b, d, h, w); or a function of the
-    layer's output, for h alone. hw, teacher_hw: (rows, columns) of the token grids, None = square. resize: how teacher
-    tokens of another grid are brought to the student's: "bicubic", "bilinear", "area", or None = an error.
+    (b, t, d), also where the student has tokens first, without the first `drop_tokens` (`teacher_drop_tokens`) and
+    flattens (b, d, h, w); or a function of the layer's output, for h alone. hw, teacher_hw: (rows, columns) of the
+    token grids, None = square. resize: how teacher tokens of another grid are brought to the student's: "bicubic",
+    "bilinear", "area", or None = an error.
     The hook is taken off by `remove()`, or at the end of a with-block. Raises ValueError for a layer that is not there,
     states that are no tokens, grids or widths that do not fit.
     Source: Singh et al. (2026), arXiv 2512.10794; with MLP projectors and norm=None: Yu et al. (2024), REPA.
@@ -86,7 +87,7 @@ class RepresentationAlignment(nn.Module):
         self._as_tokens = tokens
         # In a tuple, so that neither becomes a part of this module: they have owners and checkpoints of their own.
         self._teachers = None if teachers is None else tuple(teachers)
-        states = Capture(_unwrapped(student), layer, transform=_itself)
+        states = Capture(_unwrapped(student), layer)
         if len(states.names) != 1:
             raise ValueError(f"layer: one layer is needed, {layer!r} stands for {', '.join(states.names)}")
         self._states = states.__enter__()
@@ -114,11 +115,15 @@ class RepresentationAlignment(nn.Module):
                 f"layer: {self.layer!r} has no new states; call the student before each loss, within the with-block "
                 "and, where it is compiled, make this object before the student's first call"
             )
-        states = self._states[self.layer]
-        self._states.clear()
         if callable(self._as_tokens):
-            states = self._as_tokens(states)
+            states = self._as_tokens(self._states[self.layer])
+            self._states.clear()
             return _on_grid(states, f"tokens (layer {self.layer!r})", self.hw, 0)
+        try:
+            states = self._states.by_sample(self.layer)
+        except ValueError as error:
+            raise ValueError(f"tokens: a function of the layer's output is needed here; {error}") from error
+        self._states.clear()
         return _on_grid(states, f"layer {self.layer!r}", self.hw, self.drop_tokens)
 
     @torch.no_grad()
@@ -241,10 +246,6 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
-
-
-def _itself(states: Tensor) -> Tensor:
-    return states
 
 
 def _on_grid(states: Any, name: str, hw: Grid | None, drop: int) -> tuple[Float[Tensor, "b t d"], Grid]:

@@ -148,7 +148,7 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         with evaluation(self.encoder_), Capture(self.encoder_, names) as states:
             for part in items.split(_BATCH):
                 states.run(part)
-                parts.append([states[name].flatten(1).float().cpu() for name in names])
+                parts.append([states.by_sample(name).flatten(1).float().cpu() for name in names])
         layers = [torch.cat(layer) for layer in zip(*parts)]
         return [normalize_rows(check_finite(layer, f"encoder, layer {name!r}")) for name, layer in zip(names, layers)]
 

@@ -83,7 +83,7 @@ def block_attention(
     with torch.no_grad(), evaluation(model), contextlib.ExitStack() as hooks:
         for module in model.get_submodule(name).modules():
             hooks.callback(module.register_forward_hook(_keep_weights(weights)).remove)
-        states = hooks.enter_context(Capture(model, name)).run(batch)[name]
+        states = hooks.enter_context(Capture(model, name)).run(batch).by_sample(name)
     if not weights:
         raise ValueError(
             f"model: the attention of {name!r} returns no weights; load the model with attn_implementation='eager'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,10 +12,11 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from subspan.base.modules import evaluation
+from subspan.models.checkpointing import is_detached, is_recomputing
 from subspan.models.layers import Layers, first_tensor, is_single, layer_names
+from subspan.models.layout import Layout, channels_last, check_layout, padded, samples_first, samples_of
 
 Pool = Literal["mean", "sum", "last", "first", "rows", "none"]
-Layout = Literal["auto", "channels_first", "channels_last"]
 Site = Literal["output", "input"]
 
 
@@ -32,7 +34,7 @@ class Capture(Mapping[str, Tensor]):
         *,
         site: Site = "output",
         item: int = 0,
-        transform: Callable[[Tensor], Tensor] | None = None,
+        transform: Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> None:
         if site not in ("output", "input"):
             raise ValueError(f"site: 'output' or 'input', got {site!r}")
@@ -40,8 +42,12 @@ class Capture(Mapping[str, Tensor]):
         self.names = layer_names(model, layers)
         self.site = site
         self.item = item
-        self._transform = torch.clone if transform is None else transform
+        transform = torch.clone if transform is None else transform
+        self._transforms = transform if isinstance(transform, Mapping) else dict.fromkeys(self.names, transform)
         self._states: dict[str, Tensor] = {}
+        self._present: dict[str, Tensor | None] = {}
+        self.samples: int | None = None
+        self._with_gradient = False
         self._hooks: list[Any] = []
         self._running = self._stop_early = False
 
@@ -61,6 +67,7 @@ class Capture(Mapping[str, Tensor]):
     def __enter__(self) -> Capture:
         modules = dict(self.model.named_modules())
         try:
+            self._hooks.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             for name in self.names:
                 self._hooks.append(self._register(name, modules[name]))
         except BaseException:
@@ -93,6 +100,7 @@ class Capture(Mapping[str, Tensor]):
             raise RuntimeError("run: the capture is closed; use it inside its with-block")
         self._states.clear()
         self._running, self._stop_early = True, early_exit
+        self.samples, self._with_gradient = samples_of(batch), torch.is_grad_enabled()
         try:
             with contextlib.suppress(_StopForward):
                 (forward or call_model)(self.model, to_device_of(self.model, batch))
@@ -102,6 +110,18 @@ class Capture(Mapping[str, Tensor]):
         if missed:
             raise ValueError(f"layers: the forward pass does not reach {', '.join(map(repr, missed))}")
         return self
+
+    def by_sample(self, name: str, layout: Layout = "auto") -> Tensor:
+        """A layer's states with the samples as first axis, also where it has tokens first; see `models.layout`."""
+        return samples_first(self.model, name, self[name], self.samples, layout)
+
+    def present(self, name: str) -> Bool[Tensor, "b t"] | None:
+        """Which tokens of a layer's states are no padding, where the layer gave a nested tensor; else None."""
+        return self._present.get(name)
+
+    def _begin(self, called: nn.Module, args: Any, kwargs: Any) -> None:
+        if called is self.model:
+            self.samples, self._with_gradient = samples_of([*args, kwargs]), torch.is_grad_enabled()
 
     def _register(self, name: str, module: nn.Module) -> Any:
         # A deep copy of the model (an average of its weights) carries the hooks along; its states are not asked for.
@@ -118,10 +138,16 @@ class Capture(Mapping[str, Tensor]):
         return module.register_forward_hook(record_output)
 
     def _record(self, name: str, value: object) -> None:
-        if self._running and name in self._states:
+        if name in self._states if self._running else is_recomputing():
             return
         try:
-            self._states[name] = self._transform(first_tensor(value, self.item))
+            if self._with_gradient and is_detached():
+                raise ValueError(
+                    "runs under re-entrant checkpointing, where its states have no gradients; use use_reentrant=False, "
+                    "or torch.no_grad() where none are needed"
+                )
+            states, self._present[name] = padded(first_tensor(value, self.item))
+            self._states[name] = self._transforms[name](states)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         if self._running and self._stop_early and len(self._states) == len(self.names):
@@ -134,15 +160,17 @@ def capture(
     *,
     site: Site = "output",
     item: int = 0,
-    transform: Callable[[Tensor], Tensor] | None = None,
+    transform: Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Capture:
     """Context manager that records what `layers` give (or get, `site="input"`) in each forward pass.
 
     `layers` as in `layer_names`. Inside the block either call the model yourself and read `states[name]` (the latest
     pass; gradients flow), or `states.run(batch)`, which stops after the last layer needed. Tuple outputs: entry
     `item`; inputs: the first positional one, or the first tensor among the keywords. `transform` is applied at once
-    in the hook (default: a copy, so that later in-place operations of the model do not change it). Hooks are gone
-    when the block is left.
+    in the hook (default: a copy, so that later in-place operations of the model do not change it), or one a layer, by
+    name. States are as the layer has them, tokens (t, b, d) too, except that nested tensors are padded with zeros. The
+    second run of a checkpointed part is not recorded; where the first is without gradients that are asked for, in
+    re-entrant checkpointing, ValueError is raised. Hooks are gone when the block is left.
     """
     return Capture(model, layers, site=site, item=item, transform=transform)
 
@@ -170,31 +198,35 @@ def iterate_representations(
     "first" → (b, d); "rows" → (selected, d); "none" → the layer's own tensor. States (b, d) are passed on as they
     are. mask: which tokens are selected: a key of the batch (a key other than "attention_mask" is not passed to the
     model) or a function of the batch, giving (b, t), nonzero = selected. drop_tokens: the first so many selected
-    tokens of each sequence are left out (CLS, registers). dtype, device: of what is yielded; None keeps the model's.
+    tokens of each sequence are left out (CLS, registers). layout: "channels_first" or "channels_last" of maps;
+    "tokens_first" for tokens (t, b, d), which "auto" also finds out (ValueError where it cannot). What is yielded has
+    samples first. dtype, device: of what is yielded; None keeps the model's.
     The model runs without gradients and in evaluation mode; its training flags are put back after every batch.
     """
     if pool not in ("mean", "sum", "last", "first", "rows", "none"):
         raise ValueError(f"pool: one of mean, sum, last, first, rows, none, got {pool!r}")
     if drop_tokens < 0:
         raise ValueError(f"drop_tokens: a count of 0 or more, got {drop_tokens}")
+    check_layout(layout)
     names = layer_names(model, layers)
     single = is_single(layers)
+
+    def reduce(captured: Capture, name: str, selected: Tensor | None, states: Tensor) -> Tensor:
+        states = samples_first(model, name, states, captured.samples, layout)
+        selected = _of_present(selected, captured.present(name))
+        pooled = pool_states(states, selected, pool=pool, drop_tokens=drop_tokens, layout=layout)
+        moved = pooled.to(device=device, dtype=dtype)
+        shared = moved.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
+        return moved.clone() if shared else moved
+
     for batch in batches:
         inputs, selected = _split_mask(batch, mask)
-
-        def reduce(states: Tensor, selected: Tensor | None = selected) -> Tensor:
-            pooled = pool_states(states, selected, pool=pool, drop_tokens=drop_tokens, layout=layout)
-            moved = pooled.to(device=device, dtype=dtype)
-            shared = moved.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
-            return moved.clone() if shared else moved
-
-        with (
-            torch.no_grad(),
-            evaluation(model),
-            Capture(model, names, site=site, item=item, transform=reduce) as states,
-        ):
-            captured = dict(states.run(inputs, early_exit=early_exit, forward=forward))
-        yield captured[names[0]] if single else captured
+        transforms: dict[str, Callable[[Tensor], Tensor]] = {}
+        captured = Capture(model, names, site=site, item=item, transform=transforms)
+        transforms |= {name: partial(reduce, captured, name, selected) for name in names}
+        with torch.no_grad(), evaluation(model), captured:
+            found = dict(captured.run(inputs, early_exit=early_exit, forward=forward))
+        yield found[names[0]] if single else found
 
 
 def pool_states(
@@ -237,6 +269,17 @@ def pool_states(
     return total if pool == "sum" else total / counts[:, None]
 
 
+def _of_present(selected: Tensor | None, present: Tensor | None) -> Tensor | None:
+    """The mask for states of which `present` alone are tokens, maybe fewer than the mask has columns."""
+    if present is None or selected is None:
+        return selected if present is None else present
+    length = present.shape[1]
+    selected = selected.to(present.device) != 0
+    if bool(selected[:, length:].any()) or bool((selected[:, :length] & ~present).any()):
+        raise ValueError("mask: selects tokens that the model takes for padding")
+    return selected[:, :length]
+
+
 def select_tokens(states: Shaped[Tensor, "b t d"], mask: Tensor | None, drop_tokens: int = 0) -> Bool[Tensor, "b t"]:
     """The mask as booleans, without the first `drop_tokens` selected tokens of each sequence; all tokens where None."""
     if mask is None:
@@ -246,14 +289,6 @@ def select_tokens(states: Shaped[Tensor, "b t d"], mask: Tensor | None, drop_tok
             raise ValueError(f"mask: shape {tuple(states.shape[:2])} is needed here, got {tuple(mask.shape)}")
         selected = mask.to(device=states.device) != 0
     return selected & (selected.cumsum(1) > drop_tokens) if drop_tokens else selected
-
-
-def channels_last(states: Tensor, layout: Layout = "auto") -> Tensor:
-    """A feature map with its channels as the last axis; "auto" takes maps of four and more axes as channels first."""
-    if layout not in ("auto", "channels_first", "channels_last"):
-        raise ValueError(f"layout: 'auto', 'channels_first' or 'channels_last', got {layout!r}")
-    first = layout == "channels_first" or (layout == "auto" and states.ndim > 3)
-    return states.movedim(1, -1) if first else states
 
 
 def device_of(model: nn.Module) -> torch.device | None:

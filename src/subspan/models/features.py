@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.base.modules import evaluation
-from subspan.models.capture import Capture, Layout, channels_last
+from subspan.models.capture import Capture
 from subspan.models.layers import Layers, layer_names
+from subspan.models.layout import Layout, channels_last
 from subspan.models.preprocessing import ImagePreprocessing
 
 Aggregate = Literal["mean", "concat", "group"]
@@ -27,8 +28,9 @@ class FeatureGrid:
     to the finest one. aggregate: "mean" = mean over the layers of equal width, the widths concatenated (SubspaceAD,
     2026, for tokens of one width: the plain mean); "concat" = all layers concatenated; "group" = mean inside each of
     `groups` (lists of layers), the groups concatenated. drop_tokens: leading tokens that are no patches (CLS,
-    registers); None infers it from the patch size, else from the largest square grid. layout: of four-axis maps.
-    forward: how the model is called. Float32 on the model's device; no gradients, evaluation mode.
+    registers); None infers it from the patch size, else from the largest square grid. layout: as in
+    `iterate_representations`. forward: how the model is called. Float32 on the model's device; no gradients,
+    evaluation mode.
     """
 
     def __init__(
@@ -64,7 +66,8 @@ class FeatureGrid:
         prepared = images if isinstance(images, Tensor) and images.ndim == 4 else self.preprocessing.batch(images)
         with torch.no_grad(), evaluation(self.model), Capture(self.model, self.layers) as states:
             states.run(prepared, forward=self.forward)
-            maps = {name: self._map(states[name], prepared.shape[-2:]).float() for name in self.layers}
+            found = {name: states.by_sample(name, self.layout) for name in self.layers}
+            maps = {name: self._map(value, prepared.shape[-2:]).float() for name, value in found.items()}
         return self._aggregated(maps).movedim(1, -1).contiguous()
 
     def iterate(self, images: Iterable[Any], batch_size: int = 16) -> Iterator[Float[Tensor, "b h w d"]]:

@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from subspan.models.capture import Layout, Site, channels_last
+from subspan.models.capture import Site
+from subspan.models.checkpointing import Recomputation
 from subspan.models.layers import Layers, first_tensor, layer_names, replace_first_tensor
+from subspan.models.layout import Layout, channels_last, padded, samples_of, tokens_first
 
 Intervention = Callable[[Tensor], Tensor]
 
@@ -27,23 +30,28 @@ def intervene(
     """Within the block the states of `layers` are replaced by `function(states)`; the model is as before after it.
 
     layers as in `layer_names`, or a mapping from layer to its own function. The function gets vectors along the last
-    axis: (b, t, d), (b, d), or a feature map moved to (b, h, w, d), and returns the same shape; dtype and device are
-    put back to the layer's. site="input" changes what the layer gets. item: the entry of a tuple output. Raises
-    ValueError in the forward pass where the function changes the shape.
+    axis: (b, t, d) also where the layer has tokens first (layout as in `iterate_representations`), nested ones padded
+    with zeros; (b, d); or a feature map moved to (b, h, w, d); and returns the same shape; dtype and device are put
+    back to the layer's. site="input" changes what the layer gets. item: the entry of a tuple output. Raises ValueError
+    in the forward pass where the function changes the shape, and at the end of the block where a checkpointed layer has
+    still to run again, in a backward pass that would not see the change.
     """
     if site not in ("output", "input"):
         raise ValueError(f"site: 'output' or 'input', got {site!r}")
     functions = _functions(model, layers, function)
     modules = dict(model.named_modules())
     with contextlib.ExitStack() as hooks:
+        current = _Pass(model)
+        hooks.callback(model.register_forward_pre_hook(current.begin, with_kwargs=True).remove)
         for name, change in functions.items():
-            replace = _replacing(name, change, item, layout)
+            replace = _replacing(current, name, change, item, layout)
             if site == "output":
                 handle = modules[name].register_forward_hook(lambda _, args, output, replace=replace: replace(output))
             else:
                 handle = modules[name].register_forward_pre_hook(_on_inputs(replace), with_kwargs=True)
             hooks.callback(handle.remove)
         yield model
+        current.recomputation.check()
 
 
 def _functions(
@@ -58,17 +66,39 @@ def _functions(
     return dict.fromkeys(layer_names(model, layers), function)
 
 
-def _replacing(name: str, function: Intervention, item: int, layout: Layout) -> Callable[[object], object]:
+class _Pass:
+    """What is known of the forward pass that is going on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.samples: int | None = None
+        self.recomputation = Recomputation()
+
+    def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.samples = samples_of([*args, kwargs])
+        self.recomputation.with_gradient = torch.is_grad_enabled()
+
+
+def _replacing(
+    current: _Pass, name: str, function: Intervention, item: int, layout: Layout
+) -> Callable[[object], object]:
     def replace(value: object) -> object:
-        states = first_tensor(value, item)
-        rows = channels_last(states, layout)
+        given = first_tensor(value, item)
+        states, present = padded(given)
+        turned = tokens_first(current.model, name, states, current.samples, layout)
+        rows = states.transpose(0, 1) if turned else channels_last(states, layout)
         changed = function(rows)
         if not isinstance(changed, Tensor) or changed.shape != rows.shape:
             shape = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
             raise ValueError(f"function: at layer {name!r} it must return the shape {tuple(rows.shape)}, got {shape}")
-        if rows is not states:
+        if turned:
+            changed = changed.transpose(0, 1)
+        elif rows is not states:
             changed = changed.movedim(-1, 1)
-        return replace_first_tensor(value, changed.to(device=states.device, dtype=states.dtype), item)
+        changed = current.recomputation.watched(changed.to(device=states.device, dtype=states.dtype))
+        if present is not None:
+            changed = torch.nested.nested_tensor([row[kept] for row, kept in zip(changed, present)])
+        return replace_first_tensor(value, changed, item)
 
     return replace
 

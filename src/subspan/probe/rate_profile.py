@@ -75,7 +75,7 @@ def rate_profile(
             states.run(batch, early_exit=False)
             size = 0
             for index, (site, name) in enumerate(zip(sites, shown)):
-                values = states[site]
+                values = states.by_sample(site)
                 if name in own:
                     w = own[name].compress.coordinates(values)
                 else:
@@ -88,7 +88,7 @@ def rate_profile(
                 scale = (w.shape[-2] / kept.sum(-1).clamp_min(1)).sqrt()[:, None, None, None]
                 rates[index] += float(coding_rate(F.normalize(w, dim=-1) * scale, epsilon=epsilon).double().sum())
                 if outputs:
-                    put_out = states[outputs[index]]
+                    put_out = states.by_sample(outputs[index])
                     share = (put_out == 0).float().mean(-1)
                     zeros[index] += float(((share * kept).sum(-1) / kept.sum(-1).clamp_min(1)).double().sum())
                 size = len(values)
