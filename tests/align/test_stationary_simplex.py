@@ -75,21 +75,39 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
     module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16, learning_rate=0.05)
     data, labels = task([0, 1, 2, 3])
     module.start_task(4)
-    start = {name: value.clone() for name, value in module.backbone.state_dict().items()}
+    assert module.teacher is None
     fit(module, data, labels, epochs=2)
+    module.end_task(data, labels)
+    module.start_task(5)
+    start = {name: value.clone() for name, value in module.backbone.state_dict().items()}
+    fit(module, *task([4]), epochs=2)
     for name, value in module.teacher["backbone"].state_dict().items():
         assert torch.equal(value, start[name])
     assert not torch.equal(module.backbone[0].weight, start["0.weight"])
-    module.end_task(data, labels)
     other = backbone(5)
     module.start_task(6, replace_with=other)
     assert torch.equal(module.teacher["backbone"][0].weight, other[0].weight)
     assert torch.equal(module.backbone[0].weight, other[0].weight)
     assert module.backbone is not other
     assert not module.train().teacher["backbone"].training
-    assert module.tasks == 2
-    fit(module, *task([4, 5]), epochs=1)
+    assert module.tasks == 3
+    fit(module, *task([5]), epochs=1)
     assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+
+
+def test_a_first_task_is_learnt_and_the_next_ones_beside_it():
+    """An untrained start teaches nothing: the published share of cross entropy would hold the model to it."""
+    module = StationaryModule(backbone(), SimplexClassifier(3, preallocated=16), batch_size=16, learning_rate=0.02)
+    seen = 0
+    for classes in ([0, 1, 2], [3, 4]):
+        seen += len(classes)
+        module.start_task(seen)
+        fit(module, *task(classes), epochs=20)
+        module.end_task(*task(classes))
+        data, labels = task(list(range(seen)), seed=9)
+        with torch.no_grad():
+            found = module.head.logits(module.embed(data.tensors[0])).argmax(1)
+        assert float((found == labels).double().mean()) > 0.9
 
 
 def test_replaced_models_of_another_width_stay_comparable():

@@ -162,8 +162,26 @@ def test_controls_move_what_they_must_and_nothing_else():
     assert rotated.matching_.mean() < model.matching_.mean() - 0.2
     for other in (permuted, rotated):
         torch.testing.assert_close(other.canonical_correlations(), model.canonical_correlations(), atol=1e-8, rtol=0)
-        assert other.rotation_similarity() == pytest.approx(model.rotation_similarity())
-        assert other.moments_.cka() == pytest.approx(model.moments_.cka())
+    assert permuted.rotation_similarity() == pytest.approx(model.rotation_similarity())
+    assert permuted.moments_.cka() == pytest.approx(model.moments_.cka())
+
+
+def test_a_rotation_hides_units_that_share_a_strong_direction_too():
+    brightness = 3 * draw(4000, 1, 9)
+    x = brightness + draw(4000, 12)
+    y = torch.cat([5 * x + 0.1 * draw(4000, 12, 1), torch.ones(4000, 1, dtype=torch.float64)], 1)
+    y[:, 11] = y[:, 9] - y[:, 10]
+    model = ConvergentLearning().fit(x, y)
+    rotated = model.rotated()
+    assert model.matching_.mean() > 0.9
+    assert rotated.matching_.mean() < 0.6
+    torch.testing.assert_close(rotated.moments_.cov_yy, model.moments_.cov_yy[:12, :12], atol=1e-6, rtol=1e-9)
+    torch.testing.assert_close(
+        rotated.canonical_correlations()[:11], model.canonical_correlations()[:11], atol=1e-6, rtol=0
+    )
+    again = model.rotated(1)
+    assert not torch.equal(again.correlations_, rotated.correlations_)
+    torch.testing.assert_close(model.rotated().correlations_, rotated.correlations_, atol=0, rtol=0)
 
 
 def test_dead_units_are_left_out_and_listed():

@@ -15,6 +15,7 @@ from ..base.modules import evaluation
 from ..base.saved import saved_object, set_state
 from ..geometry.extras import require
 from ..geometry.files import save_arrays
+from ..nn.training import finite_loss
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -56,7 +57,7 @@ class BackwardCompatibleModule(LightningModule):
         inputs, labels, old, new = batch
         total, terms = self.loss(self.head(self.backbone(inputs)), labels, old, new)
         self.log_dict({name: term.detach() for name, term in terms.items()}, batch_size=len(labels))
-        return total
+        return finite_loss(total, self.global_step)
 
     @torch.no_grad()
     def encode(self, inputs: Any, space: str = "full") -> Float[Tensor, "n d"]:

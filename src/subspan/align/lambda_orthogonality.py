@@ -33,6 +33,7 @@ from ..nn.lambda_orthogonality import (
     orthogonality_defect,
 )
 from ..nn.orthogonal import OrthogonalLinear
+from ..nn.training import batch_rows, finite_loss
 from ..solvers.retrieval import retrieval_scores
 
 _BACKWARD = ("strict", "lambda", "affine", "none")
@@ -74,11 +75,11 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     model knows elsewhere) · "strict", a rotation or reflection: the new model's own retrieval is untouched · "affine",
     unconstrained · "none", new embeddings stay as they are and only F is trained (forward-compatible training).
     forward: "affine" or "mlp" (d → 2d → 2 d_new → d_new, batch normalisation). lam: λ; by default lam_rel · √d_new.
-    alpha: sharpness of the gate. penalty: weight of L_λ. weights: (w₁, w₂, w₃). temperature, symmetric: of the
-    contrast, whose positives are rows of one label, or the row itself without labels. normalize: rows are scaled to
-    unit length first (a single column has no direction and stays). start: B begins as "procrustes" (or "identity").
+    alpha: sharpness of the gate (None: 100 / λ). penalty: weight of L_λ. weights: (w₁, w₂, w₃). temperature, symmetric:
+    of the contrast, whose positives are rows of one label, or the row itself without labels. normalize: rows are scaled
+    to unit length first (a single column has no direction and stays). start: B begins as "procrustes" (or "identity").
     determinant: +1 or -1 fixes the side that a Procrustes start may take. safeguard: after each epoch of "lambda" the
-    defect is cut back to λ. weight_decay: of Adam.
+    defect is cut back to λ. weight_decay: of Adam. batch_size: None for 512, fewer where that leaves few steps.
     Attributes: backward_, forward_ (torch modules on prepared rows); map_, B as an `AffineMap`; orthogonality_defect_;
     lam_; singular_values_ of B; history_, the terms of each epoch. Embeddings are best searched by cosine.
     """
@@ -89,7 +90,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         forward: Any = "affine",
         lam: Any = None,
         lam_rel: Any = 0.375,
-        alpha: Any = 10.0,
+        alpha: Any = None,
         penalty: Any = 1.0,
         weights: Any = (1.0, 1.0, 1.0),
         temperature: Any = 0.1,
@@ -100,7 +101,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         safeguard: Any = False,
         learning_rate: Any = 1e-3,
         weight_decay: Any = 0.0,
-        batch_size: Any = 512,
+        batch_size: Any = None,
         epochs: Any = 30,
         random_state: Any = None,
     ) -> None:
@@ -160,7 +161,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
                 raise ValueError(f"{name}: expected one of {known}, got {value!r}")
         for name in ("lam", "lam_rel", "alpha", "penalty", "weight_decay"):
             number: Any = getattr(self, name)
-            absent = number is None and name in ("lam", "lam_rel")
+            absent = number is None and name in ("lam", "lam_rel", "alpha")
             if not absent and (number is None or not number >= 0):
                 raise ValueError(f"{name}: must be >= 0, got {number}")
         if len(self.weights) != 3 or not all(value >= 0 for value in self.weights):
@@ -168,7 +169,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         for name in ("temperature", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        if self.batch_size < 2 or self.epochs < 1:
+        if (self.batch_size is not None and self.batch_size < 2) or self.epochs < 1:
             raise ValueError(f"batch_size, epochs: at least 2 and 1, got {self.batch_size}, {self.epochs}")
         if self.determinant not in (None, 1, -1):
             raise ValueError(f"determinant: expected None, 1 or -1, got {self.determinant!r}")
@@ -252,17 +253,19 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         self.lam_ = defect_limit(torch.empty(new.shape[1], new.shape[1], device="meta"), self.lam, self.lam_rel)
         learnt = [*backward.parameters(), *forward.parameters()]
         optimizer = torch.optim.Adam(learnt, lr=self.learning_rate, weight_decay=self.weight_decay)
+        size, step = batch_rows(len(new), self.batch_size, 512), 0
         self.history_: list[dict[str, float]] = []
         for _ in range(self.epochs):
             totals: dict[str, float] = {}
-            for part in torch.randperm(len(new)).to(new.device).split(self.batch_size):
+            for part in torch.randperm(len(new)).to(new.device).split(size):
                 # Neither a contrast nor batch normalisation can do with a single row.
                 if len(part) < 2:
                     continue
                 terms = self._terms(backward, forward, new[part], old[part], None if groups is None else groups[part])
                 optimizer.zero_grad()
-                torch.stack([weight * term for weight, term in terms.values()]).sum().backward()
+                finite_loss(torch.stack([weight * term for weight, term in terms.values()]).sum(), step).backward()
                 optimizer.step()
+                step += 1
                 for name, (_, term) in terms.items():
                     totals[name] = totals.get(name, 0.0) + float(term.detach()) * len(part) / len(new)
             if self.safeguard and self.backward == "lambda":

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..base.modules import release
 from ..geometry.extras import require
 from ..nn.simplex import CompatibleCE, HOCLoss, SimplexClassifier
+from ..nn.training import finite_loss
 from .stationary_simplex import BalancedBatches, Rehearsal
 
 if TYPE_CHECKING:
@@ -68,8 +69,9 @@ class StationaryModule(LightningModule):
 
         replace_with: a backbone trained elsewhere against the same vertices, with its head where its features are not
         embeddings yet; any architecture and width; trained too, but for the parts of it that are frozen where others
-        are not. The teacher of the HOC loss is the model that the task starts from,
-        the replacement where there is one. Raises ValueError for a head on another simplex.
+        are not. The teacher of the HOC loss is the model that the task starts from, the replacement where there is one;
+        a first task without one starts untrained, has no teacher, and is trained by cross entropy alone.
+        Raises ValueError for a head on another simplex.
         """
         if replace_with is not None:
             backbone, head = replace_with if isinstance(replace_with, tuple) else (replace_with, None)
@@ -83,8 +85,9 @@ class StationaryModule(LightningModule):
                 self.head.projection = copy.deepcopy(head.projection).requires_grad_(True)
                 self.head.in_features = head.in_features
         self.head.extend(num_classes)
-        self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), "head": copy.deepcopy(self.head)})
-        self.teacher.eval().requires_grad_(False)
+        if self.tasks or replace_with is not None:
+            self.teacher = nn.ModuleDict({"backbone": copy.deepcopy(self.backbone), "head": copy.deepcopy(self.head)})
+            self.teacher.eval().requires_grad_(False)
         self.tasks += 1
 
     def loader(self, data: Dataset[Any], labels: Any, **options: Any) -> DataLoader[Any]:
@@ -122,7 +125,7 @@ class StationaryModule(LightningModule):
             with torch.no_grad():
                 head: Any = self.teacher["head"]
                 old = head.embed(self.teacher["backbone"](x))
-        return self.loss(self.head.logits(z), vertices, z, old)
+        return finite_loss(self.loss(self.head.logits(z), vertices, z, old), self.global_step)
 
     def configure_optimizers(self) -> Any:
         """SGD; vectors (biases, norms) are not decayed."""

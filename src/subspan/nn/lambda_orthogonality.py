@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 _RELATIVE = 0.375
+_SHARPNESS = 100.0
 
 
 def orthogonality_defect(weight: Float[Tensor, "d_out ..."]) -> Float[Tensor, ""]:
@@ -37,11 +38,12 @@ class LambdaOrthogonality(nn.Module):
     """Loss σ(α (r - λ)) r of a weight, r its orthogonality defect: about r above λ, and about nothing below.
 
     lam: λ, the defect where the pull ends; or lam_rel = λ / √n (default 0.375), which means the same for every size.
-    λ = 0 is soft orthogonality, λ = ∞ no constraint. alpha: sharpness; the wall at λ is about 1 / alpha wide.
+    λ = 0 is soft orthogonality, λ = ∞ no constraint. alpha: sharpness; against a task that pulls outwards with slope g
+    a weight comes to rest at about r = λ - log(α λ / g) / α. None: 100 / λ, which is within about a tenth of any λ.
     Raises ValueError for negative values. Source: Ricci et al. (NeurIPS 2025), arXiv 2509.16664.
     """
 
-    def __init__(self, lam: float | None = None, *, lam_rel: float | None = None, alpha: float = 10.0) -> None:
+    def __init__(self, lam: float | None = None, *, lam_rel: float | None = None, alpha: float | None = None) -> None:
         super().__init__()
         if lam is not None and lam_rel is not None:
             raise ValueError("lam_rel: give lam or lam_rel, not both")
@@ -56,7 +58,10 @@ class LambdaOrthogonality(nn.Module):
         r = orthogonality_defect(weight)
         if math.isinf(limit):
             return r * 0
-        return torch.sigmoid(self.alpha * (r - limit)) * r
+        if self.alpha is None and limit == 0:
+            return r
+        alpha = _SHARPNESS / limit if self.alpha is None else self.alpha
+        return torch.sigmoid(alpha * (r - limit)) * r
 
     def extra_repr(self) -> str:
         """Shown by print."""
@@ -90,7 +95,7 @@ def register_lambda_orthogonality(
     *,
     lam: float | None = None,
     lam_rel: float | None = None,
-    alpha: float = 10.0,
+    alpha: float | None = None,
 ) -> RegisteredPenalty:
     """λ-orthogonality on the weights of a module's linear and convolutional layers, or on its own parameter `name`.
 

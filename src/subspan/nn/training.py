@@ -1,4 +1,4 @@
-"""Lightning's Trainer for training inside a fit: on the CPU, without files, logs or messages (extra: train)."""
+"""Training inside a fit: rows of a batch, and Lightning's Trainer without files, logs or messages (extra: train)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from ..geometry.extras import require
 
+_STEPS = 32
+_FEWEST = 32
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
+
+
+def batch_rows(count: int, batch_size: int | None, most: int) -> int:
+    """Rows of a batch of `count`: `batch_size`, or `most`, fewer (32 at least) where an epoch would lack 32 steps.
+
+    Few rows in large batches are few steps: what is trained stays where it started.
+    """
+    return min(count, min(most, max(_FEWEST, count // _STEPS)) if batch_size is None else batch_size)
+
+
+def finite_loss(loss: Tensor, step: int) -> Tensor:
+    """The loss as it is. Raises ValueError where it is NaN or infinite, naming the step: weights are lost from there."""
+    if not bool(loss.detach().isfinite()):
+        raise ValueError(
+            f"the loss is {float(loss.detach())} at step {step}: lower learning_rate, or look for NaN in the batch"
+        )
+    return loss
 
 
 @contextmanager

@@ -32,6 +32,8 @@ _SIGNS = ("auto", "signed", "absolute")
 # A unit whose spread is a millionth of its mean is constant to the rounding of float32.
 _CONSTANT = 1e-12
 _RIDGE = 1e-6
+# Of the largest variance: a direction with less is there by rounding.
+_SINGULAR = 1e-12
 
 
 @dataclass(frozen=True)
@@ -412,15 +414,21 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
     # ------------------------------------------------------------------ controls and report
 
     def rotated(self, random_state: int = 0) -> ConvergentLearning:
-        """The same comparison after a random rotation of Y's living units, which changes no subspace.
+        """The same comparison after a random rotation of Y's living units, whitened before it and coloured after it.
 
-        Units that agree as units no longer do; canonical correlations and the best rotation are as before.
+        Y's covariances stay, the subspace that its units span and canonical correlations too; which direction of x a
+        unit follows is drawn anew, also where few directions hold most of the variance.
         """
         generator = torch.Generator().manual_seed(random_state)
-        size = len(self._alive_y)
-        turn = random_basis(size, size, generator=generator).to(self._joint)
-        matrix = self._joint.new_zeros(size, self.moments_.d_y)
-        matrix[:, self._alive_y] = turn
+        places = self._alive_y + self.moments_.d_x
+        values, vectors = torch.linalg.eigh(self._joint[places][:, places])
+        kept = values > _SINGULAR * values[-1]
+        directions, root = vectors[:, kept], values[kept].sqrt()
+        turn = random_basis(len(root), len(root), generator=generator).to(root)
+        standard = directions * root @ turn @ (directions / root).mT
+        scale = self._scale[places]
+        matrix = self._joint.new_zeros(len(places), self.moments_.d_y)
+        matrix[:, self._alive_y] = scale[:, None] * standard / scale
         # A rotation gives units no sign of their own.
         return self._compared(matrix, "absolute")
 

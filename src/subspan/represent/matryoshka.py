@@ -19,7 +19,7 @@ from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
 from ..geometry.subspace import Subspace
 from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
-from ..nn.training import quiet_trainer
+from ..nn.training import batch_rows, quiet_trainer
 from ..solvers.prefixes import halving_sizes, prefix, prefix_sizes
 from ..statistics import Moments, fit_moments, is_stream
 
@@ -49,8 +49,8 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     `temperature` in the batch; None → every prefix keeps the batch's cosines.
     dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
     which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
-    epochs, batch_size, learning_rate, weight_decay, dims_per_step: of the training. trainer: options of Lightning's
-    Trainer (devices, callbacks, progress, …).
+    epochs, learning_rate, weight_decay, dims_per_step: of the training. batch_size: None for 256 rows, of few rows so
+    many (32 at least) that an epoch has 32 steps. trainer: options of Lightning's Trainer (devices, callbacks, …).
     Attributes: dims_; adapter_, a torch module; subspace_, for "pca" and "rotation", whose `truncate` and `split` are
     the nested subspaces; heads_ and classes_, where trained with labels; losses_, the mean loss of each epoch.
     """
@@ -66,8 +66,8 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         hidden: Any = 512,
         temperature: Any = 0.05,
         epochs: Any = 15,
-        batch_size: Any = 256,
-        learning_rate: Any = 1e-3,
+        batch_size: Any = None,
+        learning_rate: Any = 3e-3,
         weight_decay: Any = 1e-4,
         dims_per_step: Any = None,
         trainer: Any = None,
@@ -222,7 +222,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         def batch(index: list[int]) -> list[Tensor]:
             return [column[index] for column in columns]
 
-        size = min(self.batch_size, len(rows))
+        size = batch_rows(len(rows), self.batch_size, 256)
         index: Any = range(len(rows))
         loader = torch.utils.data.DataLoader(index, size, shuffle=True, drop_last=True, collate_fn=batch)
         with quiet_trainer(**{"max_epochs": self.epochs, **(self.trainer or {})}) as trainer:

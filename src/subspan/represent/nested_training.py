@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..geometry.extras import require
 from ..nn.contrastive import info_nce
 from ..nn.matryoshka import MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss
+from ..nn.training import finite_loss
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -46,7 +47,7 @@ class NestedTraining(LightningModule):
         num_classes: int = 0,
         efficient: bool = False,
         temperature: float = 0.05,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         weight_decay: float = 1e-4,
         dims_per_step: int | None = None,
     ) -> None:
@@ -90,7 +91,7 @@ class NestedTraining(LightningModule):
             rows = F.normalize(batch[0], dim=-1)
             loss = self.nested_loss(z, rows @ rows.mT)
         self._epoch.append(loss.detach())
-        return loss
+        return finite_loss(loss, self.global_step)
 
     def on_train_epoch_end(self) -> None:
         """Keep the epoch's mean loss."""

@@ -356,10 +356,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         part.report["matching"] - part.rotated.matching_.mean() for found in layers.values() for part in found
     )
     moved = max(
-        max(
-            float((part.rotated.canonical_correlations() - part.model.canonical_correlations()).abs().max()),
-            abs(part.rotated.rotation_similarity() - part.model.rotation_similarity()),
-        )
+        float((part.rotated.canonical_correlations() - part.model.canonical_correlations()).abs().max())
         for found in layers.values()
         for part in found
     )
