@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from subspan import align, nn
+from subspan import align, nn, probe, represent, statistics
 
 
 class Default(NamedTuple):
@@ -105,6 +105,72 @@ PUBLISHED = [
     Default(nn.SpatialNorm, "remove_rank", None, "Singh et al. (2026): the mean alone"),
     Default(align.RepresentationAlignment, "norm", "spatial", "Singh et al. (2026)"),
     Default(align.RepresentationAlignment, "weight", 0.5, "End2End-Diffusion/iREPA, pixel space, and REPA"),
+    # align: BT²
+    Default(align.BasisTransform, "k", 32, "YifeiZhou02/BT-2, both configurations"),
+    Default(align.BasisTransform, "scale", 2.0, "YifeiZhou02/BT-2, both configurations (its class says 3)"),
+    Default(align.BasisTransform, "orthogonal_map", "matrix_exp", "YifeiZhou02/BT-2"),
+    Default(align.BT2Head, "k", 32, "YifeiZhou02/BT-2, both configurations"),
+    Default(align.BT2Head, "scale", 2.0, "YifeiZhou02/BT-2, both configurations"),
+    Default(align.BT2Loss, "lambdas", (1.0, 10.0, 5.0), "YifeiZhou02/BT-2, both configurations"),
+    Default(align.BT2Loss, "temperature", 1.0, "YifeiZhou02/BT-2: none"),
+    Default(align.BT2Loss, "label_smoothing", 0.0, "YifeiZhou02/BT-2: its trainer uses plain cross entropy"),
+    Default(align.BackwardCompatibleModule, "learning_rate", 1e-3, "YifeiZhou02/BT-2"),
+    Default(align.BackwardCompatibleModule, "weight_decay", 2**-15, "YifeiZhou02/BT-2, CIFAR-100"),
+    Default(align.BackwardCompatibleModule, "warmup", 0.05, "YifeiZhou02/BT-2, CIFAR-100: 5 of 100 epochs"),
+    # align: λ-orthogonality
+    Default(nn.LambdaOrthogonality, "lam_rel", None, "0.375, Ricci et al. (2025): λ = 12 at 1024 dimensions"),
+    Default(nn.LambdaOrthogonality, "alpha", None, "ours, 100 / λ: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "backward", "lambda", "Ricci et al. (2025)"),
+    Default(align.LambdaOrthogonalAdapter, "forward", "affine", "Ricci et al. (2025): affine or a small network"),
+    Default(align.LambdaOrthogonalAdapter, "lam", None, "given by lam_rel"),
+    Default(align.LambdaOrthogonalAdapter, "lam_rel", 0.375, "Ricci et al. (2025): λ = 12 at 1024 dimensions"),
+    Default(align.LambdaOrthogonalAdapter, "alpha", None, "ours, 100 / λ: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "penalty", 1.0, "Ricci et al. (2025)"),
+    Default(align.LambdaOrthogonalAdapter, "learning_rate", 1e-3, "Ricci et al. (2025)"),
+    Default(align.LambdaOrthogonalAdapter, "weights", (1.0, 1.0, 1.0), "ours: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "temperature", 0.1, "ours: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "symmetric", False, "ours: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "normalize", True, "ours: Ricci et al. (2025) do not say"),
+    Default(align.LambdaOrthogonalAdapter, "start", "procrustes", "ours: a step from outside can jump the gate"),
+    Default(align.LambdaOrthogonalAdapter, "epochs", 30, "ours: Ricci et al. (2025) do not say"),
+    # align: stationary representations
+    Default(align.SimplexClassifier, "preallocated", 1024, "miccunifi/iamcl2r"),
+    Default(align.SimplexClassifier, "index", "front", "miccunifi/iamcl2r: models trained elsewhere"),
+    Default(align.SimplexClassifier, "normalize", False, "miccunifi/iamcl2r"),
+    Default(align.SimplexClassifier, "scale", 1.0, "miccunifi/iamcl2r: none"),
+    Default(align.HOCLoss, "mu", 10.0, "miccunifi/iamcl2r"),
+    Default(align.HOCLoss, "same_class", "constant", "miccunifi/iamcl2r: multiplied to 0, not removed"),
+    Default(align.CompatibleCE, "lam", 0.1, "miccunifi/iamcl2r"),
+    Default(align.Rehearsal, "per_class", 20, "miccunifi/iamcl2r"),
+    Default(align.BalancedBatches, "batch_size", 128, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "lam", 0.1, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "mu", 10.0, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "memory", 20, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "batch_size", 128, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "learning_rate", 1e-3, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "momentum", 0.9, "miccunifi/iamcl2r"),
+    Default(align.StationaryModule, "weight_decay", 5e-4, "miccunifi/iamcl2r"),
+    # align: 3D and text in shared subspaces
+    Default(align.SubspaceAligner, "n_components", 50, "Hadgi et al. (2025)"),
+    Default(align.SubspaceAligner, "method", "affine", "Hadgi et al. (2025): better for matching than local CKA"),
+    Default(align.SubspaceAligner, "subspace", "cca", "Hadgi et al. (2025)"),
+    Default(align.SubspaceAligner, "kernel", "linear", "mayug/0-shot-llm-vision"),
+    # represent: Matryoshka
+    Default(represent.Matryoshka, "dims", None, "Kusupati et al. (2022): halved from d down to 8"),
+    Default(represent.Matryoshka, "weights", None, "Kusupati et al. (2022): all 1"),
+    Default(represent.Matryoshka, "efficient", False, "Kusupati et al. (2022): MRL before MRL-E"),
+    Default(represent.Matryoshka, "learning_rate", 3e-3, "ours: at 1e-3 a map of few rows stays where it started"),
+    Default(represent.Matryoshka, "batch_size", None, "ours: 256, fewer for few rows"),
+    Default(represent.MatryoshkaIndex, "shortlist", 200, "Kusupati et al. (2022)"),
+    Default(nn.MatryoshkaLinear, "efficient", False, "RAIVNLab/MRL"),
+    Default(nn.MatryoshkaLinear, "bias", True, "RAIVNLab/MRL"),
+    Default(nn.MatryoshkaLinear, "normalize", False, "RAIVNLab/MRL"),
+    Default(nn.MatryoshkaLogitLoss, "weights", None, "RAIVNLab/MRL: all 1"),
+    Default(nn.MatryoshkaLoss, "weights", None, "Kusupati et al. (2022): all 1"),
+    # probe: convergent learning
+    Default(probe.ConvergentLearning, "method", "matching", "Li et al. (2016)"),
+    Default(probe.ConvergentLearning, "sign", "auto", "Li et al. (2016) for ReLU units; magnitudes elsewhere are ours"),
+    Default(statistics.mutual_information, "bins", 10, "YixuanLi/convergent_learning, beside a bin of zeros"),
 ]
 
 

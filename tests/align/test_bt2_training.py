@@ -82,6 +82,13 @@ def test_training_makes_the_new_model_searchable_in_the_old_gallery_and_better_t
         other.load_weights(tmp_path / "model.safetensors")
 
 
+def test_a_loss_that_is_no_number_names_the_step(data):
+    dataset, means = data
+    model = module(means, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
+        trainer(3).fit(model, dataset.loader(64))
+
+
 def test_a_stopped_run_resumes_where_it_was(data, tmp_path):
     dataset, means = data
     whole, first, resumed = module(means), module(means), module(means)

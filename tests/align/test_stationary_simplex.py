@@ -95,19 +95,15 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
     assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
 
 
-def test_a_first_task_is_learnt_and_the_next_ones_beside_it():
-    """An untrained start teaches nothing: the published share of cross entropy would hold the model to it."""
-    module = StationaryModule(backbone(), SimplexClassifier(3, preallocated=16), batch_size=16, learning_rate=0.02)
-    seen = 0
-    for classes in ([0, 1, 2], [3, 4]):
-        seen += len(classes)
-        module.start_task(seen)
-        fit(module, *task(classes), epochs=20)
-        module.end_task(*task(classes))
-        data, labels = task(list(range(seen)), seed=9)
-        with torch.no_grad():
-            found = module.head.logits(module.embed(data.tensors[0])).argmax(1)
-        assert float((found == labels).double().mean()) > 0.9
+def test_an_untrained_start_teaches_nothing():
+    """The published share of cross entropy would hold the first task to where its random weights put the classes."""
+    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16, learning_rate=0.02)
+    module.start_task(4)
+    fit(module, *task([0, 1, 2, 3]), epochs=20)
+    data, labels = task([0, 1, 2, 3], seed=9)
+    with torch.no_grad():
+        found = module.head.logits(module.embed(data.tensors[0])).argmax(1)
+    assert float((found == labels).double().mean()) > 0.9
 
 
 def test_replaced_models_of_another_width_stay_comparable():

@@ -10,7 +10,9 @@ pytest.importorskip("lightning", reason="the trainer is Lightning's (extra: trai
 
 from lightning import LightningModule
 
-from subspan.nn.training import quiet_trainer
+from subspan.align import LambdaOrthogonalAdapter, SimplexClassifier, StationaryModule
+from subspan.nn.training import batch_rows, quiet_trainer
+from subspan.represent import Matryoshka
 
 
 class Line(LightningModule):
@@ -50,3 +52,30 @@ def test_levels_return_after_an_error_and_options_win():
     assert logging.getLogger("lightning.fabric").level == logging.ERROR
     assert context.__exit__(RuntimeError, RuntimeError("stop"), None) is not True
     assert logging.getLogger("lightning.fabric").level == level
+
+
+def test_few_rows_come_in_so_small_batches_that_an_epoch_has_steps_enough():
+    assert [batch_rows(n, None, 256) for n in (10, 100, 1437, 2400, 100_000)] == [10, 32, 44, 75, 256]
+    assert [batch_rows(n, None, 512) for n in (16_000, 100_000)] == [500, 512]
+    assert [batch_rows(n, 128, 256) for n in (50, 1000)] == [50, 128]
+
+
+def test_a_nested_training_whose_loss_overflows_names_the_step():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    model = Matryoshka((2, 8), "linear", learning_rate=1e30, epochs=3, random_state=0)
+    with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
+        model.fit(x, torch.arange(64) % 2)
+
+
+def test_an_adapter_whose_loss_overflows_names_the_step():
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
+        LambdaOrthogonalAdapter("affine", learning_rate=1e30, epochs=3, random_state=0).fit(x, x)
+
+
+def test_a_task_whose_loss_overflows_names_the_step():
+    x, labels = torch.randn(64, 7, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    module = StationaryModule(torch.nn.Linear(7, 7), SimplexClassifier(3, preallocated=8), learning_rate=1e30)
+    module.start_task(3)
+    with quiet_trainer(max_epochs=5) as trainer, pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
+        trainer.fit(module, module.loader(torch.utils.data.TensorDataset(x, labels), labels))

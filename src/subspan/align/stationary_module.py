@@ -30,8 +30,9 @@ class StationaryModule(LightningModule):
     """A backbone and a `SimplexClassifier`, trained one task at a time; embeddings of all times can be compared.
 
     backbone: items → features (n, head.in_features). lam: share of cross entropy beside the HOC loss (1: cross entropy
-    alone); mu: its inverse temperature. memory: items kept of every class. SGD with momentum, weight decay on matrices
-    only, and a cosine decay to 1e-5 over the steps of a task.
+    alone; more than the published 0.1 where classes of later tasks are not learnt); mu: its inverse temperature.
+    memory: items kept of every class. SGD with momentum, weight decay on matrices only, and a cosine decay to 1e-5 over
+    the steps of a task.
     A task: `start_task`, then `Trainer.fit(module, module.loader(data, labels))`, then `end_task(data, labels)`.
     """
 

@@ -26,7 +26,7 @@ def batch_rows(count: int, batch_size: int | None, most: int) -> int:
 
 
 def finite_loss(loss: Tensor, step: int) -> Tensor:
-    """The loss as it is. Raises ValueError where it is NaN or infinite, naming the step: weights are lost from there."""
+    """The loss as it is. Raises ValueError, naming the step, where it is NaN or infinite: the weights are lost then."""
     if not bool(loss.detach().isfinite()):
         raise ValueError(
             f"the loss is {float(loss.detach())} at step {step}: lower learning_rate, or look for NaN in the batch"
