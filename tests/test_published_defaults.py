@@ -159,7 +159,7 @@ PUBLISHED = [
     Default(represent.Matryoshka, "dims", None, "Kusupati et al. (2022): halved from d down to 8"),
     Default(represent.Matryoshka, "weights", None, "Kusupati et al. (2022): all 1"),
     Default(represent.Matryoshka, "efficient", False, "Kusupati et al. (2022): MRL before MRL-E"),
-    Default(represent.Matryoshka, "learning_rate", 3e-3, "ours: at 1e-3 a map of few rows stays where it started"),
+    Default(represent.Matryoshka, "learning_rate", None, "ours: 3e-3, or 1e-2 for linear maps with labels"),
     Default(represent.Matryoshka, "batch_size", None, "ours: 256, fewer for few rows"),
     Default(represent.MatryoshkaIndex, "shortlist", 200, "Kusupati et al. (2022)"),
     Default(nn.MatryoshkaLinear, "efficient", False, "RAIVNLab/MRL"),

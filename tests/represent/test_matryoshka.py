@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.represent import Matryoshka, Truncated, truncate
@@ -99,6 +100,18 @@ def test_labels_bring_the_classes_into_the_first_coordinates(kind, tmp_path):
         torch.testing.assert_close(basis.mT @ basis, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-9)
         again = Matryoshka(**model.get_params()).fit(x, names)
         np.testing.assert_array_equal(again.transform(x), model.transform(x))
+
+
+@pytest.mark.parametrize("kind", ["rotation", "linear", "mlp"])
+def test_what_nothing_was_set_for_is_trained_enough(kind):
+    pytest.importorskip("lightning")
+    x, labels = planted(1000)
+    test, truth = planted(1000, seed=5)
+    model = Matryoshka((3, 16), kind, hidden=32, random_state=0).fit(x, labels)
+    pca = Matryoshka((3, 16)).fit(x)
+    first, last = (model.logits(test).argmax(-1) == truth).mean(1)
+    assert first > accuracy(pca.shorten(test, 3), truth) + 0.15
+    assert last > LogisticRegression().fit(x, labels).score(test, truth) - 0.1
 
 
 def test_pairs_bring_what_they_share_into_the_first_coordinates():

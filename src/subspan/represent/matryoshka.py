@@ -49,8 +49,9 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     `temperature` in the batch; None → every prefix keeps the batch's cosines.
     dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
     which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
-    epochs, learning_rate, weight_decay, dims_per_step: of the training. batch_size: None for 256 rows, of few rows so
-    many (32 at least) that an epoch has 32 steps. trainer: options of Lightning's Trainer (devices, callbacks, …).
+    learning_rate: None for 3e-3, and 1e-2 for a linear map or a rotation with labels, whose heads have further to go.
+    batch_size: None for 256 rows, of few rows so many (32 at least) that an epoch has 32 steps. epochs, weight_decay,
+    dims_per_step: of the training. trainer: options of Lightning's Trainer (devices, callbacks, progress, …).
     Attributes: dims_; adapter_, a torch module; subspace_, for "pca" and "rotation", whose `truncate` and `split` are
     the nested subspaces; heads_ and classes_, where trained with labels; losses_, the mean loss of each epoch.
     """
@@ -67,7 +68,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         temperature: Any = 0.05,
         epochs: Any = 15,
         batch_size: Any = None,
-        learning_rate: Any = 3e-3,
+        learning_rate: Any = None,
         weight_decay: Any = 1e-4,
         dims_per_step: Any = None,
         trainer: Any = None,
@@ -174,6 +175,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         rows = rows.detach().float().cpu()
         target, objective, classes = self._target(y, rows)
+        usual = 1e-2 if objective == "labels" and self.kind != "mlp" else 3e-3
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(check_random_state(self.random_state).randint(2**31)))
             options: Any = {"basis": basis, "shift": shift, "scale": scale, "hidden": self.hidden}
@@ -185,7 +187,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 num_classes=classes,
                 efficient=self.efficient,
                 temperature=self.temperature,
-                learning_rate=self.learning_rate,
+                learning_rate=usual if self.learning_rate is None else self.learning_rate,
                 weight_decay=self.weight_decay,
                 dims_per_step=self.dims_per_step,
             )
