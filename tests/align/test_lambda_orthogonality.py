@@ -221,8 +221,18 @@ def test_the_maps_survive_a_file(tmp_path, backward, forward):
     assert loaded.orthogonality_defect_ == pytest.approx(model.orthogonality_defect_)
     assert loaded.get_params()["backward"] == backward
     model.map_.save(tmp_path / "map.safetensors")
-    with pytest.raises(ValueError, match="holds affine-map"):
+    with pytest.raises(ValueError, match="holds 'affine-map'"):
         LambdaOrthogonalAdapter.load(tmp_path / "map.safetensors")
+
+
+def test_a_map_without_a_limit_survives_a_file(tmp_path):
+    new, old = pairs(80)
+    for option in ("lam", "lam_rel"):
+        model = quick(**{option: math.inf}).fit(new, old)
+        model.save(tmp_path / "adapter.safetensors")
+        loaded = LambdaOrthogonalAdapter.load(tmp_path / "adapter.safetensors")
+        assert loaded.lam_ == loaded.get_params()[option] == math.inf
+        torch.testing.assert_close(loaded.transform(new), model.transform(new))
 
 
 def test_few_pairs_and_a_worse_new_model_are_warned_of():

@@ -5,10 +5,11 @@ The objective is Ricci et al.'s (NeurIPS 2025, arXiv 2509.16664).
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,12 +42,14 @@ _FORWARD = ("affine", "mlp")
 _STARTS = ("procrustes", "identity")
 _COMPARED_ROWS = 1000
 _KIND = "lambda-orthogonal-adapter"
+# JSON has no infinity.
+_UNBOUNDED = "inf"
 _OPTIONS: Schema = {
     "backward": str,
     "forward": str,
-    "lam": float | None,
-    "lam_rel": float | None,
-    "alpha": float,
+    "lam": float | Literal["inf"] | None,
+    "lam_rel": float | Literal["inf"] | None,
+    "alpha": float | None,
     "penalty": float,
     "weights": list[float],
     "temperature": float,
@@ -57,7 +60,7 @@ _OPTIONS: Schema = {
     "safeguard": bool,
     "learning_rate": float,
     "weight_decay": float,
-    "batch_size": int,
+    "batch_size": int | None,
     "epochs": int,
     "random_state": None,
 }
@@ -359,15 +362,19 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         arrays = {f"backward.{name}": value for name, value in self.backward_.state_dict().items()}
         arrays |= {f"forward.{name}": value for name, value in self.forward_.state_dict().items()}
         options = self.get_params() | {"weights": [float(value) for value in self.weights], "random_state": None}
-        save_arrays(path, _KIND, arrays, options=options, d=[self.n_features_in_, self.n_features_old_], lam=self.lam_)
+        options |= {name: _UNBOUNDED for name in ("lam", "lam_rel") if options[name] == math.inf}
+        lam = _UNBOUNDED if self.lam_ == math.inf else self.lam_
+        save_arrays(path, _KIND, arrays, options=options, d=[self.n_features_in_, self.n_features_old_], lam=lam)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LambdaOrthogonalAdapter:
         """Read a file written by `save`. Raises ValueError when it is not one."""
         schema = {"backward.*": Float[Tensor, "..."], "forward.*": Shaped[Tensor, "..."]}
-        kept = {"options": _OPTIONS, "d": list[int], "lam": float}
+        kept = {"options": _OPTIONS, "d": list[int], "lam": float | Literal["inf"]}
         with saved_object(path, _KIND, schema, kept) as (arrays, facts):
-            model = cls(**facts["options"])
+            options = facts["options"]
+            options |= {name: math.inf for name in ("lam", "lam_rel") if options[name] == _UNBOUNDED}
+            model = cls(**options)
             model._check_parameters()
             d_new, d_old = facts["d"]
             first = arrays["forward.0.weight" if model.forward == "mlp" else "forward.weight"]
@@ -380,7 +387,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             for part, prefix in ((backward, "backward."), (forward, "forward.")):
                 set_state(part, {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             model._n_features_out = model.n_features_in_ = d_new
-            model.n_features_old_, model.lam_, model.history_ = d_old, facts["lam"], []
+            model.n_features_old_, model.lam_, model.history_ = d_old, float(facts["lam"]), []
             model._keep(backward, forward)
             return model
 
