@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from subspan import cli
+from subspan.base.outputs import Output, Outputs
 
 FILES = {
     "x.npy": np.arange(24.0).reshape(8, 3), "good.npy": np.arange(15.0).reshape(5, 3), "labels.npy": np.arange(8),
@@ -180,3 +183,29 @@ def test_of_two_runs_with_one_output_the_second_is_refused(
     assert codes == [2]
     assert "y.csv' is being written by another process" in capsys.readouterr().err
     assert sorted(os.listdir()) == ["x.npy", "y.csv"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be forked")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_asked_to_end_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    number = getattr(signal, name)
+
+    def work() -> int:
+        with Outputs(Output("-o", tmp_path / "y.csv")) as outputs:
+            outputs[tmp_path / "y.csv"].write_text("half")
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        return 0
+
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, signal.SIG_DFL)
+        monkeypatch.setattr(cli, "run", work)
+        try:
+            cli.main()
+        except SystemExit as ended:
+            os._exit(int(ended.code or 0))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert os.listdir(tmp_path) == []

@@ -82,7 +82,16 @@ def main() -> None:
     if hasattr(signal, "SIGPIPE"):
         # Where the reader of the output leaves early (`subspan list | head`), end like any other command.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for name in ("SIGTERM", "SIGHUP"):
+        # Asked to end, tidy up first; what is ignored (by nohup) stays so.
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
     sys.exit(run())
+
+
+def _end(number: int, _: Any) -> None:
+    sys.exit(128 + number)
 
 
 def run(arguments: list[str] | None = None) -> int:

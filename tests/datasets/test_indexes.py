@@ -228,6 +228,34 @@ def test_a_run_with_another_map_does_not_resume(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.load(tmp_path / "y.npy", allow_pickle=False), 2 * turned(ROWS), atol=1e-5)
 
 
+@pytest.mark.parametrize("changed", ["a.npy", "b.npy", "c.npy"])
+@pytest.mark.parametrize("time_kept", [True, False])
+def test_a_shard_that_changed_meanwhile_is_not_resumed(tmp_path: Path, changed: str, time_kept: bool) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for place, name in enumerate(("a.npy", "b.npy", "c.npy")):
+        np.save(shards / name, ROWS[200 * place : 200 * (place + 1)])
+
+    def stopped(rows: np.ndarray) -> np.ndarray:
+        if rows[0, 0] == ROWS[300, 0]:
+            raise KeyboardInterrupt
+        return turned(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_index(open_index(shards), tmp_path / "y.npy", stopped, 12, key="one", block=100)
+    before = (shards / changed).stat()
+    rows = np.load(shards / changed, allow_pickle=False) + 1
+    np.save(shards / changed, rows)
+    if time_kept:
+        os.utime(shards / changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    source = open_index(shards)
+    with pytest.warns(UserWarning, match="of other vectors"):
+        facts = write_index(source, tmp_path / "y.npy", turned, 12, key="one", block=100)
+    assert facts["resumed_at"] == 0
+    wanted = np.concatenate([np.load(shards / name, allow_pickle=False) for name in ("a.npy", "b.npy", "c.npy")])
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy", allow_pickle=False), turned(wanted), atol=1e-5)
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", ROWS)
 

@@ -137,7 +137,8 @@ def written_together(targets: Sequence[Target], *, exclusive: bool = True) -> It
             written = [draft for draft in drafts if draft.temporary.exists()]
             for draft in written:
                 _settle(draft)
-            _rename_together(sorted(written, key=lambda draft: draft.target.resumable))
+            # Pipes first, as writing to one may fail or end the process; what can be resumed last.
+            _rename_together(sorted(written, key=lambda draft: (not is_device(draft.place), draft.target.resumable)))
 
 
 class _Draft(NamedTuple):

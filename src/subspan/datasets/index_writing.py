@@ -49,7 +49,7 @@ def check_destination(source: StoredVectors, destination: str | os.PathLike[str]
     path = Path(destination)
     if str(destination).startswith(("http://", "https://")):
         raise ValueError(f"{str(destination)!r}: give the address of a server as a client, with its collection")
-    origin = Path(source.source.removesuffix(f" ({source.details.get('collection')})"))
+    origin = _origin(source)
     if origin.exists() and path.resolve() == origin.resolve():
         raise ValueError(f"{str(path)!r} is the original, which is never overwritten; choose another name")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -156,19 +156,24 @@ def _finite(rows: np.ndarray, columns: int, source: StoredVectors, start: int) -
     return rows
 
 
+def _origin(source: StoredVectors) -> Path:
+    """The file or folder that holds a collection; a path that leads nowhere for what is in memory or on a server."""
+    return Path(source.details.get("file", source.source).removesuffix(f" ({source.details.get('collection')})"))
+
+
 def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, block: int, form: str) -> str:
     """What must be the same for a run to be resumed."""
     digest = hashlib.sha256()
     stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
-    path = Path(source.details.get("file", source.source))
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    path = _origin(source)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             stat = file.stat()
             stamp += [file.name, stat.st_size, stat.st_mtime_ns]
     digest.update(json.dumps(stamp).encode())
     digest.update(np.ascontiguousarray(source.ids).tobytes())
     if not hasattr(source.values, "stream"):  # files that are read as a stream have a time; one row costs a pass
-        digest.update(source.take(np.array([0, len(source) - 1])).tobytes())
+        digest.update(source.take(np.linspace(0, len(source) - 1, _CHECKED).astype(np.int64)).tobytes())
     return digest.hexdigest()
 
 
