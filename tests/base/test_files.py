@@ -12,7 +12,7 @@ import pytest
 import torch
 from jaxtyping import Int
 
-from subspan.base.files import Target, atomic_write, remove_unfinished, temporary_folder, written_together
+from subspan.base.files import Target, atomic_write, empty, remove_unfinished, temporary_folder, written_together
 from subspan.base.saved import saved_object
 from subspan.geometry.files import save_arrays
 
@@ -199,7 +199,7 @@ def test_a_folder_may_be_made_and_renamed_into_place(tmp_path):
 
 
 @FORKS
-def test_what_can_be_resumed_is_handed_on_after_a_kill_and_after_ctrl_c_but_not_after_an_error(tmp_path):
+def test_what_can_be_resumed_is_handed_on_until_it_is_spoilt(tmp_path):
     path = tmp_path / "x.npy"
     killed_while_writing(path, resumable=True)
     with atomic_write(tmp_path / "other.txt") as unfinished:
@@ -207,16 +207,26 @@ def test_what_can_be_resumed_is_handed_on_after_a_kill_and_after_ctrl_c_but_not_
 
     found = []
 
-    def run(error: BaseException) -> None:
+    def run(error: BaseException, *, spoilt: bool = False) -> None:
         with written_together([Target(path, resumable=True)]) as (unfinished,):
             found.append(unfinished.read_text() if unfinished.exists() else "nothing")
-            unfinished.write_text(found[-1] + "!")
+            if spoilt:
+                empty(unfinished.parent)
+            else:
+                unfinished.write_text(found[-1] + "!")
             raise error
 
-    for error in (KeyboardInterrupt(), ValueError(), KeyboardInterrupt()):
+    # An error before the work began is no reason to lose it; one in the midst of it is, and what it began itself goes.
+    for error, spoilt in (
+        (KeyboardInterrupt(), False),
+        (ValueError(), False),
+        (ValueError(), True),
+        (OSError(), False),
+    ):
         with pytest.raises(type(error)):
-            run(error)
-    assert found == ["half of", "half of!", "nothing"]
+            run(error, spoilt=spoilt)
+    assert found == ["half of", "half of!", "half of!!", "nothing"]
+    assert sorted(os.listdir(tmp_path)) == ["other.txt"]
 
 
 @FORKS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -96,7 +97,10 @@ def reserve(path: Path, size: int) -> None:
     with path.open("r+b") as stream:
         try:
             os.posix_fallocate(stream.fileno(), 0, size)
-        except AttributeError:  # a system without it
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            # A system or file system without it: what is written is there.
             stream.seek(0, os.SEEK_END)
             while (missing := size - stream.tell()) > 0:
                 stream.write(bytes(min(missing, 1 << 24)))
@@ -254,15 +258,16 @@ def temporary_folder(
 
     A folder, as some writers make temporary files of their own beside the one that they are asked for. resumable: it
     stays where the process is killed or stopped (after_errors: and where it fails), and the next run with the same
-    target gets it as it was left. exclusive (resumable is that too): where a living process is writing `target` that is
-    a ValueError, or waited for.
+    target gets it as it was left; where that one fails it stays too, unless `empty` was called. exclusive (resumable is
+    that too): where a living process is writing `target` that is a ValueError, or waited for.
     """
     claim = _claimed(target, resumable, exclusive or resumable, wait)
     keep = False
     try:
         yield claim.folder
     except BaseException as error:
-        keep = resumable and (after_errors or not isinstance(error, Exception))
+        left = claim.adopted and any(entry.name != _MARKER for entry in claim.folder.iterdir())
+        keep = resumable and (left or after_errors or not isinstance(error, Exception))
         raise
     finally:
         _release(claim, remove=not keep)
@@ -307,24 +312,25 @@ def remove_left(folder: Path, *, resumable: bool) -> bool:
 
 
 class _Claim(NamedTuple):
-    """A folder and the handle that locks it; `held`: another process has it."""
+    """A folder and the handle that locks it; `held`: another process has it; `adopted`: an earlier run made it."""
 
     folder: Path
     handle: int | None = None
     held: bool = False
+    adopted: bool = False
 
 
 def _claimed(target: Path, resumable: bool, exclusive: bool, wait: bool) -> _Claim:
     tries = 0
     while True:
         if not exclusive or not _written_elsewhere(target):
-            adopted = _left_over(target) if resumable else None
+            left = _left_over(target) if resumable else None
             remove_unfinished(target)
-            claim = adopted or _new_folder(target, resumable)
+            claim = left or _new_folder(target, resumable)
             if not exclusive or not _written_elsewhere(target, claim.folder):
                 return claim
             # Of two that start at once each may see the other: they try again at different times.
-            _release(claim, remove=adopted is None)
+            _release(claim, remove=not claim.adopted)
         tries += 1
         if tries == _TRIES and not wait:
             raise ValueError(f"{str(target)!r} is being written by another process")
@@ -361,7 +367,7 @@ def _left_over(target: Path) -> _Claim | None:
         for folder in _folders(target.parent, _prefix(target)):
             claim = _locked(folder)
             if claim.handle is not None and _marker(folder).get("resumable"):
-                return claim
+                return claim._replace(adopted=True)
             _release(claim, remove=False)
     return None
 
@@ -405,17 +411,25 @@ def _is_ours(folder: Path) -> bool:
     """Whether it has the marker, or its process was killed before it wrote that and put nothing else in."""
     if _marker(folder).get("made by") == "subspan":
         return True
-    return all(entry.name == _MARKER and not entry.stat().st_size for entry in folder.iterdir())
+    try:
+        return all(entry.name == _MARKER and not entry.stat().st_size for entry in folder.iterdir())
+    except OSError:  # a living process has removed it meanwhile
+        return False
+
+
+def empty(folder: Path) -> None:
+    """Remove what is in a temporary folder, so that there is nothing to resume."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _MARKER:
+            entry.unlink()
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder, its marker last, so that what a kill leaves of it is still known."""
     with contextlib.suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != _MARKER:
-                entry.unlink()
+        empty(folder)
         (folder / _MARKER).unlink(missing_ok=True)
         folder.rmdir()
 

@@ -12,6 +12,7 @@ the finished index in memory; a new Qdrant folder is held in memory by its clien
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from subspan.base.files import Target, naming, remove_unfinished, reserve, write_text, written_together
+from subspan.base.files import Target, empty, naming, remove_unfinished, reserve, write_text, written_together
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
 from subspan.datasets.indexes import StoredVectors, open_index
 from subspan.datasets.qdrant import QdrantRows
@@ -125,20 +126,21 @@ def write_unfinished(
     if metric == "cosine" and unfinished.suffix.lower() in FAISS_SUFFIXES:
         transform = _to_unit(transform)
     kind = _Qdrant if unfinished.suffix == "" else _File
-    target = kind(source, unfinished, columns, metric, key, block or source.block_rows)
     try:
-        resumed = target.done
-        for start, rows in source.blocks(target.block, start=target.done):
-            mapped = _finite(transform(rows), columns, source, start)
+        with contextlib.closing(kind(source, unfinished, columns, metric, key, block or source.block_rows)) as target:
+            resumed = target.done
+            for start, rows in source.blocks(target.block, start=target.done):
+                mapped = _finite(transform(rows), columns, source, start)
+                with naming(unfinished):
+                    target.append(start, mapped)
+                progress("writing", 0.8 * target.done / len(source))
             with naming(unfinished):
-                target.append(start, mapped)
-            progress("writing", 0.8 * target.done / len(source))
-        with naming(unfinished):
-            target.finish()
-    finally:
-        target.close()
-    progress("reading back", 0.8)
-    verified = verify(source, unfinished, transform, metric, progress)
+                target.finish()
+        progress("reading back", 0.8)
+        verified = verify(source, unfinished, transform, metric, progress)
+    except Exception:
+        empty(unfinished.parent)  # the next run would meet the same
+        raise
     return {"form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed, "verified": verified}
 
 
