@@ -1155,6 +1155,8 @@ def _print_upgrade(facts: dict[str, Any]) -> None:
         f"{facts['pairs']} pairs, {facts['fitted_to']} fitted to; {facts['queries']} queries among "
         f"{facts['searched']} held-out items; truth: {facts['truth']}"
     )
+    if facts["left_out"]:
+        print(f"{facts['left_out']} items of the sample are not in the index and are left out")
     if facts["few_pairs"]:
         print("fewer pairs to fit to than dimensions: the maps are kept to the directions that the pairs span")
     _print_table(

@@ -39,8 +39,20 @@ def build(factory: str, path: Path) -> Path:
     return path
 
 
-EXACT = ["Flat", "IDMap,Flat", "IDMap2,Flat", "IVF4,Flat", "HNSW8", "IDMap,HNSW8", "OPQ4,Flat"]
-CODES = ["SQ8", "IVF4,SQ8", "IDMap,PQ4x4"]
+EXACT = ["Flat", "IDMap,Flat", "IDMap2,Flat", "IVF4,Flat", "HNSW8", "IDMap,HNSW8", "OPQ4,Flat", "OPQ4,IVF4,Flat"]
+EXACT += ["IDMap,OPQ4,HNSW8", "IDMap2,IVF4,Flat", "PCAW16,Flat", "PQ4x4,RFlat"]
+CODES = ["SQ8", "IVF4,SQ8", "IDMap,PQ4x4", "OPQ4,IVF4,PQ4x4", "PCAR8,IVF4,SQ8", "PCAW8,Flat", "IVF4,PQ4x4fs", "PQ4x4fs"]
+CODES += ["IVF4,PQ4x4fsr", "L2norm,IVF4,Flat", "PCA8,HNSW8"]
+FASTEST = (
+    "Flat",
+    "IDMap2,Flat",
+    "IVF4,Flat",
+    "IDMap,HNSW8",
+    "IVF4,SQ8",
+    "OPQ4,IVF4,PQ4x4",
+    "IVF4,PQ4x4fs",
+    "PCA8,HNSW8",
+)
 
 
 @pytest.mark.parametrize("factory", EXACT + CODES)
@@ -57,7 +69,7 @@ def test_a_faiss_index_gives_its_rows_under_their_ids(factory: str, tmp_path: Pa
     np.testing.assert_allclose(blocks[places], opened.take(places), atol=1e-6)
 
 
-@pytest.mark.parametrize("factory", EXACT + CODES)
+@pytest.mark.parametrize("factory", FASTEST)
 def test_a_migrated_faiss_index_answers_as_exact_search_does(factory: str, tmp_path: Path) -> None:
     source = open_index(build(factory, tmp_path / "x.faiss"))
     before = (tmp_path / "x.faiss").read_bytes()
@@ -69,6 +81,76 @@ def test_a_migrated_faiss_index_answers_as_exact_search_does(factory: str, tmp_p
     assert type(faiss.downcast_index(index)).__name__ == facts["form"].split(" in ")[-1]
     assert (tmp_path / "x.faiss").read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["x.faiss", "y.faiss"]
+
+
+@pytest.mark.parametrize("shortened", [False, True])
+def test_rows_behind_transforms_are_undone(shortened: bool, tmp_path: Path) -> None:
+    """A map in front of an id map, as `upgrade --wrap` writes it: rows come back under their ids."""
+    inner = faiss.IndexIDMap2(faiss.IndexFlatIP(9 if shortened else D))
+    matrix = np.random.default_rng(3).normal(size=(D, inner.d)).astype(np.float32)
+    shift = np.arange(inner.d, dtype=np.float32)
+    inner.add_with_ids(ROWS @ matrix + shift, IDS)
+    linear = faiss.LinearTransform(D, inner.d, True)
+    faiss.copy_array_to_vector(np.ascontiguousarray(matrix.T).ravel(), linear.A)
+    faiss.copy_array_to_vector(shift, linear.b)
+    linear.is_trained = True
+    wrapped = faiss.IndexPreTransform(inner)
+    wrapped.prepend_transform(linear)
+    wrapped.prepend_transform(faiss.NormalizationTransform(D, 2.0))
+    faiss.write_index(wrapped, str(tmp_path / "x.faiss"))
+    opened = open_index(tmp_path / "x.faiss")
+    assert opened.form == "IndexFlatIP in IndexIDMap2 in IndexPreTransform"
+    kept = ROWS @ matrix @ np.linalg.pinv(matrix)
+    np.testing.assert_allclose(opened.take(opened.positions(IDS)), kept, atol=2e-4)
+    assert not opened.exact
+
+
+def test_ids_that_were_removed_are_not_there(tmp_path: Path) -> None:
+    index = faiss.index_factory(D, "IVF4,Flat")
+    index.train(ROWS)
+    index.add_with_ids(ROWS, IDS)
+    index.remove_ids(IDS[:50].astype(np.int64))
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    opened = open_index(tmp_path / "x.faiss")
+    assert len(opened) == N - 50
+    place, known = opened.look_up(IDS)
+    assert known.tolist() == [False] * 50 + [True] * (N - 50)
+    np.testing.assert_array_equal(opened.take(place[known]), ROWS[50:])
+
+
+def refused(path: Path, what: str) -> None:
+    if what == "bits":
+        bits = faiss.IndexBinaryFlat(D)
+        bits.add(np.packbits(ROWS > 0, axis=1))
+        faiss.write_index_binary(bits, str(path))
+        return
+    index = faiss.index_factory(D, {"LSH of ITQ": "ITQ8,LSH", "dedup": "IVF4,FlatDedup"}.get(what, "IDMap,Flat"))
+    rows = np.concatenate([ROWS[:800], ROWS[:100]]) if what == "dedup" else ROWS
+    index.train(rows)
+    if what == "repeated":
+        index.add_with_ids(rows, IDS // 3 * 3)
+    else:
+        index.add(rows)
+    faiss.write_index(index, str(path))
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("bits", "binary index, of bits, .* give the vectors that it was made of"),
+        ("LSH of ITQ", "cannot be taken out again; give them as a table"),
+        ("dedup", "counts 900 vectors and holds 800 under 800 ids; give them as a table"),
+        ("repeated", r"occurs more than once: \d+ ids for 900 vectors; number the vectors themselves"),
+    ],
+)
+def test_an_index_whose_vectors_cannot_be_had_is_refused_with_what_would_be_right(
+    what: str, message: str, tmp_path: Path
+) -> None:
+    refused(tmp_path / "x.faiss", what)
+    with pytest.raises(ValueError, match=message) as error:
+        open_index(tmp_path / "x.faiss")
+    assert "x.faiss" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["fixed", "variable", "columns"])

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def open_faiss(path: Path) -> dict[str, Any]:
     direct = _open_flat(path)
     if direct is not None:
         return direct
+    with path.open("rb") as stream:
+        kind = stream.read(4)
+    if kind.startswith(b"IB"):
+        raise ValueError(
+            f"{str(path)!r} is a binary index, of bits, which no linear map takes; give the vectors that it was made "
+            "of as a table or as an index of floats"
+        )
     # FAISS's mapped reader lets a cut within the last value of a file pass; the plain one does not.
     index, owner = read_index(path, mapped=False)
     return _describe(index, owner, str(path))
@@ -47,7 +55,7 @@ def read_index(path: str | os.PathLike[str], *, mapped: bool = True) -> tuple[An
     faiss = require("faiss", extra="index")
     try:
         owner = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         reason = str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]
         raise ValueError(f"{os.fspath(path)!r} is not a whole FAISS index ({reason})") from error
     return faiss.downcast_index(owner), owner
@@ -220,8 +228,8 @@ class _Lists:
         blocks = []
         for number in range(first, last + 1):
             offset = int(self.starts[number])
-            rows = slice(max(0, start - offset), min(stop, int(self.starts[number + 1])) - offset)
-            if rows.stop > rows.start:
+            rows = np.arange(max(0, start - offset), min(stop, int(self.starts[number + 1])) - offset)
+            if len(rows):
                 blocks.append(self._decoded(number, rows))
         return np.concatenate(blocks)
 
@@ -233,8 +241,10 @@ class _Lists:
             taken[here] = self._decoded(int(number), indices[here] - self.starts[number])
         return taken
 
-    def _decoded(self, number: int, rows: Any) -> np.ndarray:
+    def _decoded(self, number: int, rows: np.ndarray) -> np.ndarray:
         faiss = require("faiss", extra="index")
+        if isinstance(self.index, faiss.IndexIVFFastScan):
+            return self._unpacked(number, rows)
         lists = self.index.invlists
         size, width = lists.list_size(number), lists.code_size
         codes = faiss.rev_swig_ptr(lists.get_codes(number), size * width).reshape(size, width)[rows]
@@ -242,68 +252,128 @@ class _Lists:
         prefix = np.frombuffer(number.to_bytes(self.index.sa_code_size() - width, "little"), np.uint8)
         return self.index.sa_decode(np.hstack([np.broadcast_to(prefix, (len(codes), len(prefix))), codes]))
 
+    def _unpacked(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Rows of a fast-scan list, which interleaves the codes of a block of vectors."""
+        faiss = require("faiss", extra="index")
+        lists = faiss.downcast_InvertedLists(self.index.invlists)
+        count = -(-lists.list_size(number) // lists.n_per_block)
+        blocks = faiss.rev_swig_ptr(lists.get_codes(number), count * lists.block_size).reshape(count, -1)
+        # FAISS's own decoder of these dereferences what reading a file leaves unset.
+        found = self.index.pq.decode(np.stack([lists.packer.unpack_1(blocks, int(row)) for row in rows]))
+        return found + self.index.quantizer.reconstruct(number) if self.index.by_residual else found
+
+
+@dataclass(frozen=True)
+class _Undone:
+    """Rows behind transforms, which are undone (the least-squares inverse of those that shorten)."""
+
+    stored: Any
+    columns: int
+    steps: tuple[Callable[[np.ndarray], np.ndarray], ...] = field(repr=False)
+    dtype: np.dtype = field(default_factory=lambda: np.dtype(np.float32))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.columns
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._undo(self.stored.read(start, stop))
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        return self._undo(self.stored.take(indices))
+
+    def _undo(self, rows: np.ndarray) -> np.ndarray:
+        for step in self.steps:
+            rows = np.ascontiguousarray(step(rows), np.float32)
+        return rows
+
 
 def _describe(index: Any, owner: Any, source: str) -> dict[str, Any]:
     faiss = require("faiss", extra="index")
     _refuse_empty(int(index.ntotal), source)
     if index.metric_type not in (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2):
         raise ValueError(f"{source}: ranks by FAISS metric {index.metric_type}; inner product or L2 is needed")
-    form, ids, id_map, numbered = type(index).__name__, None, None, True
-    if isinstance(index, faiss.IndexIDMap):
-        id_map, numbered = type(index).__name__, False
-        ids = faiss.vector_to_array(index.id_map).astype(np.int64)
-        index = faiss.downcast_index(index.index)
-        form = f"{type(index).__name__} in {id_map}"
+    metric, columns, total = _METRICS[index.metric_type], int(index.d), int(index.ntotal)
+    around, ids, id_map = [], None, None
+    chain: list[Any] = []
+    while isinstance(index, faiss.IndexIDMap | faiss.IndexPreTransform | faiss.IndexRefine):
+        around.append(type(index).__name__)
+        if isinstance(index, faiss.IndexIDMap):
+            id_map, ids = type(index).__name__, faiss.vector_to_array(index.id_map).astype(np.int64)
+        elif isinstance(index, faiss.IndexPreTransform):
+            chain += [faiss.downcast_VectorTransform(index.chain.at(place)) for place in range(index.chain.size())]
+        index = faiss.downcast_index(index.refine_index if isinstance(index, faiss.IndexRefine) else index.index)
+    form = " in ".join([type(index).__name__, *reversed(around)])
     details: dict[str, Any] = {"id_map": id_map, "kind": "other"}
-    exact, core = True, index
-    if isinstance(index, faiss.IndexPreTransform):
-        exact = all(_is_undone(index.chain.at(place)) for place in range(index.chain.size()))
-        core = faiss.downcast_index(index.index)
-        form = form.replace("IndexPreTransform", f"{type(core).__name__} in IndexPreTransform")
-    storage = faiss.downcast_index(core.storage) if hasattr(core, "storage") else core
-    exact = exact and isinstance(storage, faiss.IndexFlat | faiss.IndexIVFFlat)
-    if isinstance(core, faiss.IndexIVF) and core is index:
-        lists = core.invlists
-        sizes = [lists.list_size(number) for number in range(core.nlist)]
+    numbered = ids is None
+    if isinstance(index, faiss.IndexIVF):
+        lists = index.invlists
+        sizes = [lists.list_size(number) for number in range(index.nlist)]
         inside = [faiss.rev_swig_ptr(lists.get_ids(number), size).copy() for number, size in enumerate(sizes) if size]
-        within = np.concatenate(inside).astype(np.int64)
-        # Ids that were counted and ids that were given cannot be told apart: a full count reads as row numbers.
-        numbered = ids is None and np.array_equal(np.sort(within), np.arange(len(within)))
-        ids = within if ids is None else ids[within]
-        values: Any = _Lists(core, owner, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
-        details |= {"kind": "ivf", "nlist": int(core.nlist), "nprobe": int(core.nprobe)}
-    elif isinstance(core, faiss.IndexIVF):
-        raise ValueError(
-            f"{source}: {form} is not read; give its vectors as a table with --index-ids, or its IVF alone"
-        )
+        within = np.concatenate(inside).astype(np.int64) if inside else np.empty(0, np.int64)
+        if ids is None:
+            # Ids that were counted and ids that were given cannot be told apart: a full count reads as row numbers.
+            numbered = np.array_equal(np.sort(within), np.arange(len(within)))
+            ids = within
+        elif len(within) == len(ids) and within.min() >= 0 and within.max() < len(ids):
+            ids = ids[within]
+        values: Any = _Lists(index, owner, np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64))
+        details |= {"kind": "ivf", "nlist": int(index.nlist), "nprobe": int(index.nprobe)}
     else:
         values = _Reconstructed(index, owner)
-        if hasattr(core, "hnsw") and core is index:
-            details |= {"kind": "hnsw", "m": int(core.hnsw.nb_neighbors(1)), "ef": int(core.hnsw.efConstruction)}
-        try:
-            values.read(0, 1)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{source}: the vectors of {form} cannot be taken out again; give them as a table"
-            ) from error
+        if hasattr(index, "hnsw"):
+            details |= {"kind": "hnsw", "m": int(index.hnsw.nb_neighbors(1)), "ef": int(index.hnsw.efConstruction)}
+    if values.shape[0] != total or (ids is not None and len(ids) != total):
+        raise ValueError(
+            f"{source}: {form} counts {total} vectors and holds {values.shape[0]} under "
+            f"{total if ids is None else len(ids)} ids; give them as a table, one row an id"
+        )
+    try:
+        if chain:
+            values = _Undone(values, columns, tuple(_reverse(transform) for transform in reversed(chain)))
+        # One alone first: what FAISS raises among several ends the process.
+        values.take(np.array([0]))
+    except (RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{source}: the vectors of {form} cannot be taken out again; give them as a table (.npy, .parquet), with "
+            "--index-ids where their ids are no row numbers"
+        ) from error
+    storage = faiss.downcast_index(index.storage) if hasattr(index, "storage") else index
     return {
         "source": source,
         "form": form,
         "values": values,
-        "ids": np.arange(int(index.ntotal)) if ids is None else ids,
-        "metric": _METRICS[index.metric_type],
-        "exact": exact,
+        "ids": np.arange(total) if ids is None else ids,
+        "metric": metric,
+        "exact": isinstance(storage, faiss.IndexFlat | faiss.IndexIVFFlat) and all(map(_is_undone, chain)),
         "numbered": numbered,
         "details": details,
     }
 
 
-def _is_undone(transform: Any) -> bool:
-    """Whether a transform loses nothing: a rotation, or an orthonormal map that does not shorten."""
+def _linear(transform: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(matrix, bias) of a linear transform."""
     faiss = require("faiss", extra="index")
-    transform = faiss.downcast_VectorTransform(transform)
+    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    bias = faiss.vector_to_array(transform.b) if transform.have_bias else np.zeros(transform.d_out, np.float32)
+    return matrix, bias
+
+
+def _reverse(transform: Any) -> Callable[[np.ndarray], np.ndarray]:
+    faiss = require("faiss", extra="index")
+    if not isinstance(transform, faiss.LinearTransform):
+        return transform.reverse_transform
+    matrix, bias = _linear(transform)
+    # The transform's own word on whether it is orthonormal is not kept in files, and wrong for a whitening one.
+    inverse = np.linalg.pinv(matrix.astype(np.float64))
+    return lambda rows: (rows - bias) @ inverse.T
+
+
+def _is_undone(transform: Any) -> bool:
+    """Whether a transform loses nothing."""
+    faiss = require("faiss", extra="index")
     linear = isinstance(transform, faiss.LinearTransform)
-    return linear and bool(transform.is_orthonormal) and transform.d_out >= transform.d_in
+    return linear and int(np.linalg.matrix_rank(_linear(transform)[0])) == transform.d_in
 
 
 def _refuse_empty(n: int, source: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
 from subspan.datasets.qdrant import is_qdrant, open_qdrant
@@ -108,6 +108,19 @@ class StoredVectors:
 
     def positions(self, ids: Shaped[np.ndarray, " k"], *, name: str = "ids") -> Int[np.ndarray, " k"]:
         """Where the vectors of these ids are. Raises ValueError for repeated and for unknown ids."""
+        place, known = self.look_up(ids, name=name)
+        unknown = np.flatnonzero(~known)
+        if len(unknown):
+            raise ValueError(
+                f"{name}: {len(unknown)} of {len(ids)} ids are not in {self.source} (the first is "
+                f"{str(ids[unknown[0]])!r})"
+            )
+        return place
+
+    def look_up(
+        self, ids: Shaped[np.ndarray, " k"], *, name: str = "ids"
+    ) -> tuple[Int[np.ndarray, " k"], Bool[np.ndarray, " k"]]:
+        """Where the vectors of these ids are, and which of the ids there are. Raises ValueError for repeated ids."""
         own, wanted = self.ids, np.asarray(ids)
         if self.kind == "qdrant" and wanted.dtype.kind == "U":
             wanted = np.array([point_id(text) for text in wanted.tolist()], dtype=str)
@@ -117,13 +130,7 @@ class StoredVectors:
         order = np.argsort(own, kind="stable")
         place = np.minimum(np.searchsorted(own, wanted, sorter=order), len(own) - 1)
         found = order[place]
-        unknown = np.flatnonzero(own[found] != wanted)
-        if len(unknown):
-            example = str(wanted[unknown[0]])
-            raise ValueError(
-                f"{name}: {len(unknown)} of {len(wanted)} ids are not in {self.source} (the first is {example!r})"
-            )
-        return found
+        return found, own[found] == wanted
 
     def norms(self) -> tuple[float, float]:
         """(smallest, largest) length of a vector: one pass over all of them."""
@@ -223,7 +230,13 @@ def open_index(
             opened = _open_table(path, column, id_column)
     if ids is not None:
         opened = _with_ids(opened, Path(ids))
-    check_unique(opened.ids, opened.source)
+    try:
+        check_unique(opened.ids, opened.source)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}: {len(np.unique(opened.ids))} ids for {len(opened)} vectors; number the vectors themselves, and "
+            "keep beside which item each is of"
+        ) from error
     return opened
 
 

@@ -45,13 +45,15 @@ _SHARES = tuple(share / 10 for share in range(11))
 class Pairs:
     """Old and new vectors of the same items: the sample of an upgrade.
 
-    positions: where the items are in the collection. labels: one an item, or None.
+    positions: where the items are in the collection. labels: one an item, or None. left_out: items of the sample that
+    the collection does not have.
     """
 
     positions: Int[np.ndarray, " m"]
     old: Float[np.ndarray, "m d"]
     new: Float[np.ndarray, "m e"]
     labels: Shaped[np.ndarray, " m"] | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -90,8 +92,8 @@ def pair(
 ) -> Pairs:
     """The items of the sample, found in the index by id; by row where neither has ids and both have as many rows.
 
-    most: a larger sample is drawn from at random. Raises ValueError for unknown ids, for another number of rows where
-    there are no ids, and for fewer than 60 pairs.
+    most: a larger sample is drawn from at random. Items that the index no longer has are left out. Raises ValueError
+    where those are more than half, for another number of rows where there are no ids, and for fewer than 60 pairs.
     """
     if sample.numbered and len(sample) != len(index):
         raise ValueError(
@@ -102,20 +104,25 @@ def pair(
         if index.details.get("kind") == "ivf":
             raise ValueError(f"{sample.source}: an inverted file keeps no order of rows; give the ids of the sample")
         # By row: the sample has what the index has, in its order.
-        positions = np.arange(len(index))
+        positions, known = np.arange(len(index)), np.ones(len(index), bool)
     else:
-        positions = index.positions(sample.ids, name=sample.source)
+        positions, known = index.look_up(sample.ids, name=sample.source)
+        if 2 * known.sum() < len(sample):
+            index.positions(sample.ids, name=sample.source)
     if labels is not None and len(labels) != len(sample):
         raise ValueError(f"--labels: {len(labels)} labels for {len(sample)} rows of {sample.source}")
-    if len(sample) < FEWEST_PAIRS:
+    chosen = np.flatnonzero(known)
+    if len(chosen) < FEWEST_PAIRS:
         raise ValueError(
-            f"{sample.source}: {len(sample)} pairs; at least {FEWEST_PAIRS} are needed to fit and to judge"
+            f"{sample.source}: {len(chosen)} pairs; at least {FEWEST_PAIRS} are needed to fit and to judge"
         )
-    chosen = np.arange(len(sample))
-    if len(sample) > most:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(sample), most, replace=False))
+    if len(chosen) > most:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, most, replace=False))
     positions = positions[chosen]
-    return Pairs(positions, index.take(positions), sample.take(chosen), None if labels is None else labels[chosen])
+    return Pairs(
+        positions, index.take(positions), sample.take(chosen), None if labels is None else labels[chosen],
+        int(np.sum(~known)),
+    )  # fmt: skip
 
 
 def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float, float]) -> str:

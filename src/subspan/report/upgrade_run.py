@@ -96,6 +96,7 @@ def run_upgrade(
         "sample": {"source": new.source, "n": len(new), "d": new.shape[1], "form": new.form},
         "metric": ranked,
         "pairs": len(pairs),
+        "left_out": pairs.left_out,
         "seed": seed,
     }
     named = {name: str(path) for name, path in files.named().items()}
