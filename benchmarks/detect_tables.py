@@ -201,8 +201,8 @@ def hosts(development: bool) -> dict[str, np.ndarray]:
 def detectors() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Scores of the rows that a detector is fitted to, higher = stranger."""
     return {
-        "SubspaceDetector": lambda x: SubspaceDetector(0.9).fit(x).anomaly_score(x),
-        "residual": lambda x: SubspaceDetector(0.9, distance="residual").fit(x).anomaly_score(x),
+        "SubspaceDetector": lambda x: SubspaceDetector().fit(x).anomaly_score(x),
+        "residual": lambda x: SubspaceDetector(distance="residual").fit(x).anomaly_score(x),
         "PCA (PyOD)": lambda x: PCA(random_state=0).fit(x).decision_scores_,
         "ECOD (PyOD)": lambda x: ECOD().fit(x).decision_scores_,
         "isolation forest": lambda x: IForest(random_state=0).fit(x).decision_scores_,

@@ -23,7 +23,7 @@ from record import Record, parser, peak, timed
 def ours(normal, official):
     from subspan.detect import SubspaceDetector
 
-    detector = SubspaceDetector(0.99)
+    detector = SubspaceDetector(0.99, distance="residual")
     batches = np.array_split(normal, max(1, len(normal) // 8192))
 
     def fit():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -241,6 +242,33 @@ def test_detect_scores_every_row(run: Callable[..., Ran], table: Path) -> None:
         scores = list(csv.DictReader(stream))
     assert len(scores) == 120
     assert max(scores, key=lambda entry: float(entry["score"]))["row"] == "17"
+
+
+def test_detect_finds_as_many_outliers_as_the_report_that_recommends_it(
+    run: Callable[..., Ran], rows: np.ndarray
+) -> None:
+    rows = rows.copy()
+    rows[[5, 90]] *= [[10.0], [30.0]]
+    rows[60] = 1.0
+    np.save("rows.npy", rows)
+    assert run("report", "rows.npy", "-o", "page.html", "--json", "facts.json").code == 0
+    reported = json.loads(Path("facts.json").read_text())["outliers"]
+    recommended = re.search(r"subspan (detect rows\.npy [^<]*)", Path("page.html").read_text())
+    assert recommended is not None
+    found = json.loads(run(*recommended.group(1).split(), "--json").out)
+    assert found["outliers"] == reported["beyond_fence"] >= 3
+    assert [entry["row"] for entry in found["top"][:6]] == [entry["row"] for entry in reported["examples"][:6]]
+    assert {entry["row"] for entry in found["top"][:3]} >= {5, 90}
+
+
+@pytest.mark.parametrize("distance", ["combined", "residual", "mahalanobis", "euclidean", "cosine"])
+def test_detect_by_a_distance_of_choice(run: Callable[..., Ran], table: Path, rows: np.ndarray, distance: str) -> None:
+    from subspan.detect import SubspaceDetector
+
+    ran = run("detect", table, "--distance", distance, "--rank", "4", "--json", "-o", "scores.npy")
+    assert json.loads(ran.out)["distance"] == distance
+    expected = SubspaceDetector(4, distance=distance).fit(rows).anomaly_score(rows)
+    np.testing.assert_allclose(np.load("scores.npy"), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_detect_fits_to_other_rows(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:

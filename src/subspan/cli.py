@@ -299,7 +299,16 @@ def detect(
     ] = None,
     rank: Annotated[
         str | None,
-        typer.Option("--rank", "-k", help=f"{_RANKS} Rows: 0.9, images: 0.99.", show_default=False),
+        typer.Option("--rank", "-k", help=f"{_RANKS} By default 0.99.", show_default=False),
+    ] = None,
+    distance: Annotated[
+        Literal["combined", "residual", "mahalanobis", "euclidean", "cosine"] | None,
+        typer.Option(
+            help="Rows: combined (by default) = in and out of the subspace and from the mean, of standardised columns;"
+            " or of columns as they are: residual = outside the subspace, for rows fitted to good ones; mahalanobis,"
+            " euclidean = inside it; cosine.",
+            show_default=False,
+        ),
     ] = None,
     labels: Labels = None,
     by_label: Annotated[
@@ -332,7 +341,10 @@ def detect(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Score rows or images by their squared distance to the subspace of normal ones: the higher, the stranger.
+    """Score rows or images by their distance to the subspace of normal ones: the higher, the stranger.
+
+    Rows: in standard deviations beyond what is usual, whatever the units of the columns; outliers are those more than
+    three interquartile ranges above the upper quartile.
 
     An image folder (or zip) with train/good and test/… (the MVTec AD layout) is scored by patches: fitted to
     train/good, judged on test, with AUROC where there are defects.
@@ -356,12 +368,13 @@ def detect(
     from .report.inputs import is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
-    ranked = _rank(rank or ("0.99" if images else "0.9"))
+    ranked = _rank(rank or "0.99")
     with outputs:
         if table is not None and images:
-            if fit is not None or labels is not None or by_label or label_errors:
+            if fit is not None or labels is not None or by_label or label_errors or distance is not None:
                 raise ValueError(
-                    "--fit, --labels, --by-label and --label-errors do not apply to a folder with train/good and test"
+                    "--fit, --labels, --by-label, --label-errors and --distance do not apply to a folder with "
+                    "train/good and test"
                 )
             columns, facts = _detect_in_images(table, ranked, shots, rotations, seed)
         else:
@@ -372,13 +385,13 @@ def detect(
                 "skip_nan": skip_nan,
             }  # fmt: skip
             if label_errors:
-                if fit is not None or rank is not None or by_label:
+                if fit is not None or rank is not None or by_label or distance is not None:
                     raise ValueError(
-                        "--label-errors: asks the neighbours, so --fit, --rank and --by-label do not apply"
+                        "--label-errors: asks the neighbours, so --fit, --rank, --distance and --by-label do not apply"
                     )
                 columns, facts = _detect_label_errors(table, **reading)
             else:
-                columns, facts = _detect_in_rows(table, fit, ranked, by_label, **reading)
+                columns, facts = _detect_in_rows(table, fit, ranked, distance or "combined", by_label, **reading)
         order = sorted(range(len(columns["score"])), key=lambda row: -columns["score"][row])[:top]
         facts["top"] = [{name: values[row] for name, values in columns.items()} for row in order]
         if output is not None:
@@ -392,7 +405,7 @@ def detect(
 
 
 def _detect_in_rows(
-    table: str | None, fit: str | None, rank: Any, by_label: bool, **reading: Any
+    table: str | None, fit: str | None, rank: Any, distance: str, by_label: bool, **reading: Any
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     import numpy as np
 
@@ -416,19 +429,19 @@ def _detect_in_rows(
             if name is not None and len(rows) < 3:
                 raise ValueError(f"--by-label: {name!r} has {len(rows)} rows; a subspace of its own needs at least 3")
             normal = good.rows if name is None else data.take(rows)
-            detector = SubspaceDetector(rank).fit(normal)
+            detector = SubspaceDetector(rank, distance=distance, contamination="fence").fit(normal)
             for start in range(0, len(rows), 8192):
                 part = rows[start : start + 8192]
-                decision = -detector.decision_function(data.take(part))
-                scores[part] = decision - detector.offset_
-                outlying[part] = decision > 0
+                scores[part] = detector.anomaly_score(data.take(part))
+                outlying[part] = scores[part] > -detector.offset_
                 progress("scoring", (step + (start + len(part)) / len(rows)) / len(names))
     columns = {
         **_naming(data, range(len(data))),
         "score": scores.tolist(),
         "outlier": outlying.tolist(),
     }
-    return columns, {"rows": len(data), "fitted_to": len(good), "rank": rank, "outliers": int(outlying.sum())}
+    facts = {"rows": len(data), "fitted_to": len(good), "rank": rank, "distance": distance}
+    return columns, {**facts, "outliers": int(outlying.sum())}
 
 
 def _detect_label_errors(table: str | None, **reading: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:

@@ -177,7 +177,7 @@ def test_a_mean_far_from_the_origin_costs_no_digits(dtype: torch.dtype) -> None:
         torch.testing.assert_close(
             found.residual_energy(rows).double(), expected.residual_energy(rows.double()), rtol=1e-4, atol=0
         )
-    scores = SubspaceDetector(5).fit(rows.numpy()).anomaly_score(rows.numpy())
+    scores = SubspaceDetector(5, distance="residual").fit(rows.numpy()).anomaly_score(rows.numpy())
     np.testing.assert_allclose(scores, expected.residual_energy(rows.double()), rtol=1e-4)
 
 

@@ -1,7 +1,8 @@
 """Anomalies by what a principal subspace of normal data leaves over (SubspaceAD, Lendering et al., CVPR 2026).
 
 mean μ, eigenvectors C and eigenvalues λ of the covariance of normal rows; rank r by explained variance;
-score S(x) = |x - μ|² - |Cᵣᵀ(x - μ)|². Rows are anything: embeddings, table rows, or the patches of images.
+score S(x) = |x - μ|² - |Cᵣᵀ(x - μ)|². That is the score of the patches of images. For rows whose normality nobody
+vouches for it is not enough: one that is far out bends the subspace towards itself (see `combined`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,23 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
-from scipy.stats import chi2
+from scipy.stats import norm
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base.estimators import validate_data
 from subspan.base.saved import Schema, saved_object
+from subspan.detect.combined import (
+    FENCE,
+    chi_square_limit,
+    column_scale,
+    combined_limit,
+    combined_score,
+    counted_null,
+    distance_roots,
+    gaussian_null,
+)
 from subspan.detect.foreground import foreground_mask, specular_confidence, suppress_specular
 from subspan.detect.maps import aggregate, smooth, stitch, upsample, window_boxes
 from subspan.detect.rotations import RandomRotations
@@ -36,6 +47,7 @@ from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
 from subspan.models.layers import Layers
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
+DISTANCES = ("combined", "residual", "mahalanobis", "euclidean", "cosine")
 _CHUNK_BYTES = 16 << 20
 
 
@@ -50,15 +62,19 @@ def subspace_score(
     """Anomaly score (higher = more anomalous) of rows against a subspace.
 
     "residual": squared distance to the subspace; "mahalanobis": sum z_i² / (λ_i + epsilon) inside it; "euclidean":
-    sum z_i²; "cosine": 1 - cos(x, its projection). The first `drop_k` directions do not count as normal: "residual"
-    and "cosine" leave them out of the subspace, the other two out of the sum.
+    sum z_i²; "cosine": 1 - cos(x, its projection). epsilon is relative to the mean variance of a column, where the
+    subspace knows it. The first `drop_k` directions do not count as normal: "residual" and "cosine" leave them out of
+    the subspace, the other two out of the sum.
     """
+    if subspace.spectrum is not None:
+        epsilon = epsilon * float(subspace.spectrum.sum()) / subspace.ambient_dim
     if distance == "cosine":
         kept = subspace.coordinates(x)
         kept[:, :drop_k] = 0
         nearest = subspace.embed(kept)
-        norms = (torch.linalg.vector_norm(x, dim=-1) + epsilon) * (torch.linalg.vector_norm(nearest, dim=-1) + epsilon)
-        return 1 - ((x * nearest).sum(-1) / norms).clamp(-1, 1)
+        norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(nearest, dim=-1)
+        # A row at the origin has no direction, and so none that could be normal.
+        return 1 - ((x * nearest).sum(-1) / torch.where(norms > 0, norms, 1)).clamp(-1, 1)
     if distance == "residual":
         z, residual = subspace.energies(x)
         return residual + z[:, :drop_k].square().sum(-1) if drop_k else residual
@@ -69,31 +85,40 @@ def subspace_score(
         variances = subspace.variances
         if variances is None:
             raise ValueError("distance: 'mahalanobis' needs a subspace that was fitted, with variances")
-        return (z.square() / (variances[drop_k:].to(z.dtype) + epsilon)).sum(-1)
+        weights = variances[drop_k:].to(z.dtype) + epsilon
+        if bool((weights <= 0).any()):
+            raise ValueError("epsilon: a direction has no variance to divide by; choose epsilon > 0 or a lower rank")
+        return (z.square() / weights).sum(-1)
     raise ValueError(f"distance: 'residual', 'mahalanobis', 'cosine' or 'euclidean', got {distance!r}")
 
 
 class SubspaceDetector(OutlierMixin, BaseEstimator):
-    """Outlier detector for rows: the squared residual outside the principal subspace of normal rows.
+    """Outlier detector for rows: how far they lie from the principal subspace of normal rows, and out along it.
 
-    rank: explained variance in (0, 1], int, rule name or rule. distance, drop_k, epsilon: as in `subspace_score`.
-    contamination: share of the training rows (0, 0.5] that `predict` calls outliers, None for 0.01. It is counted in a
-    second look at the rows; after `partial_fit` or a one-shot iterator, the limit of a
-    Gaussian with the same spectrum is taken (Box, 1954). `calibrate` sets it from held-out normal rows instead.
+    rank: explained variance in (0, 1], int, rule name or rule. distance: "combined" = the larger of two distances of
+    standardised columns (see `subspan.detect.combined`), as standard deviations beyond what is usual among the training
+    rows; neither units nor a few strange rows among them decide. "residual" (SubspaceAD's), "mahalanobis", "euclidean",
+    "cosine": as in `subspace_score` with drop_k and epsilon, on columns as they are: scale them before where their
+    units differ, and fit to rows that are known to be normal.
+    contamination: share of the training rows (0, 0.5] that `predict` calls outliers, None for 0.01; "fence" calls so
+    what lies three interquartile ranges above the upper quartile (of the cube roots, but for "combined"), which of
+    Gaussian rows are a few in a million. It is counted in a second look at the rows; after `partial_fit` or a one-shot
+    iterator, what is usual is that of a Gaussian with the same spectrum (Box, 1954). `calibrate` sets the threshold
+    from held-out normal rows instead.
     strict: an int rank above min(n - 1, d) is an error, not a warning.
 
     `fit` takes an array or tensor (n, d), or a stream that `subspan.statistics.batches` reads: in O(d²) memory and one
     pass, with one more for the threshold where the stream can be read again.
     Fit costs O(n d² + d³), scoring O(d r) a row, what is saved d (r + 2) numbers.
-    Attributes: subspace_ (Subspace), offset_ (threshold on `score_samples`), n_features_in_, moments_ (for
-    `partial_fit`).
+    Attributes: subspace_ (Subspace; of rows divided by scale_), scale_ (d,) or None, null_ (2, 2) or None (see
+    `combined`), offset_ (threshold on `score_samples`), n_features_in_, moments_ (for `partial_fit`).
     """
 
     def __init__(
         self,
         rank: Any = 0.99,
         *,
-        distance: Any = "residual",
+        distance: Any = "combined",
         drop_k: Any = 0,
         epsilon: Any = 1e-6,
         contamination: Any = None,
@@ -115,19 +140,59 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         if is_stream(X) and not hasattr(X, "toarray"):
             self.moments_, dtype = self._streamed(X)
             self.n_features_in_ = self.moments_.d
-            self._set_subspace(self.moments_.subspace(self.rank, dtype=dtype), self.moments_.count)
+            self._fit_moments(dtype)
             if not is_one_shot(X):
-                self._set_offset(torch.cat([self._scores(part) for part in batches(X, self.batch_size)]))
+                self._look_again(batches(X, self.batch_size))
             return self
         rows = self._rows(X, reset=True, minimum=2)
         n, d = rows.shape
         if n < d:
-            self._set_subspace(Subspace.fit(rows, rank=self.rank), n)
+            self._fit_few(rows)
         else:
             self.moments_ = Moments(d, device=rows.device).update(rows)
-            self._set_subspace(self.moments_.subspace(self.rank, dtype=rows.dtype), n)
-        self._set_offset(self._scores(rows))
+            self._fit_moments(rows.dtype)
+        self._look_again([rows])
         return self
+
+    def _fit_few(self, rows: Tensor) -> None:
+        """Fit to fewer rows than columns, whose moments would be larger than they are."""
+        self.scale_ = None
+        if self.distance == "combined":
+            wide = rows.double()
+            self.scale_ = column_scale(wide.var(0), wide.mean(0), rows.dtype)
+            rows = wide / self.scale_
+        self._set_subspace(Subspace.fit(rows, rank=self.rank), len(rows))
+
+    def _fit_moments(self, dtype: torch.dtype) -> None:
+        moments, self.scale_ = self.moments_, None
+        if self.distance == "combined":
+            covariance = moments.covariance()
+            self.scale_ = column_scale(covariance.diagonal(), moments.mean, dtype)
+            subspace = Subspace.from_covariance(
+                covariance / torch.outer(self.scale_, self.scale_),
+                mean=moments.mean / self.scale_,
+                count=moments.count,
+                rank=self.rank,
+            )
+        else:
+            subspace = moments.subspace(self.rank, dtype=dtype)
+        self._set_subspace(subspace, moments.count)
+
+    def _look_again(self, parts: Iterable[Tensor]) -> None:
+        """Count what is usual, and the threshold, in the training rows."""
+        dtype, found = torch.float32, []
+        for part in parts:
+            dtype = torch.promote_types(dtype, part.dtype)
+            found.append(self._distances(part))
+        if self.distance == "combined":
+            self.null_ = counted_null(torch.cat(found))
+        scores = self._scored(torch.cat(found)).to(dtype)
+        if self.contamination != "fence":
+            self._set_offset(scores, self.contamination or 0.01)
+            return
+        power = 1 if self.distance == "combined" else 3
+        low, high = np.quantile(scores.double().cpu().numpy() ** (1 / power), (0.25, 0.75))
+        self.offset_ = -float((high + 3 * (high - low)) ** power)
 
     def partial_fit(self, X: Any, y: Any = None) -> SubspaceDetector:
         """Add normal rows (n, d) to those of earlier calls of fit and partial_fit, which moments_ holds.
@@ -143,7 +208,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         if first:
             self.moments_ = Moments(rows.shape[1], device=rows.device)
         self.moments_.update(rows)
-        self._set_subspace(self.moments_.subspace(self.rank, dtype=rows.dtype), self.moments_.count)
+        self._fit_moments(rows.dtype)
         return self
 
     def calibrate(self, X: Any, contamination: Any = 0.01) -> SubspaceDetector:
@@ -152,6 +217,9 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         _check_contamination(contamination)
         self._set_offset(self._scores(self._rows(X, reset=False)), contamination)
         return self
+
+    def _set_offset(self, scores: Tensor, contamination: Any) -> None:
+        self.offset_ = float(np.percentile(-scores.cpu().numpy(), 100.0 * contamination))
 
     def anomaly_score(self, X: Any) -> Any:
         """Score of each row (n,), higher = more anomalous."""
@@ -179,13 +247,13 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the subspace and the parameters to one safetensors file."""
         check_is_fitted(self, "subspace_")
-        _save(path, "SubspaceDetector", self.subspace_, self._facts())
+        _save(path, "SubspaceDetector", self, self._facts())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceDetector:
         """Read what `save` wrote. Raises ValueError for a damaged file or another kind of one."""
-        with saved_object(path, "SubspaceDetector", SAVED_ARRAYS, _DETECTOR | {"count": float}) as (arrays, facts):
-            return cls._from_facts(Subspace.from_arrays(arrays, facts["count"]), facts)
+        with saved_object(path, "SubspaceDetector", _ARRAYS, _DETECTOR | {"count": float}) as (arrays, facts):
+            return cls._from_facts(arrays, facts, facts["count"])
 
     def _facts(self) -> dict[str, Any]:
         parameters = self.get_params()
@@ -195,23 +263,30 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         return {"parameters": parameters, "offset": getattr(self, "offset_", None)}
 
     @classmethod
-    def _from_facts(cls, subspace: Subspace, facts: Mapping[str, Any]) -> SubspaceDetector:
+    def _from_facts(
+        cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any], count: float | None
+    ) -> SubspaceDetector:
         detector = cls(**facts["parameters"])
         detector._check_parameters()
-        detector.subspace_, detector.n_features_in_ = subspace, subspace.ambient_dim
+        own = {name: array for name, array in arrays.items() if name in SAVED_ARRAYS}
+        detector.subspace_ = Subspace.from_arrays(own, count)
+        detector.scale_, detector.null_ = arrays.get("scale"), arrays.get("null")
+        if (detector.distance == "combined") != (detector.scale_ is not None and detector.null_ is not None):
+            raise ValueError("scale, null: of the distance 'combined', and only of it")
+        detector.n_features_in_ = detector.subspace_.ambient_dim
         if facts["offset"] is not None:
             detector.offset_ = facts["offset"]
         return detector
 
     def _check_parameters(self) -> None:
         rank_rule(self.rank)
-        if self.distance not in ("residual", "mahalanobis", "cosine", "euclidean"):
-            raise ValueError(f"distance: 'residual', 'mahalanobis', 'cosine' or 'euclidean', got {self.distance!r}")
+        if self.distance not in DISTANCES:
+            raise ValueError(f"distance: {', '.join(map(repr, DISTANCES))} are known, got {self.distance!r}")
         if not isinstance(self.drop_k, int | np.integer) or self.drop_k < 0:
             raise ValueError(f"drop_k: a number of directions, 0 or more, got {self.drop_k!r}")
         if not self.epsilon >= 0:
             raise ValueError(f"epsilon: 0 or more, got {self.epsilon}")
-        if self.contamination is not None:
+        if self.contamination is not None and self.contamination != "fence":
             _check_contamination(self.contamination)
 
     def _rows(self, X: Any, *, reset: bool, minimum: int = 1) -> Tensor:
@@ -258,19 +333,34 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
                 "choose a lower rank",
                 stacklevel=3,
             )
-        limit = _gaussian_limit(subspace, self.distance, self.drop_k, self.epsilon, self.contamination or 0.01)
+        level = float(norm.sf(FENCE)) if self.contamination == "fence" else self.contamination or 0.01
+        self.null_ = None
         self.__dict__.pop("offset_", None)
-        if limit is not None:
-            self.offset_ = -limit
-
-    def _set_offset(self, scores: Tensor, contamination: Any = None) -> None:
-        level = contamination or self.contamination or 0.01
-        self.offset_ = float(np.percentile(-scores.cpu().numpy(), 100.0 * level))
+        if self.distance == "combined":
+            self.null_, correlation = gaussian_null(subspace, self.drop_k)
+            self.offset_ = -combined_limit(correlation, level)
+        elif self.distance != "cosine":
+            weights = _gaussian_weights(subspace, self.distance, self.drop_k, self.epsilon)
+            self.offset_ = -chi_square_limit(weights, level)
 
     def _scores(self, rows: Tensor) -> Tensor:
+        return self._scored(self._distances(rows)).to(rows.dtype)
+
+    def _distances(self, rows: Tensor) -> Tensor:
+        """Squared distances of rows (n,); for "combined" the roots of its two (n, 2)."""
         step = max(256, _CHUNK_BYTES // (rows.element_size() * rows.shape[1]))
         options = {"drop_k": self.drop_k, "epsilon": self.epsilon}
-        return torch.cat([subspace_score(self.subspace_, part, self.distance, **options) for part in rows.split(step)])
+        if self.distance != "combined":
+            found = [subspace_score(self.subspace_, part, self.distance, **options) for part in rows.split(step)]
+        else:
+            assert self.scale_ is not None
+            # In double precision: beside a row that is far out, the squares of all others underflow float32.
+            parts = (part.double() / self.scale_ for part in rows.split(step))
+            found = [distance_roots(self.subspace_, part, self.drop_k) for part in parts]
+        return torch.cat(found)
+
+    def _scored(self, distances: Tensor) -> Tensor:
+        return distances if self.null_ is None else combined_score(distances, self.null_)
 
 
 def _check_contamination(value: Any) -> None:
@@ -285,38 +375,34 @@ def _spans_everything(subspace: Subspace) -> bool:
     return float(residual) * (subspace.ambient_dim - subspace.dim) <= 1e-12 * float(subspace.spectrum.sum())
 
 
-def _gaussian_limit(subspace: Subspace, distance: str, drop_k: int, epsilon: int | float, level: float) -> float | None:
-    """The score that a Gaussian row exceeds with probability `level`; None for "cosine", where no form is known.
-
-    A sum of weighted chi-squares is taken as one scaled chi-square with its mean and variance (Box, 1954).
-    """
+def _gaussian_weights(subspace: Subspace, distance: str, drop_k: int, epsilon: int | float) -> np.ndarray:
+    """Weights of the chi-squares that sum up to the score of a Gaussian row; none is known for "cosine"."""
     assert subspace.spectrum is not None
     assert subspace.variances is not None
     inside = subspace.variances.double().cpu().numpy()
-    outside = subspace.spectrum.double().cpu().numpy()[subspace.dim :]
-    if distance == "cosine":
-        return None
+    spectrum = subspace.spectrum.double().cpu().numpy()
     if distance == "residual":
-        weights = np.concatenate([inside[:drop_k], outside])
-    elif distance == "euclidean":
-        weights = inside[drop_k:]
-    else:
-        weights = inside[drop_k:] / (inside[drop_k:] + epsilon)
-    first, second = weights.sum(), np.square(weights).sum()
-    return float(second / first * chi2.isf(level, first**2 / second)) if second > 0 else 0.0
+        return np.concatenate([inside[:drop_k], spectrum[subspace.dim :]])
+    if distance == "euclidean":
+        return inside[drop_k:]
+    return inside[drop_k:] / (inside[drop_k:] + epsilon * spectrum.sum() / subspace.ambient_dim)
 
 
-def _save(path: str | os.PathLike[str], kind: str, subspace: Subspace, facts: dict[str, Any]) -> None:
-    save_arrays(path, kind, subspace.arrays(), count=subspace.count, **facts)
+def _save(path: str | os.PathLike[str], kind: str, detector: SubspaceDetector, facts: dict[str, Any]) -> None:
+    arrays = detector.subspace_.arrays()
+    if detector.scale_ is not None and detector.null_ is not None:
+        arrays |= {"scale": detector.scale_, "null": detector.null_}
+    save_arrays(path, kind, arrays, count=detector.subspace_.count, **facts)
 
 
+_ARRAYS: Schema = SAVED_ARRAYS | {"scale": Float[Tensor, " d"] | None, "null": Float[Tensor, "2 2"] | None}
 _DETECTOR: Schema = {
     "parameters": {
         "rank": int | float | str,
         "distance": str,
         "drop_k": int,
         "epsilon": float,
-        "contamination": float | None,
+        "contamination": float | str | None,
         "strict": bool,
         "batch_size": int,
     },
@@ -533,19 +619,18 @@ class SubspaceAD(BaseEstimator):
             parameters["mask"] = None
         facts = {"parameters": parameters, "detector": self.detector_._facts(), "views": self.n_views_}
         facts |= {"threshold": getattr(self, "threshold_", None), "own_mask": callable(self.mask)}
-        _save(path, "SubspaceAD", self.subspace_, facts)
+        _save(path, "SubspaceAD", self.detector_, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], backbone: Any, *, mask: Any = None) -> SubspaceAD:
         """Read what `save` wrote, for the same backbone (and the same `mask` where that was a function)."""
-        with saved_object(path, "SubspaceAD", SAVED_ARRAYS, _IMAGE_DETECTOR) as (arrays, facts):
+        with saved_object(path, "SubspaceAD", _ARRAYS, _IMAGE_DETECTOR) as (arrays, facts):
             parameters = facts["parameters"]
             if parameters["augment"] is not None:
                 parameters["augment"] = RandomRotations(**_tuples(parameters["augment"]))
             if parameters["preprocessing"] is not None:
                 parameters["preprocessing"] = ImagePreprocessing(**_tuples(parameters["preprocessing"]))
-            subspace = Subspace.from_arrays(arrays, facts["count"])
-            detector = SubspaceDetector._from_facts(subspace, facts["detector"])
+            detector = SubspaceDetector._from_facts(arrays, facts["detector"], facts["count"])
             shared = {name: getattr(detector, name) for name in ("rank", "distance", "drop_k")}
             model = cls(backbone, **parameters, **shared)
             model._check_parameters()

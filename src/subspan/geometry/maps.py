@@ -226,9 +226,12 @@ def reduced_rank_factors(
 
 def oas_shrinkage(covariance: Float[Tensor, "d d"], count: float) -> float:
     """Weight in [0, 1] of the scaled identity by oracle approximating shrinkage (Chen et al., 2010)."""
-    d = covariance.shape[0]
-    trace = float(covariance.diagonal().sum())
-    square = float(covariance.square().sum())
+    trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
+    return oas_weight(trace, square, covariance.shape[0], count)
+
+
+def oas_weight(trace: float, square: float, d: int, count: float) -> float:
+    """The same from the sum of the d eigenvalues and that of their squares."""
     top = (1 - 2 / d) * square + trace**2
     bottom = (count + 1 - 2 / d) * (square - trace**2 / d)
     return 1.0 if bottom <= 0 else float(min(1.0, top / bottom))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..detect import SubspaceDetector
 from ..detect.label_votes import counted_votes
 from ..geometry import (
     MarchenkoPastur,
@@ -75,7 +76,7 @@ def describe(
         "contents": contents_facts(data, seen, seed=seed),
         "spectrum": spectrum_facts(data, measured, seed=seed),
         "shortening": shortening_facts(data, seen, seed=seed, progress=stage("shortening")),
-        "outliers": outlier_facts(measured),
+        "outliers": outlier_facts(data),
         "subset": subset_facts(data, seen, measured, seed=seed, progress=stage("subset")),
         "labels": None if data.labels is None else label_facts(data, seen, seed=seed, progress=stage("labels")),
         "against": None if pair is None else comparison_facts(*pair, seed=seed, progress=stage("against")),
@@ -244,24 +245,20 @@ def _dimensions(d: int, n: int) -> list[int]:
 # ---------------------------------------------------------------------- outliers
 
 
-def outlier_facts(measured: Measured) -> dict[str, Any]:
-    """Rows of which the main directions leave most: squared distance to their span, and the fence beyond the usual."""
-    scores = measured.residual
-    low, middle, high = np.quantile(scores, (0.25, 0.5, 0.75))
-    fence = high + 3 * (high - low)
+def outlier_facts(data: Embeddings) -> dict[str, Any]:
+    """The rows that `subspan detect` scores highest, and how many it calls outliers."""
+    detector = SubspaceDetector(contamination="fence").fit(data.rows)
+    scores = np.concatenate([detector.anomaly_score(block) for _, block in data.blocks()])
+    fence = -detector.offset_
     order = np.argsort(-scores, kind="stable")[:_EXAMPLES]
-    ratios = scores[order] / middle if middle > 0 else [None] * len(order)
     return {
-        "rank": measured.rank,
-        "explained": float(measured.main.explained_ratio),
+        "rank": detector.subspace_.dim,
+        "explained": float(detector.subspace_.explained_ratio),
         "scores": _quantiles(scores),
         "histogram": _histogram(scores, tail=0.999),
         "fence": float(fence),
         "beyond_fence": int((scores > fence).sum()),
-        "examples": [
-            {"row": int(row), "score": float(scores[row]), "times_median": None if ratio is None else float(ratio)}
-            for row, ratio in zip(order, ratios)
-        ],
+        "examples": [{"row": int(row), "score": float(scores[row])} for row in order],
     }
 
 

@@ -157,7 +157,7 @@ def _powers(facts: dict[str, Any]) -> list[int]:
 
 
 def outlier_figure(facts: dict[str, Any]) -> Figure:
-    """How far rows lie from the subspace, and where the fence stands."""
+    """How far rows lie from the others, and where the fence stands."""
     histogram = facts["histogram"]
     shapes, annotations = [], []
     if facts["fence"] < histogram["edges"][-1]:
@@ -166,7 +166,7 @@ def outlier_figure(facts: dict[str, Any]) -> Figure:
     return {
         "data": [_steps(histogram["edges"], histogram["counts"], "rows", "first")],
         "layout": {
-            "xaxis": {"title": {"text": "squared distance to the subspace"}, "rangemode": "tozero"},
+            "xaxis": {"title": {"text": "standard deviations beyond the usual"}},
             "yaxis": {"title": {"text": "rows"}, "rangemode": "tozero"},
             "shapes": shapes,
             "annotations": annotations,

@@ -219,7 +219,7 @@ def _tiles(facts: dict[str, Any]) -> str:
         ),
         (
             _count(beyond),
-            f"{_noun(beyond, 'row lies', 'rows lie')} far outside the common subspace",
+            f"{_noun(beyond, 'row lies', 'rows lie')} far from the others",
         ),
     ]
     if facts.get("labels"):
@@ -386,35 +386,31 @@ def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
 
 def _outliers(facts: dict[str, Any], data: Embeddings) -> str:
     beyond, count = facts["beyond_fence"], len(data)
-    lead = f"The {_count(facts['rank'])} main directions explain {_percent(facts['explained'])} of the variance; " + (
-        f"{_plural(beyond, 'row lies', 'rows lie')} so far outside them that "
+    lead = (
+        f"{_plural(beyond, 'row lies', 'rows lie')} so far from the others that "
         f"{'it deserves' if beyond == 1 else 'they deserve'} a look."
         if beyond
-        else "no row lies strikingly far outside them."
+        else "No row lies strikingly far from the others."
     )
     figure = _figure(
         "outliers",
         figures.outlier_figure(facts),
-        "Squared distance of the rows to the subspace",
+        "How far the rows lie from the others",
         f"A histogram with median {_number(facts['scores']['median'])}; the fence is at {_number(facts['fence'])}.",
     )
     fence = (
-        '<p class="note">The fence stands three interquartile ranges above the upper quartile; '
-        f"{_percent(beyond / count)} of the rows are beyond it. The rows farthest out:</p>"
+        '<p class="note">A score counts standard deviations beyond what is usual, of standardised columns: of the '
+        f"distance from the mean, or of that in and out of the {_count(facts['rank'])} directions which explain "
+        f"{_percent(facts['explained'])} of the variance, whichever is larger. The fence stands three interquartile "
+        f"ranges above the upper quartile; {_percent(beyond / count)} of the rows are beyond it. The rows farthest "
+        "out:</p>"
     )
     cards = _cards(
-        [
-            (
-                entry["row"],
-                f"distance² {_number(entry['score'])}"
-                + (f", {entry['times_median']:.1f} × the median" if entry["times_median"] else ""),
-            )
-            for entry in facts["examples"]
-        ],
+        [(entry["row"], f"score {_number(entry['score'])}") for entry in facts["examples"]],
         data,
     )
     return f'<p class="lead">{lead}</p>{figure}{fence}{cards}' + _command(
-        "Score every row:", _call("detect", data, f"--rank {facts['rank']} -o scores.csv")
+        "Score every row:", _call("detect", data, "-o scores.csv")
     )
 
 

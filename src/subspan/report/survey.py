@@ -96,13 +96,12 @@ def _first_of_equals(digests: Shaped[np.ndarray, " n"]) -> Int[np.ndarray, " n"]
 class Measured:
     """Where each row lies with respect to the principal directions, of which the first `rank` are the main ones.
 
-    residual: squared distance to the span of the main directions. leverage: leverage on them. block_energy: sums of
-    squares along each direction over blocks of rows, every b-th row in a block.
+    leverage: leverage on the main directions. block_energy: sums of squares along each direction over blocks of rows,
+    every b-th row in a block.
     """
 
     directions: Subspace
     rank: int
-    residual: Float[np.ndarray, " n"]
     leverage: Float[np.ndarray, " n"]
     block_energy: Float[np.ndarray, "b d"]
 
@@ -121,17 +120,16 @@ def measure(data: Embeddings, seen: Survey, *, progress: Progress) -> Measured:
     assert directions.variances is not None
     count = min(_BOOTSTRAP_BLOCKS, n)
     energy = torch.zeros(count, directions.dim, dtype=torch.float64)
-    residual, leverage = np.empty(n), np.empty(n)
+    leverage = np.empty(n)
     scale = (directions.variances[:rank] * (n - 1)).float()
     for start, block in data.blocks():
         stop = start + len(block)
         rows = torch.from_numpy(block)
         squares = ((rows - directions.center.to(rows.dtype)) @ directions.basis.to(rows.dtype)).square()
         energy.index_add_(0, torch.arange(start, stop) % count, squares.double())
-        residual[start:stop] = squares[:, rank:].sum(1).numpy()
         leverage[start:stop] = (squares[:, :rank] / scale.to(squares.dtype)).sum(1).numpy()
         progress("measuring the directions", stop / n)
-    return Measured(directions, rank, residual, leverage, energy.numpy())
+    return Measured(directions, rank, leverage, energy.numpy())
 
 
 def _located(data: Embeddings, error: ValueError) -> ValueError:

@@ -333,7 +333,7 @@ def _table_rows(seeds: range) -> dict[str, float]:
         mean, scale = x[train].mean(0), x[train].std(0)
         rows, others = (x[train] - mean) / scale, (x[test] - mean) / scale
         scores = {
-            "ours": SubspaceDetector().fit(rows).anomaly_score(others),
+            "ours": SubspaceDetector(distance="residual").fit(rows).anomaly_score(others),
             "IsolationForest": -IsolationForest(random_state=seed).fit(rows).score_samples(others),
             "OneClassSVM": -OneClassSVM().fit(rows).score_samples(others),
         }
