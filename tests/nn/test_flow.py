@@ -65,6 +65,15 @@ def test_the_field_starts_at_zero_and_keeps_the_shape() -> None:
     assert model.null == 2
 
 
+def test_state_makes_a_transformer_of_the_meta_device_whole() -> None:
+    model, x = randomised(small()), torch.randn(2, 3, 8, 8)
+    with torch.device("meta"):
+        other = small()
+    other.to_empty(device="cpu").load_state_dict(model.state_dict())
+    time, label = torch.rand(2), torch.tensor([0, 1])
+    torch.testing.assert_close(other(x, time, label), model(x, time, label))
+
+
 def test_every_patch_is_put_back_where_it_was() -> None:
     model = small(depth=1)
     # A head that gives back the patch's own pixels, through an identity embedding.

@@ -57,6 +57,9 @@ class OfPair(torch.nn.Module):
 
 
 LAYERS = {
+    "OrthogonalLinear, givens": Case(
+        lambda: OrthogonalLinear(8, init="random", orthogonal_map="givens"), (3, 8), (3, 7), onnx=False
+    ),
     "OrthogonalLinear": Case(lambda: OrthogonalLinear(8, init="random"), (3, 8), (3, 7), onnx=False),
     "GrassmannHead": Case(lambda: GrassmannHead(8, 5, rank=2), (3, 8), (3, 7)),
     "Butterfly": Case(lambda: Butterfly(8, 5), (3, 8), (3, 7)),
@@ -128,6 +131,21 @@ def test_state_survives_a_file_and_a_copy(name):
 
 
 @each_layer
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_makes_a_layer_of_the_meta_device_whole(name, assign):
+    layer, x = made(name)
+    layer.eval()
+    with torch.device("meta"):
+        other = LAYERS[name].make().eval()
+    # What is not in the state must not be what happened to lie in memory.
+    other.to_empty(device="cpu")
+    for part in [*other.parameters(), *other.buffers()]:
+        part.data.fill_(torch.nan if part.is_floating_point() or part.is_complex() else 7)
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    torch.testing.assert_close(value(other(x)), value(layer(x)))
+
+
+@each_layer
 def test_every_parameter_and_the_input_have_a_finite_gradient(name):
     layer, x = made(name)
     x.requires_grad_()
@@ -138,6 +156,29 @@ def test_every_parameter_and_the_input_have_a_finite_gradient(name):
         assert bool(parameter.grad.any()) or key in LAYERS[name].void, key
     assert bool(x.grad.isfinite().all())
     assert bool(x.grad.any())
+
+
+@each_layer
+def test_zero_input_gives_finite_values_and_gradients(name):
+    layer, x = made(name)
+    x = torch.zeros_like(x).requires_grad_()
+    loss_of(layer(x)).backward()
+    assert bool(x.grad.isfinite().all())
+    assert all(bool(part.grad.isfinite().all()) for part in layer.parameters() if part.grad is not None)
+
+
+@each_layer
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_refused_or_shown(name, bad):
+    layer, x = made(name)
+    layer.eval()
+    x[(0,) * x.ndim] = bad
+    try:
+        found = value(layer(x))
+    except ValueError:
+        return
+    assert not bool(found[0].isfinite().all())
+    assert bool(found[1:].isfinite().all())
 
 
 @each_layer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -68,6 +69,14 @@ class FlowTransformer(nn.Module):
             assert isinstance(layer, nn.Linear)
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlowTransformer:
+        empty = self.positions.is_meta
+        super()._apply(fn, recurse)
+        if empty and not self.positions.is_meta:
+            # They are no part of a state that could fill them.
+            self.positions = sinusoidal_grid(*self.hw, self.positions.shape[1]).to(self.positions)
+        return self
 
     def forward(
         self, x: Float[Tensor, "b c h w"], time: Float[Tensor, " b"], label: Int[Tensor, " b"]

@@ -75,9 +75,6 @@ class GrassmannMixing(nn.Module):
         self.project = nn.Linear(rank * (rank - 1) // 2, d_model)
         self.output = nn.Linear(d_model, d_model) if output_projection else nn.Identity()
         self.gate = nn.Linear(2 * d_model, d_model)
-        self.register_buffer("pairs", torch.triu_indices(rank, rank, 1), persistent=False)
-
-    pairs: Tensor
 
     def forward(
         self,
@@ -125,7 +122,8 @@ class GrassmannMixing(nn.Module):
             if self.normalize:
                 area = parallelogram_area(z.unsqueeze(-2).expand_as(partners), partners, self.epsilon)
                 weight = torch.where(valid > 0, weight / area, 0)
-            coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2), self.pairs)
+            pairs = torch.triu_indices(self.rank, self.rank, 1, device=z.device)
+            coordinates = plucker(z, (weight.unsqueeze(-1) * partners).sum(-2), pairs)
         any_pair = (valid.amax(-1, keepdim=True) > 0).to(states.dtype)
         g = self.output(self.project(coordinates.to(self.project.weight.dtype))) * any_pair
         return gated_blend(self.gate, states, g)

@@ -22,13 +22,11 @@ class GrassmannPairMixing(nn.Module):
         super().__init__()
         each = rank // heads
         self.heads = heads
+        self.each = each
         self.epsilon = epsilon
         self.reduce = nn.Linear(d_model, rank)
         self.project = nn.Linear(heads * each * (each - 1) // 2, d_model)
         self.gate = nn.Linear(2 * d_model, d_model)
-        self.register_buffer("coordinates", torch.triu_indices(each, each, 1), persistent=False)
-
-    coordinates: Tensor
 
     def forward(self, states: Float[Tensor, "n t d"], pairs: Float[Tensor, "n k t t"]) -> Float[Tensor, "n t d"]:
         """The mixed states; pairs: weight and orientation of each pair of tokens, zero where there is none."""
@@ -37,7 +35,8 @@ class GrassmannPairMixing(nn.Module):
             z = z.to(torch.promote_types(z.dtype, torch.float32))
             weight = pairs.to(z.dtype).repeat(1, self.heads // pairs.shape[1], 1, 1)
             partner = torch.where(weight != 0, weight / pairwise_areas(z, z, self.epsilon), 0) @ z
-            planes = plucker(z, partner, self.coordinates).transpose(1, 2).flatten(2)
+            coordinates = torch.triu_indices(self.each, self.each, 1, device=z.device)
+            planes = plucker(z, partner, coordinates).transpose(1, 2).flatten(2)
         return gated_blend(self.gate, states, self.project(planes.to(self.project.weight.dtype)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any
@@ -37,11 +38,12 @@ class OrthonormalMap(nn.Module):
     @torch.no_grad()
     def right_inverse(self, matrix: Float[Tensor, "d k"]) -> Float[Tensor, "e f"]:
         """The parameter of the orthonormal matrix that is nearest to `matrix`."""
-        wide = check_finite(matrix, "matrix").double()
+        wide = matrix.double()
         tall = wide.shape[0] >= wide.shape[1]
-        spectrum = torch.linalg.svdvals(wide)
-        if not float(spectrum[-1]) > 1e-10 * float(spectrum[0]):
-            raise ValueError("matrix: has not full rank, so no orthonormal matrix is nearest to it")
+        if not matrix.is_meta:
+            spectrum = torch.linalg.svdvals(check_finite(wide, "matrix"))
+            if not float(spectrum[-1]) > 1e-10 * float(spectrum[0]):
+                raise ValueError("matrix: has not full rank, so no orthonormal matrix is nearest to it")
         start = polar(wide) if tall else polar(wide.mT).mT
         return self._start(start).to(matrix.dtype)
 
@@ -155,24 +157,20 @@ class GivensMap(OrthonormalMap):
     """
 
     base: Tensor
-    first: Tensor
-    second: Tensor
 
     def __init__(self, d: int, k: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if d != k:
             raise ValueError(f"orthogonal_map: the butterfly of Givens rotations is square, got a {d} x {k} matrix")
         self.register_buffer("base", torch.eye(d, dtype=dtype))
-        first, second = givens_pairs(d)
-        self.register_buffer("first", first, persistent=False)
-        self.register_buffer("second", second, persistent=False)
 
     def _map(self, x: Tensor) -> Tensor:
-        return givens_rotate(self.base.to(x.dtype), x, self.first, self.second)
+        first, second = (index.to(x.device) for index in givens_pairs(len(self.base)))
+        return givens_rotate(self.base.to(x.dtype), x, first, second)
 
     def _start(self, q: Tensor) -> Tensor:
         self._keep("base", q)
-        return q.new_zeros(self.first.shape)
+        return q.new_zeros(givens_pairs(len(q))[0].shape)
 
 
 _MAPS: dict[str, type[OrthonormalMap]] = {
@@ -316,23 +314,23 @@ def givens_pairs(d: int) -> tuple[Int[Tensor, "levels half"], Int[Tensor, "level
 
     Where d is no power of two, those left without a partner are paired among themselves, in order.
     """
-    levels = max(1, math.ceil(math.log2(d))) if d > 1 else 0
-    first, second = [], []
-    for level in range(levels):
+    levels = _partners(d)
+    first, second = (torch.tensor([level[side] for level in levels], dtype=torch.long, device="cpu") for side in (0, 1))
+    return first.view(len(levels), d // 2), second.view(len(levels), d // 2)
+
+
+@functools.lru_cache(maxsize=8)
+def _partners(d: int) -> list[tuple[list[int], list[int]]]:
+    """First and second partners, level by level."""
+    found = []
+    for level in range(math.ceil(math.log2(d))):
         stride = 1 << level
-        index = torch.arange(d)
-        lower = index[((index // stride) % 2 == 0) & (index + stride < d)]
-        upper = lower + stride
-        alone = torch.ones(d, dtype=torch.bool)
-        alone[lower] = alone[upper] = False
-        left = index[alone]
-        half = len(left) // 2
-        first.append(torch.cat([lower, left[:half]]))
-        second.append(torch.cat([upper, left[half : 2 * half]]))
-    if not levels:
-        empty = torch.zeros(0, d // 2, dtype=torch.long)
-        return empty, empty.clone()
-    return torch.stack(first), torch.stack(second)
+        lower = [index for index in range(d - stride) if (index // stride) % 2 == 0]
+        upper = [index + stride for index in lower]
+        alone = sorted(set(range(d)).difference(lower, upper))
+        half = len(alone) // 2
+        found.append((lower + alone[:half], upper + alone[half : 2 * half]))
+    return found
 
 
 def givens_rotate(
