@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from subspan.align import RepresentationAlignment, spatial_structure_of
 from subspan.geometry import spatial_structure
@@ -164,6 +165,17 @@ def test_grids_that_differ_and_are_not_square(mode) -> None:
     )
     student(x)
     torch.testing.assert_close(tokens(teacher.flatten(2).mT), cosine_matching_loss(projector(states, (3, 5)), target))
+
+
+def test_teachers_are_normalised_on_the_student_s_grid() -> None:
+    teacher = features(2, 8, 8)
+    with RepresentationAlignment(Student(), "blocks.0", None, PatchProjector(WIDTH, D)) as alignment:
+        (target,) = alignment.targets(teacher, (4, 4))
+    resized = F.interpolate(teacher, (4, 4), mode="bicubic", antialias=True).flatten(2).mT
+    torch.testing.assert_close(
+        target, (resized - 0.8 * resized.mean(1, keepdim=True)) / (resized.std(1, keepdim=True) + 1e-6)
+    )
+    torch.testing.assert_close(target.std(1), torch.ones(2, D), atol=1e-4, rtol=0)
 
 
 def test_leading_tokens_are_stripped() -> None:

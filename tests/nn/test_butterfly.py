@@ -189,6 +189,39 @@ def test_constraints_hold_through_training_and_inverses_undo(constraint):
     torch.testing.assert_close(free.inverse(free(x[:, :8])), x[:, :8], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("complex_", [False, True])
+def test_random_starts_keep_lengths_on_average_or_exactly(complex_):
+    generator = torch.Generator().manual_seed(0)
+    starts = {
+        init: Butterfly(512, 512, False, complex=complex_, init=init, generator=generator)
+        .twiddle.detach()
+        .flatten(0, 3)
+        for init in ("randn", "ortho", "identity")
+    }
+    eye = torch.eye(2, dtype=starts["ortho"].dtype)
+    gram = starts["randn"].mH @ starts["randn"]
+    torch.testing.assert_close(gram.mean(0), eye, atol=0.08, rtol=0)
+    assert float((gram - eye).abs().mean()) > 0.3
+    torch.testing.assert_close(starts["ortho"].mH @ starts["ortho"], eye.expand(len(starts["ortho"]), -1, -1))
+    # Of Haar's measure: half rotations and half reflections, or a share of the first entry that is uniform.
+    angles = starts["ortho"][:, 0, 0]
+    if complex_:
+        share = angles.abs().square()
+        assert float(share.mean()) == pytest.approx(0.5, abs=0.03)
+        assert float(share.var()) == pytest.approx(1 / 12, abs=0.01)
+        for phase in (starts["ortho"][:, 0, 0], starts["ortho"][:, 0, 1], torch.linalg.det(starts["ortho"])):
+            assert float((phase / phase.abs()).mean().abs()) < 0.08
+        again = Butterfly(512, 512, False, complex=True, constraint="unitary", generator=generator).twiddle.detach()
+        share = again[..., 0, 0].abs().square()
+        assert float(share.var()) == pytest.approx(1 / 12, abs=0.01)
+        assert float(share.mean()) == pytest.approx(0.5, abs=0.03)
+    else:
+        assert float(angles.mean().abs()) < 0.05
+        assert float(angles.square().mean()) == pytest.approx(0.5, abs=0.03)
+        assert float((torch.linalg.det(starts["ortho"]) > 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    torch.testing.assert_close(starts["identity"], eye.expand(len(starts["identity"]), -1, -1))
+
+
 def test_refuses_bad_input():
     with pytest.raises(ValueError, match="power of two from 2, got 12"):
         fft(12)

@@ -340,6 +340,71 @@ def test_the_autoencoder_sees_only_what_is_not_hidden():
     assert bool(model.mask_token.grad.any())
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_autoencoder_s_loss_is_of_hidden_patches_alone(normalize):
+    torch.manual_seed(0)
+    model = CRATEAutoencoder(8, 2, 12, 3, 1, channels=2, normalize=normalize).eval()
+    images = torch.randn(3, 2, 8, 8) * 3 + 1
+    hidden = model.draw_mask(3, torch.Generator().manual_seed(4))
+    made = model(images, hidden).detach().requires_grad_()
+    model.forward = lambda *_: made
+    loss = model.loss(images, torch.Generator().manual_seed(4))
+    loss.backward()
+    errors = []
+    for n in range(3):
+        for place in range(16):
+            row, column = divmod(place, 4)
+            patch = images[n, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten()
+            if normalize:
+                patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+            assert bool(made.grad[n, place].any()) == bool(hidden[n, place])
+            if hidden[n, place]:
+                errors.append((made[n, place] - patch).square().mean())
+                expected = 2 * (made[n, place] - patch).detach() / (8 * int(hidden.sum()))
+                torch.testing.assert_close(made.grad[n, place], expected)
+    torch.testing.assert_close(loss, torch.stack(errors).mean())
+
+
+def test_weights_start_as_released():
+    torch.manual_seed(0)
+
+    def uniform(weight, bound):
+        assert float(weight.abs().max()) == pytest.approx(bound, rel=0.01)
+        assert float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+
+    def normal(weight, deviation):
+        assert float(weight.std()) == pytest.approx(deviation, rel=0.2)
+        assert float(weight.abs().max()) > 2 * deviation
+
+    classifier = CRATE(32, 2, 10, 96, 3, 1)
+    normal(classifier.position.detach(), 1.0)
+    normal(classifier.class_token.detach(), 1.0)
+    uniform(classifier.layers[0].sparsify.dictionary.detach(), math.sqrt(6 / 96))
+    coder = CRATEAutoencoder(32, 2, 96, 3, 1)
+    normal(coder.mask_token.detach(), 0.02)
+    normal(coder.class_token.detach(), 0.02)
+    uniform(coder.encoder[0].sparsify.dictionary.detach(), math.sqrt(6 / 96))
+    uniform(coder.decoder[0].expand.weight.detach(), math.sqrt(6 / 96))
+    uniform(coder.encoder[0].compress.subspace_map.weight.detach(), math.sqrt(6 / (96 + 96)))
+    uniform(coder.embed.weight.detach(), math.sqrt(6 / (12 + 96)))
+    assert not any(bool(part.bias.any()) for part in (coder.embed, coder.output, coder.decoder[0].decompress.output[0]))
+    model = CRATELanguageModel(300, 64, 96, 3, 1)
+    normal(model.token.weight.detach(), 0.02)
+    normal(model.position.weight.detach(), 0.02)
+
+
+def test_the_language_model_is_its_layers_between_embeddings():
+    torch.manual_seed(0)
+    model, ids = CRATELanguageModel(20, 9, 8, 2, 2), torch.randint(20, (2, 7))
+    z = model.token.weight[ids] + model.position.weight[:7]
+    for layer in model.layers:
+        z = layer(z)
+    logits = F.layer_norm(z, (8,)) @ model.token.weight.mT
+    torch.testing.assert_close(model(ids), logits)
+    each = [F.cross_entropy(logits[n, t], ids[n, t + 1]) for n in range(2) for t in range(6)]
+    torch.testing.assert_close(model.loss(ids), torch.stack(each).mean())
+
+
 def test_refuses_bad_input():
     for call, match in [
         (lambda: SubspaceSelfAttention(6, 4), "heads"),

@@ -147,6 +147,38 @@ def test_the_published_parameter_counts(extra, layers, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.011)
 
 
+def test_a_block_adds_its_feed_forward_part_to_the_normalised_mixture():
+    torch.manual_seed(0)
+    block, h = GrassmannBlock(6, made(), dropout=0.5).double(), states(2, 7, 6)
+    for norm in (block.mixing_norm, block.norm):
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    enter, _, leave, _ = block.feed_forward
+    u = block.mixing_norm(block.mixing(h))
+    grown = torch.nn.functional.gelu(u @ enter.weight.mT + enter.bias) @ leave.weight.mT + leave.bias
+    assert enter.out_features == 24
+    torch.testing.assert_close(block.eval()(h), block.norm(u + grown))
+    # In training both the mixture and what is added are dropped, entry by entry.
+    block.train()
+    torch.nn.init.zeros_(leave.weight)
+    torch.nn.init.zeros_(leave.bias)
+    block.norm = torch.nn.Identity()
+    dropped = block(h)
+    assert 0.3 < float((dropped == 0).double().mean()) < 0.7
+    torch.testing.assert_close(dropped[dropped != 0], 2 * u[dropped != 0])
+    torch.nn.init.ones_(leave.bias)
+    torch.nn.init.zeros_(block.mixing_norm.weight)
+    torch.nn.init.zeros_(block.mixing_norm.bias)
+    assert set(block(h).flatten().tolist()) == {0.0, 2.0}
+
+
+def test_the_language_model_starts_small():
+    torch.manual_seed(0)
+    model = GrassmannLanguageModel(300, [made(64, 4)], d_model=64, context=90)
+    for table in (model.token, model.position):
+        assert float(table.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_refuses_bad_input():
     for offsets in ((), (0,), (-1, 2), (1.5,), (2, 2)):
         with pytest.raises((ValueError, TypeError), match="offsets"):
