@@ -6,13 +6,17 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from subspan.base.files import Target, written_together
 from subspan.datasets.index_writing import write_index
 from subspan.datasets.indexes import open_index
 
@@ -253,6 +257,24 @@ def test_qdrant_keeps_points_and_payloads(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
+def test_a_disk_that_is_full_for_qdrant_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = pytest.importorskip("qdrant_client", reason="qdrant-client comes with the extra qdrant")
+    from qdrant_client import models
+
+    store = client.QdrantClient(path=str(tmp_path / "x"))
+    store.create_collection("a", vectors_config=models.VectorParams(size=D, distance=models.Distance.DOT))
+    store.upsert("a", models.Batch(ids=[1, 2, 3], vectors=ROWS[:3].tolist(), payloads=[{}, {}, {}]))
+    store.close()
+
+    def full(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(client.QdrantClient, "upsert", full)
+    with pytest.raises(OSError, match=r"y' cannot be written \(database or disk is full\)"):
+        write_index(open_index(tmp_path / "x"), tmp_path / "y", turned, 12, key="turn")
+    assert os.listdir(tmp_path) == ["x"]
+
+
 def _slowly(source: Path, target: Path) -> None:
     def slow(rows: np.ndarray) -> np.ndarray:
         time.sleep(0.02)
@@ -336,6 +358,24 @@ def test_a_shard_that_changed_meanwhile_is_not_resumed(tmp_path: Path, changed: 
     assert facts["resumed_at"] == 0
     wanted = np.concatenate([np.load(shards / name, allow_pickle=False) for name in ("a.npy", "b.npy", "c.npy")])
     np.testing.assert_allclose(np.load(tmp_path / "y.npy", allow_pickle=False), turned(wanted), atol=1e-5)
+
+
+def test_what_a_run_writes_beside_its_shards_does_not_keep_it_from_resuming(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", ROWS)
+    (tmp_path / "out").mkdir()
+
+    def run(transform: Callable[[np.ndarray], np.ndarray]) -> dict[str, Any]:
+        with written_together([Target(tmp_path / "page.html")]):
+            return write_index(open_index(tmp_path), tmp_path / "out" / "y.npy", transform, 12, key="one", block=100)
+
+    def stopped(rows: np.ndarray) -> np.ndarray:
+        if rows[0, 0] == ROWS[300, 0]:
+            raise KeyboardInterrupt
+        return turned(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped)
+    assert run(turned)["resumed_at"] == 300
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:

@@ -89,11 +89,11 @@ def _check(output: Output) -> None:
         raise ValueError(f"{option}: {str(path)!r} is a folder")
     if path.exists() and not path.is_file():
         raise ValueError(f"{option}: {str(path)!r} is no regular file")
-    parent = Path(os.path.realpath(path)).parent
+    parent = Path(os.path.realpath(path)).parent if path.is_symlink() else path.parent
     if not parent.is_dir():
-        raise ValueError(f"{option}: the folder {str(path.parent)!r} does not exist")
+        raise ValueError(f"{option}: the folder {str(parent)!r} does not exist")
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"{option}: the folder {str(path.parent)!r} cannot be written to")
+        raise ValueError(f"{option}: the folder {str(parent)!r} cannot be written to")
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"{option}: {str(path)!r} cannot be written to")
     if not output.overwrite and os.path.lexists(path):

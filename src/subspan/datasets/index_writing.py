@@ -169,7 +169,8 @@ def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, blo
     stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
     path = _origin(source)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        hidden = path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts)
+        if file.is_file() and not hidden:  # hidden: locks, and what this run itself is writing beside the shards
             stat = file.stat()
             stamp += [file.name, stat.st_size, stat.st_mtime_ns]
     digest.update(json.dumps(stamp).encode())
