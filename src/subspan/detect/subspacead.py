@@ -252,7 +252,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceDetector:
         """Read what `save` wrote. Raises ValueError for a damaged file or another kind of one."""
-        with saved_object(path, "SubspaceDetector", _ARRAYS, _DETECTOR | {"count": float}) as (arrays, facts):
+        with saved_object(path, "SubspaceDetector", _ARRAYS, {**_DETECTOR, "count": float}) as (arrays, facts):
             return cls._from_facts(arrays, facts, facts["count"])
 
     def _facts(self) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def _save(path: str | os.PathLike[str], kind: str, detector: SubspaceDetector, f
     save_arrays(path, kind, arrays, count=detector.subspace_.count, **facts)
 
 
-_ARRAYS: Schema = SAVED_ARRAYS | {"scale": Float[Tensor, " d"] | None, "null": Float[Tensor, "2 2"] | None}
+_ARRAYS: Schema = {**SAVED_ARRAYS, "scale": Float[Tensor, " d"] | None, "null": Float[Tensor, "2 2"] | None}
 _DETECTOR: Schema = {
     "parameters": {
         "rank": int | float | str,
