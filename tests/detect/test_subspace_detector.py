@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.detect import SubspaceDetector, subspace_score
-from subspan.geometry import Subspace
+from subspan.geometry import Subspace, oas_shrinkage
 from subspan.statistics import Moments
 
 PUBLISHED = ["residual", "mahalanobis", "cosine", "euclidean"]
@@ -331,6 +331,43 @@ def test_a_row_that_is_plainly_strange_scores_highest(kind, rank, dtype, n):
     detector = SubspaceDetector(rank, contamination="fence").fit(x)
     assert int(np.argmax(detector.anomaly_score(x))) == 7
     assert detector.predict(x)[7] == -1 or n == 30
+
+
+@pytest.mark.parametrize(("n", "d", "rank"), [(300, 12, 0.9), (300, 12, 1.0), (25, 60, 0.9)])
+def test_the_combined_distance_written_out(n, d, rank):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) * np.geomspace(0.1, 10, d) + 3
+    new = x[:10] * rng.uniform(0.5, 2, (10, d))
+    mean, scale = x.mean(0), x.std(0, ddof=1)
+    correlation = np.cov(((x - mean) / scale).T)
+    values, vectors = np.linalg.eigh(correlation)
+    values, vectors = values[::-1].clip(0), vectors[:, ::-1]
+    k = min(int(np.searchsorted(np.cumsum(values) / values.sum(), rank)) + 1, n - 1, d)
+    weight = oas_shrinkage(torch.from_numpy(correlation), n)
+    assert 0.01 < weight < 0.9
+    outside = values[k:].sum() / max(1, min(n - 1, d) - k)
+    shrunk = [(1 - weight) * value + weight for value in (values[:k], outside)]
+
+    def roots(rows):
+        z = (rows - mean) / scale @ vectors
+        left = np.square(z[:, k:]).sum(1)
+        return np.cbrt([(np.square(z[:, :k]) / shrunk[0]).sum(1) + left / shrunk[1], np.square(z).sum(1)])
+
+    low, middle, high = np.quantile(roots(x), (0.25, 0.5, 0.75), axis=1)
+    expected = ((roots(new).T - middle) / ((high - low) / 1.3489795)).max(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        detector = SubspaceDetector(rank).fit(x)
+    assert detector.subspace_.dim == k
+    np.testing.assert_allclose(detector.anomaly_score(new), expected, rtol=1e-6)
+
+
+def test_strange_rows_do_not_change_what_is_usual():
+    x = unit_rows()
+    x[:60] = np.ones(48)
+    usual = SubspaceDetector().fit(x).anomaly_score(x)[60:]
+    assert 0.5 < usual.std() < 2
+    assert abs(np.median(usual)) < 1
 
 
 def test_a_crowd_of_strange_rows_does_not_hide_itself():
