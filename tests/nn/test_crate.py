@@ -340,6 +340,18 @@ def test_the_autoencoder_sees_only_what_is_not_hidden():
     assert bool(model.mask_token.grad.any())
 
 
+@pytest.mark.parametrize("pool", ["class", "mean"])
+def test_the_classifier_reads_the_class_token_or_the_mean_of_all(pool):
+    torch.manual_seed(0)
+    model, images = CRATE(8, 4, 3, 12, 3, 1, pool=pool).eval(), torch.randn(2, 3, 8, 8)
+    z = model.layers(model.tokens(images))
+    assert z.shape == (2, 5, 12)
+    read = z[:, 0] if pool == "class" else z.mean(1)
+    torch.testing.assert_close(
+        model(images), F.linear(F.layer_norm(read, (12,)), model.head[1].weight, model.head[1].bias)
+    )
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_autoencoder_s_loss_is_of_hidden_patches_alone(normalize):
     torch.manual_seed(0)

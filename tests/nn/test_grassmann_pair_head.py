@@ -47,6 +47,20 @@ def test_pairs_are_the_windows_neighbours_and_the_other_sentence(window, stride)
     assert not bool(found.diagonal(dim1=-2, dim2=-1).any())
 
 
+def test_what_the_classifier_reads_is_dropped_in_training_alone():
+    head = made(dropout=0.5)
+    torch.nn.init.zeros_(head.classifier.bias)
+    torch.nn.init.ones_(head.classifier.weight)
+    for block in head.blocks:
+        block.eval()
+    x, y = tokens(1, 5, 6), tokens(1, 4, 6)
+    still = head(x, y)
+    assert torch.equal(head(x, y), still)
+    head.dropout.train()
+    seen = {round(float(head(x, y).detach()[0, 0]), 9) for _ in range(8)}
+    assert len(seen) > 4
+
+
 def test_one_wedge_a_token_and_head_is_the_mean_over_all_pairs():
     torch.manual_seed(0)
     layer, h = GrassmannPairMixing(6, 8, 2).double(), tokens(1, 9, 6)

@@ -262,6 +262,15 @@ def test_zero_latents_have_a_finite_gradient():
         assert float(z.grad.abs().max()) < 100
 
 
+def test_groups_are_quantised_apart_and_their_losses_averaged():
+    torch.manual_seed(0)
+    layer, z = GroupedSimVQ(6, 40, 2), latents(5, 6)
+    found, parts = layer(z), [one(part) for one, part in zip(layer.quantizers, z.split(3, -1))]
+    torch.testing.assert_close(found.loss, (parts[0].loss + parts[1].loss) / 2)
+    assert torch.equal(found.values, torch.cat([part.values for part in parts], -1))
+    assert torch.equal(found.codes, torch.stack([part.codes for part in parts], -1))
+
+
 def test_usage():
     usage = code_usage(torch.tensor([[0, 0], [1, -1]]), 8)
     assert usage.active == 0.25

@@ -112,6 +112,13 @@ def test_one_token_has_no_deviation() -> None:
         SpatialNorm(remove_rank=4)(torch.ones(2, 9, 4))
 
 
+def test_the_convolution_sees_zeros_beyond_the_grid() -> None:
+    projector, x = PatchProjector(2, 3).double(), tokens(1, 12, 2)
+    grid = F.pad(x.mT.unflatten(-1, (3, 4)), (1, 1, 1, 1))
+    expected = F.conv2d(grid, projector.layers.weight, projector.layers.bias).flatten(2).mT
+    torch.testing.assert_close(projector(x, (3, 4)), expected)
+
+
 def test_a_kernel_of_one_is_a_linear_map() -> None:
     conv, linear = PatchProjector(5, 7, kernel_size=1).double(), PatchProjector(5, 7, "linear").double()
     linear.layers.weight.data = conv.layers.weight.data.flatten(1)

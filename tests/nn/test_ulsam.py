@@ -113,6 +113,15 @@ def test_blocks_that_keep_their_shape_are_found_replaced_and_put_back():
     control.undo()
 
 
+def test_options_reach_what_they_are_of():
+    x = maps(2, 8, 3, 3)
+    layer = made(residual=False, momentum=0.3).eval()
+    a = layer.attention(x).repeat_interleave(4, 1)
+    torch.testing.assert_close(layer(x), a * x)
+    torch.testing.assert_close(made().eval()(x), (1 + made().eval().attention(x).repeat_interleave(4, 1)) * x)
+    assert layer.depthwise_norm.momentum == layer.pointwise_norm.momentum == 0.3
+
+
 def test_looking_for_blocks_leaves_every_mode_as_it_was():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3))
     model[0][1].eval()
