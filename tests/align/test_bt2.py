@@ -202,6 +202,28 @@ def test_the_loss_is_its_four_terms_written_out():
         BT2Loss(means, (1.0, 2.0))
 
 
+def test_unless_said_otherwise_the_terms_pull_with_the_published_weights():
+    torch.manual_seed(2)
+    head, means = BT2Head(33, 12, 8, 3, num_classes=5), torch.randn(5, 8)
+    y, old, new = torch.tensor([0, 1, 2, 3]), unit(4, 8, 3, torch.float32), unit(4, 12, 4, torch.float32)
+    out = head(torch.randn(4, 33))
+    total, terms = BT2Loss(means)(out, y, old, new)
+    parts = list(head.parameters())
+    found = torch.autograd.grad(total, parts, retain_graph=True)
+    pulls = [
+        torch.autograd.grad(terms[name], parts, retain_graph=True, materialize_grads=True)
+        for name in ("classification", "new_matching", "influence", "old_matching")
+    ]
+    for gradient, *each in zip(found, *pulls):
+        torch.testing.assert_close(gradient, each[0] + each[1] + 10 * each[2] + 5 * each[3])
+    smooth, _ = BT2Loss(means, label_smoothing=0.2, temperature=0.5)(out, y, old, new)
+    soft = F.cross_entropy(out.logits, y, label_smoothing=0.2)
+    warm = F.cross_entropy(F.normalize(out.compatible, dim=1) @ means.mT / 0.5, y)
+    torch.testing.assert_close(
+        smooth - total, soft - terms["classification"] + 10 * (warm - terms["influence"]), rtol=1e-4, atol=1e-5
+    )
+
+
 # ------------------------------------------------------------------------------------------------ teachers
 
 

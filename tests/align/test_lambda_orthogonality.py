@@ -106,6 +106,57 @@ def test_a_penalty_that_is_outweighed_says_so_and_the_safeguard_holds_it():
     assert held.orthogonality_defect_ <= 6.0 * (1 + 1e-4)
 
 
+def stepped(weights, **options):
+    """How far one step under some terms moves B and F, each by Adam's first step: the rate, whatever the gradient."""
+    new, old = pairs(40, noise=0.5)
+    options = {
+        "epochs": 1,
+        "batch_size": 40,
+        "learning_rate": 1e-3,
+        "backward": "affine",
+        "start": "identity",
+    } | options
+    model = quick(weights=weights, **options).fit(new, old)
+    return model.map_.matrix - torch.eye(8), model.forward_.weight - torch.eye(8), model, new, old
+
+
+def test_lifted_old_vectors_and_mapped_new_ones_meet_half_way():
+    """The first term moves its target too: F's target is B as it is trained, not B as it was."""
+    moved_b, moved_f, _, new, old = stepped((1.0, 0.0, 0.0))
+    x, y = F.normalize(new, dim=1), F.normalize(old, dim=1)
+    b, f = (torch.eye(8, requires_grad=True) for _ in range(2))
+    grad_b, grad_f = torch.autograd.grad((y @ f.mT - x @ b.mT).square().mean(), (b, f))
+    for moved, gradient in ((moved_b, grad_b), (moved_f, grad_f)):
+        clear = gradient.abs() > 1e-4
+        assert int(clear.sum()) > 50
+        torch.testing.assert_close(moved[clear], -1e-3 * gradient[clear].sign(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_contrast_moves_both_maps_against_the_raw_old_vectors_too(symmetric):
+    moved_b, moved_f, model, new, old = stepped((0.0, 0.0, 1.0), symmetric=symmetric)
+    x, y = F.normalize(new, dim=1), F.normalize(old, dim=1)
+    b, f = (torch.eye(8, requires_grad=True) for _ in range(2))
+    truth = torch.arange(40)
+
+    def contrast(anchors, candidates):
+        logits = F.normalize(anchors, dim=1) @ F.normalize(candidates, dim=1).mT / model.temperature
+        there, back = F.cross_entropy(logits, truth), F.cross_entropy(logits.mT, truth)
+        return (there + back) / 2 if symmetric else there
+
+    grad_b, grad_f = torch.autograd.grad(contrast(y @ f.mT, x @ b.mT) + contrast(y @ f.mT, y), (b, f))
+    for moved, gradient in ((moved_b, grad_b), (moved_f, grad_f)):
+        clear = gradient.abs() > 1e-4
+        assert int(clear.sum()) > 50
+        torch.testing.assert_close(moved[clear], -1e-3 * gradient[clear].sign(), rtol=1e-2, atol=1e-5)
+
+
+def test_the_old_vectors_are_a_fixed_target_of_the_backward_map():
+    moved_b, moved_f, *_ = stepped((0.0, 1.0, 0.0))
+    assert float(moved_f.abs().max()) == 0
+    assert float(moved_b.abs().max()) > 9e-4
+
+
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("d_old", [5, 8, 11])
 def test_the_first_objective_is_the_formula(labelled, d_old):

@@ -94,7 +94,7 @@ def test_local_cka_is_computed_in_double_precision_from_single_precision_moments
     x, y, _ = planted(300)
     single = JointMoments(P, Q, dtype=torch.float32).update(x.float(), y.float())
     assert single.local_cka(x[:3].float(), y[:4].float()).dtype == torch.float64
-    with pytest.raises(ValueError, match="expected 48 and 36 columns"):
+    with pytest.raises(ValueError, match="expected 48 columns, got 36"):
         single.local_cka(y[:3], y[:3])
 
 
@@ -197,6 +197,22 @@ def test_cross_validation_counts_the_shared_dimensions(subspace, private):
     assert model.score(x[4000:], y[4000:]) > 0.95
     assert (model.held_out_correlations_[:SHARED] > 0.8).all()
     assert abs(model.held_out_correlations_[SHARED:]).max() < 0.2
+
+
+def test_a_pair_counts_where_its_held_out_correlation_is_three_standard_errors_above_nothing():
+    generator = torch.Generator().manual_seed(0)
+    n, d = 4000, 40
+    strength = torch.cat([torch.linspace(0.5, 0.1, 8), torch.linspace(0.09, 0, d - 8)]).double()
+    x, noise = (torch.randn(n, d, dtype=torch.float64, generator=generator) for _ in range(2))
+    model = SubspaceAligner("cv", shrinkage=0.0).fit(x, strength * x + (1 - strength.square()).sqrt() * noise)
+    curve = model.held_out_correlations_
+
+    def leading(errors):
+        return int((curve > errors / n**0.5).cumprod().sum())
+
+    assert model.n_components_ == leading(3)
+    # So near to the threshold that a little more or less would count otherwise.
+    assert leading(4) < leading(3) < leading(2)
 
 
 def test_independent_spaces_have_nothing_to_find():
@@ -363,7 +379,7 @@ def test_files_hold_the_alignment(data, tmp_path, method, subspace):
     with pytest.raises(NotFittedError, match="file"):
         _ = back.moments_
     model.subspace_x_.save(tmp_path / "s.safetensors")
-    with pytest.raises(ValueError, match="holds subspace"):
+    with pytest.raises(ValueError, match="holds 'subspace'"):
         SubspaceAligner.load(tmp_path / "s.safetensors")
 
 
