@@ -126,8 +126,7 @@ class Pictures:
 
     def model(self, dims: tuple[int, ...], **options: Any) -> Matryoshka:
         """A nested network trained with labels; the published recipe differs between arms in the heads alone."""
-        # The record was made at this learning rate.
-        settings: Any = {"kind": "mlp", "hidden": _HIDDEN, "normalize": False, "learning_rate": 1e-3} | options
+        settings: Any = {"kind": "mlp", "hidden": _HIDDEN, "normalize": False} | options
         settings |= {"epochs": self.epochs, "batch_size": _BATCH}
         return Matryoshka(dims, random_state=self.seed, **settings).fit(self.split.train, self.split.train_labels)
 
@@ -172,9 +171,8 @@ class Pictures:
         self.add("plain, random projection", z_train @ turn, z_test @ turn, sizes)
         flag = Matryoshka((DIMS[-1],), center=True, normalize=False).fit(z_train)
         self.add("plain, PCA", flag.transform(z_train), flag.transform(z_test), sizes)
-        linear: dict[str, Any] = {"center": True, "learning_rate": 3e-3}
-        self.add_model("rotation of the frozen features", self.model(DIMS, kind="rotation", **linear), sizes)
-        self.add_model("linear map of the frozen features", self.model(DIMS, kind="linear", **linear), sizes)
+        for name, kind in (("rotation", "rotation"), ("linear map", "linear")):
+            self.add_model(f"{name} of the frozen features", self.model(DIMS, kind=kind, center=True), sizes)
         self.add_model("PCA of the frozen features", self.model((DIMS[-1],), kind="pca", center=True), sizes)
         options: Any = {"solver": "eigen", "shrinkage": 0.1}
         directions = LinearDiscriminantAnalysis(**options).fit(split.train.double().numpy(), split.train_labels)
@@ -238,8 +236,7 @@ def text_table(seeds: range, count: int, epochs: int) -> list[list[Any]]:
         arms: dict[str, Matryoshka | None] = {"first m of MiniLM": None}
         arms["PCA"] = Matryoshka(TEXT_DIMS).fit(torch.cat([code[fit], text[fit]]))
         for kind in ("rotation", "linear", "mlp"):
-            rate = 1e-3 if kind == "mlp" else 3e-3
-            model = Matryoshka(TEXT_DIMS, kind=kind, hidden=_HIDDEN, learning_rate=rate, **options)
+            model = Matryoshka(TEXT_DIMS, kind=kind, hidden=_HIDDEN, **options)
             arms[f"adapter, {kind}"] = model.fit(text[fit], code[fit])
         for name, model in arms.items():
             for m in TEXT_DIMS:
