@@ -37,6 +37,14 @@ def saved(rows: object, name: str = "x.npy", **options: bool) -> None:
     np.save(name, np.asarray(rows), **options)
 
 
+def damage(name: str, where: float = 0.5) -> None:
+    """Overwrite a part, so that what is packed there no longer unpacks."""
+    data = bytearray(Path(name).read_bytes())
+    start = int(where * len(data))
+    data[start : start + 80] = (b"\xff\x00" * 40)[: len(data[start : start + 80])]
+    Path(name).write_bytes(bytes(data))
+
+
 def with_entry(value: float, row: int = 3) -> np.ndarray:
     rows = ROWS.copy()
     rows[row, 2] = value
@@ -444,6 +452,122 @@ def parquet_without_rows() -> None:
     pyarrow.parquet.write_table(schema.empty_table(), "x.parquet")
 
 
+@case("report x.npz")
+def npz_whose_deflate_is_damaged() -> None:
+    np.savez_compressed("x.npz", a=ROWS)
+    damage("x.npz")
+
+
+@case("report x.npz")
+def npz_of_a_sparse_matrix() -> None:
+    from scipy import sparse
+
+    sparse.save_npz("x.npz", sparse.csr_matrix(ROWS))
+
+
+@case("report x.npz")
+def npz_of_a_graph() -> None:
+    np.savez("x.npz", adj_indptr=np.arange(3), attr_indptr=np.arange(3))
+
+
+@case("report x.npy")
+def npy_header_with_open_brackets() -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': " + b"(" * 67 + b"\n"
+    Path("x.npy").write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + b"\0" * 4)
+
+
+@case("report x.npy --labels y.npy")
+def labels_that_are_no_characters() -> None:
+    saved(ROWS)
+    saved(np.array([0x11_0000 + i for i in range(40)], np.uint32).view("<U1"), "y.npy")
+
+
+@case("report x.parquet")
+def parquet_with_two_columns_of_one_name() -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra tables")
+    import pyarrow.parquet
+
+    arrays = [arrow.array(range(40)), arrow.array(range(40))]
+    pyarrow.parquet.write_table(arrow.Table.from_arrays(arrays, names=["a", "a"]), "x.parquet")
+
+
+@case("report x.feather")
+def feather_damaged() -> None:
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow comes with the extra tables")
+    import pyarrow.feather
+
+    pyarrow.feather.write_feather(arrow.table({f"x{i}": ROWS[:, i] for i in range(8)}), "x.feather")
+    damage("x.feather", where=0.9)
+
+
+@case("cluster links.edges --attributes x.npy")
+def edges_whose_deflate_is_damaged() -> None:
+    saved(ROWS)
+    Path("links.edges.gz").write_bytes(gzip.compress(b"".join(b"%d %d\n" % (i % 40, i * i % 40) for i in range(999))))
+    damage("links.edges.gz")
+    Path("links.edges.gz").rename("links.edges")
+
+
+@case("cluster links.edges.gz --attributes x.npy")
+def packed_edges_whose_deflate_is_damaged() -> None:
+    saved(ROWS)
+    lines = np.random.default_rng(0).integers(40, size=(999, 2))
+    Path("links.edges.gz").write_bytes(gzip.compress(b"".join(b"%d %d\n" % tuple(line) for line in lines)))
+    damage("links.edges.gz")
+
+
+@case("cluster links.edges --attributes x.npy")
+def edges_to_a_node_of_5000_digits() -> None:
+    saved(ROWS)
+    Path("links.edges").write_text("0 1\n1 " + "9" * 5000 + "\n")
+
+
+@case("cluster links.edges --attributes x.npy --labels names.txt")
+def labels_too_few_for_a_graph() -> None:
+    saved(ROWS)
+    Path("links.edges").write_text("0 1\n1 2\n")
+    Path("names.txt").write_text("a\nb\n")
+
+
+@case("cluster graph.npz --labels kind")
+def labels_that_a_graph_has_not() -> None:
+    np.savez("graph.npz", **{f"{part}_{name}": values for part in ("adj", "attr") for name, values in
+                             {"data": np.ones(1), "indices": np.zeros(1, int), "indptr": np.array([0, 1]),
+                              "shape": np.array([1, 1])}.items()})  # fmt: skip
+
+
+@case("report graph.edges")
+def graph_for_a_table() -> None:
+    Path("graph.edges").write_text("0 1\n")
+
+
+@case("report x.npy")
+def npy_that_is_a_pipe() -> None:
+    os.mkfifo("x.npy")
+
+
+@case("report x.csv")
+def csv_that_is_a_pipe() -> None:
+    os.mkfifo("x.csv")
+
+
+@case("report x.npy --labels names.txt")
+def labels_that_are_a_pipe() -> None:
+    saved(ROWS)
+    os.mkfifo("names.txt")
+
+
+@case("report pictures.zip")
+def zip_that_is_a_pipe() -> None:
+    os.mkfifo("pictures.zip")
+
+
+@case("align x.npy y.npy -o map.safetensors")
+def one_row_to_align() -> None:
+    saved(ROWS[:1])
+    saved(ROWS[:1], "y.npy")
+
+
 # ---------------------------------------------------------------------- text formats
 
 
@@ -496,6 +620,50 @@ def csv_gz_that_is_not_packed() -> None:
 def csv_gz_truncated() -> None:
     packed = gzip.compress(("a,b\n" + "".join(f"{i},{i * i}\n" for i in range(400))).encode())
     Path("x.csv.gz").write_bytes(packed[: len(packed) // 2])
+
+
+@case("report x.csv.gz")
+def csv_gz_whose_deflate_is_damaged() -> None:
+    Path("x.csv.gz").write_bytes(gzip.compress(("a\n" + "\n".join(map(str, ROWS.ravel()))).encode()))
+    damage("x.csv.gz")
+
+
+@case("report x.jsonl.gz")
+def jsonl_gz_whose_deflate_is_damaged() -> None:
+    Path("x.jsonl.gz").write_bytes(
+        gzip.compress("".join(f'{{"text": "{value}"}}\n' for value in ROWS.ravel()).encode())
+    )
+    damage("x.jsonl.gz")
+
+
+@case("report x.csv")
+def csv_with_two_columns_of_one_name() -> None:
+    Path("x.csv").write_text("a,a\n1,2\n3,5\n")
+
+
+@case("report x.csv")
+def csv_with_a_megabyte_in_a_field() -> None:
+    Path("x.csv").write_text("a,b\n" + "1,2\n3,5\n" * 20 + "1," + "x" * 2**20 + "\n")
+
+
+@case("report x.csv --labels kind")
+def csv_with_labels_that_steer_the_terminal() -> None:
+    Path("x.csv").write_text("a,\x1b[2J\x1b]0;title\x07kind\n" + "1,2\n3,5\n" * 20)
+
+
+@case("report x.jsonl")
+def jsonl_vectors_of_unequal_lengths() -> None:
+    Path("x.jsonl").write_text('{"id": 1, "embedding": [0.5, 1]}\n{"id": 2, "embedding": [0.5]}\n')
+
+
+@case("report x.jsonl")
+def jsonl_vectors_of_400_digits() -> None:
+    Path("x.jsonl").write_text('{"embedding": [0.5, 1]}\n{"embedding": [0.5, ' + "9" * 400 + "]}\n")
+
+
+@case("report x.jsonl --text-column text")
+def jsonl_with_half_a_character() -> None:
+    Path("x.jsonl").write_text('{"text": "\\ud800"}\n')
 
 
 @case("report x.csv --text-column words")
@@ -734,6 +902,7 @@ def check(code: int, out: str, err: str, before: dict[str, int]) -> None:
     assert all(line.startswith(("subspan: error: ", "subspan: warning: ")) for line in lines)
     assert 20 < len(lines[-1]) < 400
     assert listing() == before
+    assert "\x1b" not in err
 
 
 def test_there_are_enough_cases() -> None:
@@ -752,6 +921,41 @@ def test_malformed_input(
     code = cli.run(command.split())
     captured = capsys.readouterr()
     check(code, captured.out, captured.err, before)
+
+
+def run_as_a_process(*arguments: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """The command line in the working folder."""
+    command = [sys.executable, "-m", "subspan", *arguments]
+    return subprocess.run(command, capture_output=True, timeout=200, check=False, env={**os.environ, **environment})
+
+
+def test_a_terminal_that_knows_ascii_alone_and_names_that_are_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of a file steers the terminal, nothing that it cannot show ends the work, files keep what they are."""
+    monkeypatch.chdir(tmp_path)
+    name = b"caf\xe9 \x1b[2J.csv"
+    label = "na\u00efve \u4e2d \x1b[31m:smile:\x9b"
+    rows = "".join(f"{label},{','.join(map(str, row))}\n" for row in ROWS)
+    Path(os.fsdecode(name)).write_text("id," + ",".join(f"x{i}" for i in range(8)) + "\n" + rows, encoding="utf-8")
+    for arguments in (["--json"], []):
+        ran = run_as_a_process(
+            "detect", name, "--labels", "id", "--top", "1", "-o", "scores.csv", *arguments,
+            PYTHONIOENCODING="ascii", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", LC_ALL="C", COLUMNS="300",
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert b"Traceback" not in ran.stderr
+        assert not {0x1B, 0x9B} & set(ran.stdout + ran.stderr)
+        assert ran.stdout.isascii()
+        assert label in Path("scores.csv").read_text(encoding="utf-8")
+        shown = json.loads(ran.stdout)["top"][0]["label"] if arguments else ran.stdout.decode()
+        assert (label if arguments else ":smile:") in shown
+    capsys.readouterr()
+    assert cli.run(["report", os.fsdecode(name), "--labels", "\x1b[2J"]) == 2
+    assert "caf\\udce9 \\x1b[2J.csv" in capsys.readouterr().err
+    assert cli.run(["report", os.fsdecode(name), "-o", "page.html", "--json", "facts.json"]) == 0
+    assert "caf\\udce9" in Path("page.html").read_text(encoding="utf-8")
+    assert "caf\\\\udce9" in Path("facts.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["npy-of-objects", "one-nan", "csv-not-utf8"])

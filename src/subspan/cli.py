@@ -8,6 +8,7 @@ so that `--help` does not wait for torch.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from rich.console import Console
 from .base.files import atomic_write, write_array, write_rows, write_text
 from .base.kinds import ARCHIVES, GRAPHS, INDEXES, TABLES, TEXTS, check_input
 from .base.outputs import Output, Outputs
+from .base.reading import UNPRINTABLE, printable, readable_name
 
 if TYPE_CHECKING:
     from .report.embeddings import Embeddings
@@ -96,6 +98,10 @@ def _end(number: int, _: Any) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of the process) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A terminal that knows fewer characters, or a name that is not UTF-8, must not end the work.
+            stream.reconfigure(errors="backslashreplace")
     said: set[str] = set()
 
     def warn(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -128,11 +134,22 @@ def _is_input_error(error: Exception) -> bool:
 
 def _one_line(error: Exception) -> str:
     message = error.format_message() if hasattr(error, "format_message") else str(error)  # pyright: ignore
-    return " ".join(message.split()) or type(error).__name__
+    return _short_line(message) or type(error).__name__
+
+
+def _short_line(message: str) -> str:
+    """One line, of which the middle is left out where it is longer than any that is meant."""
+    line = printable(" ".join(message.split()))
+    return line if len(line) <= 2000 else f"{line[:1500]}...{line[-480:]}"
 
 
 def _say(message: str) -> None:
     print(f"subspan: {message}", file=sys.stderr, flush=True)
+
+
+def _print(message: str) -> None:
+    """A line on stdout, in which nothing of a file steers the terminal."""
+    print(printable(message))
 
 
 def _print_version(wanted: bool) -> bool:
@@ -172,7 +189,14 @@ def _progress(title: str) -> Iterator[Progress]:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False))
+    print(_json_text(value))
+
+
+def _json_text(value: Any) -> str:
+    """JSON whose control characters are escapes, as is all that is not ASCII where stdout cannot show it."""
+    ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().replace("-", "") != "utf8"
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=1, allow_nan=False)
+    return UNPRINTABLE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)
 
 
 _RANK_RULES = ("marchenko-pastur", "gavish-donoho", "effective", "elbow")
@@ -280,9 +304,9 @@ def report(
         if facts_file is not None:
             write_text(outputs[facts_file], text)
     if json_output is not None and facts_file is None:
-        print(text, end="")
+        _print_json(facts)
     else:
-        print(f"{output}: {facts['contents']['rows']} rows × {facts['contents']['columns']} columns")
+        _print(f"{output}: {facts['contents']['rows']} rows × {facts['contents']['columns']} columns")
 
 
 # ---------------------------------------------------------------------- detect
@@ -400,7 +424,7 @@ def detect(
     if as_json:
         _print_json(facts)
         return
-    print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items() if name != "top"))
+    _print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items() if name != "top"))
     _print_table(facts["top"])
 
 
@@ -542,10 +566,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, pad_edge=False)
     for name, value in rows[0].items():
         justify = "right" if isinstance(value, int | float) else "left"
-        table.add_column(name.replace("_", " "), justify=justify, no_wrap=name == "name")
+        table.add_column(printable(name).replace("_", " "), justify=justify, no_wrap=name == "name")
     for row in rows:
-        table.add_row(*(_short(value) for value in row.values()))
-    console = Console(markup=False)
+        table.add_row(*(printable(_short(value)) for value in row.values()))
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 10_000  # a line a row, for whatever reads it
     console.print(table)
@@ -641,7 +665,7 @@ def select(
     if as_json:
         _print_json({**facts, "indices": pool[chosen].tolist()})
         return
-    print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
+    _print(", ".join(f"{name} {_short(value)}" for name, value in facts.items()))
     if output is None:
         columns.pop("text", None)
         _print_table([dict(zip(columns, values)) for values in zip(*columns.values())])
@@ -776,16 +800,21 @@ def _cluster_graph(
     from .datasets.graphs import read_graph
     from .report import Embeddings
     from .report.clusters import cluster_graph
+    from .report.inputs import read_labels
 
-    graph = read_graph(table, attributes, id_column=id_column, label_column=labels)
+    label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
+    graph = read_graph(table, attributes, id_column=id_column, label_column=None if label_file else labels)
+    if label_file is not None:
+        graph = graph.with_classes(read_labels(label_file, len(graph)).tolist())
     _check_clusters(clusters, len(graph))
     found = cluster_graph(graph, clusters, progress=progress, **options)
-    width = found.facts["columns"]
-    source = f"{len(graph)} nodes with {width} attributes and {found.facts['edges']} edges of {table}."
-    named = None if graph.labels is None else np.where(graph.labels >= 0, graph.labels.astype(str), "")
+    width, name = found.facts["columns"], readable_name(Path(table).name)
+    source = f"{len(graph)} nodes with {width} attributes and {found.facts['edges']} edges of {name}."
     # The page needs names and labels; the attributes stay sparse.
     stand_in = np.zeros((len(graph), 1), dtype=np.float32)
-    data = Embeddings(stand_in, Path(table).name, argument=table, source=source, labels=named, ids=graph.names)
+    data = Embeddings(
+        stand_in, name, argument=readable_name(table), source=source, labels=graph.class_names, ids=graph.names
+    )  # fmt: skip
     return data, found
 
 
@@ -804,15 +833,15 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 def _print_clusters(facts: dict[str, Any]) -> None:
     names = ("rows", "method", "clusters", "silhouette", "modularity", "output", "report")
     shown = {name: facts[name] for name in names if facts.get(name) is not None}
-    print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
+    _print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
     if "count" in facts:
         count = facts["count"]
         line = f"number of clusters by the eigengap, certainty {count['certainty']:.2f}, next best {count['runner_up']}"
         if count.get("resampled"):
             line += f", resamples {count['resampled'][0]} to {count['resampled'][-1]}"
-        print(line)
+        _print(line)
     if "scores" in facts:
-        print("against the labels: " + ", ".join(f"{name} {value:.3f}" for name, value in facts["scores"].items()))
+        _print("against the labels: " + ", ".join(f"{name} {value:.3f}" for name, value in facts["scores"].items()))
     _print_table(
         [
             {"cluster": index, "rows": size, "dimensions": dim, "representatives": " ".join(map(str, rows))}
@@ -919,7 +948,7 @@ def shorten(
         _print_json(facts)
         return
     shown = {name: value for name, value in facts.items() if name not in ("curve", "verified")}
-    print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
+    _print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
     _print_table(
         [
             {"columns": entry["columns"], "bytes a row": entry["bytes"]}
@@ -989,7 +1018,7 @@ def align(
         _print_json(facts)
         return
     held_out = facts.pop("held_out", None)
-    print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items()))
+    _print(", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in facts.items()))
     if held_out is not None:
         _print_table(
             [
@@ -1158,20 +1187,20 @@ def upgrade(
 
 def _print_upgrade(facts: dict[str, Any]) -> None:
     found = facts["index"]
-    print(f"{found['source']}: {found['n']} vectors of {found['d']} dimensions, {found['form']}, {facts['metric']}")
+    _print(f"{found['source']}: {found['n']} vectors of {found['d']} dimensions, {found['form']}, {facts['metric']}")
     if "retrieval" not in facts:
-        print(f"{facts['pairs']} pairs; nothing was fitted or written (--dry-run)")
+        _print(f"{facts['pairs']} pairs; nothing was fitted or written (--dry-run)")
         for name, path in facts["files"].items():
-            print(f"  would write {name.replace('_', ' ')}: {path}")
+            _print(f"  would write {name.replace('_', ' ')}: {path}")
         return
-    print(
+    _print(
         f"{facts['pairs']} pairs, {facts['fitted_to']} fitted to; {facts['queries']} queries among "
         f"{facts['searched']} held-out items; truth: {facts['truth']}"
     )
     if facts["left_out"]:
         print(f"{facts['left_out']} items of the sample are not in the index and are left out")
     if facts["few_pairs"]:
-        print("fewer pairs to fit to than dimensions: the maps are kept to the directions that the pairs span")
+        _print("fewer pairs to fit to than dimensions: the maps are kept to the directions that the pairs span")
     _print_table(
         [
             {
@@ -1185,14 +1214,14 @@ def _print_upgrade(facts: dict[str, Any]) -> None:
         ]
     )
     verdict = facts["verdict"]
-    print(f"{verdict['answer']}: {verdict['text']}")
-    print(verdict["reason"])
+    _print(f"{verdict['answer']}: {verdict['text']}")
+    _print(verdict["reason"])
     if verdict["bridge"]:
-        print(verdict["bridge"])
+        _print(verdict["bridge"])
     for name, path in facts["files"].items():
-        print(f"{name.replace('_', ' ')}: {path}")
+        _print(f"{name.replace('_', ' ')}: {path}")
     if "migrated_index" in facts["files"] and facts["migrated_unit_length"]:
-        print("the migrated vectors have length one: scale new ones that replace them, or are added, likewise")
+        _print("the migrated vectors have length one: scale new ones that replace them, or are added, likewise")
 
 
 # ---------------------------------------------------------------------- systems
@@ -1256,7 +1285,7 @@ def reproduce(
 def _print_record(record: dict[str, Any]) -> None:
     from .reproduce.protocol import status
 
-    say = Console(markup=False, highlight=False).print
+    say = Console(markup=False, emoji=False, highlight=False).print
     say(f"{record['system']}: {status(record)} ({record['seconds']:.0f} s)", style="bold")
     for name in ("claim", "data", "model", "bar"):
         say(f"  {name}: {record[name]}")
@@ -1318,7 +1347,7 @@ def install_models(
         install(wanted)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
-    print(f"installed: {', '.join(wanted)}")
+    _print(f"installed: {', '.join(wanted)}")
 
 
 @cache.command("info")
@@ -1342,7 +1371,7 @@ def cache_info(as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"folder": str(cache_folder()), "megabytes": total, "entries": entries})
         return
-    print(f"{cache_folder()}: {len(entries)} entries, {total} MB")
+    _print(f"{cache_folder()}: {len(entries)} entries, {total} MB")
     _print_table(entries)
 
 
@@ -1358,4 +1387,4 @@ def cache_clear(
     """
     from .datasets.cache import clear_cache
 
-    print(f"{clear_cache(older_than_days=older_than_days):.1f} MB freed")
+    _print(f"{clear_cache(older_than_days=older_than_days):.1f} MB freed")

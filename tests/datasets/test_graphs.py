@@ -141,3 +141,28 @@ def test_graph_archives_that_are_none(tmp_path):
         read_graph(tmp_path / "e.txt")
     with pytest.raises(ValueError, match="unknown graph"):
         load_graph("pubmed")
+
+
+def test_classes_have_names_and_come_from_a_column_an_array_or_a_list(tmp_path):
+    (tmp_path / "e.edges").write_text("a b\nb c\n")
+    (tmp_path / "x.csv").write_text("id,kind,x\na,red,0.5\nb,,1.5\nc,blue,2.5\n")
+    graph = read_graph(tmp_path / "e.edges", tmp_path / "x.csv", id_column="id", label_column="kind")
+    assert graph.class_names.tolist() == ["red", "", "blue"]
+    assert (graph.labels.tolist(), graph.classes, graph.n_classes) == ([1, -1, 0], ("blue", "red"), 2)
+    assert graph.with_classes(["x", "x", "y"]).class_names.tolist() == ["x", "x", "y"]
+    with pytest.raises(ValueError, match="one a node is needed, got 2 for 3"):
+        graph.with_classes(["x", "y"])
+    arrays = {}
+    for prefix, matrix in (("adj", graph.adjacency), ("attr", graph.attributes)):
+        arrays |= {f"{prefix}_{key}": getattr(matrix, key) for key in ("data", "indices", "indptr")}
+        arrays[f"{prefix}_shape"] = np.array(matrix.shape)
+    np.savez(tmp_path / "g.npz", **arrays, kind=np.array(["red", "red", "blue"]), labels=np.arange(3))
+    assert read_graph(tmp_path / "g.npz").class_names.tolist() == ["0", "1", "2"]
+    assert read_graph(tmp_path / "g.npz", label_column="kind").class_names.tolist() == ["red", "red", "blue"]
+    assert read_graph(tmp_path / "g.npz", id_column="kind").names == ("red", "red", "blue")
+    with pytest.raises(ValueError, match=r"no 'other' with an entry a node; it has .*kind, labels"):
+        read_graph(tmp_path / "g.npz", label_column="other")
+    arrays["adj_data"] = np.full(len(arrays["adj_data"]), np.nan)
+    np.savez(tmp_path / "g.npz", **arrays)
+    with pytest.raises(ValueError, match=r"adj_data .* contains NaN"):
+        read_graph(tmp_path / "g.npz")

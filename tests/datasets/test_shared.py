@@ -128,7 +128,7 @@ def test_cifar10_in_its_binary_version(folder: Path) -> None:
     with pytest.raises(ValueError, match="not a multiple of a record's 3073"):
         original.cifar10(root)
     (root / "test_batch.bin").unlink()
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"test_batch\.bin' does not exist"):
         original.cifar10(root)
 
 
@@ -175,7 +175,7 @@ def test_mnist_in_the_idx_format_is_found_under_its_name(folder: Path) -> None:
         (b"\0\0\x07\x01", "not an idx file"),
         (b"\0\0\x08\x03\0\0", "cut off in its header"),
         (idx_bytes(np.zeros((2, 2)))[:-1], r"has 3 bytes of data, its header declares \(2, 2\)"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, "its header declares"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "declares .* GiB, this machine"),
     ],
 )
 def test_a_malformed_idx_file_is_one_clear_error(tmp_path: Path, data: bytes, message: str) -> None:

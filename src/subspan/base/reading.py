@@ -20,7 +20,7 @@ _MAX_FIELD = 2**24
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
           stat.S_IFBLK: "a device"}  # fmt: skip
 # Control characters, marks that turn the direction of writing, line separators, halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def quoted(value: Any, limit: int = 80) -> str:
@@ -33,7 +33,7 @@ def quoted(value: Any, limit: int = 80) -> str:
 
 def printable(text: str) -> str:
     """Text for a terminal: what would move the cursor, turn the writing or is no character stands as its escape."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def readable_name(path: str | os.PathLike[str]) -> str:
@@ -119,6 +119,17 @@ def check_memory(size: int, what: str) -> None:
         raise ValueError(f"{what} takes {size / 2**30:.3g} GiB, this machine has {memory_bytes() / 2**30:.3g}")
 
 
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """The first `most` bytes of a regular file, unpacked where it ends in .gz."""
+    source = regular_file(path)
+    parts = []
+    with reading(source), gzip.open(source) if source.suffix.lower() == ".gz" else source.open("rb") as stream:
+        while most > 0 and (part := stream.read(min(most, 1 << 24))):
+            parts.append(part)
+            most -= len(part)
+        return b"".join(parts)
+
+
 # ---------------------------------------------------------------------- text
 
 
@@ -192,6 +203,18 @@ def parse_json(text: str | bytes, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON ({_reason(error)})") from error
+
+
+def json_records(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line of JSON lines that is not blank; ValueError for a line that holds none."""
+    shown = os.fspath(path)
+    for line, text in text_lines(path):
+        if text.strip():
+            record = parse_json(text, f"path: line {line} of {shown!r}")
+            if not isinstance(record, dict):
+                kind = type(record).__name__
+                raise ValueError(f"path: line {line} of {shown!r} is a JSON {kind}, an object is needed")
+            yield line, record
 
 
 def read_json(path: str | os.PathLike[str], name: str = "path") -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,12 +25,12 @@ from .kinds import LINES, SEPARATED, TABLES, check_input, suffix_of
 from .reading import (
     characters,
     check_memory,
+    json_records,
     parse_json,
     quoted,
     reading,
     regular_file,
     separated_rows,
-    text_lines,
 )
 
 MAX_UNPACKED_BYTES = 16 * 2**30
@@ -176,6 +176,28 @@ def read_table(
     if 0 in table.shape:
         raise ValueError(f"path: {str(source)!r} is empty: {table.shape[0]} rows of {table.shape[1]} values")
     return table
+
+
+def read_arrays(path: str | os.PathLike[str], name: str = "path") -> dict[str, np.ndarray]:
+    """All arrays of an .npz archive. Raises ValueError for one that is damaged or larger than the memory."""
+    source = regular_file(path, name)
+    sizes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in _npz_headers(source).values())
+    check_memory(sizes, f"{name}: {str(source)!r}")
+    with reading(source, name), np.load(source, allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def read_entries(path: str | os.PathLike[str], name: str = "path") -> tuple[str, ...]:
+    """The entries of a one-axis .npy array of texts or whole numbers, as texts. Raises ValueError for another."""
+    source = regular_file(path, name)
+    with reading(source, name):
+        with source.open("rb") as stream:
+            shape, dtype = _npy_header(stream, str(source))
+        if len(shape) != 1 or dtype.kind not in "iubUS":
+            what = "pickled objects" if dtype.hasobject else f"{dtype} of shape {shape}"
+            raise ValueError(f"{name}: {str(source)!r} holds {what}; one label or id a row is needed")
+        values = np.load(source, mmap_mode="r" if math.prod(shape) * dtype.itemsize else None, allow_pickle=False)
+        return entry_texts(values, f"{name}: row {{}} of {str(source)!r}")
 
 
 @dataclass(frozen=True)
@@ -583,17 +605,8 @@ def _open_separated(source: Path, column: str | None, names: dict[str, str | Non
 
 
 def _open_json_lines(source: Path, column: str | None, names: dict[str, str | None]) -> Table:
-    def records() -> Iterator[tuple[int, dict[str, Any]]]:
-        for line, text in text_lines(source):
-            if text.strip():
-                record = parse_json(text, f"path: line {line} of {str(source)!r}")
-                if not isinstance(record, dict):
-                    kind = type(record).__name__
-                    raise ValueError(f"path: line {line} of {str(source)!r} is a JSON {kind}, an object is needed")
-                yield line, record
-
     def rows(header: list[str]) -> Iterator[tuple[int, list[Any]]]:
-        for line, record in records():
+        for line, record in json_records(source):
             missing = [name for name in header if name not in record]
             if missing:
                 raise ValueError(
@@ -601,7 +614,7 @@ def _open_json_lines(source: Path, column: str | None, names: dict[str, str | No
                 )
             yield line, [record[name] for name in header]
 
-    _, first = next(records(), (0, None))
+    _, first = next(json_records(source), (0, None))
     if first is None:
         raise ValueError(f"path: {str(source)!r} holds no rows")
     return _open_rows(source, list(first), rows(list(first)), column, names, texts=False)
@@ -819,13 +832,21 @@ def _entries(arrays: dict[str, np.ndarray], n: int, source: Path) -> dict[str, A
                 f"column: the {kind} of {str(source)!r} have shape {entries.shape}, one a row ({n}) is needed"
             )
     return {
-        kind: tuple(_text(entry, f"column: row {row} of the {kind} of {str(source)!r}")
-                    for row, entry in enumerate(entries))
+        kind: entry_texts(entries, f"column: row {{}} of the {kind} of {str(source)!r}")
         for kind, entries in arrays.items()
-    }  # fmt: skip
+    }
 
 
-def _text(entry: Any, where: str) -> str:
-    if isinstance(entry, bytes):
-        entry = entry.decode("utf-8")
-    return characters("" if entry is None else str(entry), where)
+def entry_texts(entries: np.ndarray, where: str) -> tuple[str, ...]:
+    """Entries as texts, None as an empty one; ValueError with the row in `where` for what cannot be written."""
+    texts = []
+    for row, entry in enumerate(entries):
+        text = entry.decode("utf-8") if isinstance(entry, bytes) else "" if entry is None else str(entry)
+        texts.append(text if text.isascii() else characters(text, where.format(row)))
+    return tuple(texts)
+
+
+def text_array(texts: Sequence[str], where: str) -> np.ndarray:
+    """Texts as a numpy array, which gives each the room of the longest; ValueError where that is too much."""
+    check_memory(4 * len(texts) * max(map(len, texts), default=0), where)
+    return np.array(texts, dtype=str)

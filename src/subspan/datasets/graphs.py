@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from subspan.base.columns import listed
+from subspan.base.reading import quoted, reading, regular_file, text_lines
+from subspan.base.tables import entry_texts, read_arrays
 from subspan.datasets.shared import load
 from subspan.datasets.tables import read_table
 from subspan.datasets.texts import stdlib_docstrings
@@ -32,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 class AttributedGraph:
     """Adjacency (n, n) and attributes (n, d), both CSR, with a class (n,) and a name for each node where known.
 
-    labels: integers, -1 for nodes without a class.
+    labels: integers, -1 for nodes without a class; classes: what the class 0, 1, … is called, where it has a name.
     """
 
     title: str
@@ -40,6 +41,7 @@ class AttributedGraph:
     attributes: sparse.csr_matrix
     labels: np.ndarray | None = None
     names: tuple[str, ...] | None = None
+    classes: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return int(self.attributes.indptr.size - 1)
@@ -56,6 +58,24 @@ class AttributedGraph:
         if self.labels is None:
             raise ValueError(f"graph: the nodes of {self.title} have no classes")
         return self.labels >= 0
+
+    def with_classes(self, labels: Sequence[str]) -> AttributedGraph:
+        """The same graph with a class for each node by name; "" is none."""
+        if len(labels) != len(self):
+            raise ValueError(f"labels: one a node is needed, got {len(labels)} for {len(self)} nodes of {self.title}")
+        classes = sorted({label for label in labels if label})
+        place = {name: index for index, name in enumerate(classes)}
+        found = np.array([place.get(label, -1) for label in labels], dtype=np.int64)
+        return replace(self, labels=found, classes=tuple(classes))
+
+    @property
+    def class_names(self) -> np.ndarray | None:
+        """The class of each node as text, "" for none."""
+        if self.labels is None:
+            return None
+        if self.classes is None:
+            return np.where(self.labels >= 0, self.labels.astype(str), "")
+        return np.array([*self.classes, ""])[self.labels]
 
     @property
     def n_classes(self) -> int:
@@ -168,16 +188,18 @@ def read_graph(
     edges: a text file (.txt, .tsv, .csv, .edges, also .gz), a pair of nodes a line, with a weight or none, separated
     by commas, tabs or spaces; lines that start with # and a header are passed over. Nodes are named by `id_column` of
     the attributes, else they are row numbers from 0. attributes: any table that `read_table` reads; label_column:
-    classes in it. An .npz has the arrays adj_ and attr_ with data, indices, indptr, shape, and labels or none.
-    Raises ValueError, naming the line, for what is no edge, names no node, or has a negative or infinite weight.
+    classes in it. An .npz has the arrays adj_ and attr_ with data, indices, indptr, shape, and labels or none;
+    label_column, id_column: other arrays in it. Raises ValueError, naming the line, for what is no edge, names no node,
+    or has a negative or infinite weight.
     """
     source = Path(edges)
-    if not source.is_file():
+    if not source.exists():
         raise ValueError(f"edges: there is no file {str(source)!r}")
+    regular_file(source, "edges")
     if source.suffix.lower() == ".npz":
         if attributes is not None:
             raise ValueError("attributes: an .npz graph has its own; leave them out")
-        return _read_arrays(source)
+        return _read_arrays(source, id_column, label_column)
     if attributes is None:
         raise ValueError(f"attributes: {str(source)!r} is an edge list; a table with a row a node is needed beside it")
     table = read_table(attributes, id_column=id_column, label_column=label_column)
@@ -190,13 +212,11 @@ def read_graph(
             raise ValueError(f"id_column: {n - len(place)} of the {n} ids in {id_column!r} are repeated")
     pairs, weights = _read_edges(source, n, place)
     adjacency = sparse.coo_matrix((weights, (pairs[:, 0], pairs[:, 1])), shape=(n, n)).tocsr()
-    labels = None
-    if table.labels is not None:
-        labels = np.unique(np.array(table.labels), return_inverse=True)[1].reshape(-1)
-    return AttributedGraph(
-        source.name, sparse.csr_matrix(adjacency.maximum(adjacency.T)), sparse.csr_matrix(table.array()), labels,
-        None if table.ids is None else tuple(map(str, table.ids)),
+    graph = AttributedGraph(
+        source.name, sparse.csr_matrix(adjacency.maximum(adjacency.T)), sparse.csr_matrix(table.array()),
+        names=table.ids,
     )  # fmt: skip
+    return graph if table.labels is None else graph.with_classes(table.labels)
 
 
 def is_graph_file(path: str | os.PathLike[str]) -> bool:
@@ -204,7 +224,7 @@ def is_graph_file(path: str | os.PathLike[str]) -> bool:
     source = Path(path)
     suffixes = [suffix.lower() for suffix in source.suffixes if suffix.lower() != ".gz"]
     if suffixes[-1:] == [".npz"] and zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
+        with reading(source), zipfile.ZipFile(source) as archive:
             return {"adj_indptr.npy", "attr_indptr.npy"} <= set(archive.namelist())
     return suffixes[-1:] in ([".edges"], [".edgelist"])
 
@@ -221,33 +241,28 @@ def _read_edges(source: Path, n: int, place: dict[str, int] | None) -> tuple[np.
             if not pairs and line == 1:
                 continue
             known = f"0 to {n - 1}" if place is None else "the id column"
-            raise ValueError(f"{where} names {row[nodes.index(None)]!r}, which is no node ({known})")
+            raise ValueError(f"{where} names {quoted(row[nodes.index(None)])}, which is no node ({known})")
         weight = _number(row[2]) if len(row) == 3 else 1.0
         if weight is None or not np.isfinite(weight) or weight < 0:
-            raise ValueError(f"{where} has the weight {row[2]!r}; a number >= 0 is needed")
+            raise ValueError(f"{where} has the weight {quoted(row[2])}; a number >= 0 is needed")
         pairs.append((int(nodes[0] or 0), int(nodes[1] or 0)))
         weights.append(weight)
     return np.array(pairs, dtype=np.int64).reshape(-1, 2), np.array(weights)
 
 
 def _edge_rows(source: Path) -> Iterator[tuple[int, list[str]]]:
-    opener: Any = gzip.open if source.suffix.lower() == ".gz" else open
-    with opener(source, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
-        try:
-            for line, text in enumerate(stream, start=1):
-                text = text.strip()
-                if not text or text.startswith(("#", "%")):
-                    continue
+    with reading(source, "edges"):
+        for line, text in text_lines(source):
+            text = text.strip()
+            if text and not text.startswith(("#", "%")):
                 yield line, next(csv.reader([text])) if "," in text else text.split()
-        except (UnicodeDecodeError, OSError, EOFError) as error:
-            raise ValueError(f"edges: {str(source)!r} cannot be read as text ({error})") from error
 
 
 def _node(name: str, n: int, place: dict[str, int] | None) -> int | None:
     if place is not None:
         return place.get(name.strip())
     name = name.strip()
-    return int(name) if name.isdecimal() and int(name) < n else None
+    return int(name) if len(name) < 20 and name.isdecimal() and int(name) < n else None
 
 
 def _number(text: str) -> float | None:
@@ -257,16 +272,25 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _read_arrays(source: Path) -> AttributedGraph:
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            arrays = {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"edges: {str(source)!r} cannot be read ({error})") from error
-    return _from_arrays(arrays, source.name)
+def _read_arrays(source: Path, id_column: str | None, label_column: str | None) -> AttributedGraph:
+    arrays = read_arrays(source, "edges")
+    with reading(source, "edges"):
+        graph = _from_arrays({**arrays, "labels": None} if label_column is not None else arrays, source.name)
+        entries = {}
+        for kind, name in (("ids", id_column), ("labels", label_column)):
+            if name is None:
+                continue
+            if name not in arrays or arrays[name].shape != (len(graph),):
+                fit = listed(key for key, values in arrays.items() if values.shape == (len(graph),))
+                has = f"it has {fit}" if fit else "it has none"
+                raise ValueError(f"{kind}: {str(source)!r} has no {quoted(name)} with an entry a node; {has}")
+            entries[kind] = entry_texts(arrays[name], f"{kind}: row {{}} of {str(source)!r}")
+        if "ids" in entries:
+            graph = replace(graph, names=entries["ids"])
+        return graph.with_classes(entries["labels"]) if "labels" in entries else graph
 
 
-def _from_arrays(arrays: dict[str, np.ndarray], title: str) -> AttributedGraph:
+def _from_arrays(arrays: dict[str, Any], title: str) -> AttributedGraph:
     matrices = []
     for prefix in ("adj", "attr"):
         keys = [f"{prefix}_{part}" for part in ("data", "indices", "indptr", "shape")]
@@ -280,6 +304,8 @@ def _from_arrays(arrays: dict[str, np.ndarray], title: str) -> AttributedGraph:
             matrix.check_format(full_check=True)
         except (ValueError, TypeError) as error:
             raise ValueError(f"edges: the arrays {prefix}_* of {title!r} are no CSR matrix ({error})") from error
+        if not np.isfinite(matrix.data).all():
+            raise ValueError(f"edges: {prefix}_data of {title!r} contains NaN or infinity")
         matrices.append(matrix)
     adjacency, attributes = matrices
     n = adjacency.shape[0]
@@ -289,4 +315,7 @@ def _from_arrays(arrays: dict[str, np.ndarray], title: str) -> AttributedGraph:
             f"edges: {title!r} has adjacency {adjacency.shape}, attributes {attributes.shape} and labels "
             f"{None if labels is None else labels.shape}; one row a node is needed"
         )
-    return AttributedGraph(title, adjacency, attributes, labels)
+    graph = AttributedGraph(title, adjacency, attributes, labels)
+    if labels is not None and labels.dtype.kind not in "iu":
+        return graph.with_classes(entry_texts(labels, f"labels: row {{}} of {title!r}"))
+    return graph

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from subspan.geometry.extras import require
+from subspan.base.extras import require
+from subspan.base.reading import read_bytes, readable_name, reading, regular_file
 
 _LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})
 _CLASS_LEVELS = 32
@@ -32,8 +33,8 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
     broken, truncated, no image, or declares more than MAX_PIXELS pixels.
     """
     image_module, operations = require("PIL.Image", extra="vision"), require("PIL.ImageOps", extra="vision")
-    shown = name or (os.fspath(source) if not isinstance(source, bytes) else "image")
-    opened = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+    shown = readable_name(name or (os.fspath(source) if not isinstance(source, bytes) else "image"))
+    opened = io.BytesIO(source) if isinstance(source, bytes) else regular_file(source, "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -43,12 +44,10 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
                 image.load()
                 upright = operations.exif_transpose(image)
                 return upright if upright is not image else image.copy()
-    except FileNotFoundError as error:
-        raise ValueError(f"image {shown}: there is no such file") from error
     except (image_module.DecompressionBombError, ValueError) as error:
         raise ValueError(f"image {shown}: {error}") from error
     except Exception as error:
-        raise ValueError(f"image {shown}: broken or not an image ({error or type(error).__name__})") from error
+        raise ValueError(f"image {shown}: broken or not an image ({str(error) or type(error).__name__})") from error
 
 
 class ImageCollection(Sequence[Any]):
@@ -81,10 +80,7 @@ class ImageCollection(Sequence[Any]):
         """The undecoded bytes of one file."""
         if self._files is not None:
             return self._files.read(name)
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise ValueError(f"image {name}: cannot be read ({error.strerror})") from error
+        return read_bytes(self.root / name, MAX_BYTES)
 
     def subset(self, indices: Iterable[int]) -> ImageCollection:
         """The images at these indices, in this order."""
@@ -240,12 +236,10 @@ def _file_names(root: Path) -> list[str]:
         names = [
             Path(folder, file).relative_to(root).as_posix() for folder, _, files in os.walk(root) for file in files
         ]
-    elif root.is_file():
-        if not zipfile.is_zipfile(root):
+    else:
+        if not zipfile.is_zipfile(regular_file(root)):
             raise ValueError(f"path: {str(root)!r} is neither a folder nor a zip archive")
         names = _Archive(root).names()
-    else:
-        raise ValueError(f"path: {str(root)!r} does not exist")
     return sorted(
         name for name in names if not any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
     )
@@ -270,21 +264,14 @@ class _Archive:
             return [entry.filename for entry in self._file().infolist() if not entry.is_dir()]
 
     def read(self, name: str) -> bytes:
-        with self._lock:
-            try:
-                entry = self._file().getinfo(name)
-                if entry.file_size > MAX_BYTES:
-                    raise ValueError(f"{name} in {self.path}: {entry.file_size} bytes unpacked, over {MAX_BYTES}")
-                return self._file().read(entry)
-            except KeyError as error:
-                raise ValueError(f"{name}: not in {self.path}") from error
-            except (zipfile.BadZipFile, RuntimeError, OSError, NotImplementedError) as error:
-                raise ValueError(f"{name} in {self.path}: cannot be unpacked ({error})") from error
+        with self._lock, reading(self.path, problem=f"has no readable {name!r}"):
+            entry = self._file().getinfo(name)
+            if entry.file_size > MAX_BYTES:
+                raise ValueError(f"{name} in {self.path}: {entry.file_size} bytes unpacked, over {MAX_BYTES}")
+            return self._file().read(entry)
 
     def _file(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
-            try:
+            with reading(self.path, problem="is a broken zip archive"):
                 self._opened = (os.getpid(), zipfile.ZipFile(self.path))
-            except (zipfile.BadZipFile, OSError) as error:
-                raise ValueError(f"path: {str(self.path)!r} is a broken zip archive ({error})") from error
         return self._opened[1]

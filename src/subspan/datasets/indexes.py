@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from subspan.base.tables import ArrayRows, Rows, read_table, text_array
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
 from subspan.datasets.qdrant import is_qdrant, open_qdrant
 from subspan.datasets.qdrant_folder import point_id
-from subspan.datasets.tables import ArrayRows, Rows, read_table
 
 Metric = Literal["inner", "l2", "cosine"]
 ID_COLUMNS = ("id", "ids", "_id")
@@ -296,7 +296,7 @@ def _open_table(path: Path, column: str | None, id_column: str | None) -> Stored
         ids: np.ndarray = np.arange(len(table))
     else:
         id_column = table.id_column or id_column
-        ids = np.array(table.ids, dtype=str)
+        ids = text_array(table.ids, f"the ids of {str(path)!r}")
         if id_column is not None and columns.get(id_column, False):
             ids = _whole(ids)
     stored = table.values.dtype

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import os
 from pathlib import Path
 
 import numpy as np
 
+from subspan.base.reading import check_memory, read_bytes, reading, text_lines
+
+_MAX_BYTES = 2**30
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
@@ -61,23 +63,29 @@ def fashion_mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
     """An idx file (also .gz). Raises ValueError for a wrong magic number or a size that is not the header's."""
     source = Path(path)
-    data = _bytes(source)
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _IDX_TYPES:
+    head = read_bytes(source, 4)
+    if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _IDX_TYPES:
         raise ValueError(f"path: {str(source)!r} is not an idx file")
-    n_axes = data[3]
+    n_axes = head[3]
     start = 4 + 4 * n_axes
-    if len(data) < start:
+    head = read_bytes(source, start)
+    if len(head) < start:
         raise ValueError(f"path: {str(source)!r} is cut off in its header")
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", count=n_axes, offset=4))
-    dtype = np.dtype(_IDX_TYPES[data[2]])
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"path: {str(source)!r} has {len(data) - start} bytes of data, its header declares {shape}")
-    return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    shape = tuple(int(size) for size in np.frombuffer(head, ">u4", count=n_axes, offset=4))
+    dtype = np.dtype(_IDX_TYPES[head[2]])
+    size = math.prod(shape) * dtype.itemsize
+    check_memory(2 * size, f"path: {str(source)!r} declares {shape}, which")
+    data = read_bytes(source, start + size + 1)
+    if len(data) - start != size:
+        held = f"has {len(data) - start} bytes of data" if len(data) - start < size else "has more bytes of data"
+        raise ValueError(f"path: {str(source)!r} {held}, its header declares {shape}")
+    with reading(source):
+        return np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 def _cifar_records(path: Path, *, n_labels: int) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) and the last of the labels of each record."""
-    data = np.frombuffer(_bytes(path), np.uint8)
+    data = np.frombuffer(read_bytes(path, _MAX_BYTES), np.uint8)
     width = n_labels + 3072
     if not len(data) or len(data) % width:
         raise ValueError(f"path: {str(path)!r} has {len(data)} bytes, not a multiple of a record's {width}")
@@ -87,7 +95,7 @@ def _cifar_records(path: Path, *, n_labels: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _class_names(path: Path) -> np.ndarray:
-    return np.array([line.strip() for line in _bytes(path).decode("utf-8").splitlines() if line.strip()])
+    return np.array([line.strip() for _, line in text_lines(path) if line.strip()])
 
 
 def _subfolder(folder: str | os.PathLike[str], name: str) -> Path:
@@ -99,13 +107,3 @@ def _present(folder: Path, name: str) -> Path:
         if candidate.is_file():
             return candidate
     raise ValueError(f"folder: {str(folder)!r} has no {name} (or {name}.gz)")
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as stream:
-                return stream.read()
-        return path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"path: {str(path)!r} cannot be read ({error})") from error

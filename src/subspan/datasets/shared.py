@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from subspan.base.reading import text_lines
+from subspan.base.tables import read_arrays
 from subspan.datasets import original
 from subspan.datasets.bundled import BUNDLED
 from subspan.datasets.images import ImageCollection, anomaly_folder, image_folder
@@ -181,7 +180,7 @@ def _load_images(archive: Path, files: dict[str, Path]) -> Any:
     records = [file for file in files.values() if ".jsonl" in file.name]
     if not records:
         return anomaly_folder(archive)
-    described = {record["file"]: record for record in iterate_records(records[0])}
+    described = {record.get("file"): record for record in iterate_records(records[0])}
     images = image_folder(archive)
     missing = [name for name in images.names if name not in described]
     if missing or len(described) != len(images):
@@ -201,23 +200,11 @@ def _read(file: Path) -> Any:
 
 def _reader(file: Path) -> Callable[[Path], Any] | None:
     if file.suffix == ".npz":
-        return _arrays
+        return read_arrays
     if ".jsonl" in file.suffixes:
         return lambda path: list(iterate_records(path))
     return _text if ".txt" in file.suffixes else None
 
 
-def _arrays(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"path: {str(file)!r} cannot be read ({error})") from error
-
-
 def _text(file: Path) -> str:
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as stream:
-            return stream.read()
-    except (UnicodeDecodeError, OSError, EOFError) as error:
-        raise ValueError(f"path: {str(file)!r} cannot be read ({error})") from error
+    return "".join(line for _, line in text_lines(file))

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import csv
 import gc
-import gzip
 import io
-import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from subspan.base.columns import listed
 from subspan.base.kinds import suffix_of
-
-MAX_UNPACKED_BYTES = 8 * 2**30
+from subspan.base.reading import characters, json_records, quoted, regular_file, separated_rows, text_lines
 
 _UNCOUNTED_PACKAGES = frozenset(
     {"__pycache__", "config", "ensurepip", "idlelib", "lib2to3", "site-packages", "dist-packages", "test", "tests",
@@ -63,7 +60,7 @@ def read_texts(
             value = record.get(name)
             if value is None:
                 raise ValueError(_missing(name, record, source, number))
-            values.append(str(value))
+            values.append(characters(str(value), f"column: {name!r} of record {number} in {str(source)!r}"))
         if len(texts) == limit:
             break
     if not texts:
@@ -79,9 +76,7 @@ def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".txt": _plain_lines, ".csv": _comma, ".tsv": _tab}
     if kind not in readers:
         raise ValueError(f"path: {str(source)!r} is not one of {', '.join(readers)} (also .gz)")
-    if not source.is_file():
-        raise ValueError(f"path: {str(source)!r} does not exist")
-    yield from readers[kind](source)
+    yield from readers[kind](regular_file(source))
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def _text_column(record: dict[str, Any], source: Path) -> str:
         return "text"
     texts = [name for name, value in record.items() if isinstance(value, str)]
     if len(texts) != 1:
-        raise ValueError(f"column: {str(source)!r} has the columns {', '.join(record)}; say which one holds the texts")
+        raise ValueError(f"column: {str(source)!r} has the columns {listed(record)}; say which one holds the texts")
     return texts[0]
 
 
@@ -208,29 +203,21 @@ def _entry(record: dict[str, Any], column: str, source: Path, number: int) -> st
     if value is None:
         raise ValueError(_missing(column, record, source, number))
     if not isinstance(value, str):
-        raise ValueError(f"column: {column!r} of record {number} in {str(source)!r} is {value!r}, not a text")
-    return value
+        shown = quoted(value)
+        raise ValueError(f"column: {column!r} of record {number} in {str(source)!r} is {shown}, not a text")
+    return characters(value, f"column: {column!r} of record {number} in {str(source)!r}")
 
 
 def _missing(column: str, record: dict[str, Any], source: Path, number: int) -> str:
-    return f"column: record {number} of {str(source)!r} has no {column!r}; it has {', '.join(map(str, record))}"
+    return f"column: record {number} of {str(source)!r} has no {column!r}; it has {listed(record)}"
 
 
 def _json_lines(source: Path) -> Iterator[dict[str, Any]]:
-    for number, line in _lines(source):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"path: line {number} of {str(source)!r} is not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"path: line {number} of {str(source)!r} is {type(record).__name__}, an object is needed")
-        yield record
+    return (record for _, record in json_records(source))
 
 
 def _plain_lines(source: Path) -> Iterator[dict[str, Any]]:
-    for _, line in _lines(source):
+    for _, line in text_lines(source):
         if line.strip():
             yield {"text": line.rstrip("\n")}
 
@@ -245,44 +232,14 @@ def _tab(source: Path) -> Iterator[dict[str, Any]]:
 
 def _separated(source: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     header: list[str] | None = None
-    reader = csv.reader((line for _, line in _lines(source, newline="")), delimiter=delimiter, strict=True)
-    try:
-        for row in reader:
-            if not row:
-                continue
-            if header is None:
-                header = row
-                repeated = {name for name in row if row.count(name) > 1}
-                if repeated:
-                    raise ValueError(f"path: {str(source)!r} has several columns called {', '.join(sorted(repeated))}")
-            elif len(row) != len(header):
-                place = f"line {reader.line_num} of {str(source)!r}"
-                raise ValueError(f"path: {place} has {len(row)} fields, the header has {len(header)}")
-            else:
-                yield dict(zip(header, row))
-    except csv.Error as error:
-        raise ValueError(f"path: line {reader.line_num} of {str(source)!r} is not CSV ({error})") from error
-
-
-def _lines(source: Path, newline: str | None = None) -> Iterable[tuple[int, str]]:
-    """(number, line) of a UTF-8 file, unpacked where it ends in .gz, up to a size that no honest file exceeds."""
-    unpacked = 0
-    number = 0
-    with _opened(source, newline) as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                unpacked += len(line)
-                if unpacked > MAX_UNPACKED_BYTES:
-                    raise ValueError(f"path: {str(source)!r} unpacks to over {MAX_UNPACKED_BYTES} characters")
-                yield number, line
-        except UnicodeDecodeError as error:
-            place = f"after line {number} of {str(source)!r}"
-            raise ValueError(f"path: not UTF-8 text {place} (byte {error.object[error.start]:#04x})") from error
-        except (EOFError, OSError) as error:
-            raise ValueError(f"path: {str(source)!r} is broken after line {number} ({error})") from error
-
-
-def _opened(source: Path, newline: str | None) -> io.TextIOWrapper:
-    if source.suffix.lower() == ".gz":
-        return io.TextIOWrapper(gzip.open(source, "rb"), encoding="utf-8-sig", newline=newline)
-    return source.open(encoding="utf-8-sig", newline=newline)
+    for line, row in separated_rows(source, delimiter):
+        if header is None:
+            header = row
+            repeated = {name for name in row if row.count(name) > 1} if len(set(row)) < len(row) else ()
+            if repeated:
+                raise ValueError(f"path: {str(source)!r} has several columns called {listed(sorted(repeated))}")
+        elif len(row) != len(header):
+            place = f"line {line} of {str(source)!r}"
+            raise ValueError(f"path: {place} has {len(row)} fields, the header has {len(header)}")
+        else:
+            yield dict(zip(header, row))

@@ -106,7 +106,12 @@ def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress
 def fit_map(
     data: Embeddings, other: Embeddings, method: str, *, seed: int, progress: Progress
 ) -> tuple[SpaceMap, dict[str, Any]]:
-    """The map fitted on all rows, and what a map fitted on one half of them does for the other half."""
+    """The map fitted on all rows, and what a map fitted on one half of them does for the other half.
+
+    Raises ValueError for fewer than 4 rows, of which no half can be fitted to.
+    """
+    if len(data) < 4:
+        raise ValueError(f"{data.name}: {len(data)} rows; a map needs at least 4, half to fit to and half to judge by")
     train, held_out = _halves(len(data), seed)
     half = SpaceMap(method).fit(_shown(data, train, progress), other.batches(train))
     source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))

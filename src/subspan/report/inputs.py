@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
+from ..base.reading import json_records, readable_name, reading
+from ..base.tables import ArrayRows, read_entries, read_table, text_array
 from ..datasets.cache import cached_features
 from ..datasets.images import ImageCollection, image_folder
 from ..datasets.packages import image_preprocessing, load_model, load_sentence_encoder
-from ..datasets.tables import read_table
 from ..datasets.texts import read_texts, stdlib_docstrings
 from ..models import ImageEncoder, ImagePreprocessing, SentenceEncoder
 from .embeddings import Embeddings, Progress, silent
@@ -37,10 +38,10 @@ def read_embeddings(
 ) -> Embeddings:
     """The rows that `argument` names; None stands for the docstrings of the running Python's standard library.
 
-    A table is opened (.npy stays memory-mapped); texts (.txt, .jsonl, or .csv with `text_column`) go through the
-    sentence encoder, a folder or zip of images through the vision network, with the features cached. labels: a column,
-    or a file with one a row (.npy, .txt, .csv, .jsonl). Raises ValueError, in one line, for what cannot be read, and
-    for NaN or infinity unless `skip_nan`.
+    A table is opened (.npy stays memory-mapped); texts (.txt, .jsonl without vectors, or .csv with `text_column`) go
+    through the sentence encoder, a folder or zip of images through the vision network, with the features cached.
+    labels: a column, or a file with one a row (.npy, .txt, .csv, .jsonl). Raises ValueError, in one line, for what
+    cannot be read, and for NaN or infinity unless `skip_nan`.
     """
     if argument is None:
         options = {"labels": labels, "column": column, "text_column": text_column, "id_column": id_column}
@@ -59,17 +60,22 @@ def read_embeddings(
     if path.is_dir() or suffix in ARCHIVES:
         _refuse(argument, "a folder of images", column=column, text_column=text_column, id_column=id_column)
         data = _images(path, argument, label_column, progress)
-    elif suffix in TEXTS + LINES or (suffix in SEPARATED and text_column is not None and column is None):
+    elif _holds_texts(path, suffix, column, text_column):
         _refuse(argument, "a file of texts", column=column)
         data = _texts(path, argument, text_column, id_column, label_column, progress)
     else:
         data = _table(path, argument, column, text_column, id_column, label_column)
     if label_file is not None:
-        data = dataclasses.replace(data, labels=_label_file(label_file, len(data)), label_name="label")
+        data = dataclasses.replace(data, labels=read_labels(label_file, len(data)), label_name="label")
     if labels is not None:
-        data = dataclasses.replace(data, label_argument=labels)
-    reading = _options(column=column, text_column=text_column)
-    return _finite(dataclasses.replace(data, reading=reading, pairing=_options(id_column=id_column)), skip_nan)
+        data = dataclasses.replace(data, label_argument=readable_name(labels))
+    data = dataclasses.replace(
+        data,
+        argument=readable_name(argument),
+        reading=_options(column=column, text_column=text_column),
+        pairing=_options(id_column=id_column),
+    )
+    return _finite(data, skip_nan)
 
 
 def _options(**columns: str | None) -> tuple[str, ...]:
@@ -84,10 +90,23 @@ def is_anomaly_layout(argument: str) -> bool:
     if path.is_dir():
         return (path / "train" / "good").is_dir() and (path / "test").is_dir()
     if path.is_file() and zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             names = [f"/{name}" for name in archive.namelist()]
         return any("/train/good/" in name for name in names) and any("/test/" in name for name in names)
     return False
+
+
+def _holds_texts(path: Path, suffix: str, column: str | None, text_column: str | None) -> bool:
+    """Whether a file holds texts to embed: lines, records of JSON without vectors, or a table with such a column."""
+    if suffix in TEXTS:
+        return True
+    if suffix in SEPARATED:
+        return text_column is not None and column is None
+    if suffix not in LINES or column is not None:
+        return False
+    _, first = next(json_records(path), (0, {}))
+    vectors = any(isinstance(value, list) and float in map(type, value) for value in first.values())
+    return text_column is not None or not (vectors or (first and str not in map(type, first.values())))
 
 
 def _refuse(argument: str, what: str, **options: str | None) -> None:
@@ -108,15 +127,16 @@ def _table(
     label_column: str | None,
 ) -> Embeddings:
     table = read_table(path, column=column, text_column=text_column, id_column=id_column, label_column=label_column)
-    mapped = path.suffix.lower() == ".npy" and table.values.dtype.kind == "f"
-    rows = np.load(path, mmap_mode="r", allow_pickle=False) if mapped else table.array()
+    held = table.values.values if isinstance(table.values, ArrayRows) else None
+    rows = held if held is not None and held.dtype.kind == "f" else table.array()
     n, d = table.shape
+    name = readable_name(path.name)
     return Embeddings(
         rows=rows,
-        name=path.name,
+        name=name,
         argument=argument,
-        source=f"{n} embeddings with {d} dimensions, read from {path.name}.",
-        labels=None if table.labels is None else np.array(table.labels),
+        source=f"{n} embeddings with {d} dimensions, read from {name}.",
+        labels=None if table.labels is None else text_array(table.labels, f"--labels: of {name}"),
         label_name=label_column or "label",
         texts=table.texts,
         ids=table.ids,
@@ -124,19 +144,13 @@ def _table(
     )
 
 
-def _label_file(path: Path, n: int) -> np.ndarray:
+def read_labels(path: Path, n: int) -> np.ndarray:
+    """The labels of n rows from a file of them: .npy, or texts (see `read_texts`). Raises ValueError for another n."""
     if path.suffix.lower() == ".npy":
-        try:
-            values = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"--labels: {str(path)!r} cannot be read ({error})") from error
-        if values.ndim != 1 or values.dtype.kind not in "iubUS":
-            raise ValueError(
-                f"--labels: {str(path)!r} holds {values.dtype} of shape {values.shape}, one label a row is needed"
-            )
-        names = values.astype(str)
+        entries = read_entries(path, "--labels")
     else:
-        names = np.array(read_texts(path).texts)
+        entries = read_texts(path).texts
+    names = text_array(entries, f"--labels: {str(path)!r}")
     if len(names) != n:
         raise ValueError(f"--labels: {str(path)!r} has {len(names)} labels for {n} rows")
     return names
@@ -191,10 +205,10 @@ def _texts(
         raise ValueError(f"{argument}: {len(empty)} of {len(found)} texts are empty (the first is row {empty[0]})")
     return Embeddings(
         rows=_encoded_texts(found.texts, progress),
-        name=path.name,
+        name=readable_name(path.name),
         argument=argument,
-        source=f"{len(found)} texts of {path.name}, embedded with {_MODEL_TITLES[TEXT_MODEL]}.",
-        labels=None if found.labels is None else np.array(found.labels),
+        source=f"{len(found)} texts of {readable_name(path.name)}, embedded with {_MODEL_TITLES[TEXT_MODEL]}.",
+        labels=None if found.labels is None else text_array(found.labels, f"--labels: of {path.name!r}"),
         label_name=label_column or "label",
         texts=found.texts,
         ids=found.ids,
@@ -219,16 +233,17 @@ def _images(path: Path, argument: str, label_column: str | None, progress: Progr
         )
     images = image_folder(path)
     named = len(set(images.labels)) > 1
+    name = readable_name(path.name or str(path))
     return Embeddings(
         rows=_encoded_images(images, progress),
-        name=path.name or str(path),
+        name=name,
         argument=argument,
-        source=f"{len(images)} images of {path.name}, embedded with {_MODEL_TITLES[IMAGE_MODEL]}"
+        source=f"{len(images)} images of {name}, embedded with {_MODEL_TITLES[IMAGE_MODEL]}"
         + ("; the label is the folder." if named else "."),
-        labels=np.array(images.labels) if named else None,
+        labels=np.array(list(map(readable_name, images.labels))) if named else None,
         label_name="folder",
         images=images,
-        ids=tuple(images.names),
+        ids=tuple(map(readable_name, images.names)),
     )
 
 
