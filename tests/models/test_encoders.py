@@ -27,7 +27,7 @@ def tokenizer() -> Any:
     model.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", sep_token="[SEP]")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,134 @@ def test_a_saved_folder_is_enough(bert: nn.Module, tokenizer: Any, tmp_path: Pat
     np.testing.assert_allclose(encoder.encode(TEXTS), SentenceEncoder(bert, tokenizer).encode(TEXTS), atol=1e-6)
 
 
+def sentence_folder(folder: Path, bert: nn.Module, tokenizer: Any, *modules: str, **settings: Any) -> Path:
+    """A folder as sentence-transformers saves it: what `settings` say stands in the files that they name."""
+    import json
+
+    bert.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    kinds = ["Transformer", "Pooling", *modules]
+    entries = [
+        {"idx": index, "name": str(index), "path": f"{index}_{kind}" if index else "",
+         "type": f"sentence_transformers.models.{kind}"}
+        for index, kind in enumerate(kinds)
+    ]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(entries))
+    for index, kind in enumerate(kinds[1:], start=1):
+        (folder / f"{index}_{kind}").mkdir(exist_ok=True)
+    files = {"pooling": "1_Pooling/config.json", "transformer": "sentence_bert_config.json",
+             "texts": "config_sentence_transformers.json", "dense": "2_Dense/config.json"}  # fmt: skip
+    for name, value in {"pooling": {}, **settings}.items():
+        (folder / files[name]).write_text(json.dumps(value))
+    return folder
+
+
+POOLINGS = {
+    "cls_token": lambda states: states[0],
+    "mean_tokens": lambda states: states.mean(0),
+    "max_tokens": lambda states: states.amax(0),
+    "mean_sqrt_len_tokens": lambda states: states.sum(0) / len(states) ** 0.5,
+    "weightedmean_tokens": lambda states: (
+        (states * torch.arange(1, len(states) + 1)[:, None]).sum(0) / (len(states) * (len(states) + 1) / 2)
+    ),
+    "lasttoken": lambda states: states[-1],
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_folder_of_sentence_transformers_is_pooled_as_it_says(
+    bert: nn.Module, tokenizer: Any, tmp_path: Path, pooling: str
+) -> None:
+    flags = {"pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
+    folder = sentence_folder(tmp_path, bert, tokenizer, pooling={"word_embedding_dimension": 16, **flags})
+    vectors = SentenceEncoder(folder).encode(TEXTS[:4])
+    expected = torch.stack([POOLINGS[pooling](alone(bert, tokenizer, text)) for text in TEXTS[:4]])
+    np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    mean = torch.stack([alone(bert, tokenizer, text).mean(0) for text in TEXTS[:4]])
+    given = SentenceEncoder(folder, pool="mean", normalize=True).encode(TEXTS[:4])
+    np.testing.assert_allclose(given, nn.functional.normalize(mean, dim=-1), atol=1e-5)
+
+
+def test_poolings_of_a_folder_are_joined_and_its_layers_follow(bert: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = sentence_folder(
+        tmp_path, bert, tokenizer, "Dense", "Normalize",
+        pooling={"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True},
+        dense={"in_features": 32, "out_features": 3, "bias": True,
+               "activation_function": "torch.nn.modules.activation.Tanh"},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    dense = nn.Linear(32, 3)
+    save_file({f"linear.{name}": value for name, value in dense.state_dict().items()},
+              folder / "2_Dense/model.safetensors")  # fmt: skip
+    states = [alone(bert, tokenizer, text) for text in TEXTS[:4]]
+    joined = torch.stack([torch.cat([state[0], state.mean(0)]) for state in states])
+    expected = nn.functional.normalize(torch.tanh(dense(joined)), dim=-1).detach()
+    np.testing.assert_allclose(SentenceEncoder(folder).encode(TEXTS[:4]), expected, atol=1e-5)
+    (folder / "2_Dense/model.safetensors").rename(folder / "2_Dense/elsewhere")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin' does not exist"):
+        SentenceEncoder(folder)
+
+
+def test_lengths_prompts_and_case_of_a_folder(bert: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    folder = sentence_folder(
+        tmp_path, bert, tokenizer,
+        transformer={"max_seq_length": 6, "do_lower_case": True},
+        texts={"prompts": {"query": "the girl ", "document": ""}, "default_prompt_name": "query"},
+        pooling={"include_prompt": False},
+    )  # fmt: skip
+    encoder = SentenceEncoder(folder)
+    assert (encoder.max_length, encoder.prompts) == (6, {"query": "the girl ", "document": ""})
+    plain = SentenceEncoder(bert, tokenizer, max_length=6, normalize=False)
+    np.testing.assert_allclose(
+        encoder.encode(["A MAN is", "food"], prompt=""), plain.encode(["a man is", "food"]), atol=1e-6
+    )
+    expected = torch.stack([alone(bert, tokenizer, f"the girl {text}")[3:].mean(0) for text in ("a man", "food")])
+    np.testing.assert_allclose(encoder.encode(["a man", "food"]), expected, atol=1e-5)
+    asked = SentenceEncoder(folder, prompt="document")
+    np.testing.assert_allclose(asked.encode(["food"]), plain.encode(["food"]), atol=1e-6)
+    np.testing.assert_allclose(asked.encode(["food"], prompt="query"), expected[1:], atol=1e-5)
+    with pytest.raises(ValueError, match="prompt: one of query, document, got 'title'"):
+        encoder.encode(["food"], prompt="title")
+
+
+@pytest.mark.parametrize(
+    ("modules", "settings", "message"),
+    [
+        ((), {"pooling": {"pooling_mode_attention": True}}, "the pooling 'attention'; known are cls_token"),
+        ((), {"pooling": {"pooling_mode_mean_tokens": False}}, "the pooling none"),
+        (("CNN",), {}, "has the module 'CNN'; only Dense"),
+        (("Dense",), {"dense": {"in_features": 16, "out_features": 2, "activation_function": "a.Swoosh"}}, "Swoosh"),
+        ((), {"transformer": {"max_seq_length": "many"}}, "max_seq_length 'many'"),
+        ((), {"texts": {"default_prompt_name": "query"}}, "has no prompt 'query'"),
+        ((), {"transformer": []}, "holds a JSON list, an object is needed"),
+    ],
+)
+def test_what_a_folder_asks_for_and_is_not_carried_out_is_named(
+    bert: nn.Module, tokenizer: Any, tmp_path: Path, modules: tuple[str, ...], settings: dict[str, Any], message: str
+) -> None:
+    from safetensors.torch import save_file
+
+    folder = sentence_folder(tmp_path, bert, tokenizer, *modules, **settings)
+    if "Dense" in modules:
+        save_file(
+            {"linear.weight": torch.ones(2, 16), "linear.bias": torch.ones(2)}, folder / "2_Dense/model.safetensors"
+        )
+    with pytest.raises(ValueError, match=message):
+        SentenceEncoder(folder)
+
+
+def test_a_folder_that_starts_otherwise_is_refused(bert: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
+    folder = sentence_folder(tmp_path, bert, tokenizer)
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.StaticEmbedding", "path": ""}]')
+    with pytest.raises(ValueError, match="starts with the modules StaticEmbedding; Transformer and Pooling are needed"):
+        SentenceEncoder(folder)
+    (folder / "modules.json").write_text('["x"]')
+    with pytest.raises(ValueError, match=r"modules\.json' cannot be read"):
+        SentenceEncoder(folder)
+
+
 def test_wrong_texts_and_options_are_named(bert: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
     encoder = SentenceEncoder(bert, tokenizer)
     with pytest.raises(TypeError, match="entry 2 is NoneType"):
@@ -106,6 +234,10 @@ def test_wrong_texts_and_options_are_named(bert: nn.Module, tokenizer: Any, tmp_
         SentenceEncoder(bert)
     with pytest.raises(ValueError, match="holds no saved transformers model"):
         SentenceEncoder(tmp_path)
+    with pytest.raises(ValueError, match="pool: one of mean, last, first, max"):
+        SentenceEncoder(bert, tokenizer, pool=[])
+    with pytest.raises(ValueError, match="pool: of a layer one of mean, last, first, got max"):
+        SentenceEncoder(bert, tokenizer, pool="max", layer=1)
     with pytest.raises(ValueError, match="layer: a projection"):
         SentenceEncoder(bert, tokenizer, pool="projection", layer=1)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,22 +16,29 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.geometry.extras import require
-from subspan.models.capture import call_model, evaluation, iterate_representations, pool_states, to_device_of
+from subspan.base.extras import require
+from subspan.models.capture import call_model, evaluation, iterate_representations, to_device_of
 from subspan.models.layers import first_tensor
 from subspan.models.preprocessing import ImagePreprocessing
+from subspan.models.sentence_folders import SentenceFolder, TokenPool, pool_tokens, read_sentence_folder
 
-SentencePool = Literal["mean", "last", "first", "projection"]
+SentencePool = TokenPool | Literal["projection"]
+_POOLS = (*get_args(TokenPool), "projection")
+_LAYER_POOLS = ("mean", "last", "first")
 _BATCHES_SORTED_TOGETHER = 16
 
 
 class SentenceEncoder:
     """Texts → sentence embeddings: masked pooling of the last hidden states, then L2 normalisation.
 
-    model: a transformers encoder or the folder it is saved in (then the tokenizer is read from there too).
-    max_length: in tokens. pool: "mean", "last", "first" over the tokens of the text, or "projection" for the text
-    tower of a model with `get_text_features` (CLIP and kin). layer: take this layer's output (see `layer_names`) and
-    stop there.
+    model: a transformers encoder or the folder it is saved in (then the tokenizer is read from there too). What a
+    folder of sentence-transformers says of pooling, length, prompts, layers and normalisation holds where it is not
+    given here; elsewhere it is the mean, 256 tokens, and unit length.
+    max_length: in tokens. pool: "mean", "last", "first", "max", "sqrt-mean" (the sum over the root of the count),
+    "weighted-mean" (by place) over the tokens of the text, several of them joined, or "projection" for the text tower
+    of a model with `get_text_features` (CLIP and kin). layer: take this layer's output (see `layer_names`) and stop
+    there, without the folder's own layers. prompt: the name of a prompt of the folder, for every text. Raises
+    ValueError, by name, for what a folder asks for and is not carried out.
     """
 
     def __init__(
@@ -39,43 +46,71 @@ class SentenceEncoder:
         model: nn.Module | str | os.PathLike[str],
         tokenizer: Any = None,
         *,
-        max_length: int = 256,
-        pool: SentencePool = "mean",
+        max_length: int | None = None,
+        pool: SentencePool | Sequence[TokenPool] | None = None,
         layer: str | int | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
+        prompt: str | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if pool not in ("mean", "last", "first", "projection"):
-            raise ValueError(f"pool: 'mean', 'last', 'first' or 'projection', got {pool!r}")
-        if pool == "projection" and layer is not None:
-            raise ValueError("layer: a projection is taken from the whole model, not from a layer")
         if isinstance(model, nn.Module):
             if tokenizer is None:
                 raise ValueError("tokenizer: needed beside a loaded model")
+            said = SentenceFolder(Path())
             self.model: Any = model
             self.tokenizer = tokenizer
         else:
-            self.model, self.tokenizer = _saved_encoder(Path(model), tokenizer)
+            said = read_sentence_folder(Path(model))
+            transformer = Path(model) if said is None else said.transformer
+            self.model, self.tokenizer = _saved_encoder(transformer, tokenizer)
+            if said is not None and said.max_length is None:
+                own = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+                max_length = max_length or min(own, self.tokenizer.model_max_length)
+            said = said or SentenceFolder(transformer)
+        pools: tuple[Any, ...] = said.pools if pool is None else (pool,) if isinstance(pool, str) else tuple(pool)
+        unknown = [name for name in pools if name not in _POOLS or (name == "projection" and len(pools) > 1)]
+        if unknown or not pools:
+            raise ValueError(f"pool: one of {', '.join(_POOLS)}, or several but the last, got {pool!r}")
+        if pools == ("projection",) and layer is not None:
+            raise ValueError("layer: a projection is taken from the whole model, not from a layer")
+        if layer is not None and not (len(pools) == 1 and set(pools) <= set(_LAYER_POOLS)):
+            raise ValueError(f"pool: of a layer one of {', '.join(_LAYER_POOLS)}, got {', '.join(pools)}")
+        self.head = said.head
         if device is not None:
             self.model.to(device)
-        self.max_length = max_length
-        self.pool: SentencePool = pool
+            self.head.to(device)
+        self.max_length = max_length or said.max_length or 256
+        self.pool: Any = pools[0] if len(pools) == 1 else pools
         self.layer = layer
-        self.normalize = normalize
+        self.normalize = said.normalize if normalize is None else normalize
+        self.prompts = dict(said.prompts)
+        self.prompt = said.prompt
+        if prompt is not None:
+            self._prefix(prompt)
+            self.prompt = prompt
+        self._said = said
 
-    def encode(self, texts: Iterable[str], batch_size: int = 64, *, progress: bool = False) -> Float[np.ndarray, "n d"]:
-        """Embeddings, one row a text in the order given. TypeError for an entry that is no str, ValueError for none."""
-        return _stacked(self.iterate(texts, batch_size), texts, "texts", progress)
+    def encode(
+        self, texts: Iterable[str], batch_size: int = 64, *, prompt: str | None = None, progress: bool = False
+    ) -> Float[np.ndarray, "n d"]:
+        """Embeddings, one row a text in the order given. TypeError for an entry that is no str, ValueError for none.
 
-    def iterate(self, texts: Iterable[str], batch_size: int = 64) -> Iterator[Float[np.ndarray, "b d"]]:
+        prompt: the name of one of `prompts`, or "" for none; where None, `self.prompt`.
+        """
+        return _stacked(self.iterate(texts, batch_size, prompt=prompt), texts, "texts", progress)
+
+    def iterate(
+        self, texts: Iterable[str], batch_size: int = 64, *, prompt: str | None = None
+    ) -> Iterator[Float[np.ndarray, "b d"]]:
         """The same as a stream of blocks. Texts of similar length share a batch, so that little is spent on padding."""
+        prefix = self._prefix(self.prompt if prompt is None else prompt)
         for start, block in _blocks(texts, batch_size * _BATCHES_SORTED_TOGETHER, "texts"):
             for offset, text in enumerate(block):
                 if not isinstance(text, str):
                     raise TypeError(f"texts: entry {start + offset} is {type(text).__name__}, a str is needed")
             order = sorted(range(len(block)), key=lambda index: -len(block[index]))
             rows = [
-                self._embed([block[index] for index in order[first : first + batch_size]])
+                self._embed([block[index] for index in order[first : first + batch_size]], prefix)
                 for first in range(0, len(block), batch_size)
             ]
             sorted_rows = torch.cat(rows).cpu()
@@ -83,9 +118,20 @@ class SentenceEncoder:
             restored[torch.as_tensor(order)] = sorted_rows
             yield restored.numpy()
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _prefix(self, prompt: str | None) -> str:
+        """What the prompt of this name puts before a text."""
+        if not prompt:
+            return ""
+        if prompt not in self.prompts:
+            raise ValueError(f"prompt: one of {', '.join(self.prompts) or 'none (the model has none)'}, got {prompt!r}")
+        return self.prompts[prompt]
+
+    def _embed(self, texts: list[str], prefix: str) -> Tensor:
+        given = [prefix + text for text in texts] if prefix else texts
+        if self._said.lower_case:
+            given = [text.lower() for text in given]
         batch = dict(
-            self.tokenizer(texts, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
+            self.tokenizer(given, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
         )
         if self.pool == "projection":
             with torch.no_grad(), evaluation(self.model):
@@ -98,9 +144,24 @@ class SentenceEncoder:
                 output = self.model(**batch)
                 states = getattr(output, "last_hidden_state", None)
                 states = first_tensor(output) if states is None else states
-                vectors = pool_states(states, batch["attention_mask"], pool=self.pool)
+                vectors = self._pooled(states, self._pooling_mask(batch["attention_mask"], prefix))
         vectors = vectors.float()
+        if self.layer is None:
+            with torch.no_grad():
+                vectors = self.head(vectors)
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+    def _pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        pools: tuple[Any, ...] = (self.pool,) if isinstance(self.pool, str) else self.pool
+        return torch.cat([pool_tokens(states, mask, pool) for pool in pools], dim=-1)
+
+    def _pooling_mask(self, mask: Tensor, prefix: str) -> Tensor:
+        """The tokens that are pooled: all of a text, without the prompt where the folder leaves it out."""
+        if not (prefix and self._said.skip_prompt):
+            return mask
+        tokens = self.tokenizer(prefix)["input_ids"]
+        count = len(tokens) - (tokens[-1] in self.tokenizer.all_special_ids)
+        return mask * (mask.cumsum(1) > count)
 
 
 class ImageEncoder:
@@ -163,6 +224,8 @@ def _saved_encoder(folder: Path, tokenizer: Any) -> tuple[Any, Any]:
         raise ValueError(f"model: {str(folder)!r} holds no saved transformers model (no config.json)")
     transformers = require("transformers", extra="text")
     model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+    if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
+        model = model.get_encoder()
     return model, tokenizer or transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
