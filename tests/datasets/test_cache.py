@@ -113,14 +113,16 @@ def test_a_damaged_shard_and_what_follows_it_are_computed_again(folder: Path) ->
 
 
 @pytest.mark.parametrize("name", ["features.npy", "entry.json"])
-@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "nonsense", "list", "brackets", "missing"])
 def test_a_damaged_entry_is_computed_again(folder: Path, name: str, damage: str) -> None:
     cached_features(Rows(), data=1)
     file = next(folder.rglob(name))
     whole = file.read_bytes()
     file.unlink()
     if damage != "missing":
-        file.write_bytes({"cut": whole[:-9], "empty": b"", "nonsense": b"\x93NUMPY nonsense {"}[damage])
+        damaged = {"cut": whole[:-9], "empty": b"", "nonsense": b"\x93NUMPY nonsense {", "list": b"[]",
+                   "brackets": b"[" * 100_000}  # fmt: skip
+        file.write_bytes(damaged[damage])
     compute = Rows()
     np.testing.assert_array_equal(cached_features(compute, data=1), expected())
     assert compute.starts == [0]

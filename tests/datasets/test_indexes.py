@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 
 from subspan.base.files import Target, written_together
 from subspan.datasets.index_writing import write_index
-from subspan.datasets.indexes import open_index
+from subspan.datasets.indexes import open_index, read_ids
 
 faiss = pytest.importorskip("faiss", reason="faiss comes with the extra index")
 
@@ -281,6 +282,31 @@ def _slowly(source: Path, target: Path) -> None:
         return turned(rows)
 
     write_index(open_index(source), target, slow, 12, key="turn", block=30)
+
+
+@pytest.mark.parametrize("record", ["[]", "3", "{}", '{"key": "x", "rows": "all"}', "[" * 100_000, ""])
+def test_a_record_of_progress_that_is_none_counts_no_rows(tmp_path: Path, record: str) -> None:
+    from subspan.datasets.index_writing import _recorded_rows
+
+    (tmp_path / "progress.json").write_text(record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert _recorded_rows(tmp_path / "progress.json", "x") == 0
+
+
+def test_ids_of_files(tmp_path: Path) -> None:
+    np.save(tmp_path / "large.npy", np.array([1, 2**64 - 1], dtype=np.uint64))
+    assert read_ids(tmp_path / "large.npy").tolist() == ["1", "18446744073709551615"]
+    np.save(tmp_path / "texts.npy", np.array(["007", "8"]))
+    assert read_ids(tmp_path / "texts.npy").tolist() == ["007", "8"]
+    np.save(tmp_path / "numbers.npy", np.array([7, 8], dtype=np.int32))
+    assert read_ids(tmp_path / "numbers.npy").dtype == np.int64
+    (tmp_path / "ids.txt").write_text("\ufeffa\nb\u2028c\n", encoding="utf-8")
+    assert read_ids(tmp_path / "ids.txt").tolist() == ["a", "b\u2028c"]
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = {"id": pyarrow.array([1, 2**64 - 1], pyarrow.uint64()), "v": [[1.0, 2.0], [3.0, 4.0]]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "x.parquet")
+    assert open_index(tmp_path / "x.parquet").ids.tolist() == ["1", "18446744073709551615"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")

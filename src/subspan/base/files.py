@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .reading import read_json
+
 _MARKER = "subspan.json"
 _NAME = re.compile(r"\..+\.subspan-[a-z0-9_]{8}")
 _LONGEST_NAME = 200
@@ -401,10 +403,9 @@ def _folders(parent: Path, prefix: str = ".") -> list[Path]:
 
 def _marker(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / _MARKER)
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _is_ours(folder: Path) -> bool:

@@ -31,6 +31,7 @@ from subspan.base.files import (
     unfinished_target,
     write_text,
 )
+from subspan.base.reading import read_json
 
 KINDS = ("features", "models", "dual-encoder", "point-network", "small-networks", "sts-views", "style-generators")
 """All that the library keeps in its cache; each kind has a folder there."""
@@ -203,10 +204,9 @@ def _version() -> str:
 
 def _description(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / "entry.json")
+    except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _finished(folder: Path) -> np.ndarray | None:

@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 
 from subspan.base.files import Target, empty, naming, remove_unfinished, reserve, write_text, written_together
+from subspan.base.reading import read_json
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
 from subspan.datasets.indexes import StoredVectors, open_index
 from subspan.datasets.qdrant import QdrantRows
@@ -183,16 +184,16 @@ def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, blo
 def _recorded_rows(record: Path, key: str) -> int:
     """Rows that an earlier run left, and 0 where there was none or it was of another source or map."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(record)
+    except ValueError:
         return 0
-    if found.get("key") != key:
+    if found.get("key") != key or type(found.get("rows")) is not int:
         warnings.warn(
             "what an earlier run had begun to write is of other vectors or by another map; it is begun anew",
             stacklevel=2,
         )
         return 0
-    return int(found["rows"])
+    return found["rows"]
 
 
 # ---------------------------------------------------------------------- files

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from subspan.base.tables import ArrayRows, Rows, read_table, text_array
+from subspan.base.reading import reading, regular_file, text_lines
+from subspan.base.tables import ArrayRows, Rows, read_entries, read_table, text_array
 from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
 from subspan.datasets.qdrant import is_qdrant, open_qdrant
 from subspan.datasets.qdrant_folder import point_id
@@ -242,22 +243,12 @@ def open_index(
 
 def read_ids(path: str | os.PathLike[str]) -> Shaped[np.ndarray, " n"]:
     """Ids of a file, one a row: .npy (whole numbers or texts) or lines of text."""
-    source = Path(path)
-    if not source.is_file():
-        raise ValueError(f"ids: {str(source)!r} does not exist")
-    if source.suffix.lower() == ".npy":
-        try:
-            ids = np.load(source, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"ids: {str(source)!r} cannot be read ({error})") from error
-        if ids.ndim != 1 or ids.dtype.kind not in "iuU":
-            raise ValueError(f"ids: {str(source)!r} holds {ids.dtype} of shape {ids.shape}; one id a row is needed")
-        return as_ids(ids)
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"ids: {str(source)!r} is not UTF-8 text") from error
-    return as_ids(np.array(lines, dtype=str))
+    source = regular_file(path, "ids")
+    with reading(source, "ids"):
+        if source.suffix.lower() != ".npy":
+            return text_array([line.rstrip("\n") for _, line in text_lines(source)], f"ids: {str(source)!r}")
+        names = text_array(read_entries(source, "ids"), f"ids: {str(source)!r}")
+        return _whole(names) if np.load(source, allow_pickle=False).dtype.kind in "iu" else names
 
 
 def as_ids(values: np.ndarray) -> Shaped[np.ndarray, " n"]:
