@@ -72,6 +72,19 @@ def write_graph() -> None:
             writer.writerow([f"n{i}", f"k{GRAPH.labels[i]}", *row])
 
 
+def test_a_graph_takes_labels_from_a_file_of_them(run: Callable[..., Any]) -> None:
+    write_graph()
+    Path("kinds.txt").write_text("".join(f"kind {label}\n" for label in GRAPH.labels))
+    command = ("cluster", "links.edges", "--attributes", "words.csv", "--id-column", "id", "-c", 4, "-o", "c.csv")
+    rows = [line.split(",") for line in Path("words.csv").read_text().splitlines()]
+    Path("words.csv").write_text("\n".join(",".join([row[0], *row[2:]]) for row in rows))
+    code, out, err = run(*command, "--labels", "kinds.txt")
+    assert (code, err) == (0, "")
+    assert "against the labels: " in out
+    with Path("c.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == [f"kind {label}" for label in GRAPH.labels]
+
+
 def test_rows_are_counted_clustered_and_written(run: Callable[..., Any], planted: np.ndarray) -> None:
     code, out, err = run(
         "cluster",

@@ -19,6 +19,7 @@ import numpy as np
 
 from subspan.base.files import atomic_write
 from subspan.base.kinds import INDEXES
+from subspan.base.reading import reading, regular_file
 from subspan.geometry.extras import require
 
 FAISS_SUFFIXES = INDEXES
@@ -53,11 +54,11 @@ def read_index(path: str | os.PathLike[str], *, mapped: bool = True) -> tuple[An
     mapped: the vectors stay in the file until they are touched. Raises ValueError where it is no whole index.
     """
     faiss = require("faiss", extra="index")
-    try:
-        owner = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]
-        raise ValueError(f"{os.fspath(path)!r} is not a whole FAISS index ({reason})") from error
+    with reading(regular_file(path), problem="is not a whole FAISS index"):
+        try:
+            owner = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
+        except RuntimeError as error:
+            raise ValueError(str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]) from error
     return faiss.downcast_index(owner), owner
 
 

@@ -95,7 +95,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
         raise ValueError(f"model: {str(folder)!r} has the max_seq_length {quoted(length)}; a whole number is needed")
     return SentenceFolder(
         transformer,
-        _pools(pooling, folder),
+        _pools(pooling, steps[1][1] / "config.json"),
         length,
         bool(settings.get("do_lower_case", False)),
         normalize,
@@ -123,7 +123,7 @@ def pool_tokens(states: Tensor, mask: Tensor, pool: TokenPool) -> Tensor:
     return (states.masked_fill(~selected, 0) * weights).sum(1) / (total.sqrt() if pool == "sqrt-mean" else total)
 
 
-def _pools(config: dict[str, Any], folder: Path) -> tuple[TokenPool, ...]:
+def _pools(config: dict[str, Any], source: Path) -> tuple[TokenPool, ...]:
     """The ways of pooling that a Pooling module asks for."""
     named = config.get("pooling_mode")
     if named is not None:
@@ -137,7 +137,7 @@ def _pools(config: dict[str, Any], folder: Path) -> tuple[TokenPool, ...]:
     unknown = [name for name in asked if name not in _POOLS]
     if unknown or not asked:
         raise ValueError(
-            f"model: {str(folder)!r} asks for the pooling {', '.join(map(quoted, unknown)) or 'none'}; known are "
+            f"model: {str(source)!r} asks for the pooling {', '.join(map(quoted, unknown)) or 'none'}; known are "
             f"{', '.join(_POOLS)}"
         )
     return tuple(pool for name, pool in _POOLS.items() if name in asked)
