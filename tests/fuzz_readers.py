@@ -4,7 +4,7 @@
     python tests/fuzz_readers.py --count 500 --only parquet --keep /tmp/failures
 
 A damaged file is a good one of which bytes, numbers or stretches are changed, what is packed in it too. It is read in a
-process of its own with 3 GiB of address space and 10 seconds: another exception than ValueError or OSError, a message
+process of its own with 3 GiB of address space and 10 seconds of work (120 by the clock): another exception than ValueError or OSError, a message
 without the file's name, a crash, and a stop by either limit are failures.
 """
 
@@ -50,7 +50,7 @@ from subspan.select.shards import RepresentationShards
 from subspan.statistics import Moments, fit_moments
 
 MEMORY = 3 * 2**30
-SECONDS = 10
+SECONDS, WAITING = 10, 120
 ROWS = np.random.default_rng(0).standard_normal((24, 6)).astype(np.float32)
 LABELS = [f"class {row % 3}" for row in range(len(ROWS))]
 RECORDS = [{"id": row, "kind": LABELS[row], "embedding": values.tolist()} for row, values in enumerate(ROWS)]
@@ -395,8 +395,10 @@ def child(names: list[str], root: Path, seed: int, indices: range, pipe: int) ->
         for index in indices:
             name = names[index % len(names)]
             print(json.dumps({"start": index}), file=out)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, WAITING)
             what, words, data = outcome(name, places[name], root, seed, index)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
             kept = data.hex() if what in ("unnamed", "raised") else ""
             print(json.dumps({"index": index, "what": what, "words": words, "data": kept}), file=out)
@@ -464,7 +466,7 @@ def _run_from(
     if started is None:
         return count if index >= count else index
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    what = "hung" if number == signal.SIGALRM else "crashed"
+    what = "hung" if number in (signal.SIGALRM, signal.SIGPROF) else "crashed"
     happened[what] += 1
     place = list(CASES).index(names[started % len(names)])
     path = root / str(place) / names[started % len(names)]
