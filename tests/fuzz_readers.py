@@ -4,8 +4,8 @@
     python tests/fuzz_readers.py --count 500 --only parquet --keep /tmp/failures
 
 A damaged file is a good one of which bytes, numbers or stretches are changed, what is packed in it too. It is read in a
-process of its own with 3 GiB of address space and 10 seconds of work (120 by the clock): another exception than ValueError or OSError, a message
-without the file's name, a crash, and a stop by either limit are failures.
+process of its own with 3 GiB of address space and 10 seconds of work (120 by the clock): another exception than
+ValueError or OSError, a message without the file's name, a crash, and a stop by a limit are failures.
 """
 
 from __future__ import annotations
