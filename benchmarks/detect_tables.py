@@ -8,6 +8,7 @@ which was done on those of --development alone.
 
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 
 import numpy as np
 from pyod.models.ecod import ECOD
@@ -38,7 +39,12 @@ def one_class(x: np.ndarray, y: np.ndarray, inlier: Callable[[np.ndarray], np.nd
     normal, others = np.flatnonzero(inlier(y)), np.flatnonzero(~inlier(y))
     count = max(5, round(SHARE_OF_OTHERS / (1 - SHARE_OF_OTHERS) * len(normal)))
     chosen = rng.permutation(np.r_[normal, rng.choice(others, min(count, len(others)), replace=False)])
-    return np.asarray(x[chosen], dtype=float), ~inlier(y)[chosen]
+    return varying(np.asarray(x[chosen], dtype=float)), ~inlier(y)[chosen]
+
+
+def varying(x: np.ndarray) -> np.ndarray:
+    """The columns that vary: PyOD's PCA divides by the variances of directions."""
+    return x[:, x.std(0) > 0]
 
 
 def each_class(name: str, x: np.ndarray, y: np.ndarray, seeds: int = SEEDS) -> Iterator[tuple[str, Labelled]]:
@@ -169,7 +175,8 @@ def planted(x: np.ndarray, plant: Callable[..., np.ndarray], seed: int) -> Label
     """The table with one row in a hundred, at least two, replaced by strange ones made of them."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(x), max(2, round(PLANTED_SHARE * len(x))), replace=False)
-    frame, x = Frame(x), np.array(x, dtype=float)
+    x = varying(np.array(x, dtype=float))
+    frame = Frame(x)
     x[chosen] = [plant(row, frame, rng) for row in x[chosen]]
     return x, np.isin(np.arange(len(x)), chosen)
 
@@ -226,13 +233,12 @@ def main() -> None:
     named = detectors()
     found: dict[tuple[str, str], list[list[float]]] = {}
     for kind, table, (x, strange) in trials(options.development):
-        # PyOD's PCA divides by the variance of constant columns.
-        x = x[:, x.std(0) > 0]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             areas = [auroc(score(x), strange) for score in named.values()]
         found.setdefault((kind, table), []).append(areas)
-    record = Record("detect_tables", f"AUROC, each detector fitted to the table it scores; {SEEDS} draws a table")
+    setting = f"AUROC, each detector fitted to the table it scores; {SEEDS} draws a table; PyOD {version('pyod')}"
+    record = Record("detect_tables", setting)
     mean = {key: np.mean(values, axis=0) for key, values in found.items()}
     for title, real in (("Real: other classes as outliers", True), ("Planted rows, one in a hundred", False)):
         chosen = {key: value for key, value in mean.items() if (key[0] == "real") == real}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from subspan.detect import SubspaceDetector, subspace_score
+from subspan.detect import SubspaceDetector, auroc, subspace_score
 from subspan.geometry import Subspace, oas_shrinkage
 from subspan.statistics import Moments
 
@@ -360,6 +360,18 @@ def test_the_combined_distance_written_out(n, d, rank):
         detector = SubspaceDetector(rank).fit(x)
     assert detector.subspace_.dim == k
     np.testing.assert_allclose(detector.anomaly_score(new), expected, rtol=1e-6)
+
+
+def test_malignant_cases_among_benign_ones_score_high():
+    from sklearn.datasets import load_breast_cancer
+
+    x, benign = load_breast_cancer(return_X_y=True)
+    chosen = np.r_[np.flatnonzero(benign == 1), np.flatnonzero(benign == 0)[:20]]
+    scores = SubspaceDetector().fit(x[chosen]).anomaly_score(x[chosen])
+    assert auroc(scores, benign[chosen] == 0) > 0.94
+    assert (
+        auroc(SubspaceDetector(distance="residual").fit(x[chosen]).anomaly_score(x[chosen]), benign[chosen] == 0) < 0.9
+    )
 
 
 def test_strange_rows_do_not_change_what_is_usual():
