@@ -130,3 +130,16 @@ def test_wrong_mask_shape(model: nn.Module, batch: dict[str, Tensor]) -> None:
     query, context = masks()
     with pytest.raises(ValueError, match="query_mask: shape"):
         attended_representation(model, batch, query[:, 1:], context)
+
+
+def test_attention_is_averaged_over_heads_and_over_the_query(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    weights = torch.zeros(1, 2, 5, 5)
+    weights[0, :, 3, :3] = torch.tensor([0.6, 0.3, 0.1])
+    weights[0, :, 4, :3] = torch.tensor([[0.2, 0.3, 0.5], [0.0, 0.3, 0.7]])
+    states = torch.tensor([0.0, 1, 4, 0, 0]).view(1, 5, 1).expand(1, 5, 2)
+    monkeypatch.setattr("subspan.models.attention.block_attention", lambda *_: (weights, states))
+    query, context = torch.arange(5)[None] > 2, torch.arange(5)[None] < 3
+    # Shares of 0.35, 0.3 and 0.35: two tokens exceed 0.69 and not 0.75, which the largest entries' 0.4, 0.2, 0.4 would.
+    for mass, expected in ((0.69, 4 / 2), (0.75, 5 / 3)):
+        found = attended_representation(model, {"input_ids": torch.zeros(1, 5)}, query, context, mass)
+        torch.testing.assert_close(found, torch.full((1, 2), expected))

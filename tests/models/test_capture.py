@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from subspan.models import capture, find_blocks, iterate_representations, layer_names, pool_states
+from subspan.models.layout import samples_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -314,6 +315,29 @@ def test_a_deep_copy_does_not_write_into_the_capture() -> None:
         assert len(states["0"]) == 4
         states.clear()
         assert not states
+
+
+def test_a_layer_that_runs_several_times_gives_its_first_states() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.again(self.again(x)))
+
+    model, x = Twice().eval(), torch.randn(3, 4)
+    found = next(iterate_representations(model, [x], ["again", "last"]))
+    torch.testing.assert_close(found["again"], model.again(x).detach())
+    torch.testing.assert_close(found["last"], model(x).detach())
+
+
+def test_samples_are_counted_by_the_tokens_where_a_batch_has_other_things() -> None:
+    pixels, ids = torch.zeros(12, 8), torch.ones(3, 5)
+    assert samples_of({"pixel_values": pixels, "input_ids": ids}) == 3
+    assert samples_of([(), {"pixel_values": pixels, "attention_mask": ids[:2], "input_ids": ids}]) == 2
+    assert samples_of([torch.tensor(1.0), pixels, ids]) == 12
+    assert samples_of(["text", None]) is None
 
 
 class TokensFirst(nn.Module):

@@ -164,6 +164,12 @@ def test_changes_of_checkpointed_layers_are_in_the_gradients_or_refused(reentran
     model = Checkpointed(reentrant)
     with pytest.raises(ValueError, match="run that within the block too"), intervene(model, layer, lambda s: 2 * s):
         model(x)
+    changed = intervene(model, layer, lambda s: 2 * s)
+    changed.__enter__().zero_grad()
+    model(x).sum().backward()
+    model(x)
+    with pytest.raises(ValueError, match="run that within the block too"):
+        changed.__exit__(None, None, None)
     with torch.no_grad(), intervene(model, layer, lambda s: 2 * s):
         model(x)
     with intervene(Checkpointed(None), layer, lambda s: 2 * s) as plain:

@@ -62,3 +62,9 @@ def test_gradients_reach_the_embeddings():
 def test_bad_input_is_named(ids, width, message):
     with pytest.raises(ValueError, match=message):
         splice_embeddings(Model(), torch.zeros(len(ids), 1, width), torch.tensor(ids))
+
+
+def test_spliced_positions_are_attended_to_whatever_is_behind_the_placeholder():
+    ids = torch.tensor([[5, PLACEHOLDER, 0, 0]])
+    spliced = splice_embeddings(Model(), torch.ones(1, 3, 3), ids, torch.tensor([[1, 1, 0, 0]]))
+    assert spliced.attention_mask.tolist() == [[1, 1, 1, 1, 0, 0]]

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from subspan.models.preprocessing import ImagePreprocessing
-from subspan.models.views import random_views
+from subspan.models.views import _crop_box, random_views
 
 PLAIN = ImagePreprocessing(size=16, mean=0.0, std=1.0, crop_fraction=1.0)
 
@@ -13,6 +13,14 @@ def ramp():
     x = torch.linspace(0, 1, 60).expand(48, 60)
     y = torch.linspace(0, 1, 48).unsqueeze(-1).expand(48, 60)
     return torch.stack([x, y, torch.zeros(48, 60)])
+
+
+@pytest.mark.parametrize(("ratio", "draw", "size"), [((4.0, 4.0), 0.3, (10, 40)), ((1.0, 4.0), 0.5, (14, 28))])
+def test_boxes_are_as_wide_for_their_height_as_drawn_on_a_logarithmic_scale(ratio, draw, size):
+    top, left, height, width = _crop_box(100, 100, [[0.0, draw, 0.5, 0.5]], (0.04, 0.04), ratio)
+    assert (height, width) == size
+    assert 0 <= top <= 100 - height
+    assert 0 <= left <= 100 - width
 
 
 def test_the_first_view_is_the_image_and_the_same_seed_gives_the_same_views(ramp):

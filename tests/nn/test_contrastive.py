@@ -104,6 +104,14 @@ def test_symmetric_is_the_mean_of_both_directions_and_blind_to_row_length():
     assert abs(float(there - back)) > 1e-3
 
 
+def test_the_module_takes_both_directions():
+    x, y = torch.randn(4, 3), torch.randn(6, 3)
+    positives = torch.rand(4, 6) < 0.5
+    positives[:, 0] = positives[0] = True
+    both = [info_nce(a, b, mask, temperature=0.2) for a, b, mask in ((x, y, positives), (y, x, positives.mT))]
+    torch.testing.assert_close(ContrastiveLoss(0.2)(x, y, positives), sum(both) / 2)
+
+
 def test_the_temperature_is_learnt_and_capped():
     loss = ContrastiveLoss(0.02)
     x = torch.eye(4)

@@ -80,3 +80,10 @@ def test_the_scales_are_kept_with_the_weights(trained):
         other.eval().encode_image_features(data["image"]), trained.encode_image_features(data["image"])
     )
     assert float(other.image_scale) > 1
+
+
+def test_scales_make_the_rows_vary_by_one_on_average():
+    data, model = pairs(), DualEncoder(20, 12, d=4, hidden=8)
+    model.set_scales(10 * data["image"], data["text"] / 7)
+    for rows, scale in ((10 * data["image"], model.image_scale), (data["text"] / 7, model.text_scale)):
+        assert float((rows / scale).var(0).mean()) == pytest.approx(1, rel=1e-4)

@@ -246,6 +246,34 @@ def test_two_processes_train_one_model() -> None:
         assert not torch.equal(model.state_dict()[name], before[name])
 
 
+@pytest.mark.parametrize(("prediction", "mean", "deviation"), [("velocity", None, None), ("image", 0.8, 0.8)])
+def test_times_are_drawn_as_published(prediction: str, mean: float | None, deviation: float | None) -> None:
+    model = FlowMatching(small(), prediction=prediction)
+    seen = []
+    forward = model.denoiser.forward
+    model.denoiser.forward = lambda x, time, label: seen.append(time) or forward(x, time, label)
+    model.log = lambda *args, **kwargs: None
+    model.training_step({"image": torch.randn(1500, 3, 8, 8), "label": torch.zeros(1500, dtype=torch.int64)})
+    time = seen[0]
+    if mean is None:
+        assert float(time.mean()) == pytest.approx(0.5, abs=0.04)
+        assert float(time.var()) == pytest.approx(1 / 12, abs=0.01)
+    else:
+        assert float(time.logit().mean()) == pytest.approx(mean, abs=0.1)
+        assert float(time.logit().std()) == pytest.approx(deviation, abs=0.1)
+
+
+def test_the_rate_warms_up_and_stays() -> None:
+    model = FlowMatching(small(), warmup=4, learning_rate=0.1)
+    found = model.configure_optimizers()
+    rates = []
+    for _ in range(7):
+        rates.append(found["optimizer"].param_groups[0]["lr"])
+        found["optimizer"].step()
+        found["lr_scheduler"]["scheduler"].step()
+    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
+
+
 def test_class_dropout_uses_no_class() -> None:
     model = FlowMatching(small(), class_dropout=0.5)
     seen = []

@@ -8,6 +8,8 @@ import torch
 from subspan.geometry.grassmann import polar, random_basis
 from subspan.nn import OrthogonalLinear, register_orthonormal
 from subspan.nn.orthogonal import (
+    CayleyMap,
+    MatrixExpMap,
     givens_pairs,
     givens_rotate,
     householder_apply,
@@ -175,3 +177,10 @@ def test_gradients_of_the_maps(orthogonal_map):
     chart = layer.parametrizations.weight[0]
     start = parameter.detach() + 0.3 * torch.randn(parameter.shape, dtype=torch.float64)
     assert torch.autograd.gradcheck(chart, start.requires_grad_())
+
+
+def test_cayley_s_map_is_the_exponential_to_third_order():
+    x = 0.02 * torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, exact = (make(5, 5, torch.float64)(x) for make in (CayleyMap, MatrixExpMap))
+    assert float((found - exact).abs().max()) < 1e-4
+    assert float((exact - torch.eye(5)).abs().max()) > 1e-2
