@@ -179,6 +179,16 @@ def prepare(*older: str) -> Job:
     return work
 
 
+def prepare_index() -> None:
+    """An index, and some outputs of an earlier run."""
+    import faiss
+
+    prepare("q.safetensors", "o.txt")()
+    index = faiss.IndexFlatIP(OLD.shape[1])
+    index.add(OLD.astype(np.float32))
+    faiss.write_index(index, "old.faiss")
+
+
 def command(arguments: str) -> Job:
     """A run of the command line."""
 
@@ -193,8 +203,8 @@ def command(arguments: str) -> Job:
 
 
 UPGRADE = (
-    "upgrade old.npy new.npy --method ridge -o q.safetensors -o q.faiss --migrate migrated.faiss "
-    "--backfill-order o.txt --report page.html"
+    "upgrade old.faiss new.npy --method ridge -o q.safetensors -o q.onnx -o q.faiss --wrap w.faiss "
+    "--migrate migrated.faiss --backfill-order o.txt --report page.html"
 )
 
 
@@ -272,7 +282,7 @@ JOBS: dict[str, tuple[Job, Job, str | None]] = {
     "cluster": (prepare("c.npz"), command("cluster old.npy -c 2 -o c.npz --report c.html"), None),
     "shorten": (prepare("m.safetensors"), command("shorten old.npy -k 3 -o s.npy --map m.safetensors"), None),
     "align": (prepare("a.safetensors"), command("align old.npy new.npy -o a.safetensors --apply a.npy"), None),
-    "upgrade": (prepare("q.safetensors", "o.txt"), command(UPGRADE), "migrated.faiss"),
+    "upgrade": (prepare_index, command(UPGRADE), "migrated.faiss"),
     "features": (prepare(), features, None),
     "model": (prepare(), model, None),
     "clear": (prepare_cleared, clear, None),
