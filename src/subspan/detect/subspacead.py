@@ -186,7 +186,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
             found.append(self._distances(part))
         if self.distance == "combined":
             self.null_ = counted_null(torch.cat(found))
-        scores = self._scored(torch.cat(found)).to(dtype)
+        scores = self._scored(torch.cat(found), dtype)
         if self.contamination != "fence":
             self._set_offset(scores, self.contamination or 0.01)
             return
@@ -344,11 +344,13 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
             self.offset_ = -chi_square_limit(weights, level)
 
     def _scores(self, rows: Tensor) -> Tensor:
-        return self._scored(self._distances(rows)).to(rows.dtype)
+        return self._scored(self._distances(rows), rows.dtype)
 
     def _distances(self, rows: Tensor) -> Tensor:
         """Squared distances of rows (n,); for "combined" the roots of its two (n, 2)."""
-        step = max(256, _CHUNK_BYTES // (rows.element_size() * rows.shape[1]))
+        # "combined" holds a few copies in double precision.
+        size = 32 if self.distance == "combined" else rows.element_size()
+        step = max(256, _CHUNK_BYTES // (size * rows.shape[1]))
         options = {"drop_k": self.drop_k, "epsilon": self.epsilon}
         if self.distance != "combined":
             found = [subspace_score(self.subspace_, part, self.distance, **options) for part in rows.split(step)]
@@ -359,8 +361,8 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
             found = [distance_roots(self.subspace_, part, self.drop_k) for part in parts]
         return torch.cat(found)
 
-    def _scored(self, distances: Tensor) -> Tensor:
-        return distances if self.null_ is None else combined_score(distances, self.null_)
+    def _scored(self, distances: Tensor, dtype: torch.dtype) -> Tensor:
+        return distances if self.null_ is None else combined_score(distances, self.null_).to(dtype)
 
 
 def _check_contamination(value: Any) -> None:
