@@ -13,8 +13,8 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from subspan import cli
-from subspan.datasets import attributed_block_model
-from subspan.report import clusters
+from subspan.datasets import attributed_block_model, load
+from subspan.report import Embeddings, clusters
 
 GRAPH = attributed_block_model(160, 4, mean_degree=10, inside=0.9, n_attributes=40, words=10, random_state=0)
 
@@ -61,6 +61,45 @@ def test_cells_of_the_affinity_are_means_in_the_order_of_clusters() -> None:
     np.testing.assert_allclose(wide["cells"], np.kron(np.eye(3), np.ones((33, 33))))
 
 
+def digits(n: int = 400) -> Embeddings:
+    found = load("digits")
+    return Embeddings(found["x"][:n].reshape(n, -1).astype(np.float32), "digits", labels=found["y"][:n].astype(str))
+
+
+def test_clusters_that_touch_are_not_counted_with_trust() -> None:
+    found = clusters.cluster_rows(digits())
+    count = found.facts["count"]
+    assert not count["trusted"]
+    assert count["n_clusters"] == count["candidates"][0]
+    assert set(count["by"].values()) <= set(count["candidates"])
+    words = clusters.count_in_words(count)
+    assert words.startswith("Do not trust this number of clusters: the data do not tell it (by all coefficients ")
+    assert f"candidates {count['candidates'][0]}, {count['candidates'][1]}" in words
+
+
+def test_the_method_is_chosen_by_modularity_and_k_means_is_always_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = digits()
+    found = clusters.cluster_rows(data, 10)
+    choice, beside = found.facts["choice"], found.facts["kmeans"]
+    assert found.facts["method"] == "lsr"
+    assert choice["lsr"] > choice["kmeans"]
+    assert found.facts["scores"]["accuracy"] > beside["scores"]["accuracy"]
+    assert beside["agreement"] < 1
+    named = clusters.cluster_rows(data, 10, method="tsc")
+    assert "choice" not in named.facts
+    assert named.facts["kmeans"]["scores"] == beside["scores"]
+    assert "more accurate" not in clusters.kmeans_in_words(named.facts)
+    monkeypatch.setattr(clusters, "modularity", lambda graph, labels: 1.0 - np.array_equal(labels, found.labels))
+    other = clusters.cluster_rows(data, 10)
+    assert other.facts["method"] == "kmeans"
+    assert other.facts["scores"] == other.facts["kmeans"]["scores"] == beside["scores"]
+    assert other.facts["kmeans"]["agreement"] == 1
+    assert other.facts["silhouette"] == other.facts["kmeans"]["silhouette"] == beside["silhouette"]
+    words = clusters.kmeans_in_words({**other.facts, "scores": {"accuracy": 0.1}})
+    assert words.startswith("Chosen by modularity among nearest rows: lsr 0.000, kmeans 1.000. ")
+    assert words.endswith("more accurate than these clusters.")
+
+
 def write_graph() -> None:
     a = GRAPH.adjacency.tocoo()
     lines = [f"n{i} n{j}" for i, j in zip(a.row, a.col) if i < j]
@@ -103,7 +142,8 @@ def test_rows_are_counted_clustered_and_written(run: Callable[..., Any], planted
     facts = json.loads(out)
     assert facts["clusters"] == 3
     assert facts["count"]["n_clusters"] == 3
-    assert facts["count"]["agreement"] > 0.8
+    assert facts["count"]["trusted"]
+    assert facts["kmeans"]["scores"]["accuracy"] < 1
     assert facts["scores"] == {"accuracy": 1.0, "nmi": pytest.approx(1), "ari": 1.0}
     assert adjusted_rand_score(planted, facts["labels"]) == 1
     assert facts["dimensions"] == [3, 3, 3]
@@ -154,6 +194,8 @@ def test_a_graph_as_edges_and_as_an_archive(run: Callable[..., Any]) -> None:
     assert code == 0, err
     facts = json.loads(out)
     assert facts["clusters"] == facts["count"]["n_clusters"]
+    assert set(facts["count"]["by"]) == {"smoothed attributes", "graph"}
+    assert facts["kmeans"]["agreement"] < 1
     assert adjusted_rand_score(GRAPH.labels, facts["labels"]) > 0.6
 
 
@@ -161,7 +203,9 @@ def test_what_is_printed(run: Callable[..., Any], planted: np.ndarray) -> None:
     code, out, err = run("cluster", "table.npy", "--dim", "3")
     assert code == 0, err
     assert out.startswith("rows 120, method lsr, clusters 3")
-    assert "number of clusters by the eigengap, certainty" in out
+    assert "The number of clusters, 3, stands out in the data (by all coefficients 3, " in out
+    assert "Chosen by modularity among nearest rows: lsr 0." in out
+    assert "k-means, for comparison: adjusted Rand index with these clusters" in out
     assert err == ""
 
 
@@ -170,7 +214,6 @@ def test_what_is_printed(run: Callable[..., Any], planted: np.ndarray) -> None:
     [
         (["nothing.npy"], "no such file"),
         (["table.npy", "-c", "121"], "121 asked for of 120 rows"),
-        (["table.npy", "--method", "ksubspaces"], "K-subspaces needs the number"),
         (["table.npy", "-o", "found.txt"], "must end in .csv, .json, .npz"),
         (["table.npy", "--report", "page.pdf"], "must end in .html"),
         (["links.edges"], "a table with a row a node is needed"),

@@ -1,4 +1,8 @@
-"""Every estimator is checked by scikit-learn's own checks somewhere in the tests, and nothing is excused from them."""
+"""Every estimator is checked by scikit-learn's own checks somewhere in the tests.
+
+Nothing is excused from them but what is named here (`EXCUSED`, which take no matrix of rows) and in
+`subspace_clusters.NO_BLOBS` (one check of one clusterer).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from pathlib import Path
 import pytest
 from sklearn.base import BaseEstimator, clone
 
+from subspace_clusters import NO_BLOBS
+from subspan import cluster
 from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD
 
@@ -74,6 +80,11 @@ def test_every_estimator_is_checked() -> None:
     assert {"SubspaceDetector", "LeverageSelector", "ReAlign", "RobustSpikes", "SpaceMap"} <= found
     assert sorted(found - checked - set(EXCUSED)) == []
     assert sorted(set(EXCUSED) - found) == []
+
+
+def test_what_is_left_out_of_the_checks_is_said_in_the_docstring() -> None:
+    for name in NO_BLOBS:
+        assert "blobs in a plane" in " ".join((getattr(cluster, name).__doc__ or "").split())
 
 
 def test_no_check_is_expected_to_fail() -> None:

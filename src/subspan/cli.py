@@ -693,11 +693,12 @@ def cluster(
         ),
     ] = None,
     clusters: Annotated[
-        int | None, typer.Option("-c", "--clusters", min=1, help="How many. Left out: found by the largest eigengap.")
+        int | None,
+        typer.Option("-c", "--clusters", min=1, help="How many. Left out: counted, and said how far to trust."),
     ] = None,
     method: Annotated[
         Literal["auto", "lsr", "lrr", "ssc", "ensc", "omp", "tsc", "ksubspaces"],
-        typer.Option(help="Rows: how each is expressed by others. auto: lsr up to 5 000 rows, tsc above."),
+        typer.Option(help="Rows: how each is expressed by others. auto: lsr (tsc above 5 000 rows) or k-means."),
     ] = "auto",
     dim: Annotated[int | None, typer.Option("--dim", min=1, help="Dimension that each cluster's subspace has.")] = None,
     affine: Annotated[bool, typer.Option("--affine", help="The subspaces need not go through the origin.")] = False,
@@ -831,17 +832,17 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 
 
 def _print_clusters(facts: dict[str, Any]) -> None:
+    from .report.clusters import count_in_words, kmeans_in_words
+
     names = ("rows", "method", "clusters", "silhouette", "modularity", "output", "report")
     shown = {name: facts[name] for name in names if facts.get(name) is not None}
     _print(", ".join(f"{name} {_short(value)}" for name, value in shown.items()))
     if "count" in facts:
-        count = facts["count"]
-        line = f"number of clusters by the eigengap, certainty {count['certainty']:.2f}, next best {count['runner_up']}"
-        if count.get("resampled"):
-            line += f", resamples {count['resampled'][0]} to {count['resampled'][-1]}"
-        _print(line)
+        advice = "" if facts["count"]["trusted"] else " Say how many with --clusters."
+        _print(count_in_words(facts["count"]) + advice)
     if "scores" in facts:
         _print("against the labels: " + ", ".join(f"{name} {value:.3f}" for name, value in facts["scores"].items()))
+    _print(kmeans_in_words(facts))
     _print_table(
         [
             {"cluster": index, "rows": size, "dimensions": dim, "representatives": " ".join(map(str, rows))}

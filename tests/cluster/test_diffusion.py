@@ -123,8 +123,22 @@ def test_empty_components_are_seeded_anew():
     x, _, _ = low_rank(40)
     options = {"method": "hard", "random_state": 0}
     model = LowRankMixtureDiffusion(2, 4, init=np.zeros(80, int), **options).fit(x)
-    assert set(model.labels_) == {0, 1}
+    assert set(model.labels_.tolist()) == {0, 1}
     assert model.objective_[-1] > LowRankMixtureDiffusion(1, 4, **options).fit(x).objective_[-1]
+
+
+def test_the_likelihood_fit_has_one_floor_and_the_hard_fit_one_a_component():
+    generator = torch.Generator().manual_seed(0)
+    x = low_rank(60, noise=0.0)[0]
+    x[:60] += 0.05 * torch.randn(60, 24, dtype=torch.float64, generator=generator)
+    x[60:] += 0.3 * torch.randn(60, 24, dtype=torch.float64, generator=generator)
+    soft, hard = (LowRankMixtureDiffusion(2, 4, method=m, random_state=0).fit(x).denoiser_ for m in ("em", "hard"))
+    assert hard.floor.max() > 10 * hard.floor.min()
+    assert torch.equal(soft.floor[0], soft.floor[1])
+    # What the components leave of the variance, together, over all that it is spread on.
+    share = soft.responsibilities(x)
+    left = (share * soft.residual_energy(x)).sum() / (len(x) * 20)
+    torch.testing.assert_close(soft.floor[0], left, rtol=0.02, atol=0)
 
 
 def test_the_best_of_several_random_starts_is_kept():

@@ -87,6 +87,56 @@ def test_views_are_averaged_and_a_copied_head_makes_memberships_of_the_represent
     torch.testing.assert_close(plan.sum(-1), torch.ones(10), atol=1e-4, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_step_after_the_warmup_starts_memberships_from_the_representation():
+    pytest.importorskip("lightning")
+    from subspan.cluster import ManifoldLinearizingModule
+
+    torch.manual_seed(0)
+    heads = SubspaceClusterHeads(6, 16, 4)
+    module = ManifoldLinearizingModule(heads, warmup=1)
+    x = torch.randn(12, 6)
+    loss = ManifoldLinearizingLoss()
+
+    def apart() -> bool:
+        return any(not torch.equal(a, b) for a, b in zip(heads.feature.parameters(), heads.cluster.parameters()))
+
+    first = module.training_step(x)
+    torch.testing.assert_close(first, -coding_rate(heads(x)[0], epsilon=EPSILON))
+    assert apart()
+    second = module.training_step(x)
+    assert not apart()
+    # The memberships of this very step are those of the copy.
+    z = heads(x)[0]
+    torch.testing.assert_close(second, loss(z, z)[0])
+    with torch.no_grad():
+        heads.cluster.weight.add_(1)
+    torch.testing.assert_close(module.training_step(x), loss(*heads(x))[0])
+    assert apart()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_views_are_averaged_in_both_stages():
+    pytest.importorskip("lightning")
+    from subspan.cluster import ManifoldLinearizingModule
+
+    torch.manual_seed(0)
+    heads = SubspaceClusterHeads(6, 16, 4).eval()
+    x = torch.randn(12, 6)
+    shifts = [0.0, 0.5] * 3
+    module = ManifoldLinearizingModule(
+        heads, augment=lambda items: items + shifts.pop(), warmup=1, alignment=0.7
+    ).eval()
+    z, c = (torch.stack(part) for part in zip(heads(x + 0.5), heads(x)))
+    mean = torch.nn.functional.normalize(z.mean(0), dim=-1)
+    cosine = (z[0] * z[1]).sum(-1).mean()
+    torch.testing.assert_close(module.training_step(x), -coding_rate(mean, epsilon=EPSILON) - 0.7 * cosine)
+    module.steps += 1
+    plan = ManifoldLinearizingLoss().membership(c).mean(0)
+    reduction = coding_rate(mean, epsilon=EPSILON) - compressed_coding_rate(mean, plan, epsilon=EPSILON)
+    torch.testing.assert_close(module.training_step(x), -reduction)
+
+
 def arcs(n: int = 120, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Points of two curves in R^8 that no line through the origin tells apart."""
     random = np.random.default_rng(seed)

@@ -14,6 +14,7 @@ from subspan.cluster import (
     ElasticNetSubspaceClustering,
     KSubspaces,
     LeastSquaresRepresentation,
+    LowRankMixtureDiffusion,
     LowRankRepresentation,
     OMPSubspaceClustering,
     SparseSubspaceClustering,
@@ -21,6 +22,7 @@ from subspan.cluster import (
 )
 from subspan.geometry import Subspace
 from subspan.solvers import feature_detection_error
+from subspan.solvers.self_expression import RIDGE, low_rank_self_expression, ridge_self_expression
 
 ALL = [
     LeastSquaresRepresentation,
@@ -129,6 +131,32 @@ def test_retaining_the_largest_and_the_neighbour_graph():
     few = LeastSquaresRepresentation(3, retain=5, affinity="knn", random_state=0).fit(x)
     assert few.affinity_.nnz <= 2 * 3 * len(x)
     assert (np.asarray(few.affinity_.sum(1)).ravel() >= 1.5).all()
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_penalties_mean_the_same_for_any_number_of_rows(affine):
+    x, _, _ = union_of_subspaces(noise=0.1, affine=affine)
+    for rows in (x[:20], x):
+        one = LeastSquaresRepresentation(3, alpha=0.5, affine=affine, random_state=0).fit(rows)
+        points = one._points(torch.from_numpy(rows))
+        scale = len(rows) / min(points.shape)
+        assert (scale > 1) == (len(rows) > 31)
+        torch.testing.assert_close(torch.from_numpy(one.representation_), ridge_self_expression(points, 0.5 * scale))
+        low = LowRankRepresentation(3, alpha=4, affine=affine, random_state=0).fit(rows)
+        torch.testing.assert_close(torch.from_numpy(low.representation_), low_rank_self_expression(points, 4 / scale))
+
+
+@pytest.mark.parametrize("model", [KSubspaces(3, 4, init="lsr", n_init=1), LowRankMixtureDiffusion(3, 4, init="lsr")])
+def test_starts_by_least_squares_know_the_number_of_rows(model, monkeypatch):
+    asked = []
+
+    def watched(points, alpha):
+        asked.append(alpha)
+        return ridge_self_expression(points, alpha)
+
+    monkeypatch.setattr(f"{type(model).__module__}.ridge_self_expression", watched)
+    model.set_params(random_state=0).fit(union_of_subspaces(noise=0.1)[0])
+    assert asked == [pytest.approx(RIDGE * 120 / 30)]
 
 
 def test_corrupted_rows_go_into_the_noise():

@@ -142,6 +142,27 @@ def test_dtype_and_kind_follow_the_input():
     assert Subspace.fit(x.numpy()[::-1], rank=2).dim == 2
 
 
+def test_a_batch_has_members_and_one_subspace_has_none():
+    one = [Subspace.fit(rows(seed=seed)[0], rank=3) for seed in range(3)]
+    fields = ("basis", "center", "variances", "residual_variance", "spectrum")
+    batch = Subspace(count=one[0].count, **{name: torch.stack([getattr(s, name) for s in one]) for name in fields})
+    assert len(batch) == 3
+    for place, member in enumerate(batch):
+        for name in fields:
+            assert torch.equal(getattr(member, name), getattr(one[place], name))
+        assert member.count == one[place].count
+    assert batch[-1].batch_shape == ()
+    assert batch[1:].batch_shape == (2,)
+    assert torch.equal(batch[[2, 0]].basis, batch.basis[[2, 0]])
+    assert torch.equal(batch[np.int64(1)].basis, one[1].basis)
+    with pytest.raises(IndexError, match="3 is out of range for 3 subspaces"):
+        batch[3]
+    for ask in (len, iter, lambda space: space[0]):
+        with pytest.raises(TypeError, match="not a batch"):
+            list(ask(one[0]))
+    assert one[0]
+
+
 def test_bad_input_is_named(tmp_path):
     x, _ = rows()
     broken = x.clone()

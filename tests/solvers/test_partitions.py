@@ -7,6 +7,7 @@ import pytest
 from scipy import sparse
 
 from subspan.solvers.partitions import (
+    attribute_modularity,
     clustering_accuracy,
     conductance,
     connectivity,
@@ -78,6 +79,19 @@ def test_modularity_and_conductance_by_the_formula():
     assert conductance(a, labels) == pytest.approx(np.mean(cuts))
     with pytest.raises(ValueError, match="no edges"):
         modularity(np.zeros((3, 3)), [0, 1, 2])
+
+
+def test_modularity_of_attributes_is_that_of_their_graph():
+    x = RANDOM.random((15, 6)) * (RANDOM.random((15, 6)) < 0.5)
+    labels = np.repeat([4, 7, 9], 5)
+    for given in (x, sparse.csr_matrix(x)):
+        assert attribute_modularity(given, labels) == pytest.approx(modularity(x @ x.T, labels))
+    with pytest.raises(ValueError, match="attributes: must be >= 0"):
+        attribute_modularity(-x, labels)
+    with pytest.raises(ValueError, match="labels: expected 15, got 3"):
+        attribute_modularity(x, [0, 1, 2])
+    with pytest.raises(ValueError, match="all zero"):
+        attribute_modularity(0 * x, labels)
 
 
 def test_lengths_must_agree():

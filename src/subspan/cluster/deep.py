@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,12 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..base.estimators import validate_data
-from ..geometry.arrays import check_finite, normalize_rows
+from ..geometry.arrays import check_finite, like, normalize_rows
 from ..models.capture import Capture, evaluation
 from ..models.layers import layer_names
 from ..nn.autoencoders import ConvAutoencoder, LinearAutoencoder
 from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
+from ..solvers.partitions import modularity
 from ..solvers.self_expression import check_dense, check_rows, joint_factor
 from ..solvers.spectral import low_rank_affinity, retained_affinity, spectral_labels
 from .self_expressive import check_cluster_count, warn_of_copies
@@ -37,6 +39,7 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
     encoder: Any
     layers: Any = "last"
     affine: Any = False
+    look_every: Any = 1
     channels: Any
     kernels: Any
     hidden: Any
@@ -86,7 +89,7 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         return items / self._largest
 
     def _check_parameters(self, n: int) -> None:
-        for name, least in (("pretrain_steps", 0), ("max_steps", 1), ("n_init", 1)):
+        for name, least in (("pretrain_steps", 0), ("max_steps", 1), ("look_every", 1), ("n_init", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
@@ -162,13 +165,13 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         # An affine subspace of the items is a linear one of the items with their constant.
         spaces = group_subspaces(self._joined(items), found, self.n_clusters, rank=self.rank, affine=False)
         self.subspaces_ = stack_subspaces(spaces)
-        self.labels_ = found.to(X.device) if isinstance(X, Tensor) else labels
+        self.labels_ = like(found, X)
 
     def predict(self, X: Any) -> Any:
         """The cluster (m,) whose subspace, in the layers side by side, is nearest to each item of X."""
         check_is_fitted(self)
         labels = nearest_subspace(self._joined(self._items(X, reset=False)), self.subspaces_)
-        return labels.to(X.device) if isinstance(X, Tensor) else labels.numpy()
+        return like(labels, X)
 
 
 class DeepSubspaceClustering(_DeepClusterer):
@@ -183,15 +186,15 @@ class DeepSubspaceClustering(_DeepClusterer):
     each direct child); "last", that one alone; for a module also what `models.layer_names` takes, without the items.
     retain: entries of each row of (|C| + |C|')/2 that go into the affinity, near the dimension of the subspaces (9 for
     faces and objects, 12 for digits); None for all. affine: a constant is appended to the items, as large as they are
-    about their mean. tol, target: "express" ends where the loss has fallen by less than `tol` in 10 steps, or
-    |Z - CZ| < target |Z| in every layer, and after max_steps; "structure" after 10 steps without a change of labels,
-    or structure_steps. rank: of `subspaces_`. device: of the training.
+    about their mean. "express" is looked at every `look_every` steps, and the look whose clusters have the largest
+    modularity in their own affinity is kept; it ends after five looks without a larger one, or max_steps. "structure"
+    ends after 10 steps without a change of labels, or structure_steps. rank: of `subspaces_`. device: of the training.
 
     After `fit`: labels_ (n,); representation_ C (n, n), dense; affinity_ (n, n), CSR; subspaces_, in the layers side by
-    side, where `predict` looks for the nearest; encoder_; n_steps_ and history_, steps by stage and loss by step of
-    "express". Memory O(n^2), up to 20 000 items. Needs the extra `train`.
-    Source: Sindičić & Kopriva, arXiv 2504.18179 (2025); the rule of stopping, the diagonal of zeros and the scaling of
-    layers are ours.
+    side, where `predict` looks for the nearest; encoder_; n_steps_, history_ and looks_: steps by stage, loss by step
+    and (step, modularity) by look of "express". Memory O(n^2), up to 20 000 items. Needs the extra `train`.
+    Source: Sindičić & Kopriva, arXiv 2504.18179 (2025); the choice of the step, the diagonal of zeros and the scaling
+    of layers are ours.
     """
 
     def __init__(
@@ -206,8 +209,7 @@ class DeepSubspaceClustering(_DeepClusterer):
         hidden: Any = (64, 32),
         retain: Any = 9,
         affine: Any = False,
-        tol: Any = 0.02,
-        target: Any = 0.1,
+        look_every: Any = 50,
         max_steps: Any = 700,
         pretrain_steps: Any = 100,
         structure_steps: Any = 100,
@@ -226,8 +228,7 @@ class DeepSubspaceClustering(_DeepClusterer):
         self.hidden = hidden
         self.retain = retain
         self.affine = affine
-        self.tol = tol
-        self.target = target
+        self.look_every = look_every
         self.max_steps = max_steps
         self.pretrain_steps = pretrain_steps
         self.structure_steps = structure_steps
@@ -253,8 +254,8 @@ class DeepSubspaceClustering(_DeepClusterer):
             c = self._express(items)
             if "structure" in self.stages and self.n_clusters > 1:
                 c = self._structure(items, c)
-        self.representation_ = c.numpy()
-        self.affinity_ = retained_affinity(self.representation_, self._retained())
+        self.representation_ = like(c, X)
+        self.affinity_ = retained_affinity(c.numpy(), self._retained())
         labels = spectral_labels(self.affinity_, self.n_clusters, n_init=self.n_init, random_state=self._random)
         self._keep(X, items, labels)
         return self
@@ -271,8 +272,6 @@ class DeepSubspaceClustering(_DeepClusterer):
                 raise ValueError(f"retain: must be below n_samples = {n}, got {self.retain}")
         if not isinstance(self.encoder, nn.Module) and self.layers not in ("all", "last"):
             raise ValueError(f"layers: 'all' or 'last' with encoder={self.encoder!r}, got {self.layers!r}")
-        if not self.tol >= 0 or not self.target >= 0:
-            raise ValueError(f"tol, target: must be >= 0, got {self.tol!r} and {self.target!r}")
 
     def _retained(self) -> int | None:
         return None if self.retain is None else int(self.retain)
@@ -283,7 +282,11 @@ class DeepSubspaceClustering(_DeepClusterer):
 
         self.n_steps_: dict[str, int] = {}
         self.encoder_: Any = self._autoencoder()
-        options: dict[str, Any] = {"tol": self.tol, "target": self.target, "learning_rate": self.learning_rate}
+        options: dict[str, Any] = {
+            "look": self._modularity() if self.n_clusters > 1 else None,
+            "every": int(self.look_every),
+            "learning_rate": self.learning_rate,
+        }
         if self.encoder_ is None:
             self.encoder_ = self.encoder
             module = SelfExpressionModule(len(items), fixed=joint_factor(self._layers(items)), **options)
@@ -301,7 +304,8 @@ class DeepSubspaceClustering(_DeepClusterer):
                 **options,
             )
         self.n_steps_["express"] = self._train(module, items, self.max_steps)
-        self.history_ = module.history
+        self.history_, self.looks_ = module.history, module.looks
+        module.restore()
         if isinstance(self.encoder_, ConvAutoencoder | LinearAutoencoder):
             self.encoder_.eval().requires_grad_(False)
         return module.coefficients()
@@ -313,6 +317,19 @@ class DeepSubspaceClustering(_DeepClusterer):
         module = StructureModule(c, self._clusters(self._seed()), learning_rate=self.learning_rate)
         self.n_steps_["structure"] = self._train(module, items, self.structure_steps)
         return module.coefficients()
+
+    def _modularity(self) -> Callable[[Tensor], float]:
+        """The modularity of the clusters of coefficients in their affinity: how well they hold together."""
+        seed = self._seed()
+
+        def look(c: Tensor) -> float:
+            affinity = retained_affinity(c.cpu().numpy(), self._retained())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # said of the clusters that are kept
+                found = spectral_labels(affinity, self.n_clusters, n_init=min(5, self.n_init), random_state=seed)
+            return modularity(affinity, found)
+
+        return look
 
     def _clusters(self, seed: int) -> Callable[[Tensor, Tensor | None], Tensor]:
         """The clusters of coefficients, from those of the step before where there are any."""
@@ -408,12 +425,12 @@ class DSCNetClustering(_DeepClusterer):
             self.n_steps_["express"] = self._train(module, items, self.max_steps)
         network.eval().requires_grad_(False)
         self.history_ = module.history
-        self.representation_ = module.coefficients().numpy()
-        self.affinity_ = low_rank_affinity(
-            self.representation_, self.n_clusters, fraction=self.fraction, dim=self.dim, power=self.power
-        )
+        c = module.coefficients()
+        self.representation_ = like(c, X)
+        affinity = low_rank_affinity(c.numpy(), self.n_clusters, fraction=self.fraction, dim=self.dim, power=self.power)
+        self.affinity_ = like(torch.from_numpy(affinity), X)
         labels = spectral_labels(
-            self.affinity_, self.n_clusters, rounding="rotation", n_init=self.n_init, random_state=self._random
+            affinity, self.n_clusters, rounding="rotation", n_init=self.n_init, random_state=self._random
         )
         self._keep(X, items, labels)
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,8 @@ else:
     LightningModule = require("lightning", extra="train").LightningModule
 
 Autoencoder = ConvAutoencoder | LinearAutoencoder
-_WINDOW = 10
+# Steps without a change of labels that end stage three; looks at stage two without a better one that end it.
+_UNCHANGED, _PATIENCE = 10, 5
 
 
 class _EveryStep(IterableDataset[Tensor]):
@@ -71,8 +71,9 @@ class SelfExpressionModule(_FullBatch):
     fixed: (n, d) what does not change, the rows themselves or all layers of a frozen network in one (`joint_factor`);
     None for none. autoencoder: trained along, its layers' rows scaled to unit length, so that it gains nothing by
     shrinking; None where all is fixed. layers: those of the auto-encoder that are expressed, as indices.
-    Ends where the loss has fallen by less than `tol` in 10 steps (`settled`), or |Z - CZ| / |Z| is below `target` in
-    every layer: no label is looked at. history holds the loss of each step.
+    look: coefficients → a number, asked for every `every` steps and at the end; the coefficients and the auto-encoder
+    of the look with the largest are kept by `restore`, and five looks without a larger one end the training. No label
+    is looked at. history holds the loss of each step, looks the step and number of each look.
     """
 
     def __init__(
@@ -82,8 +83,8 @@ class SelfExpressionModule(_FullBatch):
         fixed: Float[Tensor, "n d"] | None = None,
         autoencoder: Autoencoder | None = None,
         layers: tuple[int, ...] = (),
-        tol: float = 0.02,
-        target: float = 0.1,
+        look: Callable[[Float[Tensor, "n n"]], float] | None = None,
+        every: int = 50,
         learning_rate: float = 1e-3,
     ) -> None:
         super().__init__()
@@ -93,8 +94,10 @@ class SelfExpressionModule(_FullBatch):
         self.register_buffer("fixed", fixed)
         self.autoencoder, self.layers = autoencoder, layers
         self.loss = SelfExpression()
-        self.tol, self.target, self.learning_rate = tol, target, learning_rate
+        self.look, self.every, self.learning_rate = look, every, learning_rate
         self.history: list[float] = []
+        self.looks: list[tuple[int, float]] = []
+        self._best: dict[str, Tensor] = {}
 
     fixed: Tensor | None
 
@@ -110,14 +113,36 @@ class SelfExpressionModule(_FullBatch):
             found = self.autoencoder.encode(batch)
             expressed += [F.normalize(found[layer].flatten(1)) for layer in self.layers]
             reconstruction = relative_error(self.autoencoder.decode(found[-1]), batch)
-        parts = torch.stack(self.loss.parts(self.c, expressed))
-        loss = parts.sum()
+        loss = self.loss(self.c, expressed)
         self.history.append(float(loss.detach()))
         if not torch.isfinite(loss):
             raise ValueError("X: the loss is no longer finite; are values far larger than 1?")
-        if float(parts.detach().max()) < self.target**2 or settled(self.history, self.tol):
-            self.end()
         return loss + reconstruction
+
+    def on_train_batch_end(self, outputs: Any, batch: Tensor, batch_index: int) -> None:
+        """A look where it is due."""
+        if len(self.history) % self.every == 0:
+            self._look()
+
+    def on_train_end(self) -> None:
+        """The last look."""
+        if len(self.history) % self.every:
+            self._look()
+
+    def _look(self) -> None:
+        if self.look is None:
+            return
+        self.looks.append((len(self.history), self.look(self.coefficients())))
+        values = [value for _, value in self.looks]
+        best = values.index(max(values))
+        if best == len(values) - 1:
+            self._best = {name: value.detach().clone() for name, value in self.named_parameters()}
+        if len(values) - 1 - best >= _PATIENCE:
+            self.end()
+
+    def restore(self) -> None:
+        """Back to the look with the largest number, where there were any."""
+        self.load_state_dict(self._best, strict=False)
 
 
 class StructureModule(_FullBatch):
@@ -151,7 +176,7 @@ class StructureModule(_FullBatch):
         same = self.labels is not None and torch.equal(labels, self.labels)
         self.unchanged = self.unchanged + 1 if same else 0
         self.labels = labels
-        if self.unchanged >= _WINDOW:
+        if self.unchanged >= _UNCHANGED:
             self.end()
         return self.loss(self.c, labels)
 
@@ -201,13 +226,3 @@ class DSCNetModule(_FullBatch):
 def relative_error(found: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
     """|found - wanted|^2 / |wanted|^2."""
     return (found - wanted).square().sum() / wanted.square().sum()
-
-
-def settled(history: list[float], tol: float) -> bool:
-    """Whether the last value is less than `tol` of it below that of 10 steps before, and none between has risen.
-
-    Adam's first steps swing about the way down; a swing is no end.
-    """
-    last = history[-_WINDOW - 1 :]
-    falling = all(after <= before for before, after in pairwise(last))
-    return tol > 0 and len(last) > _WINDOW and falling and last[0] - last[-1] < tol * last[0]

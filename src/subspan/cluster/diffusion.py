@@ -19,7 +19,7 @@ from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.grassmann import orthonormalize
 from ..geometry.subspace import Subspace
 from ..nn.low_rank_mixture import LowRankMixtureDenoiser
-from ..solvers.self_expression import ridge_self_expression
+from ..solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
 from ..solvers.spectral import affinity_from_representation, spectral_labels
 
 _METHODS = ("em", "hard", "diffusion")
@@ -27,7 +27,6 @@ _COVARIANCES = ("spectrum", "identity")
 _INITS = ("shape-interaction", "lsr", "random")
 # Responsibilities below this move no estimate in double precision.
 _NEGLIGIBLE = 1e-9
-_RIDGE = 0.1
 
 
 class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
@@ -103,7 +102,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         if self.method == "diffusion":
             denoiser = self._descend(rows, denoiser)
         self.n_iter_ = len(self.objective_)
-        return self._keep(denoiser, rows)
+        return self._keep(X, denoiser, rows)
 
     def _check_parameters(self, rows: Tensor) -> None:
         n, d = rows.shape
@@ -139,7 +138,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             draws = [self._random.randint(k, size=n) for _ in range(self.n_init)]
             return [torch.from_numpy(draw).long().to(rows.device) for draw in draws]
         if self.init == "lsr":
-            expression = ridge_self_expression(normalize_rows(rows), _RIDGE)
+            points = normalize_rows(rows)
+            expression = ridge_self_expression(points, RIDGE * mean_energy(points))
             affinity = affinity_from_representation(expression.cpu().numpy(), retain=min(self.dim, n - 1))
             labels = spectral_labels(affinity, k, random_state=self._random)
             return [torch.from_numpy(labels).long().to(rows.device)]
@@ -245,10 +245,10 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
                 trainer.fit(DenoisingModule(denoiser, sigma_data=spread, learning_rate=1e-2), loader)
         return denoiser.double().requires_grad_(False)
 
-    def _keep(self, denoiser: LowRankMixtureDenoiser, rows: Tensor) -> LowRankMixtureDiffusion:
+    def _keep(self, X: Any, denoiser: LowRankMixtureDenoiser, rows: Tensor) -> LowRankMixtureDiffusion:
         self.denoiser_ = denoiser.eval()
-        self.weights_ = denoiser.log_weights.exp().cpu().numpy()
-        self.means_ = denoiser.means.cpu().numpy()
+        self.weights_ = like(denoiser.log_weights.exp(), X)
+        self.means_ = like(denoiser.means, X)
         labels = self._labels(rows)
         counts = torch.bincount(labels, minlength=self.n_components)
         if bool((counts <= self.dim).any()):
@@ -264,7 +264,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             variances=denoiser.log_variances.exp(),
             residual_variance=floor,
         )
-        self.labels_ = labels.cpu().numpy()
+        self.labels_ = like(labels, X)
         return self
 
     # ------------------------------------------------------------------ use
@@ -309,8 +309,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         check_is_fitted(self, "denoiser_")
         return like(self.denoiser_(self._rows(X).double(), sigma), X)
 
-    def sample(self, n_samples: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (n_samples, d) drawn from the mixture, and their components."""
+    def sample(self, n_samples: int = 1) -> tuple[Any, Any]:
+        """Rows (n_samples, d) drawn from the mixture, and their components, in the kind of the rows of `fit`."""
         check_is_fitted(self, "denoiser_")
         if n_samples < 1:
             raise ValueError(f"n_samples: at least 1, got {n_samples}")
@@ -325,7 +325,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             np.maximum(spread[labels] - floor[:, None], 0)
         )
         inside = np.einsum("bd,bnd->bn", z, bases[labels])
-        return mixture.means.cpu().numpy()[labels] + inside + rest, labels
+        drawn = mixture.means.cpu().numpy()[labels] + inside + rest
+        return tuple(like(torch.from_numpy(part), self.means_) for part in (drawn, labels))
 
 
 def _principal(

@@ -10,9 +10,10 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from ..geometry import Subspace
+from ..geometry.arrays import like
 from ..solvers.nearest_subspace import squared_residuals
 from ..solvers.rounding import round_embedding
-from ..solvers.self_expression import ridge_self_expression
+from ..solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
 from ..solvers.spectral import affinity_from_representation, spectral_embedding
 from .self_expressive import _RowClusterer
 
@@ -77,7 +78,7 @@ class KSubspaces(_RowClusterer):
         assert best is not None
         self.inertia_, self.history_, labels, self.subspaces_ = best
         self.n_iter_ = len(self.history_)
-        self.labels_ = labels.to(X.device) if isinstance(X, Tensor) else labels.numpy()
+        self.labels_ = like(labels, X)
         return self
 
     # ------------------------------------------------------------------ one start
@@ -126,7 +127,7 @@ class KSubspaces(_RowClusterer):
     def _start(self, points: Tensor, random: Any) -> Subspace:
         n, k = len(points), self.n_clusters
         if self.init == "lsr":
-            c = ridge_self_expression(points, 0.1).numpy()
+            c = ridge_self_expression(points, RIDGE * mean_energy(points)).numpy()
             affinity = affinity_from_representation(c, retain=max(3, min(n - 1, 2 * self.dim)))
             vectors = spectral_embedding(affinity, k, random_state=random).vectors
             labels = torch.from_numpy(round_embedding(vectors, "kmeans", n_init=1, random_state=random))

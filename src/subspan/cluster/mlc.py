@@ -20,6 +20,7 @@ from ..geometry.rank import EnergyRank
 from ..geometry.spectra import coding_rate, compressed_coding_rate
 from ..geometry.subspace import Subspace
 from ..nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads
+from ..solvers.nearest_subspace import stack_subspaces
 from ..solvers.rounding import round_embedding
 
 _ROWS = 4096
@@ -35,7 +36,8 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     z_dim: at least n_clusters times the dimension of a cluster. eps2: squared precision; eta: entropy of memberships.
     epochs count both stages; batch_size may not be below z_dim by much, or the rate saturates. X is standardised by
     column. Other encoders, augmentations, devices: `ManifoldLinearizingModule` with a Trainer (extra: train).
-    Attributes: labels_; heads_; subspaces_, by cluster; linearization_, numbers that describe Z.
+    Attributes: labels_; heads_; subspaces_, by cluster, a batched `Subspace` or a tuple where dimensions differ;
+    linearization_, numbers that describe Z.
     Source: Ding, Tong, Chan, Dai, Ma & Haeffele (2023), arXiv 2301.01805.
     """
 
@@ -95,11 +97,11 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         chosen = torch.from_numpy(np.sort(self._random.permutation(n)[: min(n, _ROWS)]))
         self.eps2_, self.eta_ = self.eps2, self.eta
         part = self.spectral_labels(c[chosen])
-        self.subspaces_ = self._spans(z[chosen], part)
+        self.subspaces_ = stack_subspaces(self._spans(z[chosen], part))
         labels = self._nearest(z)
         labels[chosen] = torch.from_numpy(part)
-        self.labels_ = labels.numpy()
-        self.linearization_ = linearization(z, self.labels_, eps2=self.eps2, energy=self.energy)
+        self.labels_ = like(labels, X)
+        self.linearization_ = linearization(z, labels.numpy(), eps2=self.eps2, energy=self.energy)
         return self
 
     def _trained(self, rows: Float[Tensor, "n p"], loss: ManifoldLinearizingLoss) -> SubspaceClusterHeads:

@@ -16,7 +16,8 @@ class OMPSubspaceClustering(SelfExpressiveClustering):
 
     n_nonzero: others that express a row, at most; near the dimension of the subspaces. tolerance: squared residual at
     which a row stops. The other parameters and the attributes are those of `SelfExpressiveClustering`. Time
-    O(n_nonzero n^2 d) in matrix products, memory O(n n_nonzero): no n x n numbers are held.
+    O(n_nonzero n^2 d) in matrix products, memory O(n n_nonzero): no n x n numbers are held. Not for data of few
+    columns: there two or three rows express any other, so that it cannot tell blobs in a plane apart, affine or not.
     Source: You, Robinson & Vidal, Scalable sparse subspace clustering by OMP, CVPR 2016.
     """
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..base.estimators import validate_data
 from ..geometry import Subspace
+from ..geometry.arrays import like
 from ..solvers.graph_filters import (
     FilteredOperator,
     PolynomialFilter,
@@ -114,7 +115,6 @@ class S2CAG(ClusterMixin, BaseEstimator):
         rank 1, NaN, and graphs that `solvers.as_adjacency` refuses.
         """
         self._check_parameters()
-        is_tensor = isinstance(X, Tensor)
         rows = self._rows(X, reset=True)
         n = rows.shape[0]
         if self.n_clusters > n:
@@ -139,7 +139,8 @@ class S2CAG(ClusterMixin, BaseEstimator):
         self._means = self._cluster_means(embedding, labels)
         self._coordinates = z.matmul(self._directions)
         self._subspaces: list[Subspace] | None = None
-        self.labels_: Any = torch.from_numpy(labels).to(X.device) if is_tensor else labels
+        self.labels_: Any = like(torch.from_numpy(labels), X)
+        self.singular_values_: Any = like(torch.from_numpy(np.array(self.singular_values_)), X)
         return self
 
     def predict(self, X: Any, *, adjacency: Any = None, links: Any = None) -> Any:
@@ -151,7 +152,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         """
         check_is_fitted(self)
         labels = self._assigned(self._embedded(X, adjacency, links))
-        return torch.from_numpy(labels).to(X.device) if isinstance(X, Tensor) else labels
+        return like(torch.from_numpy(labels), X)
 
     def _embedded(self, X: Any, adjacency: Any, links: Any) -> Float[np.ndarray, "m q"]:
         """Rows of the embedding for unseen nodes."""

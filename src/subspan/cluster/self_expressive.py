@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base.estimators import validate_data
 from ..geometry import Subspace, normalize_rows
+from ..geometry.arrays import like
 from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
 from ..solvers.rounding import ROUNDINGS
 from ..solvers.self_expression import check_rows
@@ -28,13 +29,13 @@ class _RowClusterer(ClusterMixin, BaseEstimator):
     affine: Any
     rank: Any
     labels_: Any
-    subspaces_: Subspace | list[Subspace]
+    subspaces_: Subspace | tuple[Subspace, ...]
 
     def predict(self, X: Any) -> Any:
         """The cluster (m,) whose subspace is nearest to each row of X (m, d)."""
         check_is_fitted(self)
         labels = nearest_subspace(self._spanning(self._rows(X, reset=False)), self.subspaces_)
-        return labels.to(X.device) if isinstance(X, Tensor) else labels.numpy()
+        return like(labels, X)
 
     def _rows(self, X: Any, *, reset: bool) -> Tensor:
         """Finite rows as float32 or float64 on the CPU."""
@@ -56,7 +57,7 @@ class _RowClusterer(ClusterMixin, BaseEstimator):
         found = torch.from_numpy(labels)
         spaces = group_subspaces(self._spanning(rows), found, self.n_clusters, rank=self.rank, affine=self.affine)
         self.subspaces_ = stack_subspaces(spaces)
-        self.labels_ = found.to(X.device) if isinstance(X, Tensor) else labels
+        self.labels_ = like(found, X)
 
 
 class SelfExpressiveClustering(_RowClusterer):
@@ -68,8 +69,8 @@ class SelfExpressiveClustering(_RowClusterer):
     rows of unit length, or "knn", the 3-nearest-neighbour graph of these rows. rank: of `subspaces_`, as everywhere.
     rounding, n_init: of the spectral clustering (see `solvers.round_embedding`).
 
-    After `fit`: labels_ (n,); representation_ (n, n), CSR, or dense where all coefficients are kept; affinity_ (n, n),
-    CSR; subspaces_, a batched `Subspace`, or a list of them where the dimensions differ.
+    After `fit`: labels_ (n,); representation_ (n, n), CSR, or dense in the kind of X where all coefficients are kept;
+    affinity_ (n, n), CSR; subspaces_, a batched `Subspace`, or a tuple where the dimensions differ; both take [i].
     """
 
     def __init__(
@@ -104,10 +105,12 @@ class SelfExpressiveClustering(_RowClusterer):
         rows = self._rows(X, reset=True)
         points = self._points(rows)
         warn_of_copies(points)
-        found: Any = self._represent(points)
-        self.representation_: Any = found.numpy() if isinstance(found, Tensor) else found
+        found = self._represent(points)
+        self.representation_: Any = like(found, X) if isinstance(found, Tensor) else found
         retain = None if self.retain is None else int(self.retain)
-        self.affinity_ = affinity_from_representation(self.representation_, kind=self.affinity, retain=retain)
+        self.affinity_ = affinity_from_representation(
+            found.numpy() if isinstance(found, Tensor) else found, kind=self.affinity, retain=retain
+        )
         labels = spectral_labels(
             self.affinity_, self.n_clusters, rounding=self.rounding, n_init=self.n_init,
             random_state=check_random_state(self.random_state),

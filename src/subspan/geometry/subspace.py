@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -214,6 +214,31 @@ class Subspace:
         batch = f", batch={self.batch_shape}" if self.batch_shape else ""
         ratio = f", explained={float(self.explained_ratio):.4f}" if self.spectrum is not None and not batch else ""
         return f"Subspace(dim={self.dim}, ambient_dim={self.ambient_dim}{batch}{ratio}, dtype={self.basis.dtype})"
+
+    # ------------------------------------------------------------------ a batch
+
+    def __len__(self) -> int:
+        """Size of the first leading dimension. Raises TypeError where there is none."""
+        return self._batched()[0]
+
+    def __bool__(self) -> bool:
+        return True  # also without leading dimensions, where there is no length to ask
+
+    def __getitem__(self, index: Any) -> Subspace:
+        """Member or members along the first leading dimension. Raises TypeError where there is none."""
+        size = self._batched()[0]
+        if isinstance(index, int | np.integer) and not -size <= index < size:
+            raise IndexError(f"index: {index} is out of range for {size} subspaces")
+        found = {name: None if (value := getattr(self, name)) is None else value[index] for name in _ARRAYS}
+        return Subspace(count=self.count, **found)
+
+    def __iter__(self) -> Iterator[Subspace]:
+        return (self[place] for place in range(len(self)))
+
+    def _batched(self) -> tuple[int, ...]:
+        if not self.batch_shape:
+            raise TypeError("subspace: it is one subspace, not a batch; it has no members")
+        return self.batch_shape
 
     def _need(self, name: str) -> Tensor:
         value = getattr(self, name)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+from sklearn.preprocessing import normalize
+from sklearn.utils import check_random_state
 
 from .. import __version__
 from ..cluster import (
@@ -25,8 +27,10 @@ from ..cluster import (
 )
 from ..datasets.graphs import AttributedGraph
 from ..geometry import Subspace, normalize_rows
-from ..solvers.nearest_subspace import squared_residuals
+from ..solvers.nearest_subspace import group_subspaces, squared_residuals
 from ..solvers.partitions import clustering_accuracy, conductance, modularity
+from ..solvers.rounding import fill_empty, kmeans_labels
+from ..solvers.self_expression import thresholded_similarities
 from ..solvers.spectral import affinity_from_representation, count_clusters
 from .embeddings import Embeddings, Progress, silent
 
@@ -41,7 +45,13 @@ METHODS = {
 }
 MOST_CLUSTERS = 20
 _DENSE_ROWS = 5000
-_RESAMPLES = 10
+# Rows whose clusters are counted, and what makes their number one to trust (see `_counted`).
+_COUNTED_ROWS = 2000
+_CLEAR_GAP, _CLEAR_PARTS = 0.25, 0.95
+_GRAPH_NEIGHBOURS = (3, 10)
+# For data of any kind; the default of the class, a thirtieth of it, suits faces. Of 0.1, 0.3, 1, 3 and 10 it had the
+# best mean accuracy on MNIST, Fashion-MNIST, half of COIL-20, UCI HAR, features of CIFAR-100 and 12 people of Yale-B.
+_RIDGE = 3.0
 _REPRESENTATIVES = 3
 _AFFINITY_CELLS = 100
 
@@ -64,50 +74,60 @@ def cluster_rows(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Clustering:
-    """Cluster rows by subspaces; without `n_clusters` their number is that of the largest eigengap of the affinity.
+    """Cluster rows by subspaces, with k-means beside; without `n_clusters` as many as `_counted` finds.
 
-    method: one of METHODS, or "auto": least squares up to 5 000 rows, thresholding above.
+    method: one of METHODS, or "auto": least squares up to 5 000 rows, thresholding above, or k-means where its clusters
+    have the larger modularity in the graph of nearest rows. That was settled on eight labelled sets and a planted
+    union, whole and with ten rows a class: it took the more accurate of the two in 20 of 25 cases, and where it did not
+    lost 4 points of accuracy on average.
     """
     started = time.perf_counter()
     rows = data.take(np.arange(len(data)))
-    if method == "auto":
+    choose = method == "auto"
+    if choose:
         method = "lsr" if len(rows) <= _DENSE_ROWS else "tsc"
-    if method == "ksubspaces" and n_clusters is None:
-        raise ValueError("--clusters: K-subspaces needs the number of clusters; other methods can count them")
     options: dict[str, Any] = {"affine": affine, "random_state": seed}
+    if method == "lsr":
+        options |= {"alpha": _RIDGE}
     if method == "ksubspaces":
         options |= {"dim": dim or 5}
     elif dim is not None:
         options |= {"rank": dim} | ({"retain": max(dim, 9)} if method in ("lsr", "lrr") else {})
         options |= {"n_nonzero": dim} if method == "omp" else {}
-    progress("clustering", 0.1)
     counted = None
-    make = METHODS[method]
     if n_clusters is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # said by the fit with the right number
-            model = make(2, **options).fit(rows)
-        progress("counting the clusters", 0.6)
-        # All coefficients: those that are kept for the clustering are too few to hold a cluster together.
-        counted = _counted(affinity_from_representation(model.representation_), seed)
+        progress("counting the clusters", 0.1)
+        counted = _counted(rows, affine, seed)
         n_clusters = int(counted["n_clusters"])
-    model = make(n_clusters, **options).fit(rows)
-    progress("describing", 0.9)
-    spaces = model.subspaces_
+    progress("clustering", 0.3)
+    model = METHODS[method](n_clusters, **options).fit(rows)
+    progress("k-means beside it", 0.8)
     points = torch.from_numpy(rows) if affine else normalize_rows(torch.from_numpy(rows))
-    spaces = [_one(spaces, c) for c in range(n_clusters)] if isinstance(spaces, Subspace) else spaces
-    distances = squared_residuals(points, spaces).numpy().astype(np.float64)
+    means = _kmeans(points.numpy(), n_clusters, seed)
+    progress("describing", 0.9)
+    rank = model.dim if method == "ksubspaces" else model.rank
+    other = group_subspaces(points, torch.from_numpy(means), n_clusters, rank=rank, affine=affine)
+    labels, spaces, affinity = model.labels_, list(model.subspaces_), getattr(model, "affinity_", None)
+    choice: dict[str, float] = {}
+    if choose:
+        graph = _nearest_in_angle(rows, n_clusters, affine)
+        choice = {method: modularity(graph, labels), "kmeans": modularity(graph, means)}
+        if choice["kmeans"] > choice[method]:
+            method, labels, spaces, affinity = "kmeans", means, other, graph
+    distances = _distances(points, spaces)
     facts = {
         "rows": len(rows),
         "columns": data.dim,
         "method": method,
+        **({"choice": choice} if choose else {}),
         "clusters": n_clusters,
         **({"count": counted} if counted is not None else {}),
-        **_described(model.labels_, distances, spaces, data.labels),
-        **({} if method == "ksubspaces" else _affinity(model.affinity_, model.labels_, distances)),
+        **_described(labels, distances, spaces, data.labels),
+        "kmeans": _beside(labels, means, data.labels, silhouette=_silhouette(_distances(points, other), means)),
+        **({} if affinity is None else _affinity(affinity, labels, distances)),
         **_origin(started, seed),
     }
-    return Clustering(model.labels_, distances[np.arange(len(rows)), model.labels_], facts)
+    return Clustering(labels, distances[np.arange(len(rows)), labels], facts)
 
 
 def cluster_graph(
@@ -120,7 +140,7 @@ def cluster_graph(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Clustering:
-    """Cluster the nodes of a graph by S²CAG; without `n_clusters` by the largest gap of the singular values."""
+    """Cluster the nodes of a graph by S²CAG, with k-means beside; without `n_clusters` by the singular values' gap."""
     started = time.perf_counter()
     negative = graph.attributes.nnz > 0 and graph.attributes.data.min() < 0
     options = {
@@ -136,7 +156,7 @@ def cluster_graph(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             probe.fit(graph.attributes, adjacency=graph.adjacency)
-        counted = _largest_gap(probe.singular_values_**2)
+        counted = _largest_gap(probe.singular_values_**2, graph.adjacency, seed)
         n_clusters = int(counted["n_clusters"])
     model = S2CAG(n_clusters, objective, **options).fit(graph.attributes, adjacency=graph.adjacency)
     progress("describing", 0.9)
@@ -145,6 +165,7 @@ def cluster_graph(
     distances = ((u[:, None] - means) ** 2).sum(2)
     named = None if graph.labels is None else np.where(graph.labels >= 0, graph.labels, -1).astype(str)
     has_edges = graph.adjacency.nnz > 0
+    means = _kmeans(normalize(graph.attributes), n_clusters, seed)
     facts = {
         "rows": len(graph),
         "columns": graph.n_attributes,
@@ -155,6 +176,7 @@ def cluster_graph(
         "modularity": modularity(graph.adjacency, model.labels_) if has_edges else None,
         "conductance": conductance(graph.adjacency, model.labels_),
         **_described(model.labels_, distances, model.cluster_subspaces_, named, unlabelled="-1"),
+        "kmeans": _beside(model.labels_, means, named, unlabelled="-1"),
         **(_affinity(graph.adjacency, model.labels_, distances) if has_edges else {}),
         **_origin(started, seed),
     }
@@ -170,38 +192,142 @@ def _origin(started: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _one(spaces: Subspace, cluster: int) -> Subspace:
-    return Subspace(spaces.basis[cluster], center=None if spaces.center is None else spaces.center[cluster])
+def count_in_words(count: dict[str, Any]) -> str:
+    """Whether the number of clusters that was found can be trusted, and what else it may be."""
+    ways = ", ".join(f"{name} {number}" for name, number in count["by"].items())
+    if count["trusted"]:
+        return f"The number of clusters, {count['n_clusters']}, stands out in the data (by {ways})."
+    candidates = ", ".join(map(str, count["candidates"]))
+    return f"Do not trust this number of clusters: the data do not tell it (by {ways}; candidates {candidates})."
 
 
-def _counted(affinity: Any, seed: int) -> dict[str, Any]:
-    """The count by the eigengap, and how it varies over resamples of four fifths of the rows."""
-    found = count_clusters(affinity, most=MOST_CLUSTERS, random_state=seed)
+def kmeans_in_words(facts: dict[str, Any]) -> str:
+    """How k-means clusters the same rows, and whether the labels, where there are any, are for it."""
+    means, choice = facts["kmeans"], facts.get("choice", {})
+    words = f"k-means, for comparison: adjusted Rand index with these clusters {means['agreement']:.2f}"
+    if choice:
+        ways = ", ".join(f"{name} {value:.3f}" for name, value in choice.items())
+        words = f"Chosen by modularity among nearest rows: {ways}. {words}"
+    if means.get("silhouette") is not None:
+        words += f", silhouette {means['silhouette']:.2f}"
+    if "scores" not in means:
+        return f"{words}."
+    words += "; against the labels " + ", ".join(f"{name} {value:.3f}" for name, value in means["scores"].items())
+    ahead = means["scores"]["accuracy"] > facts["scores"]["accuracy"]
+    return f"{words}, more accurate than these clusters." if ahead else f"{words}."
+
+
+def _counted(rows: np.ndarray, affine: bool, seed: int) -> dict[str, Any]:
+    """How many clusters, by the eigengaps of three affinities of at most 2 000 rows, and whether that can be trusted.
+
+    Of the three the nearest in angle tell most where clusters touch, all coefficients where they are apart. Trusted is
+    a number on which the three agree while the affinity of few coefficients all but falls into so many parts, or after
+    which the spectrum of all coefficients falls by a quarter. This was settled on 35 choices of classes of eight
+    labelled sets and ten planted unions of subspaces: 9 of the 45 numbers were trusted, and all 9 were right.
+    """
     random = np.random.default_rng(seed)
-    n, counts = affinity.shape[0], []
+    part = rows[np.sort(random.permutation(len(rows))[:_COUNTED_ROWS])]
+    # A small ridge, as the blocks of a union of subspaces stand out best without one.
+    dense = LeastSquaresRepresentation(1, alpha=0.1, affine=affine, n_init=1)
+    near = ThresholdingSubspaceClustering(1, affine=affine, n_init=1)
+    few = LeastSquaresRepresentation(1, alpha=_RIDGE, affine=affine, n_init=1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        for _ in range(_RESAMPLES):
-            kept = np.sort(random.permutation(n)[: max(4, 4 * n // 5)])
-            part = affinity[kept][:, kept]
-            if part.nnz:
-                counts.append(count_clusters(part, most=MOST_CLUSTERS, random_state=seed).n_clusters)
+        warnings.simplefilter("ignore", UserWarning)  # of the number of clusters, which is not known yet
+        affinities = {
+            "all coefficients": affinity_from_representation(dense.fit(part).representation_),
+            "few coefficients": few.fit(part).affinity_,
+            "nearest in angle": near.fit(part).affinity_,
+        }
+        found = {
+            name: count_clusters(affinity, most=MOST_CLUSTERS, random_state=seed)
+            for name, affinity in affinities.items()
+        }
+    everything, kept, angle = found.values()
+    numbers = {name: count.n_clusters for name, count in found.items()}
+    apart = everything.gap >= _CLEAR_GAP
+    parts = len(set(numbers.values())) == 1 and float(kept.values[kept.n_clusters - 1]) >= _CLEAR_PARTS
+    chosen = everything if apart else angle
     return {
-        "n_clusters": found.n_clusters,
-        "runner_up": found.runner_up,
-        "certainty": found.certainty,
-        "resampled": sorted(counts),
-        "agreement": float(np.mean([count == found.n_clusters for count in counts])) if counts else 0.0,
+        "n_clusters": chosen.n_clusters,
+        "trusted": bool(apart or parts),
+        "candidates": list(dict.fromkeys([chosen.n_clusters, *numbers.values(), chosen.runner_up])),
+        "by": numbers,
     }
 
 
-def _largest_gap(values: np.ndarray) -> dict[str, Any]:
-    """The count after which the values fall most; without the trivial one, k clusters have k - 1 large values."""
+def _largest_gap(values: np.ndarray, adjacency: Any, seed: int) -> dict[str, Any]:
+    """The count after which the values fall most; without the trivial one, k clusters have k - 1 large values.
+
+    Trusted where the eigengap of the graph alone, whose attributes are another matter, says the same.
+    """
     gaps = values[:-1] - values[1:]
-    order = np.argsort(-gaps)
-    first, second = int(order[0]), int(order[1]) if len(order) > 1 else int(order[0])
-    certainty = 1 - max(gaps[second], 0) / gaps[first] if gaps[first] > 0 else 0.0
-    return {"n_clusters": first + 2, "runner_up": second + 2, "certainty": float(certainty)}
+    order = [int(place) + 2 for place in np.argsort(-gaps)]
+    numbers = {"smoothed attributes": order[0]}
+    if adjacency.nnz:
+        found = count_clusters(adjacency, most=min(MOST_CLUSTERS, len(values) + 1), random_state=seed)
+        numbers["graph"] = found.n_clusters
+    return {
+        "n_clusters": order[0],
+        "trusted": len(numbers) == 2 and len(set(numbers.values())) == 1,
+        "candidates": list(dict.fromkeys([*numbers.values(), *order[:2]])),
+        "by": numbers,
+    }
+
+
+def _nearest_in_angle(rows: np.ndarray, n_clusters: int, affine: bool) -> Any:
+    """The graph (n, n) of each row's others nearest in angle, about the mean where subspaces are affine.
+
+    Ten of them, or a third of a mean cluster: more than a cluster holds would blame it for being small.
+    """
+    points = normalize_rows(torch.from_numpy(rows - rows.mean(0) if affine else rows))
+    few, many = _GRAPH_NEIGHBOURS
+    neighbours = min(max(len(rows) // (3 * n_clusters), few), many, len(rows) - 1)
+    found = thresholded_similarities(points, neighbours)
+    found.data[:] = 1
+    return found + found.T
+
+
+def _kmeans(points: Any, n_clusters: int, seed: int) -> np.ndarray:
+    """Labels by k-means, no cluster empty."""
+    starts = 10 if points.shape[0] <= _DENSE_ROWS else 1
+    labels = kmeans_labels(points, n_clusters, starts, check_random_state(seed))
+    if len(np.unique(labels)) == n_clusters:
+        return labels
+    return fill_empty(points.toarray() if sparse.issparse(points) else points, labels, n_clusters)
+
+
+def _beside(
+    labels: np.ndarray, means: np.ndarray, truth: Any, *, unlabelled: str | None = None, silhouette: float | None = None
+) -> dict[str, Any]:
+    """What there is to say of the clusters of k-means beside those found: how alike they are, and their scores."""
+    facts: dict[str, Any] = {"agreement": float(adjusted_rand_score(labels, means))}
+    if silhouette is not None:
+        facts["silhouette"] = silhouette
+    return facts | ({} if truth is None else {"scores": _scores(truth, means, unlabelled)})
+
+
+def _distances(points: torch.Tensor, spaces: list[Subspace]) -> np.ndarray:
+    return squared_residuals(points, spaces).numpy().astype(np.float64)
+
+
+def _silhouette(distances: np.ndarray, labels: np.ndarray) -> float | None:
+    """Mean of how much nearer the own subspace is than the next, as a share of the farther; None for one cluster."""
+    if distances.shape[1] == 1:
+        return None
+    place = np.arange(len(labels))
+    own, others = distances[place, labels], distances.copy()
+    others[place, labels] = np.inf
+    nearest = others.min(1)
+    return float(((nearest - own) / np.maximum(np.maximum(nearest, own), 1e-300)).mean())
+
+
+def _scores(truth: Any, labels: np.ndarray, unlabelled: str | None) -> dict[str, float]:
+    known = np.ones(len(labels), dtype=bool) if unlabelled is None else truth != unlabelled
+    return {
+        "accuracy": clustering_accuracy(truth[known], labels[known]),
+        "nmi": float(normalized_mutual_info_score(truth[known], labels[known])),
+        "ari": float(adjusted_rand_score(truth[known], labels[known])),
+    }
 
 
 def _affinity(affinity: Any, labels: np.ndarray, distances: np.ndarray) -> dict[str, Any]:
@@ -237,11 +363,8 @@ def _described(
     k = distances.shape[1]
     own = distances[np.arange(len(labels)), labels]
     facts: dict[str, Any] = {}
-    if k > 1:
-        others = distances.copy()
-        others[np.arange(len(labels)), labels] = np.inf
-        nearest = others.min(1)
-        facts["silhouette"] = float(((nearest - own) / np.maximum(np.maximum(nearest, own), 1e-300)).mean())
+    if (silhouette := _silhouette(distances, labels)) is not None:
+        facts["silhouette"] = silhouette
     facts["sizes"] = np.bincount(labels, minlength=k).tolist()
     facts["dimensions"] = [space.dim for space in spaces]
     angles = [[0.0] * k for _ in range(k)]
@@ -255,10 +378,5 @@ def _described(
         for members in (np.flatnonzero(labels == c) for c in range(k))
     ]
     if truth is not None:
-        known = np.ones(len(labels), dtype=bool) if unlabelled is None else truth != unlabelled
-        facts["scores"] = {
-            "accuracy": clustering_accuracy(truth[known], labels[known]),
-            "nmi": float(normalized_mutual_info_score(truth[known], labels[known])),
-            "ari": float(adjusted_rand_score(truth[known], labels[known])),
-        }
+        facts["scores"] = _scores(truth, labels, unlabelled)
     return facts

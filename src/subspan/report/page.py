@@ -711,22 +711,16 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
 
 
 def _cluster_table(facts: dict[str, Any]) -> str:
+    from .clusters import count_in_words, kmeans_in_words
+
     lead = f"{_plural(facts['clusters'], 'cluster', 'clusters')} by {escape(facts['method'])}"
-    count = facts.get("count")
-    if count is None:
-        lead += ", as many as were asked for."
-    else:
-        lead += (
-            f". Their number was found by the largest eigengap; the next best is {count['runner_up']}, and the "
-            f"certainty, 1 - (second gap / largest gap), {count['certainty']:.2f}."
-        )
-        if count.get("resampled"):
-            lead += f" Of {len(count['resampled'])} resamples {_percent(count['agreement'])} give the same number."
+    lead += ", as many as were asked for." if "count" not in facts else f". {count_in_words(facts['count'])}"
     rows = [
         [str(cluster), _count(size), _percent(size / facts["rows"]), _count(dim)]
         for cluster, (size, dim) in enumerate(zip(facts["sizes"], facts["dimensions"]))
     ]
-    return f'<p class="lead">{lead}</p>{_table(["Cluster", "rows", "share", "dimensions"], rows)}'
+    note = f'<p class="note">{escape(kmeans_in_words(facts))}</p>'
+    return f'<p class="lead">{lead}</p>{note}{_table(["Cluster", "rows", "share", "dimensions"], rows)}'
 
 
 def _cluster_affinity(facts: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ from .jacobian import JacobianSubspace, jacobian_rank, jacobian_subspace
 from .low_rank import MatrixOperator, Operator, orthogonal_iteration, orthonormal_columns, randomized_svd
 from .neighbours import knn_overlap, largest_product, nearest, nearest_code, neighbour_purity, recall_at_k
 from .partitions import (
+    attribute_modularity,
     clustering_accuracy,
     conductance,
     connectivity,
@@ -57,6 +58,7 @@ __all__ = [
     "RetrievalScores",
     "as_adjacency",
     "assign",
+    "attribute_modularity",
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",

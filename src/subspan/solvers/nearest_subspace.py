@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,24 +41,25 @@ def group_subspaces(
     return found
 
 
-def stack_subspaces(spaces: Sequence[Subspace]) -> Subspace | list[Subspace]:
-    """One batched `Subspace` where all have the same dimension, else the list."""
+def stack_subspaces(spaces: Sequence[Subspace]) -> Subspace | tuple[Subspace, ...]:
+    """One batched `Subspace` with all that its members have in common, or a tuple where their dimensions differ."""
     if len({space.dim for space in spaces}) > 1:
-        return list(spaces)
-    centers = [space.center for space in spaces if space.center is not None]
-    return Subspace(torch.stack([space.basis for space in spaces]), center=torch.stack(centers) if centers else None)
+        return tuple(spaces)
+    found: dict[str, Any] = {}
+    for field in fields(Subspace):
+        values = [getattr(space, field.name) for space in spaces]
+        if all(isinstance(value, Tensor) for value in values) and len({value.shape for value in values}) == 1:
+            found[field.name] = torch.stack(values)
+        elif field.name == "count" and len(set(values)) == 1:
+            found["count"] = values[0]
+    return Subspace(**found)
 
 
 def squared_residuals(x: Float[Tensor, "n d"], spaces: Any) -> Float[Tensor, "n k"]:
     """Squared distance of each row to each of k subspaces: a batched `Subspace` (k,) or a sequence of them."""
-    if isinstance(spaces, Subspace):
-        centers = [None] * len(spaces.basis) if spaces.center is None else list(spaces.center)
-        parts = list(zip(spaces.basis, centers))
-    else:
-        parts = [(space.basis, space.center) for space in spaces]
     columns = []
-    for basis, center in parts:
-        rows = x if center is None else x - center.to(x)
+    for space in spaces:
+        basis, rows = space.basis, x if space.center is None else x - space.center.to(x)
         # From the residual itself, not from the difference of squares, which loses the digits of a close fit.
         coordinates = rows @ basis.to(x)
         columns.append((rows - coordinates @ basis.to(x).mT).square().sum(1))

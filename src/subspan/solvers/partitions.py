@@ -73,6 +73,26 @@ def modularity(adjacency: Any, labels: Any, *, gamma: float = 1.0) -> float:
     return float((inside / total - gamma * (degree / total) ** 2).sum())
 
 
+def attribute_modularity(attributes: Any, labels: Any) -> float:
+    """Newman's modularity of a partition of n items in the graph XX' of their non-negative attributes X (n, d).
+
+    X is dense or sparse; XX' is not formed. Beside `modularity` in a graph of the items it sees what walks in the graph
+    wash out: the product of the two ranked settings of `cluster.S2CAG` by their accuracy, either alone did not.
+    """
+    x: Any = sparse.csr_matrix(attributes)
+    if x.nnz and x.data.min() < 0:
+        raise ValueError("attributes: must be >= 0, so that XX' is a graph")
+    numbers = np.unique(np.asarray(labels), return_inverse=True)[1].reshape(-1)
+    if len(numbers) != x.shape[0]:
+        raise ValueError(f"labels: expected {x.shape[0]}, got {len(numbers)}")
+    member: Any = sparse.csr_matrix((np.ones(len(numbers)), (numbers, np.arange(len(numbers)))))
+    sums = (member @ x).toarray()
+    inside, volume = (sums**2).sum(1), sums @ sums.sum(0)
+    if not volume.sum() > 0:
+        raise ValueError("attributes: are all zero, so a partition of them has no modularity")
+    return float((inside / volume.sum() - (volume / volume.sum()) ** 2).sum())
+
+
 def conductance(adjacency: Any, labels: Any) -> float:
     """Mean over clusters of the weight of their edges to others over their volume; 0 is best, empty volumes count 0."""
     inside, degree = _cluster_weights(adjacency, labels)

@@ -64,9 +64,9 @@ def unit_rows(rows: Float[np.ndarray, "n q"]) -> Float[np.ndarray, "n q"]:
 
 
 def kmeans_labels(
-    rows: np.ndarray, k: int, n_init: int, random: Any, start: Int[np.ndarray, " n"] | None = None
+    rows: Any, k: int, n_init: int, random: Any, start: Int[np.ndarray, " n"] | None = None
 ) -> Int[np.ndarray, " n"]:
-    """Labels of the best of `n_init` k-means runs, or of the one from the means of labels `start`."""
+    """Labels of the best of `n_init` k-means runs on rows, dense or sparse, or of the one from the means of `start`."""
     options: dict[str, Any] = {"n_init": n_init, "random_state": random}
     if start is not None:
         means = np.stack([rows[start == cluster].mean(0) for cluster in range(k)])

@@ -23,6 +23,8 @@ _BLOCK = 1 << 21
 # Rows that pursue their atoms side by side, and the fewest that do so by elastic net.
 _ROWS, _FEW_ROWS = 512, 16
 _DENSE_ROWS = 20_000
+# The ridge of clusterers by least squares, in units of `mean_energy`.
+RIDGE = 0.1
 # Up to here the Gram matrix of all rows is small, and looked up in place of a product a row and round.
 _GRAM_ROWS = 4096
 
@@ -58,6 +60,14 @@ def ridge_self_expression(x: Float[Tensor, "n d"], alpha: float, *, zero_diagona
     c = -inverse / inverse.diagonal().unsqueeze(1)
     c.fill_diagonal_(0)
     return c
+
+
+def mean_energy(x: Float[Tensor, "n d"]) -> float:
+    """Mean of the min(n, d) squared singular values of rows: n / min(n, d) for rows of unit length.
+
+    A ridge that is a multiple of it, and a nuclear norm's weight over it, mean the same for any number of rows.
+    """
+    return float(x.square().sum()) / min(x.shape)
 
 
 def joint_factor(layers: Sequence[Float[Tensor, "n _"]]) -> Float[Tensor, "n r"]:
