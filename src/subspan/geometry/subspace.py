@@ -229,8 +229,7 @@ class Subspace:
         size = self._batched()[0]
         if isinstance(index, int | np.integer) and not -size <= index < size:
             raise IndexError(f"index: {index} is out of range for {size} subspaces")
-        found = {name: None if (value := getattr(self, name)) is None else value[index] for name in _ARRAYS}
-        return Subspace(count=self.count, **found)
+        return Subspace(count=self.count, **{name: value[index] for name, value in self.arrays().items()})
 
     def __iter__(self) -> Iterator[Subspace]:
         return (self[place] for place in range(len(self)))
