@@ -106,6 +106,20 @@ def test_an_untrained_start_teaches_nothing():
     assert float((found == labels).double().mean()) > 0.9
 
 
+def test_embeddings_of_a_model_in_training_are_those_that_it_will_be_searched_by():
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(10), torch.nn.Linear(10, 15), torch.nn.Dropout(0.5))
+    module = StationaryModule(network, SimplexClassifier(3, preallocated=16)).train()
+    x = task([0, 1, 2])[0].tensors[0]
+    statistics = network[0].running_mean.clone()
+    with torch.no_grad():
+        found = module(x)
+        assert module.training
+        assert network[2].training
+        torch.testing.assert_close(module(x[:1]), found[:1])
+        torch.testing.assert_close(found, torch.nn.functional.normalize(module.eval().embed(x), dim=1))
+    assert torch.equal(network[0].running_mean, statistics)
+
+
 def test_replaced_models_of_another_width_stay_comparable():
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from ..base.modules import release
+from ..base.modules import evaluation, release
 from ..geometry.extras import require
 from ..nn.simplex import CompatibleCE, HOCLoss, SimplexClassifier
 from ..nn.training import finite_loss
@@ -113,8 +113,9 @@ class StationaryModule(LightningModule):
         return self.head.embed(self.backbone(x))
 
     def forward(self, x: Any) -> Float[Tensor, "n e"]:
-        """Unit embeddings of a batch, for galleries and queries."""
-        return F.normalize(self.embed(x), dim=-1)
+        """Unit embeddings of a batch, for galleries and queries, always as in evaluation mode."""
+        with evaluation(self):
+            return F.normalize(self.embed(x), dim=-1)
 
     def training_step(self, batch: Sequence[Any], batch_index: int = 0) -> Float[Tensor, ""]:
         """The loss of a batch (x, labels)."""
