@@ -177,8 +177,7 @@ def five_ways(data: Data, maps: Maps, setting: Setting) -> dict[str, float]:
 
 def arms(setting: Setting, seed: int) -> dict[str, Callable[[Data], Maps]]:
     """Every method: how its maps come from the training pairs."""
-    # The record was made with a gate of this sharpness.
-    options: dict[str, Any] = {"epochs": setting.epochs, "batch_size": 256, "alpha": 10.0, "random_state": seed}
+    options: dict[str, Any] = {"epochs": setting.epochs, "batch_size": 256, "random_state": seed}
 
     def adapter(kind: type[LambdaOrthogonalAdapter] = LambdaOrthogonalAdapter, **more: Any) -> Callable[[Data], Maps]:
         return lambda data: adapted(data, kind(**(options | more)))
