@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +179,49 @@ def test_shorten_an_index_and_its_curve(run: Callable[..., Any]) -> None:
 
     cut = open_index("cut.parquet")
     np.testing.assert_allclose(cut.take(cut.positions(IDS)), unit(OLD_ROWS[:, :8]), atol=1e-6)
+
+
+def _killed_at(number: int, arguments: list[str]) -> None:
+    """The command in this process, which is killed when it is about to give its `number`-th output its name."""
+    renamed, replace = iter(range(9)), Path.replace
+
+    def replaced(self: Path, target: Path) -> Path:
+        if Path(target).name in ("m.faiss", "page.html", "order.txt") and next(renamed) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = replaced  # pyright: ignore
+    cli.run(arguments)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+def test_what_a_kill_between_the_names_leaves_is_finished_by_the_same_command(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from subspan.report import upgrade_run
+
+    write_index()
+    write_sample()
+    arguments = ["upgrade", "old.faiss", "new.parquet", "--method", "procrustes"]
+    # Measured once: only what is written then is looked at.
+    found, assess = [], upgrade_run.assess
+    monkeypatch.setattr(upgrade_run, "assess", lambda *a, **b: found.append(assess(*a, **b)) or found[0])
+    run(*arguments)
+    monkeypatch.setattr(upgrade_run, "assess", lambda *_, **__: found[0])
+    outputs = ["m.faiss", "order.txt", "page.html"]
+    arguments += ["--migrate", "m.faiss", "--backfill-order", "order.txt", "--report", "page.html"]
+    for number in range(3):
+        process = multiprocessing.get_context("fork").Process(target=_killed_at, args=(number, arguments))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert sum(Path(name).exists() for name in outputs) == number
+        assert not Path("m.faiss").exists()
+    code, _, err = run(*arguments)
+    assert code in (0, 1), err
+    assert sorted(os.listdir()) == sorted([*outputs, "new.parquet", "old.faiss"])
+    assert faiss.read_index("m.faiss").ntotal == N
+    assert "</html>" in Path("page.html").read_text(encoding="utf-8")
 
 
 def recall_of(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, metric: str = "inner") -> float:

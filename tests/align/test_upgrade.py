@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,18 @@ from sklearn.metrics import roc_auc_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.align import EmbeddingAdapter, SpaceMap, UpgradeMap, unpaired
-from subspan.align.confidence import Evidence
-from subspan.align.held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, Retrieval, closed_forms, complexity
+from subspan.align.confidence import Evidence, RetrievalConfidence
+from subspan.align.held_out import (
+    CLOSED_FORMS,
+    CrossValidation,
+    FoldedPairs,
+    HeldOut,
+    Retrieval,
+    closed_forms,
+    complexity,
+)
 from subspan.datasets import BUNDLED, is_installed, load
-from subspan.geometry import AffineMap
+from subspan.geometry import AffineMap, Subspace
 from subspan.geometry.maps import reduced_rank, ridge
 from subspan.solvers import transport_plan
 from subspan.statistics import JointMoments
@@ -213,6 +222,73 @@ def test_auto_takes_the_shift_where_only_the_mean_has_moved(d):
     torch.testing.assert_close(narrow.transform(x), (x + shift)[:, :9], atol=1e-9, rtol=0)
 
 
+def small_validation() -> CrossValidation:
+    x, y, _ = pairs(n=100, d=4)
+    folded = FoldedPairs(4, 4, folds=5, keep=100, generator=torch.Generator().manual_seed(0)).update(x, y)
+    options: dict[str, Any] = {"k": 3, "metric": "l2", "target": "neighbours", "max_queries": 100, "normalize": False}
+    return CrossValidation(folded, folded.without(), **options)
+
+
+def planted(*means: float, n: int = 400) -> dict[str, HeldOut]:
+    """Results of "none", "procrustes" and "ridge" with these means; the last one's standard error is 0.02."""
+    spread = 0.4 * torch.tensor([-1.0, 1.0]).repeat(n // 2).double() * ((n - 1) / n) ** 0.5
+    parameters: tuple[dict[str, Any], ...] = ({}, {}, {"alpha": 0.1})
+    return {
+        name: HeldOut(name, options, spread + mean, torch.zeros(n, 4))
+        for name, options, mean in zip(("none", "procrustes", "ridge"), parameters, means)
+    }
+
+
+@pytest.mark.parametrize(
+    ("means", "chosen"),
+    [
+        ((0.1, 0.581, 0.6), "procrustes"),  # within one standard error of the best
+        ((0.1, 0.579, 0.6), "ridge"),
+        ((0.581, 0.59, 0.6), "none"),
+        ((0.1, 0.6, 0.5), "procrustes"),
+        ((0.6, 0.61, 0.3), "none"),
+    ],
+)
+def test_the_rule_of_one_standard_error(means, chosen, monkeypatch):
+    monkeypatch.setattr(RetrievalConfidence, "calibrated", lambda *_: None)
+    validation = small_validation()
+    model = quick()
+    model.moments_ = validation.pairs.without()
+    results = planted(*means)
+    assert results["ridge"].standard_error == pytest.approx(0.02)
+    model._choose_from(results, {}, validation)
+    assert model.method_ == chosen
+    assert model.recall_ == pytest.approx(results[chosen].mean)
+    expected = next(iter(closed_forms(chosen, model.moments_, [results[chosen].parameters])))
+    torch.testing.assert_close(model.map_.matrix, expected.matrix)
+
+
+def test_hyper_parameters_of_a_fold_are_chosen_on_another(monkeypatch):
+    """Planted scores by parameter and fold: what a fold itself likes best must not be what it is scored with."""
+    validation = small_validation()
+    scores = torch.tensor([[0.9, 0.1, 0.9, 0.2, 0.3], [0.4, 0.8, 0.4, 0.8, 0.2]]).double()
+    seen = []
+
+    def maps(method, left_out, parameters):
+        for number in range(len(parameters)):
+            seen.append(left_out)
+            yield lambda rows, number=number: torch.full((len(rows), 4), float(number))
+
+    def recall(mapped, place):
+        fold = int(validation.query_fold[place[0]])
+        assert fold in seen[-1]
+        return torch.full((len(place),), float(scores[int(mapped[0, 0]), fold])).double()
+
+    monkeypatch.setattr(validation, "maps", maps)
+    monkeypatch.setattr(validation, "recall", recall)
+    found = validation.run("ridge", [{"alpha": 1.0}, {"alpha": 2.0}])
+    # Folds 0 and 1 choose for each other, 2 and 3 too, and fold 0 for the last.
+    by_fold = [float(found.recall[validation.query_fold == fold].mean()) for fold in range(5)]
+    assert by_fold == pytest.approx([0.4, 0.1, 0.4, 0.2, 0.3])
+    assert found.parameters == {"alpha": 2.0}
+    assert set(seen) == {(0, 1), (2, 3), (0, 4), (0,), (1,), (2,), (3,), (4,)}
+
+
 def test_simple_means_few_parameters():
     weights = [complexity(name, {}, 8, 8) for name in ("none", "translation", "procrustes", "scaled")]
     weights += [complexity("ridge", {"alpha": 1}, 8, 8), complexity("mlp", {"base_complexity": 72, "hidden": 4}, 8, 8)]
@@ -327,8 +403,39 @@ def test_low_confidence_means_low_recall():
     assert roc_auc_score((recall > recall.median()).numpy(), confidence.numpy()) > 0.8
     assert float(confidence.mean()) == pytest.approx(float(recall.mean()), abs=0.05)
     assert bool(((confidence >= 0) & (confidence <= 1)).all())
+    # By the noise that was planted, recall falls and confidence with it.
+    parts = amount[1000:, 0].argsort().tensor_split(4)
+    expected, said = ([float(values[part].mean()) for part in parts] for values in (recall, confidence))
+    assert expected == sorted(expected, reverse=True)
+    assert said == sorted(said, reverse=True)
+    assert expected[0] - expected[-1] > 0.3
+    assert said == pytest.approx(expected, abs=0.1)
+    # What lies beyond the limits is what is hardly ever seen.
+    features = model._confidence.evidence(x[1000:], model.transform(x[1000:]))[:, :2]
+    beyond = (features > torch.from_numpy(model._confidence.limits)).double().mean(0)
+    assert bool(((beyond > 0) & (beyond < 0.04)).all())
     strange = 5 * torch.randn(100, 24, dtype=torch.float64, generator=generator)
     assert float(model.confidence(strange).mean()) < 0.2 * float(confidence.mean())
+
+
+def test_confidence_falls_with_the_excess_over_what_was_seen(monkeypatch):
+    """Beyond the limits nothing is known, whatever the rest of the evidence says."""
+    shares = torch.tensor([-1.0, 0.0, 0.5, 2.0, 0.0, 1.0]).double()
+    insides = torch.tensor([-1.0, 0.0, -1.0, 0.0, 3.0, 1.0]).double()
+    features = torch.zeros(6, 9, dtype=torch.float64)
+    features[:, 0], features[:, 1], features[:, 4] = shares, insides, 2.0
+    ones = np.ones(9)
+    weights = np.array([0, 0, 0, 0, 1.0, 0, 0, 0, 0])
+    scores, values = np.array([-1.0, 1.0, 3.0]), np.array([0.1, 0.5, 0.9])
+    monkeypatch.setattr(Evidence, "__call__", lambda *_: features)
+    space = Subspace(torch.eye(2).double()[:, :1], center=torch.zeros(2).double(), variances=torch.ones(1).double())
+    evidence = Evidence(space, space, torch.zeros(3, 2), torch.zeros(3, 2))
+    confidence = RetrievalConfidence(evidence, 0 * ones, ones, weights, scores, values, np.zeros(2))
+    found = confidence(torch.zeros(6, 2), torch.zeros(6, 2))
+    expected = 0.7 * torch.tensor([0.0, 0.0, -0.5, -2.0, -3.0, -2.0]).double().exp()
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    features[:, 4] = 0.0
+    assert float(confidence(torch.zeros(6, 2), torch.zeros(6, 2))[0]) == pytest.approx(0.3)
 
 
 def test_confidence_knows_crowded_neighbourhoods():

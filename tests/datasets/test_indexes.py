@@ -110,6 +110,22 @@ def test_rows_behind_transforms_are_undone(shortened: bool, tmp_path: Path) -> N
     assert not opened.exact
 
 
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IDMap,HNSW8"])
+@pytest.mark.parametrize("metric", ["inner", "l2"])
+def test_a_written_index_ranks_as_its_source(factory: str, metric: str, tmp_path: Path) -> None:
+    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(D, factory, kind)
+    index.train(ROWS)
+    index.add(ROWS) if factory == "Flat" else index.add_with_ids(ROWS, IDS)
+    if "IVF" in factory:
+        index.nprobe = 3
+    faiss.write_index(index, str(tmp_path / "x.faiss"))
+    write_index(open_index(tmp_path / "x.faiss"), tmp_path / "y.faiss", turned, 12, key="turn")
+    written = faiss.read_index(str(tmp_path / "y.faiss"))
+    assert written.metric_type == kind
+    assert getattr(written, "nprobe", None) == getattr(index, "nprobe", None)
+
+
 def test_ids_that_were_removed_are_not_there(tmp_path: Path) -> None:
     index = faiss.index_factory(D, "IVF4,Flat")
     index.train(ROWS)
