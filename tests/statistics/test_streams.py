@@ -71,6 +71,8 @@ def test_a_file_is_read_as_the_table_reader_reads_it(rows, tmp_path):
         fit_moments(written(v=[[1.0, 2.0], [3.0], [4.0, 5.0, 6.0]]))
     large = 2**40 + np.arange(40).reshape(10, 4)[:, ::-1] % 7
     np.testing.assert_allclose(fit_moments(written(a=large[:, 0], b=large[:, 1])).mean, large[:, :2].mean(0), rtol=0)
+    with pytest.raises(ValueError, match=r"source: '.*x\.parquet' cannot be read \(batch: .*NaN"):
+        fit_moments(written(a=[1.0, np.nan], b=[1.0, 2.0]))
     (tmp_path / "x.csv").write_text("a,b\n" + "1.5,2\n3.5,4\n" * 5)
     np.testing.assert_allclose(fit_moments(tmp_path / "x.csv").mean, [2.5, 3])
     rest = list(batches(tmp_path / "x.csv", 4, skip=3))

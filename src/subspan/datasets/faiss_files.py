@@ -58,7 +58,7 @@ def read_index(path: str | os.PathLike[str], *, mapped: bool = True) -> tuple[An
         try:
             owner = faiss.read_index(os.fspath(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
         except RuntimeError as error:
-            raise ValueError(str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]) from error
+            raise OSError(str(error).split(": Error: ")[-1].split(" at /")[0].split("\n")[0][-160:]) from error
     return faiss.downcast_index(owner), owner
 
 

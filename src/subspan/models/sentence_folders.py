@@ -72,17 +72,17 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
     kinds = [kind.rpartition(".")[2] if kind.startswith("sentence_transformers.") else kind for kind, _ in steps]
     if kinds[:2] != ["Transformer", "Pooling"]:
         raise ValueError(
-            f"model: {str(folder)!r} starts with the modules {', '.join(kinds[:2]) or 'none'}; "
+            f"model: {str(index)!r} starts with the modules {', '.join(kinds[:2]) or 'none'}; "
             "Transformer and Pooling are needed"
         )
     transformer = steps[0][1]
-    files = (transformer / name for name in _TRANSFORMER_SETTINGS)
-    settings = next((read_json(file) for file in files if file.is_file()), {})
+    said = next((file for name in _TRANSFORMER_SETTINGS if (file := transformer / name).is_file()), None)
+    settings = {} if said is None else read_json(said)
     task = settings.get("transformer_task", "feature-extraction")
     if task != "feature-extraction":
-        raise ValueError(f"model: {str(folder)!r} asks for the task {quoted(task)}; only feature-extraction is read")
+        raise ValueError(f"model: {str(said)!r} asks for the task {quoted(task)}; only feature-extraction is read")
     pooling = read_json(steps[1][1] / "config.json")
-    layers = [_layer(kind, path, folder) for kind, (_, path) in zip(kinds[2:], steps[2:])]
+    layers = [_layer(kind, path, index) for kind, (_, path) in zip(kinds[2:], steps[2:])]
     normalize = bool(layers) and isinstance(layers[-1], _Normalize)
     texts = folder / "config_sentence_transformers.json"
     words = read_json(texts) if texts.is_file() else {}
@@ -92,7 +92,7 @@ def read_sentence_folder(folder: Path) -> SentenceFolder | None:
         raise ValueError(f"model: {str(texts)!r} has no prompt {quoted(prompt)}, which it takes by default")
     length = settings.get("max_seq_length")
     if length is not None and (type(length) is not int or length < 1):
-        raise ValueError(f"model: {str(folder)!r} has the max_seq_length {quoted(length)}; a whole number is needed")
+        raise ValueError(f"model: {str(said)!r} has the max_seq_length {quoted(length)}; a whole number is needed")
     return SentenceFolder(
         transformer,
         _pools(pooling, steps[1][1] / "config.json"),
@@ -143,7 +143,7 @@ def _pools(config: dict[str, Any], source: Path) -> tuple[TokenPool, ...]:
     return tuple(pool for name, pool in _POOLS.items() if name in asked)
 
 
-def _layer(kind: str, path: Path, folder: Path) -> nn.Module:
+def _layer(kind: str, path: Path, index: Path) -> nn.Module:
     """One module after the pooling."""
     if kind == "Normalize":
         return _Normalize()
@@ -151,7 +151,7 @@ def _layer(kind: str, path: Path, folder: Path) -> nn.Module:
         return nn.Identity()
     if kind not in ("Dense", "LayerNorm"):
         raise ValueError(
-            f"model: {str(folder)!r} has the module {quoted(kind)}; only Dense, LayerNorm, Dropout and Normalize are "
+            f"model: {str(index)!r} has the module {quoted(kind)}; only Dense, LayerNorm, Dropout and Normalize are "
             "carried out after the pooling"
         )
     config = read_json(path / "config.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..base.arrays import is_sparse, refuse_sparse
 from ..base.extras import require
 from ..base.files import remove_unfinished
+from ..base.reading import reading
 from ..base.tables import ArrayRows, read_table, stored_blocks
 from ..geometry.arrays import as_tensor
 from .moments import Moments
@@ -92,6 +94,11 @@ def _opened(path: Path, batch_size: int, skip: int) -> tuple[Any, int]:
     return stored_blocks(values, batch_size, min(skip, values.shape[0])), 0
 
 
+def _naming(source: Any) -> contextlib.AbstractContextManager[None]:
+    """What is wrong with the rows of a file is said with its name."""
+    return reading(source, "source") if isinstance(source, str | os.PathLike) else contextlib.nullcontext()
+
+
 def fit_moments(
     source: Any,
     *,
@@ -127,7 +134,8 @@ def fit_moments(
         for batch in rows:
             if moments is None:
                 moments = Moments(batch.shape[1], dtype=dtype, device=batch.device)
-            moments.update(batch)
+            with _naming(source):
+                moments.update(batch)
             done += batch.shape[0]
             if path is not None:
                 seen = _seen(seen, batch)
