@@ -241,7 +241,7 @@ CASES: dict[str, Case] = {
     "shard-00000.safetensors": Case(shard, lambda path: RepresentationShards(path.parent, {}).read(0)),
     "settings.json": Case(lines('{"layer": 3, "pool": "mean"}'),
                           lambda path: RepresentationShards(path.parent, {"layer": 3, "pool": "mean"}), ("another",)),
-    "modules.json": Case(sentence_folder, lambda path: read_sentence_folder(path.parent), ("1_Pooling", "sentence_")),
+    "modules.json": Case(sentence_folder, lambda path: read_sentence_folder(path.parent), ("_Pooling", "sentence_")),
     "1_Pooling/config.json": Case(sentence_folder, lambda path: read_sentence_folder(path.parents[1]), ()),
     "progress.json": Case(lines('{"key": "x", "rows": 3}'), lambda path: _recorded_rows(path, "x")),
     "facts.json": Case(lines('{"a": [1, 2, {"b": null}]}'), read_json),

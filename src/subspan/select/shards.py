@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from subspan.base.columns import listed
 from subspan.base.files import write_text
 from subspan.base.reading import read_json
 from subspan.base.saved import saved_object
@@ -51,7 +52,7 @@ class RepresentationShards:
         changed = sorted(key for key in settings.keys() | stored.keys() if settings.get(key) != stored.get(key))
         if changed:
             raise ValueError(
-                f"folder: {str(self.folder)!r} was made with another {', '.join(changed)}; choose another folder"
+                f"folder: {str(self.folder)!r} was made with another {listed(changed)}; choose another folder"
             )
 
     def path(self, index: int) -> Path:
