@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from subspan import align, nn, probe, represent, statistics
+from subspan import align, cluster, nn, probe, represent, statistics
 
 
 class Default(NamedTuple):
@@ -155,6 +155,49 @@ PUBLISHED = [
     Default(align.SubspaceAligner, "method", "affine", "Hadgi et al. (2025): better for matching than local CKA"),
     Default(align.SubspaceAligner, "subspace", "cca", "Hadgi et al. (2025)"),
     Default(align.SubspaceAligner, "kernel", "linear", "mayug/0-shot-llm-vision"),
+    # cluster: the classic family
+    Default(cluster.LeastSquaresRepresentation, "alpha", 0.1, "Lu et al. (2012), in units of the mean energy"),
+    Default(cluster.LeastSquaresRepresentation, "retain", 9, "ours: the dimension of faces and objects"),
+    Default(cluster.LowRankRepresentation, "alpha", 10.0, "ours: Liu et al. (2013) choose it by data set"),
+    Default(cluster.LowRankRepresentation, "noise", "gaussian", "Favaro et al. (2011), closed form"),
+    Default(cluster.ElasticNetSubspaceClustering, "gamma", 50.0, "ChongYou/subspace-clustering"),
+    Default(cluster.ElasticNetSubspaceClustering, "l1_ratio", 0.95, "You et al. (2016): 0.9 to 1"),
+    Default(cluster.ElasticNetSubspaceClustering, "max_support", 50, "ChongYou/subspace-clustering"),
+    Default(cluster.OMPSubspaceClustering, "n_nonzero", 10, "ChongYou/subspace-clustering"),
+    Default(cluster.OMPSubspaceClustering, "tolerance", 1e-6, "ChongYou/subspace-clustering"),
+    # cluster: deep subspace clustering
+    Default(cluster.DeepSubspaceClustering, "learning_rate", 1e-3, "lovro-sinda/LIHFSS-SVDSC"),
+    Default(cluster.DeepSubspaceClustering, "max_steps", 700, "lovro-sinda/LIHFSS-SVDSC"),
+    Default(cluster.DeepSubspaceClustering, "look_every", 50, "ours: the published rule is not in its code"),
+    Default(cluster.DeepSubspaceClustering, "pretrain_steps", 100, "lovro-sinda/LIHFSS-SVDSC"),
+    Default(cluster.DeepSubspaceClustering, "retain", 9, "lovro-sinda/LIHFSS-SVDSC, faces and objects"),
+    Default(cluster.DeepSubspaceClustering, "n_init", 20, "lovro-sinda/LIHFSS-SVDSC"),
+    Default(cluster.DeepSubspaceClustering, "channels", (3, 3, 5), "Ji et al. (2017), ORL"),
+    Default(cluster.DeepSubspaceClustering, "kernels", (3, 3, 3), "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "coefficient_weight", 1.0, "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "expression_weight", 0.2, "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "fraction", 0.2, "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "dim", 3, "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "power", 1.0, "Ji et al. (2017), ORL"),
+    Default(cluster.DSCNetClustering, "max_steps", 700, "Ji et al. (2017), ORL"),
+    # cluster: attributed graphs
+    Default(cluster.S2CAG, "order", 10, "HKBU-LAGAS/S2CAG"),
+    Default(cluster.S2CAG, "decay", 0.9, "HKBU-LAGAS/S2CAG"),
+    Default(cluster.S2CAG, "gamma", 1.0, "Lin et al. (2025); the code's flag says 0.9"),
+    Default(cluster.S2CAG, "n_iter", None, "HKBU-LAGAS/S2CAG: 7, modularity 50"),
+    Default(cluster.S2CAG, "rescale", "rowsum", "HKBU-LAGAS/S2CAG"),
+    Default(cluster.S2CAG, "loops", 2, "HKBU-LAGAS/S2CAG"),
+    Default(cluster.S2CAG, "rounding", "kmeans+snem", "ours: the published start depends on the sign of a vector"),
+    # cluster: manifold linearizing and clustering
+    Default(cluster.ManifoldLinearizingClustering, "eps2", 0.1, "Ding et al. (2023), the code's value"),
+    Default(cluster.ManifoldLinearizingClustering, "eta", 0.175, "Ding et al. (2023), CIFAR-10"),
+    Default(cluster.ManifoldLinearizingClustering, "warmup", 50, "Ding et al. (2023), CIFAR-10"),
+    Default(cluster.ManifoldLinearizingClustering, "z_dim", 64, "ours: 128 in Ding et al. (2023), for a GPU"),
+    Default(cluster.ManifoldLinearizingClustering, "hidden", 1024, "ours: 4096 in Ding et al. (2023), for a GPU"),
+    Default(cluster.ManifoldLinearizingClustering, "batch_size", 512, "ours: 1024 in Ding et al. (2023), for a GPU"),
+    # cluster: low-rank mixtures
+    Default(cluster.LowRankMixtureDiffusion, "floor", "residual", "Tipping & Bishop (1999); 0 in Wang et al. (2024)"),
+    Default(cluster.LowRankMixtureDiffusion, "init", "shape-interaction", "ours: random starts hide the transition"),
     # represent: Matryoshka
     Default(represent.Matryoshka, "dims", None, "Kusupati et al. (2022): halved from d down to 8"),
     Default(represent.Matryoshka, "weights", None, "Kusupati et al. (2022): all 1"),
