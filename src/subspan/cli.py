@@ -810,7 +810,9 @@ def _cluster_graph(
     _check_clusters(clusters, len(graph))
     found = cluster_graph(graph, clusters, progress=progress, **options)
     width, name = found.facts["columns"], readable_name(Path(table).name)
-    source = f"{len(graph)} nodes with {width} attributes and {found.facts['edges']} edges of {name}."
+    edges = found.facts["edges"]
+    counted = f"{width} attribute{'s' * (width != 1)} and {edges} edge{'s' * (edges != 1)}"
+    source = f"{len(graph)} nodes with {counted} of {name}."
     # The page needs names and labels; the attributes stay sparse.
     stand_in = np.zeros((len(graph), 1), dtype=np.float32)
     data = Embeddings(
