@@ -1,6 +1,8 @@
 """Compatible training through Lightning: one process, two, and from a checkpoint."""
 
 import copy
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +89,26 @@ def test_a_loss_that_is_no_number_names_the_step(data):
     model = module(means, learning_rate=1e30)
     with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
         trainer(3).fit(model, dataset.loader(64))
+
+
+def test_the_recipe_is_the_published_one(data, monkeypatch):
+    model = module(data[1], learning_rate=1e-3)
+    monkeypatch.setattr(BackwardCompatibleModule, "trainer", SimpleNamespace(estimated_stepping_batches=100))
+    options = model.configure_optimizers()
+    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
+    assert type(optimizer) is torch.optim.Adam
+    assert options["lr_scheduler"]["interval"] == "step"
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 2**-15
+    rates = []
+    for _ in range(100):
+        rates.append(group["lr"])
+        optimizer.step()
+        schedule.step()
+    # A linear start over 5 of 100 steps, then a cosine to zero.
+    assert rates[:6] == pytest.approx([1e-3 * step / 6 for step in range(1, 7)])
+    assert rates[5 + 19] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 19 / 95)) / 2)
+    assert group["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_a_stopped_run_resumes_where_it_was(data, tmp_path):

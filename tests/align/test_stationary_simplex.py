@@ -1,5 +1,7 @@
 """Tasks, memory and replacement of models under the fixed simplex."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -118,6 +120,29 @@ def test_embeddings_of_a_model_in_training_are_those_that_it_will_be_searched_by
         torch.testing.assert_close(module(x[:1]), found[:1])
         torch.testing.assert_close(found, torch.nn.functional.normalize(module.eval().embed(x), dim=1))
     assert torch.equal(network[0].running_mean, statistics)
+
+
+def test_the_recipe_is_the_published_one(monkeypatch):
+    module = StationaryModule(backbone(), SimplexClassifier(3, 15, preallocated=32), lam=0.3, mu=7.0)
+    monkeypatch.setattr(StationaryModule, "trainer", SimpleNamespace(estimated_stepping_batches=100))
+    options = module.configure_optimizers()
+    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert options["lr_scheduler"]["interval"] == "step"
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    learnt = [*module.backbone.parameters(), *module.head.parameters()]
+    assert len(learnt) == 5
+    assert [decays[id(p)] for p in learnt] == [5e-4 if p.ndim > 1 else 0.0 for p in learnt]
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(100):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 1e-3
+    assert rates[50] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[100] == pytest.approx(1e-5)
+    assert (module.loss.lam, module.loss.hoc.mu, module.rehearsal.per_class) == (0.3, 7.0, 20)
 
 
 def test_replaced_models_of_another_width_stay_comparable():

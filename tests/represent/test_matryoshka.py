@@ -1,12 +1,14 @@
 """The estimator that puts nested prefixes on frozen embeddings."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.estimator_checks import parametrize_with_checks
+from torch.nn import functional as F
 
 from subspan.represent import Matryoshka, Truncated, truncate
 from subspan.statistics import Moments
@@ -112,6 +114,55 @@ def test_what_nothing_was_set_for_is_trained_enough(kind):
     first, last = (model.logits(test).argmax(-1) == truth).mean(1)
     assert first > accuracy(pca.shorten(test, 3), truth) + 0.15
     assert last > LogisticRegression().fit(x, labels).score(test, truth) - 0.1
+
+
+@pytest.mark.parametrize("objective", ["labels", "pairs", "similarity"])
+def test_the_objective_pulls_as_written_and_both_ways(objective):
+    pytest.importorskip("lightning")
+    from subspan.nn import MatryoshkaAdapter
+    from subspan.represent.nested_training import NestedTraining
+
+    x, y = (torch.from_numpy(rows(20, 6, seed=seed).astype(np.float32)) for seed in (0, 1))
+    labels = torch.arange(20) % 3
+    adapter = MatryoshkaAdapter(6, (2, 6), kind="linear")
+    torch.manual_seed(0)
+    options = {"weights": [2.0, 1.0], "temperature": 0.3, "num_classes": 3 if objective == "labels" else 0}
+    module = NestedTraining(adapter, objective, dims=(2, 6), **options)
+    batch = {"labels": (x, labels), "pairs": (x, y), "similarity": (x,)}[objective]
+    (found,) = torch.autograd.grad(module.training_step(batch), adapter.map.weight)
+    loss = torch.zeros(())
+    for weight, m in ((2, 2), (1, 6)):
+        z, w = adapter(x)[:, :m], adapter(y)[:, :m]
+        if objective == "labels":
+            term = F.cross_entropy(module.heads.logits(z, m), labels)
+        elif objective == "pairs":
+            logits = F.normalize(z, dim=1) @ F.normalize(w, dim=1).mT / 0.3
+            truth = torch.arange(20)
+            term = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.mT, truth)) / 2
+        else:
+            error = F.normalize(z, dim=1) @ F.normalize(z, dim=1).mT - F.normalize(x, dim=1) @ F.normalize(x, dim=1).mT
+            term = error[~torch.eye(20, dtype=torch.bool)].square().mean()
+        loss = loss + weight * term
+    torch.testing.assert_close(found, torch.autograd.grad(loss, adapter.map.weight)[0])
+
+
+def test_the_rate_falls_to_nothing_along_a_cosine(monkeypatch):
+    pytest.importorskip("lightning")
+    from subspan.nn import MatryoshkaAdapter
+    from subspan.represent.nested_training import NestedTraining
+
+    module = NestedTraining(MatryoshkaAdapter(6, (2, 6)), "similarity", dims=(2, 6), weight_decay=0.25)
+    monkeypatch.setattr(NestedTraining, "trainer", SimpleNamespace(estimated_stepping_batches=40))
+    options = module.configure_optimizers()
+    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.AdamW
+    assert group["weight_decay"] == 0.25
+    for expected in (3e-3, 1.5e-3, 0.0):
+        assert group["lr"] == pytest.approx(expected, abs=1e-12)
+        for _ in range(20):
+            optimizer.step()
+            schedule.step()
 
 
 def test_pairs_bring_what_they_share_into_the_first_coordinates():
