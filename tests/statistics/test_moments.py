@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subspan.geometry import Subspace, linear_cka
-from subspan.statistics import CovarianceSketch, GroupedMoments, JointMoments, Moments
+from subspan.statistics import CovarianceSketch, GroupedMoments, JointMoments, Moments, kernel_cka
 
 
 def draw(n=600, d=12, seed=0, dtype=torch.float64):
@@ -181,3 +181,138 @@ def test_numpy_and_read_only_arrays():
     x = draw().numpy()
     x.flags.writeable = False
     np.testing.assert_allclose(Moments(12).update(x).covariance().numpy(), np.cov(x.T))
+
+
+# ---------------------------------------------------------------------- fewer rows than columns
+
+
+def thin_and_dense(x, **options):
+    """The same rows in moments that keep them, and in moments that were made to form the scatter first."""
+    thin, dense = Moments(x.shape[1], **options), Moments(x.shape[1], **options)
+    assert dense.scatter.shape == (x.shape[1],) * 2
+    return thin, dense
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("cuts", [(20,), (1, 2, 17), (7, 8, 30)])
+def test_few_rows_are_kept_and_give_what_the_scatter_gives(cuts, dtype):
+    x = draw(n=40, d=60).to(dtype) + 50
+    if dtype.is_complex:
+        x = x + 1j * draw(n=40, d=60, seed=3)
+    thin, dense = thin_and_dense(x, dtype=dtype)
+    for part in torch.tensor_split(x, cuts):
+        assert thin.update(part.clone()).count == dense.update(part).count
+    # The third way of cutting makes more factors than half the columns, and the scatter takes their place.
+    assert (thin.factor is None) == (len(x) + len(cuts) > 30)
+    torch.testing.assert_close(thin.copy().scatter, dense.scatter)
+    torch.testing.assert_close(thin.mean, dense.mean)
+    assert thin.total_variance == pytest.approx(dense.total_variance)
+    assert dense.factor is None
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_the_subspace_of_few_rows_needs_no_square(center, tmp_path):
+    x = draw(n=24, d=60) * torch.linspace(5, 1, 60) + 3
+    thin, dense = thin_and_dense(x)
+    for part in x.split(9):
+        thin.update(part)
+        dense.update(part)
+    found, expected = thin.subspace(4, center=center), dense.subspace(4, center=center)
+    assert thin.factor is not None
+    assert float(found.distance(expected)) < 1e-6
+    torch.testing.assert_close(found.variances, expected.variances)
+    torch.testing.assert_close(found.residual_variance, expected.residual_variance)
+    assert len(found.spectrum) == 24
+    torch.testing.assert_close(found.spectrum, Subspace.fit(x, rank=4, center=center).spectrum, atol=1e-10, rtol=1e-8)
+    thin.save(tmp_path / "moments.safetensors")
+    assert (tmp_path / "moments.safetensors").stat().st_size < 60 * 60 * 8
+    torch.testing.assert_close(Moments.load(tmp_path / "moments.safetensors").scatter, dense.scatter)
+
+
+def test_merging_thin_and_dense_moments():
+    x = draw(n=90, d=60)
+    whole = Moments(60).update(x)
+    thin, more, dense = Moments(60).update(x[:10]), Moments(60).update(x[10:25]), Moments(60).update(x[25:])
+    assert thin.factor is not None
+    assert dense.factor is None
+    for total in (thin + more + dense, dense + thin + more, thin + (more + dense), sum([more, dense], thin)):
+        assert total.count == 90
+        torch.testing.assert_close(total.scatter, whole.scatter)
+        torch.testing.assert_close(total.mean, whole.mean)
+    assert (thin + more).factor is not None
+    assert len(thin.factor) == 10
+    with pytest.raises(ValueError, match="NaN"):
+        thin.update(torch.full((2, 60), torch.nan))
+    assert thin.count == 10
+
+
+def test_weighted_rows_are_summed_as_they_were():
+    x, w = draw(n=10, d=60), torch.rand(10, generator=torch.Generator().manual_seed(0)).double()
+    found = Moments(60).update(x[:5]).update(x, w)
+    count = 5 + w.sum()
+    mean = (x[:5].sum(0) + (w[:, None] * x).sum(0)) / count
+    centred = torch.cat([x[:5], x]) - mean
+    weights = torch.cat([torch.ones(5, dtype=w.dtype), w])
+    torch.testing.assert_close(found.scatter, centred.T @ (centred * weights[:, None]))
+
+
+# ---------------------------------------------------------------------- alignment beside its chance
+
+
+def permutation_mean(x, y):
+    """CKA averaged over random pairings, by its definition."""
+    generator = torch.Generator().manual_seed(0)
+    return sum(kernel_cka(x, y[torch.randperm(len(y), generator=generator)]) for _ in range(400)) / 400
+
+
+@pytest.mark.parametrize("d", [8, 90])
+def test_chance_of_alignment_is_the_mean_over_pairings(d):
+    x, y = draw(n=40, d=d) * torch.linspace(3, 1, d), draw(n=40, d=d + 3, seed=1)
+    joint = JointMoments(d, d + 3).update(x, y)
+    assert (joint.joint.factor is not None) == (d == 90)
+    assert joint.cka() == pytest.approx(kernel_cka(x, y), rel=1e-9)
+    assert joint.chance_cka() == pytest.approx(permutation_mean(x, y), rel=0.02)
+
+
+@pytest.mark.parametrize("n", [30, 300])
+def test_debiased_alignment_of_unrelated_rows_is_zero_and_of_equal_ones_is_one(n):
+    biased, debiased, exact, truth = [], [], [], JointMoments(60, 60)
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(m):
+        scale = torch.linspace(4, 1, 60, dtype=torch.float64)
+        return torch.randn(m, 60, generator=generator, dtype=torch.float64) * scale
+
+    for _ in range(20):
+        x, y = rows(n), rows(n)
+        joint = JointMoments(60, 60).update(x, y)
+        biased.append(joint.cka())
+        debiased.append(joint.cka(debiased=True))
+        exact.append(kernel_cka(x, y, debiased=True))
+        assert JointMoments(60, 60).update(x, x).cka(debiased=True) == pytest.approx(1)
+        assert kernel_cka(x, x, debiased=True) == pytest.approx(1)
+    assert min(biased) > 0.1
+    for values in (debiased, exact):
+        assert abs(sum(values) / 20) < 4 * torch.tensor(values).std() / 20**0.5
+    assert max(abs(a - b) for a, b in zip(debiased, exact)) < 3 / n
+    # The same number whatever the number of rows, where there is something to find.
+    x = rows(20_000)
+    truth.update(x, x + rows(20_000))
+    found = []
+    for _ in range(20):
+        x = rows(n)
+        found.append(JointMoments(60, 60).update(x, x + rows(n)).cka(debiased=True))
+    assert sum(found) / 20 == pytest.approx(truth.cka(), abs=0.03)
+
+
+def test_alignment_that_is_not_defined_is_refused():
+    x = draw(n=40, d=5)
+    with pytest.raises(ValueError, match="constant"):
+        JointMoments(5, 5).update(x, torch.ones(40, 5, dtype=torch.float64)).cka()
+    with pytest.raises(ValueError, match="constant"):
+        kernel_cka(x, torch.ones(40, 5), debiased=True)
+    two = JointMoments(5, 5).update(x[:2], x[2:4])
+    with pytest.raises(ValueError, match="2 rows are too few"):
+        two.cka(debiased=True)
+    with pytest.raises(ValueError, match="at least 4 rows"):
+        kernel_cka(x[:3], x[:3], debiased=True)

@@ -23,7 +23,6 @@ from ..geometry.subspace import Subspace
 from ..solvers import assign, nearest
 from ..statistics import JointMoments, local_kernel_cka
 from ..statistics.kernel_alignment import MOST_KERNEL_ROWS
-from ..statistics.moments import SAVED_STATE
 from ..statistics.pairs import paired_rows
 
 _PARAMETERS: Schema = {
@@ -522,7 +521,9 @@ class SubspaceAligner(BaseEstimator):
             mean_x, mean_y = arrays["mean_x"], arrays["mean_y"]
             map_x, map_y = _centred(arrays["matrix_x"], mean_x), _centred(arrays["matrix_y"], mean_y)
             moments = JointMoments(len(map_x.matrix), len(map_y.matrix))
-            joint = type(moments.joint).from_state({name: arrays[f"moments_{name}"] for name in SAVED_STATE})
+            joint = type(moments.joint).from_state(
+                {name: arrays[f"moments_{name}"] for name in ("count", "mean", "scatter")}
+            )
             if joint.d != moments.joint.d:
                 raise ValueError(f"moments of {joint.d} dimensions, expected {moments.joint.d}")
             moments.joint = joint

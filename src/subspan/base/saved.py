@@ -44,7 +44,7 @@ def saved_object(
             raise ValueError(f"its facts are a {type(found).__name__}")
         holds = found.pop("kind", "something else")
         if holds != kind:
-            raise ValueError(f"path: {os.fspath(path)!r} holds {quoted(holds)}, expected {kind}")
+            raise ValueError(f"path: {os.fspath(path)!r} holds {quoted(holds).strip(chr(39))}, expected {kind}")
         yield _checked_arrays(tensors, arrays), _checked_facts(found, facts or {}, "")
 
 

@@ -114,6 +114,25 @@ class Subspace:
         return cls._from_spectrum(vectors.flip(-1), values.flip(-1).clamp_min(0), mean, count, rank, dtype)
 
     @classmethod
+    def from_factor(
+        cls,
+        factor: Inexact[Tensor, "m d"],
+        *,
+        mean: Inexact[Tensor, " d"] | None = None,
+        count: float,
+        rank: int | float | str | RankRule = 0.99,
+        dtype: torch.dtype | None = None,
+    ) -> Subspace:
+        """`from_covariance` of F' conj(F) over count - 1 (over count with mean=None), without a d x d matrix."""
+        d = factor.shape[1]
+        _, s, vh = torch.linalg.svd(factor, full_matrices=False)
+        values = s.square() / (count - 1 if mean is not None else count)
+        # As many as `fit` gives: one a row; what is beyond their number is zero but for rounding.
+        length = int(min(d, max(1, round(count))))
+        values = torch.nn.functional.pad(values, (0, max(0, length - len(values))))[:length]
+        return cls._from_spectrum(vh.mT[:, :length], values, mean, count, rank, dtype)
+
+    @classmethod
     def fit(
         cls,
         x: Any,

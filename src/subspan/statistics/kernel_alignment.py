@@ -45,15 +45,31 @@ def _unit_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     return centred / torch.linalg.matrix_norm(centred)
 
 
-def kernel_cka(x: Any, y: Any, kernel: str = "linear") -> float:
+def _unit_u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The kernel without its diagonal, centred such that products are unbiased, scaled to Frobenius norm 1."""
+    n = len(gram)
+    centred = _unit_centred(gram)  # leaves the rest as it is and keeps the digits of kernels far from the origin
+    centred = centred - centred.diagonal().diag()
+    mean = centred.sum(0) / (n - 2)
+    centred = centred - mean - mean.unsqueeze(1) + centred.sum() / ((n - 1) * (n - 2))
+    centred = centred - centred.diagonal().diag()
+    return centred / torch.linalg.matrix_norm(centred)
+
+
+def kernel_cka(x: Any, y: Any, kernel: str = "linear", *, debiased: bool = False) -> float:
     """Centred kernel alignment in [0, 1] of paired rows (n, d_x), (n, d_y), by its definition; O(n²) memory.
 
-    Raises ValueError for unequal n or constant rows. Source: Kornblith et al. (2019).
+    debiased: 0 on average for unrelated rows, which the plain one is not for few rows in many dimensions; it may be
+    negative. Raises ValueError for unequal n or constant rows, and for fewer than 4 rows when debiased. Source:
+    Kornblith et al. (2019); debiased, Song et al. (2012).
     """
     a, b = gram_matrix(x, kernel), gram_matrix(y, kernel)
     if len(a) != len(b):
         raise ValueError(f"y: expected {len(a)} rows to pair with x, got {len(b)}")
-    value = float((_unit_centred(a) * _unit_centred(b)).sum())
+    if debiased and len(a) < 4:
+        raise ValueError(f"x: at least 4 rows are needed, got {len(a)}")
+    centred = _unit_u_centred if debiased else _unit_centred
+    value = float((centred(a) * centred(b)).sum())
     if value != value:
         raise ValueError("x, y: one of them is constant, so the alignment is not defined")
     return value

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..base.saved import Schema, saved_object
 from ..geometry import maps
-from ..geometry.arrays import as_tensor, check_matrix
+from ..geometry.arrays import as_tensor, check_finite, check_matrix
 from ..geometry.files import save_arrays
 from ..geometry.rank import RankRule
 from ..geometry.subspace import Subspace
@@ -25,9 +25,10 @@ from ..geometry.subspace import Subspace
 SAVED_STATE: Schema = {
     "count": Float[Tensor, "1"],
     "mean": Inexact[Tensor, " d"],
-    "scatter": Inexact[Tensor, "d d"],
+    "scatter": Inexact[Tensor, "d d"] | None,
+    "factor": Inexact[Tensor, "m d"] | None,
 }
-"""What a file holds of `Moments`."""
+"""What a file holds of `Moments`: the scatter, or the factor while that is smaller."""
 _PASS = {"rows": int | None, "batch_size": int | None, "source": list[int | str] | None, "seen": str | None}
 _CHUNK_BYTES = 16 << 20
 _PANEL = 256
@@ -49,7 +50,9 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
 class Moments:
     """Count, mean and centred second moment of rows in d dimensions, accumulated in `dtype` (default float64).
 
-    Memory O(d^2), one pass, any order of updates and merges to rounding. Complex rows need a complex `dtype`.
+    Memory O(d^2), one pass, any order of updates and merges to rounding. Up to d/2 rows the centred rows themselves
+    are kept, which is less, and `subspace` needs no d x d matrix; `scatter` makes one when it is asked for.
+    Complex rows need a complex `dtype`.
     """
 
     def __init__(self, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
@@ -57,7 +60,9 @@ class Moments:
             raise ValueError(f"d: must be at least 1, got {d}")
         self.count = 0.0
         self.mean: Tensor = torch.zeros(d, dtype=dtype, device=device)
-        self.scatter: Tensor = torch.zeros(d, d, dtype=dtype, device=device)
+        # Either the scatter or, while it is None, factors F with scatter = sum F' conj(F).
+        self._scatter: Tensor | None = None
+        self._factors: list[Tensor] = []
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(d={self.d}, count={self.count:g}, dtype={self.mean.dtype})"
@@ -66,6 +71,32 @@ class Moments:
     def d(self) -> int:
         """Dimension of the rows."""
         return self.mean.shape[0]
+
+    @property
+    def scatter(self) -> Inexact[Tensor, "d d"]:
+        """Sum of the outer products of the centred rows."""
+        if self._scatter is None:
+            self._scatter = torch.zeros(self.d, self.d, dtype=self.mean.dtype, device=self.mean.device)
+            for part in self._factors:
+                _add_gram(self._scatter, part)
+            self._factors = []
+        return self._scatter
+
+    @scatter.setter
+    def scatter(self, value: Inexact[Tensor, "d d"]) -> None:
+        self._scatter, self._factors = value, []
+
+    @property
+    def factor(self) -> Inexact[Tensor, "m d"] | None:
+        """Rows F with scatter = F' conj(F), while there are at most d/2 of them; None when there were more."""
+        if self._scatter is not None:
+            return None
+        if len(self._factors) != 1:
+            self._factors = [torch.cat([self.mean.new_zeros(0, self.d), *self._factors])]
+        return self._factors[0]
+
+    def _has_room(self, rows: int) -> bool:
+        return self._scatter is None and 2 * (sum(map(len, self._factors)) + rows) <= self.d
 
     def update(self, batch: Any, weights: Any = None) -> Moments:
         """Add rows `batch` (n, d), optionally with non-negative `weights` (n,); returns self.
@@ -84,7 +115,13 @@ class Moments:
             w = as_tensor(weights, "weights", ndim=1).detach().to(self.mean.real.dtype)
             if w.shape != rows.shape[:1] or not bool(torch.isfinite(w).all()) or bool((w < 0).any()):
                 raise ValueError(f"weights: expected {rows.shape[0]} finite non-negative numbers")
-        if rows.shape[0]:
+        if rows.shape[0] and w is None and self._has_room(len(rows) + 1):
+            wide = check_finite(rows, "batch").to(self.mean)
+            mean = wide.mean(0)
+            centred = wide - mean
+            offset = centred.mean(0)
+            self._merge(float(len(wide)), mean + offset, [centred - offset])
+        elif rows.shape[0]:
             self._merge(*self._batch(rows.to(self.mean.device), None if w is None else w.to(self.mean.device)))
         return self
 
@@ -92,7 +129,7 @@ class Moments:
         """Count, mean and scatter of one batch, chunk by chunk."""
         total = self.mean.dtype
         step = max(2 * self.d, _CHUNK_BYTES // max(1, rows.element_size() * self.d), 64)
-        scatter = torch.zeros_like(self.scatter)
+        scatter = torch.zeros(self.d, self.d, dtype=total, device=self.mean.device)
         buffer = torch.empty(min(step, rows.shape[0]), self.d, dtype=rows.dtype, device=rows.device)
         counts, means, offsets = [], [], []
         for start in range(0, rows.shape[0], step):
@@ -141,14 +178,27 @@ class Moments:
         # Finite float32 rows whose squares overflow float32.
         return self._batch(rows.to(torch.complex128 if rows.is_complex() else torch.float64), w)
 
-    def _merge(self, count: float, mean: Tensor, scatter: Tensor) -> Moments:
+    def _merge(self, count: float, mean: Tensor, spread: Tensor | list[Tensor]) -> Moments:
+        """Add rows of which the count, the mean, and the scatter or its factors are known."""
         if count == 0:
             return self
         total = self.count + count
         delta = mean - self.mean
-        self.scatter = self.scatter + scatter
-        if self.count:
-            self.scatter += torch.outer(delta * (self.count * count / total), delta.conj())
+        weight = self.count * count / total
+        if isinstance(spread, list) and self._has_room(sum(map(len, spread)) + 1):
+            between = [(delta * weight**0.5).unsqueeze(0)] if self.count else []
+            self._factors = [*self._factors, *spread, *between]
+        else:
+            scatter = self.scatter
+            if isinstance(spread, list):
+                scatter = scatter.clone()
+                for part in spread:
+                    _add_gram(scatter, part)
+            else:
+                scatter = scatter + spread
+            if self.count:
+                scatter += torch.outer(delta * weight, delta.conj())
+            self.scatter = scatter
         self.mean = self.mean + delta * (count / total)
         self.count = total
         return self
@@ -159,13 +209,30 @@ class Moments:
             return NotImplemented
         if other.d != self.d:
             raise ValueError(f"other: has dimension {other.d}, expected {self.d}")
-        return self.copy()._merge(other.count, other.mean.to(self.mean), other.scatter.to(self.scatter))
+        thin = other._scatter is None
+        spread = [part.to(self.mean) for part in other._factors] if thin else other.scatter.to(self.mean)
+        return self.copy()._merge(other.count, other.mean.to(self.mean), spread)
 
     def copy(self) -> Moments:
         """Independent copy."""
+        return self._part(slice(None), copy=True)
+
+    def _part(self, columns: slice, *, copy: bool = False) -> Moments:
+        """Moments of some of the columns, sharing memory unless `copy`."""
+
+        def own(value: Tensor) -> Tensor:
+            return value.clone() if copy else value
+
         new = Moments.__new__(Moments)
-        new.count, new.mean, new.scatter = self.count, self.mean.clone(), self.scatter.clone()
+        new.count, new.mean = self.count, own(self.mean[columns])
+        new._scatter = None if self._scatter is None else own(self._scatter[columns, columns])
+        new._factors = [own(part[:, columns]) for part in self._factors]
         return new
+
+    def block(self, rows: slice, columns: slice) -> Inexact[Tensor, "p q"]:
+        """Part of the scatter, without the whole where the factors are kept."""
+        factor = self.factor
+        return self.scatter[rows, columns] if factor is None else factor[:, rows].mT @ factor[:, columns].conj()
 
     def all_reduce(self, group: Any = None) -> Moments:
         """Merge over the processes of a torch.distributed group, in place on every rank; returns self."""
@@ -197,7 +264,13 @@ class Moments:
     def total_variance(self) -> float:
         """Trace of the covariance."""
         self._need(2)
-        return float(self.scatter.diagonal().real.sum()) / (self.count - 1)
+        return float(self.squares.sum()) / (self.count - 1)
+
+    @property
+    def squares(self) -> Float[Tensor, " d"]:
+        """Diagonal of the scatter: the sum of the squares of each column of the centred rows."""
+        factor = self.factor
+        return self.scatter.diagonal().real if factor is None else factor.abs().square().sum(0)
 
     def _need(self, rows: int | float) -> None:
         if self.count < rows:
@@ -211,10 +284,15 @@ class Moments:
         dtype: torch.dtype | None = None,
     ) -> Subspace:
         """Principal subspace with its full spectrum; `center=False` takes the uncentred second moment."""
-        matrix = self.covariance() if center else self.second_moment()
-        return Subspace.from_covariance(
-            matrix, mean=self.mean if center else None, count=self.count, rank=rank, dtype=dtype
-        )
+        self._need(2 if center else 1)
+        factor = self.factor
+        mean = self.mean if center else None
+        if factor is None:
+            matrix = self.covariance() if center else self.second_moment()
+            return Subspace.from_covariance(matrix, mean=mean, count=self.count, rank=rank, dtype=dtype)
+        if not center:
+            factor = torch.cat([factor, self.mean.unsqueeze(0) * self.count**0.5])
+        return Subspace.from_factor(factor, mean=mean, count=self.count, rank=rank, dtype=dtype)
 
     def whitening(self, *, method: str = "zca", shrinkage: float = 0.0) -> maps.AffineMap:
         """Map that gives the rows zero mean and unit covariance."""
@@ -225,22 +303,30 @@ class Moments:
         return {
             "count": torch.tensor([self.count], dtype=torch.float64),
             "mean": self.mean.cpu().contiguous(),
-            "scatter": self.scatter.cpu().contiguous(),
+            **({"scatter": self.scatter.cpu().contiguous()} if self.factor is None else {"factor": self.factor.cpu()}),
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> Moments:
         """Moments from what `state` returned. Raises ValueError when the shapes do not fit or the count is negative."""
         try:
-            count, mean, scatter = float(state["count"][0]), state["mean"], state["scatter"]
+            count, mean = float(state["count"][0]), state["mean"]
+            scatter, factor = state.get("scatter"), state.get("factor")
         except KeyError as error:
             raise ValueError(f"state: lacks {error}") from None
+        if (scatter is None) == (factor is None):
+            raise ValueError("state: needs 'scatter' or 'factor', and not both")
         if not count >= 0:
             raise ValueError(f"state: a count must be >= 0, got {count}")
-        if mean.ndim != 1 or scatter.shape != (len(mean), len(mean)):
-            raise ValueError(f"state: shapes do not fit, mean {tuple(mean.shape)}, scatter {tuple(scatter.shape)}")
+        d = len(mean)
+        if mean.ndim != 1 or (scatter is not None and scatter.shape != (d, d)):
+            found = None if scatter is None else tuple(scatter.shape)
+            raise ValueError(f"state: shapes do not fit, mean {tuple(mean.shape)}, scatter {found}")
+        if factor is not None and (factor.ndim != 2 or factor.shape[1] != d or 2 * len(factor) > d):
+            raise ValueError(f"state: a factor (m <= {d // 2}, {d}) is needed, got {tuple(factor.shape)}")
         new = cls.__new__(cls)
-        new.count, new.mean, new.scatter = count, mean, scatter
+        new.count, new.mean, new._scatter = count, mean, scatter
+        new._factors = [] if factor is None else [factor]
         return new
 
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
@@ -312,35 +398,40 @@ class JointMoments:
         """Mean of y."""
         return self.joint.mean[self.d_x :]
 
+    def _covariance(self, rows: slice, columns: slice) -> Inexact[Tensor, "p q"]:
+        self.joint._need(2)
+        return self.joint.block(rows, columns) / (self.count - 1)
+
+    @property
+    def _sides(self) -> tuple[slice, slice]:
+        return slice(0, self.d_x), slice(self.d_x, None)
+
     @property
     def cov_xx(self) -> Inexact[Tensor, "d_x d_x"]:
         """Covariance of x (divisor count - 1)."""
-        return self.joint.covariance()[: self.d_x, : self.d_x]
+        x, _ = self._sides
+        return self._covariance(x, x)
 
     @property
     def cov_xy(self) -> Inexact[Tensor, "d_x d_y"]:
         """Cross-covariance of x and y."""
-        return self.joint.covariance()[: self.d_x, self.d_x :]
+        return self._covariance(*self._sides)
 
     @property
     def cov_yy(self) -> Inexact[Tensor, "d_y d_y"]:
         """Covariance of y."""
-        return self.joint.covariance()[self.d_x :, self.d_x :]
-
-    def _marginal(self, part: slice) -> Moments:
-        new = Moments.__new__(Moments)
-        new.count, new.mean, new.scatter = self.count, self.joint.mean[part], self.joint.scatter[part, part]
-        return new
+        _, y = self._sides
+        return self._covariance(y, y)
 
     @property
     def x(self) -> Moments:
         """Moments of x alone."""
-        return self._marginal(slice(0, self.d_x))
+        return self.joint._part(self._sides[0])
 
     @property
     def y(self) -> Moments:
         """Moments of y alone."""
-        return self._marginal(slice(self.d_x, None))
+        return self.joint._part(self._sides[1])
 
     def copy(self) -> JointMoments:
         """Independent copy."""
@@ -355,13 +446,11 @@ class JointMoments:
     def swapped(self) -> JointMoments:
         """Moments of the pairs (y, x)."""
         order = torch.arange(self.d_x + self.d_y, device=self.joint.mean.device).roll(self.d_y)
-        joint = Moments.from_state(
-            {
-                "count": torch.tensor([self.count], dtype=torch.float64),
-                "mean": self.joint.mean[order],
-                "scatter": self.joint.scatter[order][:, order],
-            }
-        )
+        joint = self.joint.copy()
+        joint.mean = joint.mean[order]
+        if joint._scatter is not None:
+            joint.scatter = joint._scatter[order][:, order]
+        joint._factors = [part[:, order] for part in joint._factors]
         return self._with(self.d_y, self.d_x, joint)
 
     def map(self, x: maps.AffineMap, y: maps.AffineMap) -> JointMoments:
@@ -420,9 +509,43 @@ class JointMoments:
         matrix = (a @ torch.linalg.solve(variance, covariance)).mT
         return maps.AffineMap(matrix, self.mean_y - matrix @ self.mean_x)
 
-    def cka(self) -> float:
-        """Linear centred kernel alignment of x and y."""
-        return maps.linear_cka(self.cov_xx, self.cov_xy, self.cov_yy)
+    def cka(self, *, debiased: bool = False) -> float:
+        """Linear centred kernel alignment of x and y.
+
+        Few rows in many dimensions look alike whatever they are: `chance_cka` says how much. debiased: without what
+        chance adds to numerator and denominator, 0 on average for unrelated rows (unbiased for Gaussian rows; Wishart
+        moments). Raises ValueError for a constant side, and where debiasing leaves no spread of one (too few rows).
+        """
+        cross, own, chance = self._alignment()
+        if not debiased:
+            return cross / (own[0] * own[1]) ** 0.5
+        spread = [square - trace**2 / (self.count - 1) for square, trace in zip(own, chance)]
+        if min(spread) <= 0:
+            raise ValueError(f"moments: {self.count:g} rows are too few to tell their spread from chance")
+        return (cross - chance[0] * chance[1] / (self.count - 1)) / (spread[0] * spread[1]) ** 0.5
+
+    def chance_cka(self) -> float:
+        """Mean of the linear CKA over all ways to pair these rows of x with these rows of y, in closed form."""
+        _, own, trace = self._alignment()
+        return trace[0] * trace[1] / (self.count - 1) / (own[0] * own[1]) ** 0.5
+
+    def _alignment(self) -> tuple[float, list[float], list[float]]:
+        """Squared norms of the cross-scatter and of the two scatters, and the traces of these."""
+        self.joint._need(2)
+        sides = self._sides
+        factor = self.joint.factor
+        trace = [float(self.joint.squares[side].sum()) for side in sides]
+        if min(trace) <= 0:
+            raise ValueError("moments: one of the two is constant, so the alignment is not defined")
+        if factor is None:
+            cross, *own = (
+                float(torch.linalg.matrix_norm(self.joint.scatter[a, b])) ** 2
+                for a, b in (sides, (sides[0],) * 2, (sides[1],) * 2)
+            )
+        else:
+            grams = [factor[:, side] @ factor[:, side].mH for side in sides]
+            cross, *own = (float((a * b.conj()).real.sum()) for a, b in (grams, (grams[0],) * 2, (grams[1],) * 2))
+        return cross, own, trace
 
     def local_cka(self, x: Any, y: Any) -> Float[Tensor, "m p"]:
         """Linear CKA (m, p) after adding the pair (x_i, y_j) for every i, j, by a rank-one update.
