@@ -348,12 +348,23 @@ def test_select_writes_the_chosen_rows(run: Callable[..., Ran], table: Path, met
         assert 17 in facts["indices"]
 
 
-def test_select_leaves_copies_out(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:
+def test_select_leaves_copies_and_near_copies_out(run: Callable[..., Ran], table: Path) -> None:
+    rows = np.random.default_rng(0).normal(size=(120, 16)).astype(np.float32)
     rows[30:60] = rows[:30]
+    rows[60:70] = 2 * rows[:10] + 1e-3
     np.save(table, rows)
     facts = json.loads(run("select", table, "-m", "1.0", "--unique", "--json").out)
-    assert facts["candidates"] == facts["chosen"] == 90
-    assert not set(facts["indices"]) & set(range(30, 60))
+    assert facts["candidates"] == facts["chosen"] == 80
+    assert not set(facts["indices"]) & set(range(30, 70))
+
+
+def test_select_takes_the_way_that_covers_best_by_default(run: Callable[..., Ran], table: Path) -> None:
+    default = json.loads(run("select", table, "-m", "12", "--json").out)
+    assert default["method"] == "medoids"
+    assert (
+        default["indices"]
+        == json.loads(run("select", table, "-m", "12", "--method", "medoids", "--json").out)["indices"]
+    )
 
 
 def test_shorten_writes_coordinates_and_map(run: Callable[..., Ran], table: Path, rows: np.ndarray) -> None:

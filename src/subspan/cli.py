@@ -587,8 +587,10 @@ def select(
     method: Annotated[
         Literal["leverage", "sample", "medoids", "farthest", "random"],
         typer.Option(help="Highest leverage, drawn by leverage, cluster centres, farthest first, or random."),
-    ] = "leverage",
-    unique: Annotated[bool, typer.Option("--unique", help="Leave rows out that equal an earlier one.")] = False,
+    ] = "medoids",
+    unique: Annotated[
+        bool, typer.Option("--unique", help="Leave copies and near copies (cosine >= 0.99) of earlier rows out.")
+    ] = False,
     rank: Rank = "0.9",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Write the chosen rows: .csv, .json, or .npy (row numbers).")
@@ -601,7 +603,7 @@ def select(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Choose a few rows that stand for all: those that span the main subspace.
+    """Choose a few rows that stand for all: the middles of clusters, or those that span the main subspace.
 
     Examples:
 
@@ -619,7 +621,7 @@ def select(
     from .report import read_embeddings
     from .report.survey import first_copies
     from .select import LeverageSelector, retention
-    from .select.baselines import k_center, k_medoids, random_rows
+    from .select.baselines import distinct_rows, k_center, k_medoids, random_rows
     from .select.leverage import budget
 
     with outputs, _progress("reading") as progress:
@@ -630,6 +632,10 @@ def select(
         _check_rank(ranked, data)
         pool = np.flatnonzero(first_copies(data) == np.arange(len(data))) if unique else np.arange(len(data))
         rows = data.take(pool)
+        if unique:
+            progress("looking for near copies", 0.3)
+            distinct = distinct_rows(rows)
+            pool, rows = pool[distinct], rows[distinct]
         try:
             count = budget(_size(size), len(pool))
         except ValueError as error:

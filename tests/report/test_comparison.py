@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from subspan.report import Embeddings, describe
+from subspan.report import Embeddings, describe, render
 from subspan.report.comparison import fit_map, paired, verdict
 from subspan.report.embeddings import silent
 
@@ -45,6 +46,23 @@ def test_unrelated_rows_are_a_no() -> None:
     assert found["retrieval"]["affine (ridge)"]["recall@10"]["value"] < 0.15
     assert abs(np.array(found["canonical_correlations"])).max() < 0.5
     assert "CCA-projected" not in found["retrieval"]
+
+
+def test_unrelated_wide_rows_are_not_called_alike() -> None:
+    rng = np.random.default_rng(1)
+    pair = [embeddings(rng.normal(size=(120, 384)).astype(np.float32), name) for name in ("old", "new")]
+    facts = describe(*pair)
+    found = facts["against"]
+    assert found["cka"] > 0.8
+    assert found["cka_by_chance"] == pytest.approx(found["cka"], abs=0.02)
+    assert abs(found["cka_debiased"]) < 0.05
+    assert found["neighbours_in_common"]["chance"] == pytest.approx(10 / 59)
+    assert found["neighbours_in_common"]["share"] == pytest.approx(10 / 59, abs=0.05)
+    text = re.sub(r"\s+", " ", re.sub("<[^>]+>", " ", render(facts, pair[0])))
+    assert f"paired at random would reach {found['cka_by_chance']:.2f}, without that chance it is" in text
+    assert "by chance)" in text
+    _, aligned = fit_map(*pair, "procrustes", seed=0, progress=silent)
+    assert aligned["cka_by_chance"] == pytest.approx(found["cka_by_chance"], abs=0.02)
 
 
 def test_shared_part_of_two_spaces_is_counted() -> None:

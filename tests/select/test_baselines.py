@@ -4,8 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.select import LeverageSelector, reconstruction_error, retention, retention_curve
-from subspan.select.baselines import herding, k_center, k_medoids, largest_rows, perplexity, random_rows
+from subspan.select import LeverageSelector, baselines, reconstruction_error, retention, retention_curve
+from subspan.select.baselines import (
+    distinct_rows,
+    herding,
+    k_center,
+    k_medoids,
+    largest_rows,
+    perplexity,
+    random_rows,
+)
 
 
 @pytest.fixture
@@ -133,3 +141,42 @@ def test_the_curve_is_retention_at_each_size(pool):
             retention(pool, bad, 3)
     with pytest.raises(ValueError, match="sizes"):
         retention_curve(pool, order, sizes=[0])
+
+
+def test_rows_that_are_no_near_copies_stay():
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(1200, 16)).astype(np.float32)
+    copied = generator.permutation(1200)[:300]
+    near = 3 * rows[copied] + 0.02 * generator.normal(size=(300, 16)).astype(np.float32)
+    pool = np.concatenate([rows, near, np.zeros((2, 16), np.float32)])
+    assert distinct_rows(pool).tolist() == [*range(1200), 1500, 1501]
+    # In the other order the near copies come first, and stay.
+    assert distinct_rows(np.concatenate([near, rows])).tolist() == sorted(
+        [*range(300), *(300 + np.setdiff1d(np.arange(1200), copied))]
+    )
+    assert distinct_rows(np.repeat(rows[:3], 4, axis=0), 1.0).tolist() == [0, 4, 8]
+    unit = torch.nn.functional.normalize(torch.from_numpy(pool[:1500]).double(), dim=1)
+    kept = distinct_rows(torch.from_numpy(pool[:1500]), 0.5)
+    cosines = unit[kept] @ unit[kept].mT
+    assert float((cosines - torch.eye(len(kept))).max()) < 0.5
+    left = np.setdiff1d(np.arange(1500), kept)
+    assert float((unit[left] @ unit[kept].mT).amax(1).min()) >= 0.5 - 1e-6
+    with pytest.raises(ValueError, match="cosine"):
+        distinct_rows(rows, 1.5)
+
+
+def test_medoids_of_many_rows_are_as_central_and_each_row_is_taken_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    centres = 4 * generator.normal(size=(30, 8))
+    rows = (centres[np.arange(900) % 30] + generator.normal(size=(900, 8))).astype(np.float32)
+
+    def spread(chosen):
+        return float(torch.cdist(torch.from_numpy(rows), torch.from_numpy(rows[chosen])).amin(1).mean())
+
+    exact = k_medoids(rows, 30, random_state=0)
+    monkeypatch.setattr(baselines, "_MOST_DISTANCES", 1)
+    monkeypatch.setattr(baselines, "_BLOCK_DISTANCES", 2000)
+    batched = k_medoids(rows, 30, random_state=0)
+    assert len(np.unique(batched)) == len(np.unique(exact)) == 30
+    assert (np.diff(batched) > 0).all()
+    assert spread(batched) < 1.1 * spread(exact) < 0.7 * spread(random_rows(900, 30, random_state=0))

@@ -214,10 +214,16 @@ def test_partial_fit_in_any_order_then_score(pool):
         LeverageSelector(row_norm=True).partial_fit(pool)
 
 
-def test_partial_fit_starts_over_after_fit(pool):
-    selector = LeverageSelector().fit(pool + 7)
-    selector.partial_fit(pool[:100]).partial_fit(pool[100:])
-    assert np.abs(selector.score_samples(pool) - LeverageSelector().fit(pool).scores_).max() < 1e-9
+@pytest.mark.parametrize("n", [100, 6])
+@pytest.mark.parametrize("options", [{}, {"standardize": True}, {"row_norm": True, "center": False}])
+def test_partial_fit_goes_on_where_fit_ended(pool, options, n):
+    selector = LeverageSelector(0.2, rank=4, **options).fit(pool[:n])
+    selector.partial_fit(pool[n:])
+    whole = LeverageSelector(0.2, rank=4, **options).fit(pool)
+    assert selector.subspace_.count == len(pool)
+    assert np.allclose(selector.score_samples(pool), whole.scores_, rtol=1e-6)
+    # What was chosen among the first rows alone is no choice among all.
+    assert not [name for name in ("scores_", "ranking_", "indices_", "weights_") if hasattr(selector, name)]
 
 
 def test_work_grows_with_the_rows_and_each_is_read_twice():

@@ -95,6 +95,8 @@ def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress
         "rows_held_out": len(held_out),
         "queries": min(_QUERIES, len(held_out)),
         "cka": joint.cka(),
+        "cka_by_chance": joint.chance_cka(),
+        "cka_debiased": _debiased(joint),
         "canonical_correlations": correlations.tolist(),
         "shared_dimensions": {"count": shared, "of": min(data.dim, other.dim), "correlation_above": SHARED},
         "retrieval": retrieval,
@@ -117,7 +119,17 @@ def fit_map(
     source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))
     retrieval, _ = _retrievals(source, target, {method: half.map_}, seed, progress)
     whole = SpaceMap(method).fit(data.batches(), other.batches())
-    return whole, {"rows_fitted": int(train.sum()), "rows_held_out": len(held_out), "held_out": retrieval}
+    joint = half.moments_
+    alike = {"cka": joint.cka(), "cka_by_chance": joint.chance_cka(), "cka_debiased": _debiased(joint)}
+    return whole, {"rows_fitted": int(train.sum()), "rows_held_out": len(held_out), **alike, "held_out": retrieval}
+
+
+def _debiased(joint: JointMoments) -> float | None:
+    """CKA without what chance adds, or None where the rows are too few for that."""
+    try:
+        return joint.cka(debiased=True)
+    except ValueError:
+        return None
 
 
 def _halves(n: int, seed: int) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " m"]]:
@@ -152,7 +164,8 @@ def _retrievals(
         retrieval[name] = _retrieval(mapped(), target, queries, truth, seed)
         progress("cross-retrieval", (step + 1) / len(ways))
     both = recall_at_k(_others(source, source, queries), truth).numpy()
-    return retrieval, {"share": float(both.mean()), "interval": mean_interval(both, seed)}
+    chance = truth.shape[1] / (len(source) - 1)
+    return retrieval, {"share": float(both.mean()), "interval": mean_interval(both, seed), "chance": chance}
 
 
 def _shrinkage(joint: JointMoments) -> float:

@@ -27,7 +27,7 @@ from ..geometry import (
     rank_rule,
     subspace_overlap,
 )
-from ..select.baselines import k_center, k_medoids, random_rows
+from ..select.baselines import NEAR_DUPLICATE, k_center, k_medoids, random_rows
 from ..select.leverage import rank_rows
 from ..solvers.neighbours import nearest, recall_at_k
 from ..statistics import GroupedMoments
@@ -35,7 +35,6 @@ from .embeddings import Embeddings, Progress, silent
 from .survey import Measured, Survey, measure, survey
 
 NEIGHBOURS = 10
-NEAR_DUPLICATE = 0.99
 KEPT = (0.9, 0.95, 0.99)
 RESAMPLES = 1000
 _CLASSES_SHOWN = 24

@@ -520,10 +520,14 @@ def _labels(facts: dict[str, Any], data: Embeddings) -> str:
 def _against(facts: dict[str, Any], data: Embeddings) -> str:
     shared, verdict = facts["shared_dimensions"], facts["verdict"]
     source, target = escape(facts["source"]), escape(facts["target"])
+    alike = facts["cka_debiased"]
+    debiased = "" if alike is None else f", without that chance it is {alike:.2f}"
     lead = (
-        f"The two agree to {facts['cka']:.2f} by linear CKA (1 is the same up to rotation and scale) and share "
+        f"The two agree to {facts['cka']:.2f} by linear CKA (1 is the same up to rotation and scale; the same rows "
+        f"paired at random would reach {facts['cka_by_chance']:.2f}{debiased}) and share "
         f"{_count(shared['count'])} of {_count(shared['of'])} dimensions; "
-        f"{_percent(facts['neighbours_in_common']['share'])} of a row's 10 neighbours are the same in both."
+        f"{_percent(facts['neighbours_in_common']['share'])} of a row's 10 neighbours are the same in both "
+        f"({_percent(facts['neighbours_in_common']['chance'])} by chance)."
     )
     rows = [
         [

@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.cluster import KMeans
+from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.utils import check_random_state
 from torch import Tensor
 
 from subspan.base.modules import evaluation
-from subspan.geometry import check_matrix
+from subspan.geometry import check_matrix, normalize_rows
 
 from .leverage import budget, rank_rows
+
+NEAR_DUPLICATE = 0.99
+"""Cosine from which two rows count as near copies."""
+_MOST_DISTANCES = 5_000_000
+_BLOCK_DISTANCES = 1 << 24
+_BLOCK_ROWS, _BLOCK_KEPT = 512, 16384
 
 
 def random_rows(n: int, n_select: int | float, *, random_state: Any = None) -> np.ndarray:
@@ -74,17 +80,50 @@ def k_center(X: Any, n_select: int | float, *, random_state: Any = None) -> np.n
 
 
 def k_medoids(X: Any, n_select: int | float, *, random_state: Any = None) -> np.ndarray:
-    """The row nearest to each of m k-means centres (each row once), ascending."""
+    """The row nearest to each of m k-means centres (each row once), ascending.
+
+    Lloyd's algorithm; where n m is above 5 million, on batches (Sculley, 2010), as it would take hours.
+    """
     rows = check_matrix(X, "X").cpu()
     m = budget(n_select, len(rows))
-    means: Any = KMeans(m, max_iter=50, random_state=random_state)
-    centres = means.fit(rows.numpy()).cluster_centers_
-    distance = torch.cdist(torch.as_tensor(centres, dtype=rows.dtype), rows)
-    chosen = []
-    for centre in distance:
-        chosen.append(int(centre.argmin()))
-        distance[:, chosen[-1]] = torch.inf
-    return np.sort(np.asarray(chosen))
+    if len(rows) * m <= _MOST_DISTANCES:
+        means: Any = KMeans(m, max_iter=50, random_state=random_state)
+    else:
+        means = MiniBatchKMeans(m, max_iter=5, n_init=1, batch_size=max(4096, m), random_state=random_state)
+    centres = torch.as_tensor(means.fit(rows.numpy()).cluster_centers_, dtype=rows.dtype)
+    taken = torch.zeros(len(rows), dtype=torch.bool)
+    for block in centres.split(max(1, _BLOCK_DISTANCES // len(rows))):
+        for distance in torch.cdist(block, rows):
+            taken[distance.masked_fill_(taken, torch.inf).argmin()] = True
+    return taken.nonzero()[:, 0].numpy()
+
+
+def distinct_rows(X: Any, cosine: float = NEAR_DUPLICATE) -> np.ndarray:
+    """Positions, ascending, of rows that are no copy or near copy (a cosine of at least `cosine`) of an earlier one.
+
+    Of two rows that are near copies of the same third but not of each other only the third stays. Zero rows, which have
+    no direction, all stay. O(n m d) time for m rows that stay.
+    """
+    if not 0 < cosine <= 1:
+        raise ValueError(f"cosine: must lie in (0, 1], got {cosine}")
+    unit = normalize_rows(check_matrix(X, "X").to(torch.float32, copy=True))
+    limit = cosine - 1e-6  # what rounding takes from the cosine of equal rows
+    kept, count = torch.empty_like(unit), 0
+    positions = []
+    for start, block in zip(range(0, len(unit), _BLOCK_ROWS), unit.split(_BLOCK_ROWS)):
+        fresh = torch.ones(len(block), dtype=torch.bool, device=unit.device)
+        for first in range(0, count, _BLOCK_KEPT):
+            earlier = kept[first : min(first + _BLOCK_KEPT, count)]
+            fresh &= (block @ earlier.mT).amax(1) < limit
+        own = block @ block.mT >= limit
+        for row in fresh.nonzero()[:, 0].tolist():
+            if bool(fresh[row]):
+                fresh[row + 1 :] &= ~own[row, row + 1 :]
+        found = block[fresh]
+        kept[count : count + len(found)] = found
+        count += len(found)
+        positions.append(start + fresh.nonzero()[:, 0])
+    return torch.cat(positions).cpu().numpy()
 
 
 def herding(X: Any, n_select: int | float) -> np.ndarray:

@@ -78,7 +78,6 @@ class LeverageSelector(BaseEstimator):
         """
         self._check_parameters()
         pool = self._pool(X, reset=True)
-        self._moments = None
         self._fit_pool(pool)
         scores = self._score(pool)
         self.ranking_ = rank_rows(scores)
@@ -89,10 +88,15 @@ class LeverageSelector(BaseEstimator):
         return self
 
     def partial_fit(self, X: Any, y: Any = None) -> LeverageSelector:
-        """Add a batch (n, d) to the pool's moments; `score_samples` then scores rows, which are not kept here."""
+        """Add a batch (n, d) to the moments of the pool, that of an earlier `fit` too; rows are not kept here.
+
+        `score_samples` then scores rows; scores and selection of an earlier `fit`, which were of its pool alone, go.
+        """
         self._check_parameters()
         if self.row_norm and (self.center or self.standardize):
             raise ValueError("row_norm: after centring or standardising it needs a second pass over the pool; use fit")
+        for name in ("scores_", "ranking_", "indices_", "weights_"):
+            self.__dict__.pop(name, None)
         started = getattr(self, "_moments", None) is not None
         rows = self._rows(X, reset=not started)
         if not started:
@@ -138,36 +142,27 @@ class LeverageSelector(BaseEstimator):
     # ------------------------------------------------------------------ the two passes
 
     def _fit_pool(self, pool: Any) -> None:
-        is_thin = isinstance(pool, Tensor) and len(pool) < pool.shape[1]
-        if is_thin and not self.standardize and not self.row_norm:
-            # A thin pool has at most n - 1 directions; its d x d moments would be the larger problem.
-            wide = Subspace.fit(pool.to(torch.float64), rank=self.rank, center=self.center)
-            self._set(wide, wide.center, None)
-            return
         # In float64 throughout, so that a ranking does not depend on how the pool was cut into batches.
         moments = fit_moments(pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool)))
+        self._moments = moments
         if not self.row_norm:
             self._use_moments(moments)
             return
         self._mean_and_scale(moments)
-        normalized = fit_moments(self._prepare(rows) for rows in self._batches(pool))
+        normalized = self._moments = fit_moments(self._prepare(rows) for rows in self._batches(pool))
         self._set(normalized.subspace(self.rank, center=False), self.mean_, self.scale_)
 
     def _mean_and_scale(self, moments: Moments) -> None:
         self.mean_ = moments.mean if self.center else None
-        deviation = (moments.scatter.diagonal() / moments.count).sqrt()
+        deviation = (moments.squares / moments.count).sqrt()
         self.scale_ = torch.where(deviation > 0, deviation, 1.0) if self.standardize else None
 
     def _use_moments(self, moments: Moments) -> Subspace:
         if moments.count < 2:
             raise ValueError(f"X: leverage needs at least 2 rows, got n_samples = {moments.count:g}")
         self._mean_and_scale(moments)
-        matrix = moments.covariance() if self.center else moments.second_moment()
-        center = self.mean_
-        if self.scale_ is not None:
-            matrix = matrix / torch.outer(self.scale_, self.scale_)
-            center = None if center is None else center / self.scale_
-        found = Subspace.from_covariance(matrix, mean=center, count=moments.count, rank=self.rank)
+        used = moments if self.scale_ is None else moments.scaled(1 / self.scale_)
+        found = used.subspace(self.rank, center=self.center)
         return self._set(found, self.mean_, self.scale_)
 
     def _set(self, found: Subspace, mean: Tensor | None, scale: Tensor | None) -> Subspace:

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
+from scipy.stats import spearmanr
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from subspan.models.tokens import TokenRoles
 
 from .leverage import LeverageSelector, rank_rows, select_rows
 from .shards import RepresentationShards, Shard
+
+_FEWEST_LENGTHS, _MOST_CORRELATION = 30, 0.5
 
 
 class ScalSelect:
@@ -46,6 +49,9 @@ class ScalSelect:
     gets the score NaN with a warning ("skip"). batch_size: text samples a forward pass (of similar length); samples
     with images run one at a time. folder: where representations are kept in shards of `shard_size` samples; an
     interrupted `fit` goes on there. None keeps them in memory.
+
+    Representations are means over tokens, which scatter the more the fewer there are: on texts the scores prefer short
+    samples, and `fit` warns where their rank correlation with the lengths is above 0.5.
 
     After `fit`: ids_ (n,), scores_ (n,) with NaN for skipped samples, ranking_ (n,), selector_, subspace_, k_.
     """
@@ -116,8 +122,22 @@ class ScalSelect:
         self.scores_ = np.full(len(self._empty), np.nan)
         self.scores_[known] = self.selector_.scores_
         self.ranking_ = rank_rows(self.scores_)
+        self._warn_of_lengths(known)
         self.subspace_, self.k_ = self.selector_.subspace_, self.selector_.k_
         return self
+
+    def _warn_of_lengths(self, known: np.ndarray) -> None:
+        """Say when the scores follow the lengths of the samples: a mean over few tokens lies far from the others."""
+        if len(known) < _FEWEST_LENGTHS:
+            return
+        correlation = float(spearmanr(self.scores_[known], np.asarray(self._lengths)[known]).statistic)
+        if abs(correlation) > _MOST_CORRELATION:
+            preferred = "long" if correlation > 0 else "short"
+            warnings.warn(
+                f"scores follow the lengths of the samples (rank correlation {correlation:.2f} with their characters): "
+                f"the top list prefers {preferred} ones; select within groups of one length, or with strategy='sample'",
+                stacklevel=3,
+            )
 
     def select(self, n_select: int | float = 0.16, *, strategy: str = "top", random_state: Any = None) -> np.ndarray:
         """Positions, ascending, of the selected samples: a count, or a fraction of those with a score.
@@ -146,11 +166,13 @@ class ScalSelect:
         shards = RepresentationShards(self.folder, self._settings())
         ids: dict[str, int] = {}
         empty: list[bool] = []
+        lengths: list[int] = []
         for index, samples in enumerate(self._pieces(dataset)):
             for sample in samples:
                 if sample.id in ids:
                     raise ValueError(f"dataset: samples {ids[sample.id]} and {len(ids)} have the same id {sample.id!r}")
                 ids[sample.id] = len(ids)
+                lengths.append(sample.characters)
             digest = "" if self.folder is None else _digest_of_samples(samples)
             shard = shards.read(index)
             if shard is None:
@@ -161,7 +183,7 @@ class ScalSelect:
             empty += shard.rows.isnan().any(1).tolist()
             shards.count = index + 1
         self.ids_ = np.asarray(list(ids))
-        self._empty, self._shards = empty, shards
+        self._empty, self._shards, self._lengths = empty, shards, lengths
         skipped = [self.ids_[position] for position, missing in enumerate(empty) if missing]
         if skipped and self.on_empty == "raise":
             raise ValueError(f"dataset: the folder holds skipped samples ({_some(skipped)}); use on_empty='skip'")

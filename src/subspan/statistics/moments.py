@@ -229,6 +229,15 @@ class Moments:
         new._factors = [own(part[:, columns]) for part in self._factors]
         return new
 
+    def scaled(self, factors: Float[Tensor, " d"]) -> Moments:
+        """Moments of the rows with each column times a factor."""
+        new = self._part(slice(None))
+        new.mean = self.mean * factors
+        new._factors = [part * factors for part in self._factors]
+        if self._scatter is not None:
+            new._scatter = self._scatter * torch.outer(factors, factors)
+        return new
+
     def block(self, rows: slice, columns: slice) -> Inexact[Tensor, "p q"]:
         """Part of the scatter, without the whole where the factors are kept."""
         factor = self.factor
