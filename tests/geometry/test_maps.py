@@ -230,3 +230,27 @@ def test_normalize_rows_is_safe():
     torch.testing.assert_close(normalize_rows(-x), -unit, atol=0, rtol=0)
     with pytest.raises(ValueError, match="1 rows are zero"):
         normalize_rows(x, keep_zero=False)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.1, "oas"])
+def test_constant_and_repeated_columns_have_no_canonical_direction(shrinkage):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 300, 4, generator=generator, dtype=torch.float64)
+    y[:, :2] += 2 * x[:, :2]
+    plain = JointMoments(4, 4).update(x, y)
+    odd = torch.cat([x, torch.full((300, 2), 7.0), x[:, :1]], 1)
+    moments = JointMoments(7, 4).update(odd, y)
+    found = moments.cca(shrinkage=shrinkage)
+    for values in (found.x_directions, found.y_directions, found.correlations):
+        assert bool(torch.isfinite(values).all())
+    mapped = moments.through_canonical(found).map(odd)
+    torch.testing.assert_close(mapped, plain.ridge(0.0).map(x), atol=0.05, rtol=0.05)
+    if shrinkage == 0.0:
+        assert len(found.correlations) == 4
+        torch.testing.assert_close(found.correlations, plain.cca(shrinkage=0.0).correlations)
+        few = JointMoments(4, 4).update(x[:3], y[:3]).cca(shrinkage=0.0)
+        assert len(few.correlations) == 2
+        with pytest.raises(ValueError, match=r"k: must lie in \[1, 2\], got 3"):
+            JointMoments(4, 4).update(x[:3], y[:3]).cca(3, shrinkage=0.0)
+    with pytest.raises(ValueError, match=r"cov_yy: is zero: the rows are constant"):
+        JointMoments(4, 2).update(x, torch.ones(300, 2)).cca(shrinkage=shrinkage)

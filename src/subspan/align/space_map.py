@@ -64,7 +64,7 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         return self
 
     def _closed_form(self, moments: JointMoments) -> AffineMap:
-        if not float(moments.cov_xx.diagonal().sum()) > 0 or not float(moments.cov_yy.diagonal().sum()) > 0:
+        if not (moments.x.total_variance > 0 and moments.y.total_variance > 0):
             raise ValueError("X, Y: one of them is constant; there is nothing to map")
         if self.method == "translation":
             return moments.translation()

@@ -364,21 +364,28 @@ def cca(
 
     shrinkage: "oas" (default) or a weight in [0, 1] for both sides. The joint covariance is shrunk, so the
     cross-covariance shrinks with its two sides and correlations stay below one; where the shrinkage is so strong that
-    nothing of the data is left, correlations are zero.
+    nothing of the data is left, correlations are zero. Directions without variance (constant or dependent columns,
+    fewer rows than columns) are left out where nothing is shrunk. Raises ValueError for a side that is constant, and
+    for k above the pairs that there are.
     """
+    for name, covariance in (("cov_xx", cov_xx), ("cov_yy", cov_yy)):
+        if not float(covariance.diagonal().sum()) > 0:
+            raise ValueError(f"{name}: is zero: the rows are constant and have no directions")
     if isinstance(shrinkage, str):
         if shrinkage != "oas":
             raise ValueError(f"shrinkage: expected 'oas' or a number in [0, 1], got {shrinkage!r}")
         weights = (oas_shrinkage(cov_xx, count), oas_shrinkage(cov_yy, count))
     else:
         weights = (float(shrinkage), float(shrinkage))
-    white_x = inverse_sqrt(shrink_covariance(cov_xx, weights[0]))
-    white_y = inverse_sqrt(shrink_covariance(cov_yy, weights[1]))
+    regular = [shrink_covariance(side, weight) for side, weight in zip((cov_xx, cov_yy), weights)]
+    white_x, white_y = map(inverse_sqrt, regular)
+    # The trace of a whitened covariance is its rank.
+    available = min(round(float((white @ side @ white).trace())) for white, side in zip((white_x, white_y), regular))
     kept = ((1 - weights[0]) * (1 - weights[1])) ** 0.5
     u, s, vh = torch.linalg.svd(white_x @ cov_xy @ white_y * kept, full_matrices=False)
-    k = len(s) if k is None else k
-    if not 1 <= k <= len(s):
-        raise ValueError(f"k: must lie in [1, {len(s)}], got {k}")
+    k = available if k is None else k
+    if not 1 <= k <= available:
+        raise ValueError(f"k: must lie in [1, {available}], got {k}")
     return CanonicalCorrelation(
         white_x @ u[:, :k],
         white_y @ vh.mT[:, :k],

@@ -515,7 +515,8 @@ class JointMoments:
         """The best linear prediction of y from the canonical variables of x."""
         a = canonical.x_directions
         variance, covariance = a.mT @ self.cov_xx @ a, a.mT @ self.cov_xy
-        matrix = (a @ torch.linalg.solve(variance, covariance)).mT
+        # A direction that is there by shrinkage alone has no variance, and predicts nothing.
+        matrix = (a @ torch.linalg.pinv(variance, hermitian=True) @ covariance).mT
         return maps.AffineMap(matrix, self.mean_y - matrix @ self.mean_x)
 
     def cka(self, *, debiased: bool = False) -> float:
