@@ -1,7 +1,7 @@
 """scikit-learn's own checks reach every estimator as it is shipped.
 
-Nothing is left out but what is named here (`EXCUSED`, which take no matrix of rows, and `SUBCLASSED`, which take two) and
-in `subspace_clusters.NO_BLOBS` (one check of one clusterer).
+Nothing is left out but what is named here (`EXCUSED`, which take no matrix of rows, and `SUBCLASSED`, which take two)
+and in `subspace_clusters.NO_BLOBS` (one check of one clusterer).
 """
 
 from __future__ import annotations
