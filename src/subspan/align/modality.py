@@ -109,7 +109,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     A subclass gives `_accumulator(d)`, `_weight()` → what multiplies the centred source, from `self._source` and
     `self._target`, and the number of centroid rounds. Rows may come as arrays of unequal numbers of rows, or as
     anything that `subspan.statistics.batches` reads. Zero rows are left out of the statistics and stay zero.
-    Y is required and has the columns of X, but rows of its own: the tags say so as far as tags can, and scikit-learn's
+    Y is required and has the columns of X, but rows of its own: scikit-learn's tags have no word for that, and its
     checks, which know no second matrix of rows, hold for a subclass that makes one up.
     Attributes after fitting: mean_source_, mean_target_ (d,); drift_ (rounds, d), what each centroid round subtracts;
     gap_before_, gap_after_, distance between the means of the modalities before and after; n_source_, n_target_.
@@ -218,13 +218,6 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         )
         self.drift_ = drift.cpu().numpy()
         return self
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags
 
     def _mapped_mean(self, source: Any, operator: ProjectedAffine) -> Tensor:
         """Mean over the source of its rows after the map so far."""
