@@ -164,7 +164,9 @@ OPTIONAL = {
     "moments": {"rows", "batch_size", "source", "seen"},
     "subspace_aligner": {"correlations", "held_out", "subspace"},
     "upgrade_map": {"inverse.bias", "recall", "unpaired", "alpha", "rank", "k", "candidates"},
-    "lambda_orthogonal_adapter": {"backward.bias", "lam", "lam_rel", "determinant", "random_state"},
+    "lambda_orthogonal_adapter": {
+        "backward.bias", "lam", "lam_rel", "alpha", "batch_size", "determinant", "random_state",
+    },
     "detector": {"center", "residual_variance", "contamination", "offset", "variances", "spectrum"},
     "image_detector": {
         "center", "residual_variance", "contamination", "offset", "threshold", "layers", "preprocessing", "augment",
