@@ -223,10 +223,12 @@ def _saved_encoder(folder: Path, tokenizer: Any) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model: {str(folder)!r} holds no saved transformers model (no config.json)")
     transformers = require("transformers", extra="text")
-    model = transformers.AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32)
+    # Said, so that code in the folder is refused and never asked about.
+    options = {"local_files_only": True, "trust_remote_code": False}
+    model = transformers.AutoModel.from_pretrained(str(folder), dtype=torch.float32, **options)
     if getattr(model.config, "is_encoder_decoder", False) and hasattr(model, "get_encoder"):
         model = model.get_encoder()
-    return model, tokenizer or transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return model, tokenizer or transformers.AutoTokenizer.from_pretrained(str(folder), **options)
 
 
 def _pooled_output(output: Any) -> Tensor:
