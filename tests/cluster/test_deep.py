@@ -127,6 +127,21 @@ def test_the_look_with_the_largest_modularity_is_kept_without_labels():
     assert [step for step, _ in few.looks] == [4, 6]
 
 
+def test_the_fit_goes_back_to_the_look_that_is_kept(monkeypatch):
+    x, _, _ = union_of_subspaces(n=8)
+    options = {"stages": ("express",), "retain": 4, "look_every": 4, "random_state": 0}
+    found = []
+    for steps in (4, 8):
+        values = iter([3.0, 1.0])
+        monkeypatch.setattr("subspan.cluster.deep.modularity", lambda affinity, labels, values=values: next(values))
+        found.append(DeepSubspaceClustering(3, **{**SHORT, **options, "max_steps": steps}).fit(x))
+    short, long = found
+    assert long.looks_ == [(4, 3.0), (8, 1.0)]
+    np.testing.assert_array_equal(long.representation_, short.representation_)
+    assert all(torch.equal(a, b) for a, b in zip(long.encoder_.parameters(), short.encoder_.parameters()))
+    assert len(long.history_) == 8
+
+
 def test_stage_two_descends_the_self_expression_and_the_reconstruction():
     torch.manual_seed(0)
     items = torch.rand(12, 9)
