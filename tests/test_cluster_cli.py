@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
 
 from subspan import cli
+from subspan.cluster import LeastSquaresRepresentation
 from subspan.datasets import attributed_block_model, load
 from subspan.report import Embeddings, clusters
 
@@ -98,6 +100,32 @@ def test_the_method_is_chosen_by_modularity_and_k_means_is_always_beside(monkeyp
     words = clusters.kmeans_in_words({**other.facts, "scores": {"accuracy": 0.1}})
     assert words.startswith("Chosen by modularity among nearest rows: lsr 0.000, kmeans 1.000. ")
     assert words.endswith("more accurate than these clusters.")
+
+
+def test_the_graph_of_nearest_rows_asks_for_no_more_than_a_cluster_holds() -> None:
+    rows = np.random.default_rng(0).normal(size=(60, 5))
+    for n_clusters, neighbours in ((1, 10), (4, 5), (20, 3)):
+        graph = clusters._nearest_in_angle(rows, n_clusters, False)
+        assert graph.sum() == 2 * 60 * neighbours
+        assert abs(graph - graph.T).max() == 0
+
+
+def test_the_ridge_of_the_command_line_is_that_for_any_data() -> None:
+    data = digits(200)
+    found = clusters.cluster_rows(data, 10, method="lsr")
+    model = LeastSquaresRepresentation(10, alpha=3.0, random_state=0).fit(data.take(np.arange(200)))
+    np.testing.assert_array_equal(found.labels, model.labels_)
+
+
+def test_a_count_of_a_graph_is_trusted_where_links_and_attributes_agree() -> None:
+    values = np.array([9.0, 8.0, 2.0, 1.0])
+    blocks = np.kron(np.eye(3), np.ones((6, 6)))
+    agreed = clusters._largest_gap(values, sparse.csr_matrix(blocks), 0)
+    assert (agreed["n_clusters"], agreed["trusted"]) == (3, True)
+    other = clusters._largest_gap(values[[0, 2, 3]], sparse.csr_matrix(blocks), 0)
+    assert (other["n_clusters"], other["trusted"]) == (2, False)
+    assert other["candidates"] == [2, 3]
+    assert not clusters._largest_gap(values, sparse.csr_matrix((18, 18)), 0)["trusted"]
 
 
 def write_graph() -> None:
