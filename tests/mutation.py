@@ -213,7 +213,7 @@ def passes(module: Path, tree: Path, seconds: int) -> bool:
         return True
     child = os.fork()
     if child == 0:
-        os.setsid()
+        os.setpgrp()
         os.chdir(tree)
         quiet = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
