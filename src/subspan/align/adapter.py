@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base.saved import Schema, saved_object
+from ..base.saved import Schema, optional, saved_object
 from ..geometry.arrays import normalize_rows
 from ..geometry.extras import require
 from ..geometry.files import atomic_write, save_arrays
@@ -157,9 +157,9 @@ _HIDDEN = ("hidden_weight", "hidden_bias", "residual_weight", "residual_bias")
 SAVED_ARRAYS: Schema = {
     "weight": Float[Tensor, "d_out d_in"],
     "bias": Float[Tensor, " d_out"],
-    "hidden_weight": Float[Tensor, "h d_in"] | None,
-    "hidden_bias": Float[Tensor, " h"] | None,
-    "residual_weight": Float[Tensor, "d_out h"] | None,
-    "residual_bias": Float[Tensor, " d_out"] | None,
+    "hidden_weight": optional(Float[Tensor, "h d_in"]),
+    "hidden_bias": optional(Float[Tensor, " h"]),
+    "residual_weight": optional(Float[Tensor, "d_out h"]),
+    "residual_bias": optional(Float[Tensor, " d_out"]),
 }
 _SAVED_FACTS = {"normalize_input": bool, "normalize_output": bool}

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from sklearn.isotonic import IsotonicRegression
 from torch import Tensor
 
-from ..base.saved import Schema
+from ..base.saved import Schema, optional
 from ..geometry.subspace import Subspace
 from ..solvers import nearest, recall_at_k
 from ..statistics import Moments
@@ -27,17 +27,17 @@ _FEATURES = 9
 
 
 SAVED_ARRAYS: Schema = {
-    "source_basis": Float[Tensor, "d_in k_source"] | None,
-    "source_center": Float[Tensor, " d_in"] | None,
-    "source_variances": Float[Tensor, " k_source"] | None,
-    "target_basis": Float[Tensor, "d_out k_target"] | None,
-    "target_center": Float[Tensor, " d_out"] | None,
-    "target_variances": Float[Tensor, " k_target"] | None,
-    "anchors_x": Float[Tensor, "anchors d_in"] | None,
-    "anchors_y": Float[Tensor, "anchors d_out"] | None,
-    **{name: Float[Tensor, str(_FEATURES)] | None for name in ("center", "scale", "coefficients")},
-    **dict.fromkeys(("scores", "values"), Float[Tensor, " steps"] | None),
-    "limits": Float[Tensor, "2"] | None,
+    "source_basis": optional(Float[Tensor, "d_in k_source"]),
+    "source_center": optional(Float[Tensor, " d_in"]),
+    "source_variances": optional(Float[Tensor, " k_source"]),
+    "target_basis": optional(Float[Tensor, "d_out k_target"]),
+    "target_center": optional(Float[Tensor, " d_out"]),
+    "target_variances": optional(Float[Tensor, " k_target"]),
+    "anchors_x": optional(Float[Tensor, "anchors d_in"]),
+    "anchors_y": optional(Float[Tensor, "anchors d_out"]),
+    **{name: optional(Float[Tensor, str(_FEATURES)]) for name in ("center", "scale", "coefficients")},
+    **dict.fromkeys(("scores", "values"), optional(Float[Tensor, " steps"])),
+    "limits": optional(Float[Tensor, "2"]),
 }
 """What a file holds of a confidence: all of it or nothing."""
 

@@ -15,7 +15,7 @@ from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from ..base.estimators import validate_data
-from ..base.saved import Schema, saved_object
+from ..base.saved import Schema, optional, saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap
@@ -43,8 +43,8 @@ _SAVED: Schema = {
     "mean_x": Float[Tensor, " d_x"],
     "matrix_y": Float[Tensor, "k_y d_y"],
     "mean_y": Float[Tensor, " d_y"],
-    "correlations": Float[Tensor, " k_x"] | None,
-    "held_out": Float[Tensor, " h"] | None,
+    "correlations": optional(Float[Tensor, " k_x"]),
+    "held_out": optional(Float[Tensor, " h"]),
 }
 _METHODS = ("affine", "local_cka", "procrustes", "cosine")
 _SUBSPACES = ("cca", "pca", "svcca", None)

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from ..base.estimators import validate_data
-from ..base.saved import Schema, saved_object
+from ..base.saved import Schema, optional, saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap
@@ -222,7 +222,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self.scores_ = [_row(result, weight[name]) for name, result in results.items()]
         for name, note in notes.items():
             skipped: Any = {**dict.fromkeys(_Score.__annotations__), "method": name, "parameters": {}}
-            self.scores_.append({**skipped, "note": f"skipped: {note}"})
+            skipped["note"] = f"skipped: {note}"
+            self.scores_.append(skipped)
         hidden = None
         if self.method_ == "mlp":
             base = results[chosen.parameters["base"]]
@@ -440,7 +441,7 @@ class _Score(TypedDict):
 _SAVED_ARRAYS: Schema = {
     **{f"adapter.{name}": kind for name, kind in ADAPTER_ARRAYS.items()},
     "inverse.matrix": Float[Tensor, "d_in d_out"],
-    "inverse.bias": Float[Tensor, " d_in"] | None,
+    "inverse.bias": optional(Float[Tensor, " d_in"]),
     **{f"confidence.{name}": kind for name, kind in CONFIDENCE_ARRAYS.items()},
 }
 _SAVED_FACTS: Schema = {

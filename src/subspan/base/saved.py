@@ -23,6 +23,11 @@ from .reading import quoted, reading
 Schema = Mapping[str, Any]
 
 
+def optional(annotation: Any) -> Any:
+    """The annotation of what may be missing."""
+    return annotation | None
+
+
 @contextlib.contextmanager
 def saved_object(
     path: str | os.PathLike[str], kind: str, arrays: Schema, facts: Schema | None = None

@@ -213,8 +213,9 @@ def open_index(
     if is_qdrant(source):
         if ids is not None or id_column is not None:
             raise ValueError("ids: a Qdrant collection has its own ids")
-        found = open_qdrant(source, collection, column)
-        opened = StoredVectors(kind="qdrant", **(found | {"ids": as_ids(found["ids"])}))
+        found: dict[str, Any] = open_qdrant(source, collection, column)
+        found["ids"] = as_ids(found["ids"])
+        opened = StoredVectors(kind="qdrant", **found)
     else:
         path = Path(source)
         if collection is not None:

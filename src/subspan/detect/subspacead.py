@@ -25,7 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base.estimators import validate_data
-from subspan.base.saved import Schema, saved_object
+from subspan.base.saved import Schema, optional, saved_object
 from subspan.detect.combined import (
     FENCE,
     chi_square_limit,
@@ -397,7 +397,7 @@ def _save(path: str | os.PathLike[str], kind: str, detector: SubspaceDetector, f
     save_arrays(path, kind, arrays, count=detector.subspace_.count, **facts)
 
 
-_ARRAYS: Schema = {**SAVED_ARRAYS, "scale": Float[Tensor, " d"] | None, "null": Float[Tensor, "2 2"] | None}
+_ARRAYS: Schema = {**SAVED_ARRAYS, "scale": optional(Float[Tensor, " d"]), "null": optional(Float[Tensor, "2 2"])}
 _DETECTOR: Schema = {
     "parameters": {
         "rank": int | float | str,

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..base.saved import saved_object
+from ..base.saved import optional, saved_object
 from .arrays import as_tensor
 from .extras import require
 from .files import save_arrays
@@ -111,7 +111,7 @@ class AffineMap:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AffineMap:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        schema = {"matrix": Float[Tensor, "d_out d_in"], "bias": Float[Tensor, " d_out"] | None}
+        schema = {"matrix": Float[Tensor, "d_out d_in"], "bias": optional(Float[Tensor, " d_out"])}
         with saved_object(path, "affine-map", schema) as (arrays, _):
             return cls(**arrays)
 

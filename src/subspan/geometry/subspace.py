@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ..base.saved import Schema, saved_object
+from ..base.saved import Schema, optional, saved_object
 from .angles import principal_angles, subspace_distance, subspace_overlap
 from .arrays import as_tensor, centre, check_finite, holding
 from .files import save_arrays
@@ -23,10 +23,10 @@ from .rank import RankRule, rank_rule
 
 SAVED_ARRAYS: Schema = {
     "basis": Inexact[Tensor, "*b d k"],
-    "center": Inexact[Tensor, "*b d"] | None,
-    "variances": Float[Tensor, "*b k"] | None,
-    "residual_variance": Float[Tensor, "*b"] | None,
-    "spectrum": Float[Tensor, "*b m"] | None,
+    "center": optional(Inexact[Tensor, "*b d"]),
+    "variances": optional(Float[Tensor, "*b k"]),
+    "residual_variance": optional(Float[Tensor, "*b"]),
+    "spectrum": optional(Float[Tensor, "*b m"]),
 }
 """What a file holds of a subspace, beside its count."""
 

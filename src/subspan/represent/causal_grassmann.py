@@ -123,7 +123,8 @@ class CausalGrassmannForCausalLM(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
         elif isinstance(module, GrassmannMixing):
             # Not in the file, and transformers builds a model that it reads without any values.
-            module.pairs.copy_(torch.triu_indices(module.rank, module.rank, 1))
+            pairs: Any = module.pairs
+            pairs.copy_(torch.triu_indices(module.rank, module.rank, 1))
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""

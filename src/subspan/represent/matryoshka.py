@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from ..base.estimators import validate_data
-from ..base.saved import Schema, saved_object, set_state
+from ..base.saved import Schema, optional, saved_object, set_state
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
 from ..geometry.subspace import Subspace
@@ -29,13 +29,13 @@ _SAVED: Schema = {"kind": str, "center": bool, "normalize": bool, "efficient": b
 _SAVED_ARRAYS: Schema = {
     "adapter.shift": Float[Tensor, " d"],
     "adapter.scale": Float[Tensor, ""],
-    "adapter.basis": Float[Tensor, "d k"] | None,
-    "adapter.map.weight": Float[Tensor, "m d"] | None,
-    "adapter.map.0.weight": Float[Tensor, "h d"] | None,
-    "adapter.map.0.bias": Float[Tensor, " h"] | None,
-    "adapter.map.2.weight": Float[Tensor, "m h"] | None,
-    "adapter.map.2.bias": Float[Tensor, " m"] | None,
-    "heads.*": Float[Tensor, "..."] | None,
+    "adapter.basis": optional(Float[Tensor, "d k"]),
+    "adapter.map.weight": optional(Float[Tensor, "m d"]),
+    "adapter.map.0.weight": optional(Float[Tensor, "h d"]),
+    "adapter.map.0.bias": optional(Float[Tensor, " h"]),
+    "adapter.map.2.weight": optional(Float[Tensor, "m h"]),
+    "adapter.map.2.bias": optional(Float[Tensor, " m"]),
+    "heads.*": optional(Float[Tensor, "..."]),
 }
 
 

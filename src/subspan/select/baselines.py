@@ -86,10 +86,11 @@ def k_medoids(X: Any, n_select: int | float, *, random_state: Any = None) -> np.
     """
     rows = check_matrix(X, "X").cpu()
     m = budget(n_select, len(rows))
+    means: Any
     if len(rows) * m <= _MOST_DISTANCES:
-        means: Any = KMeans(m, max_iter=50, random_state=random_state)
+        means = KMeans(m, max_iter=50, random_state=random_state)
     else:
-        means = MiniBatchKMeans(m, max_iter=5, n_init=1, batch_size=max(4096, m), random_state=random_state)
+        means = MiniBatchKMeans(m, max_iter=5, n_init=1, batch_size=max(4096, m), random_state=random_state)  # pyright: ignore[reportArgumentType]
     centres = torch.as_tensor(means.fit(rows.numpy()).cluster_centers_, dtype=rows.dtype)
     taken = torch.zeros(len(rows), dtype=torch.bool)
     for block in centres.split(max(1, _BLOCK_DISTANCES // len(rows))):

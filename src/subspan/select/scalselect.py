@@ -130,7 +130,8 @@ class ScalSelect:
         """Say when the scores follow the lengths of the samples: a mean over few tokens lies far from the others."""
         if len(known) < _FEWEST_LENGTHS:
             return
-        correlation = float(spearmanr(self.scores_[known], np.asarray(self._lengths)[known]).statistic)
+        result: Any = spearmanr(self.scores_[known], np.asarray(self._lengths)[known])
+        correlation = float(result.statistic)
         if abs(correlation) > _MOST_CORRELATION:
             preferred = "long" if correlation > 0 else "short"
             warnings.warn(

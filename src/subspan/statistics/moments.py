@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ..base.saved import Schema, saved_object
+from ..base.saved import Schema, optional, saved_object
 from ..geometry import maps
 from ..geometry.arrays import as_tensor, check_finite, check_matrix
 from ..geometry.files import save_arrays
@@ -25,8 +25,8 @@ from ..geometry.subspace import Subspace
 SAVED_STATE: Schema = {
     "count": Float[Tensor, "1"],
     "mean": Inexact[Tensor, " d"],
-    "scatter": Inexact[Tensor, "d d"] | None,
-    "factor": Inexact[Tensor, "m d"] | None,
+    "scatter": optional(Inexact[Tensor, "d d"]),
+    "factor": optional(Inexact[Tensor, "m d"]),
 }
 """What a file holds of `Moments`: the scatter, or the factor while that is smaller."""
 _PASS = {"rows": int | None, "batch_size": int | None, "source": list[int | str] | None, "seen": str | None}
