@@ -34,11 +34,11 @@ def test_every_classic_gets_the_same_post_processing():
     assert all(len(values) == 2 for values in found.values())
 
 
-def test_the_unstopped_training_says_where_the_rule_would_stop():
+def test_the_unstopped_training_says_which_look_is_kept():
     trace = protocol.unstopped(planted(), protocol.Setting(unstopped=120, every=30), 0)
     assert trace.steps == [30, 60, 90, 120]
-    assert 10 < trace.stop <= 120
-    assert trace.at(70) == trace.accuracy[1]
+    assert len(trace.accuracy) == len(trace.modularity) == 4
+    assert trace.modularity[trace.kept] == max(trace.modularity)
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -46,7 +46,7 @@ def test_bars_hold_and_fail(better):
     data = planted()
     scores = {name: [0.8] for name in (*protocol._CLASSICS, "k-means", protocol._ORACLE)}
     scores[protocol._DEEP] = [0.85 if better else 0.7]
-    trace = protocol.Trace([50, 100], [0.8, 0.7] if better else [0.7, 0.8], 50)
+    trace = protocol.Trace([50, 100], [0.8, 0.7] if better else [0.7, 0.8], [0.6, 0.5], 0)
     outcome = protocol._outcome([data], protocol.Setting(), {"planted": scores}, {"planted": [50]}, trace)
     assert outcome.holds is better
     assert [check.holds for check in outcome.checks] == [better] * 3

@@ -84,7 +84,7 @@ def subspace_tool(z: Float[Tensor, "n d"], k: int, seed: int) -> np.ndarray:
     options: Any = {"method": "hard", "center": False, "random_state": seed}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return LowRankMixtureDiffusion(k, 5, **options).fit(z.double()).labels_
+        return LowRankMixtureDiffusion(k, 5, **options).fit(z.double().numpy()).labels_
 
 
 class Trained(NamedTuple):
