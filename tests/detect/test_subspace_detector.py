@@ -245,7 +245,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a readable safetensors file"):
         SubspaceDetector.load(path)
     Subspace.fit(torch.randn(20, 4), rank=2).save(path)
-    with pytest.raises(ValueError, match="holds 'subspace'"):
+    with pytest.raises(ValueError, match="holds subspace, expected SubspaceDetector"):
         SubspaceDetector.load(path)
 
 

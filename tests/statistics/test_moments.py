@@ -210,6 +210,37 @@ def test_few_rows_are_kept_and_give_what_the_scatter_gives(cuts, dtype):
     assert dense.factor is None
 
 
+def test_closed_forms_of_few_pairs_are_those_of_the_whole_spaces():
+    x = draw(20, 50) + 3
+    y = x[:, :40] @ draw(40, 40, seed=1) + draw(20, 40, seed=2)
+    few, whole = JointMoments(50, 40).update(x, y), JointMoments(50, 40).update(x, y)
+    assert whole.joint.scatter.shape == (90, 90)  # from here on the rows are not kept
+    assert few.row_spaces() is not None
+    assert whole.row_spaces() is None
+
+    def same(ours, theirs):
+        torch.testing.assert_close(ours.matrix, theirs.matrix, atol=1e-8, rtol=1e-8)
+        torch.testing.assert_close(ours.bias, theirs.bias, atol=1e-8, rtol=1e-8)
+
+    for alpha in (0.0, 1e-3, 10.0):
+        same(few.ridge(alpha), whole.ridge(alpha))
+    for scale in (False, True):
+        # The whole spaces' own rotation turns what lies outside the 19 directions of the rows by chance.
+        same(few.procrustes(scale=scale), whole.procrustes(scale=scale, rank=19))
+    for shrinkage in ("oas", 0.3):
+        ours, theirs = few.cca(5, shrinkage=shrinkage), whole.cca(5, shrinkage=shrinkage)
+        assert ours.shrinkage == pytest.approx(theirs.shrinkage)
+        torch.testing.assert_close(ours.correlations, theirs.correlations)
+        same(few.through_canonical(ours), whole.through_canonical(theirs))
+    rows = draw(7, 50, seed=3)
+    torch.testing.assert_close(few.row_spaces().ridge().map(rows), whole.ridge().map(rows))
+    assert few.joint.factor is not None
+
+
+def test_few_pairs_of_which_one_side_is_constant_have_no_row_spaces():
+    assert JointMoments(50, 40).update(draw(20, 50), torch.ones(20, 40).double()).row_spaces() is None
+
+
 @pytest.mark.parametrize("center", [True, False])
 def test_the_subspace_of_few_rows_needs_no_square(center, tmp_path):
     x = draw(n=24, d=60) * torch.linspace(5, 1, 60) + 3

@@ -100,9 +100,14 @@ class Evidence:
 
 def _principal(moments: Moments, axes: Float[Tensor, "d p"] | None) -> Subspace:
     """Directions with 95 % of the variance, at most half of what the rows span, so that something lies outside."""
-    covariance = moments.covariance()
-    total = float(covariance.diagonal().sum())
-    values, vectors = torch.linalg.eigh(covariance if axes is None else axes.mT @ covariance @ axes)
+    total, factor = moments.total_variance, moments.factor
+    if axes is None or factor is None:
+        covariance = moments.covariance()
+        covariance = covariance if axes is None else axes.mT @ covariance @ axes
+    else:
+        inside = factor @ axes
+        covariance = inside.mT @ inside / (moments.count - 1)
+    values, vectors = torch.linalg.eigh(covariance)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     explained = int((values.cumsum(0) < _EXPLAINED * total).sum()) + 1
     k = max(1, min(explained, len(values), (min(moments.d, int(moments.count) - 1) + 1) // 2))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..geometry.arrays import normalize_rows
 from ..geometry.maps import AffineMap, reduced_rank_factors, translation
 from ..solvers import nearest, recall_at_k
-from ..statistics import JointMoments, UniformSample
+from ..statistics import JointMoments, Moments, UniformSample
 
 CLOSED_FORMS = ("none", "translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
 """Methods that need moments alone, simple ones first; "none" is the identity, padded or cut for unequal widths;
@@ -91,7 +91,8 @@ def grid(method: str, moments: JointMoments, fixed: Mapping[str, Any]) -> list[d
 
 def supported_rank(moments: JointMoments) -> int:
     """Dimensions about which the pairs can say something."""
-    return max(1, min(moments.d_x, moments.d_y, int(moments.count) - 1))
+    inner = spaces.moments if (spaces := moments.row_spaces()) else moments
+    return max(1, min(inner.d_x, inner.d_y, int(moments.count) - 1))
 
 
 def complexity(method: str, parameters: Mapping[str, Any], d_x: int, d_y: int) -> int:
@@ -139,6 +140,16 @@ def closed_forms(
         canonical = moments.cca(min(limit, max(options["k"] for options in parameters)))
         for options in parameters:
             yield moments.through_canonical(canonical.truncate(min(options["k"], limit)))
+        return
+    if spaces := moments.row_spaces():
+        # A penalty is relative to the mean over the dimensions, and a rank ends with what the rows span.
+        inner = [
+            {"rank": min(options["rank"], supported_rank(moments)), "alpha": options["alpha"] * spaces.share}
+            if method == "low-rank"
+            else options
+            for options in parameters
+        ]
+        yield from (spaces.between(fitted).dense() for fitted in closed_forms(method, spaces.moments, inner))
         return
     if "rotation" not in shared:
         limit = supported_rank(moments)
@@ -235,7 +246,7 @@ class CrossValidation:
     ) -> None:
         self.pairs = pairs
         self.normalize = normalize
-        self.x_axes, self.y_axes = (_leading_axes(side.covariance()) for side in (total.x, total.y))
+        self.x_axes, self.y_axes = (_leading_axes(side) for side in (total.x, total.y))
         self._folds = pairs.folds
         if self.x_axes is not None or self.y_axes is not None:
             sides = [
@@ -350,8 +361,12 @@ class CrossValidation:
         return HeldOut(method, parameters[int(overall.argmax())], recall, images)
 
 
-def _leading_axes(covariance: Float[Tensor, "d d"]) -> Float[Tensor, "d p"] | None:
+def _leading_axes(moments: Moments) -> Float[Tensor, "d p"] | None:
     """Principal axes to choose in, or None where the space is narrow enough."""
-    if len(covariance) <= _SELECTION_DIMENSIONS:
+    if moments.d <= _SELECTION_DIMENSIONS:
         return None
-    return torch.linalg.eigh(covariance)[1].flip(-1)[:, :_SELECTION_DIMENSIONS].contiguous()
+    if moments.factor is None:
+        return torch.linalg.eigh(moments.covariance())[1].flip(-1)[:, :_SELECTION_DIMENSIONS].contiguous()
+    axes = torch.linalg.svd(moments.factor, full_matrices=False)[2][:_SELECTION_DIMENSIONS].mT
+    # As many as of more rows: penalties are relative to the mean over all of them.
+    return torch.nn.functional.pad(axes, (0, _SELECTION_DIMENSIONS - axes.shape[1])).contiguous()

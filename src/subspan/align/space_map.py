@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..base.estimators import validate_data
 from ..geometry.arrays import check_matrix, like
-from ..geometry.maps import AffineMap
+from ..geometry.maps import AffineMap, check_map_memory
 from ..statistics import JointMoments
 from ..statistics.pairs import paired_rows
 
@@ -25,8 +25,10 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or
     reflection; Schönemann, 1966) · "scaled", the same times one factor · "ridge", linear regression with penalty
     `alpha`, relative to the mean variance of X · "cca", regression through the first `k` canonical pairs (all where
-    None), covariances shrunk by `shrinkage`.
-    One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory.
+    None), covariances shrunk by `shrinkage`. Of fewer pairs than (d_x + d_y) / 2 it is fitted in what their rows span,
+    and the isometry sends what lies outside to the mean.
+    One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory,
+    of so few pairs O(d_x d_y). Raises ValueError where such a matrix takes over an eighth of the machine's memory.
     Attributes: map_, an `AffineMap`; moments_, the `JointMoments`; canonical_, the canonical directions (method "cca").
     """
 
@@ -54,6 +56,7 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         reset = not hasattr(self, "moments_")
         for x, y in paired_rows(self, X, Y, reset=reset):
             if not hasattr(self, "moments_"):
+                check_map_memory(x.shape[1], y.shape[1])
                 self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
                 self.n_features_in_ = x.shape[1]
             self.moments_.update(x, y)

@@ -19,7 +19,7 @@ from ..base.estimators import validate_data
 from ..base.saved import Schema, optional, saved_object
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
-from ..geometry.maps import AffineMap
+from ..geometry.maps import AffineMap, check_map_memory
 from ..statistics import JointMoments
 from ..statistics.pairs import paired_rows
 from .adapter import SAVED_ARRAYS as ADAPTER_ARRAYS
@@ -100,6 +100,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 raise ValueError("X: 1 feature(s) leave only two unit vectors; normalize=True needs at least 2")
             x, y = (normalize_rows(x), normalize_rows(y)) if self.normalize else (x, y)
             if pairs is None:
+                check_map_memory(x.shape[1], y.shape[1])
                 self.n_features_in_ = x.shape[1]
                 pairs = FoldedPairs(
                     x.shape[1], y.shape[1], folds=self.folds, keep=self.max_gallery, generator=generator

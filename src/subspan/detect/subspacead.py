@@ -166,14 +166,8 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     def _fit_moments(self, dtype: torch.dtype) -> None:
         moments, self.scale_ = self.moments_, None
         if self.distance == "combined":
-            covariance = moments.covariance()
-            self.scale_ = column_scale(covariance.diagonal(), moments.mean, dtype)
-            subspace = Subspace.from_covariance(
-                covariance / torch.outer(self.scale_, self.scale_),
-                mean=moments.mean / self.scale_,
-                count=moments.count,
-                rank=self.rank,
-            )
+            self.scale_ = column_scale(moments.squares / (moments.count - 1), moments.mean, dtype)
+            subspace = moments.scaled(1 / self.scale_).subspace(self.rank)
         else:
             subspace = moments.subspace(self.rank, dtype=dtype)
         self._set_subspace(subspace, moments.count)

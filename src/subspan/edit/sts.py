@@ -205,7 +205,6 @@ class ConfidentAverage(nn.Module):
             if self.predict == "original" and not bool(exists[:, 0].all()):
                 raise ValueError("mask: predict='original' reads the first view, which is masked for some image")
             rows = rows.masked_fill(~exists.unsqueeze(-1), 0)
-        check_finite(rows, "views")
         rows = rows.to(torch.promote_types(torch.promote_types(rows.dtype, self.prototypes.dtype), torch.float32))
         length = torch.linalg.vector_norm(rows, dim=-1).masked_fill(~exists, 1)
         if bool(((length > 1e-15) & (length < 1e15)).all()):
@@ -213,7 +212,8 @@ class ConfidentAverage(nn.Module):
         # Squares of the entries may have left the range of the dtype: the safe way, which costs three times as much.
         if bool((exists & (rows == 0).all(-1)).any()):
             raise ValueError("views: some view is zero and has no direction; leave it out with mask=")
-        return normalize_rows(rows), exists
+        # After scaling: a view has a direction however long it is, and NaN and infinity stay NaN.
+        return check_finite(normalize_rows(rows), "views"), exists
 
     def _adapt(self, views: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> SteeringReport:
         cosines = views @ self.prototypes.to(views.dtype).mT

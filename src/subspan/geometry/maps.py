@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..base.reading import memory_bytes
 from ..base.saved import optional, saved_object
 from .arrays import as_tensor
 from .extras import require
@@ -114,6 +115,33 @@ class AffineMap:
         schema = {"matrix": Float[Tensor, "d_out d_in"], "bias": optional(Float[Tensor, " d_out"])}
         with saved_object(path, "affine-map", schema) as (arrays, _):
             return cls(**arrays)
+
+
+@dataclass(frozen=True)
+class LowRankMap:
+    """An affine map kept as two thin factors: x -> left (right x) + bias, in O(r (d_in + d_out)) memory."""
+
+    left: Float[Tensor, "d_out r"]
+    right: Float[Tensor, "r d_in"]
+    bias: Float[Tensor, " d_out"]
+
+    def map(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """Map rows x, in their dtype."""
+        return torch.addmm(self.bias.to(x), x @ self.right.to(x).mT, self.left.to(x).mT)
+
+    def dense(self) -> AffineMap:
+        """The same with its whole matrix."""
+        return AffineMap(self.left @ self.right, self.bias)
+
+
+def check_map_memory(d_in: int, d_out: int) -> None:
+    """ValueError where a matrix between the spaces takes over an eighth of the memory: fitting holds several."""
+    size, most = 8 * d_in * d_out, memory_bytes() / 8
+    if size > most:
+        raise ValueError(
+            f"X, Y: a map from {d_in} to {d_out} dimensions takes {size / 2**30:.3g} GiB, over an eighth of this "
+            f"machine's memory ({most / 2**30:.3g} GiB); shorten the rows first (subspan shorten)"
+        )
 
 
 def _through_means(matrix: Tensor, mean_x: Tensor | None, mean_y: Tensor | None) -> AffineMap:
@@ -224,10 +252,13 @@ def reduced_rank_factors(
     return of_rank
 
 
-def oas_shrinkage(covariance: Float[Tensor, "d d"], count: float) -> float:
-    """Weight in [0, 1] of the scaled identity by oracle approximating shrinkage (Chen et al., 2010)."""
+def oas_shrinkage(covariance: Float[Tensor, "p p"], count: float, d: int | None = None) -> float:
+    """Weight in [0, 1] of the scaled identity by oracle approximating shrinkage (Chen et al., 2010).
+
+    d: dimension of the space, where the covariance is in coordinates of a part that has all the variance.
+    """
     trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
-    return oas_weight(trace, square, covariance.shape[0], count)
+    return oas_weight(trace, square, d or covariance.shape[0], count)
 
 
 def oas_weight(trace: float, square: float, d: int, count: float) -> float:
@@ -237,13 +268,13 @@ def oas_weight(trace: float, square: float, d: int, count: float) -> float:
     return 1.0 if bottom <= 0 else float(min(1.0, top / bottom))
 
 
-def shrink_covariance(covariance: Float[Tensor, "d d"], weight: float) -> Float[Tensor, "d d"]:
-    """(1 - weight) covariance + weight (tr covariance / d) I."""
+def shrink_covariance(covariance: Float[Tensor, "p p"], weight: float, d: int | None = None) -> Float[Tensor, "p p"]:
+    """(1 - weight) covariance + weight (tr covariance / d) I; d as for `oas_shrinkage`."""
     if not 0 <= weight <= 1:
         raise ValueError(f"shrinkage: must lie in [0, 1], got {weight}")
-    d = covariance.shape[0]
-    eye = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
-    return (1 - weight) * covariance + weight * covariance.diagonal().sum() / d * eye
+    p = covariance.shape[0]
+    eye = torch.eye(p, dtype=covariance.dtype, device=covariance.device)
+    return (1 - weight) * covariance + weight * covariance.diagonal().sum() / (d or p) * eye
 
 
 def inverse_sqrt(covariance: Float[Tensor, "d d"], *, tolerance: float = 1e-12) -> Float[Tensor, "d d"]:
@@ -359,25 +390,28 @@ def cca(
     mean_y: Tensor | None = None,
     k: int | None = None,
     shrinkage: float | str = "oas",
+    dimensions: tuple[int, int] | None = None,
 ) -> CanonicalCorrelation:
     """Canonical correlation analysis from covariances.
 
     shrinkage: "oas" (default) or a weight in [0, 1] for both sides. The joint covariance is shrunk, so the
     cross-covariance shrinks with its two sides and correlations stay below one; where the shrinkage is so strong that
-    nothing of the data is left, correlations are zero. Directions without variance (constant or dependent columns,
+    nothing of the data is left, correlations are zero. dimensions: of the two spaces, where the covariances are in
+    coordinates of parts that have all the variance. Directions without variance (constant or dependent columns,
     fewer rows than columns) are left out where nothing is shrunk. Raises ValueError for a side that is constant, and
     for k above the pairs that there are.
     """
     for name, covariance in (("cov_xx", cov_xx), ("cov_yy", cov_yy)):
         if not float(covariance.diagonal().sum()) > 0:
             raise ValueError(f"{name}: is zero: the rows are constant and have no directions")
+    d_x, d_y = dimensions or (len(cov_xx), len(cov_yy))
     if isinstance(shrinkage, str):
         if shrinkage != "oas":
             raise ValueError(f"shrinkage: expected 'oas' or a number in [0, 1], got {shrinkage!r}")
-        weights = (oas_shrinkage(cov_xx, count), oas_shrinkage(cov_yy, count))
+        weights = (oas_shrinkage(cov_xx, count, d_x), oas_shrinkage(cov_yy, count, d_y))
     else:
         weights = (float(shrinkage), float(shrinkage))
-    regular = [shrink_covariance(side, weight) for side, weight in zip((cov_xx, cov_yy), weights)]
+    regular = [shrink_covariance(*side) for side in zip((cov_xx, cov_yy), weights, (d_x, d_y))]
     white_x, white_y = map(inverse_sqrt, regular)
     # The trace of a whitened covariance is its rank.
     available = min(round(float((white @ side @ white).trace())) for white, side in zip((white_x, white_y), regular))

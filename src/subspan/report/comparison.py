@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..align import SpaceMap
 from ..geometry import AffineMap, normalize_rows, oas_shrinkage
+from ..geometry.maps import LowRankMap
 from ..solvers.neighbours import nearest, recall_at_k
 from ..statistics import JointMoments
 from .embeddings import Embeddings, Progress
@@ -73,17 +74,18 @@ def _numbered(data: Embeddings) -> Embeddings:
 def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Likeness, shared dimensions and maps, fitted on one half of the rows and judged on the other half."""
     train, held_out = _halves(len(data), seed)
-    joint = SpaceMap().fit(_shown(data, train, progress), other.batches(train)).moments_
-    shrinkage = _shrinkage(joint)
-    canonical = joint.cca(shrinkage=shrinkage)
+    joint = JointMoments(data.dim, other.dim)
+    for batch, partners in zip(_shown(data, train, progress), other.batches(train), strict=True):
+        joint.update(batch, partners)
+    # Few wide rows: the maps stay in two factors each, for a whole one may be larger than memory.
+    fitted = joint.row_spaces() or joint
+    canonical = fitted.cca(shrinkage=_shrinkage(joint))
     source, target = (torch.from_numpy(rows.take(held_out)) for rows in (data, other))
     correlations = _held_out_correlations(canonical.transform_x(source), canonical.transform_y(target))
     shared = int((correlations > SHARED).sum())
-    maps: dict[str, AffineMap] = {"Procrustes": joint.procrustes(), "affine (ridge)": joint.ridge()}
+    maps: dict[str, AffineMap | LowRankMap] = {"Procrustes": fitted.procrustes(), "affine (ridge)": fitted.ridge()}
     if shared:
-        maps["CCA-projected"] = (
-            SpaceMap("cca", k=shared, shrinkage=shrinkage).fit(data.batches(train), other.batches(train)).map_
-        )
+        maps["CCA-projected"] = fitted.through_canonical(canonical.truncate(shared))
     retrieval, in_common = _retrievals(source, target, maps, seed, progress)
     return {
         "source": data.name,
@@ -150,7 +152,7 @@ def _shown(data: Embeddings, chosen: Bool[np.ndarray, " n"], progress: Progress)
 def _retrievals(
     source: Float[Tensor, "n d"],
     target: Float[Tensor, "n e"],
-    maps: dict[str, AffineMap],
+    maps: Mapping[str, AffineMap | LowRankMap],
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -170,7 +172,10 @@ def _retrievals(
 
 def _shrinkage(joint: JointMoments) -> float:
     """The smaller of the two sides' shrinkage weights: rows that are white already would be shrunk to nothing."""
-    weights = (oas_shrinkage(covariance, joint.count) for covariance in (joint.cov_xx, joint.cov_yy))
+    spaces = joint.row_spaces()
+    inner = spaces.moments if spaces else joint
+    sides = ((inner.cov_xx, joint.d_x), (inner.cov_yy, joint.d_y))
+    weights = (oas_shrinkage(covariance, joint.count, d) for covariance, d in sides)
     return min(_MOST_SHRINKAGE, *weights)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -465,17 +466,39 @@ class JointMoments:
     def map(self, x: maps.AffineMap, y: maps.AffineMap) -> JointMoments:
         """Moments of the pairs (x(row), y(row)), in O(d^3) without the rows."""
         left, right = x.matrix.to(self.joint.mean), y.matrix.to(self.joint.mean)
-        s, d = self.joint.scatter, self.d_x
-        cross = left @ s[:d, d:] @ right.mT
-        top = torch.cat([left @ s[:d, :d] @ left.mT, cross], dim=1)
+        factor, d = self.joint.factor, self.d_x
+        if factor is None:
+            s = self.joint.scatter
+            cross = left @ s[:d, d:] @ right.mT
+            top = torch.cat([left @ s[:d, :d] @ left.mT, cross], dim=1)
+            scatter = torch.cat([top, torch.cat([cross.mT, right @ s[d:, d:] @ right.mT], dim=1)])
+        else:
+            moved = torch.cat([factor[:, :d] @ left.mT, factor[:, d:] @ right.mT], dim=1)
+            scatter = moved.mT @ moved.conj()
         joint = Moments.from_state(
             {
                 "count": torch.tensor([self.count], dtype=torch.float64),
                 "mean": torch.cat([x.map(self.mean_x.unsqueeze(0))[0], y.map(self.mean_y.unsqueeze(0))[0]]),
-                "scatter": torch.cat([top, torch.cat([cross.mT, right @ s[d:, d:] @ right.mT], dim=1)]),
+                "scatter": scatter,
             }
         )
         return self._with(len(left), len(right), joint)
+
+    def row_spaces(self) -> RowSpaces | None:
+        """The two sides in coordinates of what their rows span, while the rows are kept (see `Moments`), else None."""
+        factor = self.joint.factor
+        if factor is None or factor.is_complex():
+            return None
+        bases = []
+        for side in self._sides:
+            _, sizes, vh = torch.linalg.svd(factor[:, side], full_matrices=False)
+            least = torch.finfo(sizes.dtype).eps * max(vh.shape) * sizes.max() if len(sizes) else 0
+            bases.append(vh[sizes > least])
+        if not all(map(len, bases)):
+            return None
+        x_basis, y_basis = bases
+        inner = self.map(maps.AffineMap(x_basis), maps.AffineMap(y_basis))
+        return RowSpaces(inner, x_basis, y_basis, self.mean_x, self.mean_y)
 
     def translation(self) -> maps.AffineMap:
         """Shift x -> y of the means."""
@@ -484,7 +507,12 @@ class JointMoments:
     def procrustes(
         self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None
     ) -> maps.AffineMap:
-        """Orthogonal map x -> y through the means, with a common scale when `scale`; of `rank` where that is given."""
+        """Orthogonal map x -> y through the means, with a common scale when `scale`; of `rank` where that is given.
+
+        Of few rows (see `row_spaces`), and without a `determinant`, it maps their span alone: the rest goes to zero.
+        """
+        if determinant is None and (spaces := self.row_spaces()):
+            return spaces.procrustes(scale=scale, rank=rank).dense()
         return maps.procrustes(
             self.cov_xy,
             mean_x=self.mean_x,
@@ -496,10 +524,14 @@ class JointMoments:
 
     def ridge(self, alpha: float = 1e-3) -> maps.AffineMap:
         """Affine ridge map x -> y; `alpha` is relative to the mean variance of x."""
+        if spaces := self.row_spaces():
+            return spaces.ridge(alpha).dense()
         return maps.ridge(self.cov_xx, self.cov_xy, alpha=alpha, mean_x=self.mean_x, mean_y=self.mean_y)
 
     def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> maps.CanonicalCorrelation:
-        """Canonical correlation analysis, shrunk by default."""
+        """Canonical correlation analysis, shrunk by default; of few rows (see `row_spaces`), inside their span."""
+        if spaces := self.row_spaces():
+            return spaces.cca(k, shrinkage=shrinkage)
         return maps.cca(
             self.cov_xx,
             self.cov_xy,
@@ -513,7 +545,11 @@ class JointMoments:
 
     def through_canonical(self, canonical: maps.CanonicalCorrelation) -> maps.AffineMap:
         """The best linear prediction of y from the canonical variables of x."""
-        a = canonical.x_directions
+        if spaces := self.row_spaces():
+            return spaces.through_canonical(canonical).dense()
+        return self._through(canonical.x_directions)
+
+    def _through(self, a: Float[Tensor, "d_x k"]) -> maps.AffineMap:
         variance, covariance = a.mT @ self.cov_xx @ a, a.mT @ self.cov_xy
         # A direction that is there by shrinkage alone has no variance, and predicts nothing.
         matrix = (a @ torch.linalg.pinv(variance, hermitian=True) @ covariance).mT
@@ -578,6 +614,59 @@ class JointMoments:
         quartic = a.square().sum(-1, keepdim=True) * b.square().sum(-1)
         cross = s_xy.square().sum() + 2 * factor * (a @ s_xy @ b.mT) + factor**2 * quartic
         return cross / (own(s_xx, a).sqrt().unsqueeze(-1) * own(s_yy, b).sqrt())
+
+
+@dataclass(frozen=True)
+class RowSpaces:
+    """Few paired rows in coordinates of their spans, where closed forms need no square of the columns."""
+
+    moments: JointMoments
+    x_basis: Float[Tensor, "p d_x"]
+    y_basis: Float[Tensor, "q d_y"]
+    mean_x: Float[Tensor, " d_x"]
+    mean_y: Float[Tensor, " d_y"]
+
+    @property
+    def share(self) -> float:
+        """Coordinates a dimension of x: a penalty relative to the mean variance of x is so much less in coordinates."""
+        return self.x_basis.shape[0] / self.x_basis.shape[1]
+
+    def between(self, inner: maps.AffineMap) -> maps.LowRankMap:
+        """A map between coordinates that keeps the means, as one between the spaces."""
+        left = self.y_basis.mT @ inner.matrix
+        return maps.LowRankMap(left, self.x_basis, self.mean_y - left @ (self.x_basis @ self.mean_x))
+
+    def procrustes(self, *, scale: bool = False, rank: int | None = None) -> maps.LowRankMap:
+        """Orthogonal map of the span of x into that of y."""
+        return self.between(self.moments.procrustes(scale=scale, rank=rank))
+
+    def ridge(self, alpha: float = 1e-3) -> maps.LowRankMap:
+        """Affine ridge map x -> y; `alpha` is relative to the mean variance of x."""
+        return self.between(self.moments.ridge(alpha * self.share))
+
+    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> maps.CanonicalCorrelation:
+        """Canonical correlation analysis, shrunk as in the whole spaces."""
+        inner = self.moments
+        found = maps.cca(
+            inner.cov_xx,
+            inner.cov_xy,
+            inner.cov_yy,
+            count=inner.count,
+            k=k,
+            shrinkage=shrinkage,
+            dimensions=(len(self.mean_x), len(self.mean_y)),
+        )
+        return replace(
+            found,
+            x_directions=self.x_basis.mT @ found.x_directions,
+            y_directions=self.y_basis.mT @ found.y_directions,
+            mean_x=self.mean_x,
+            mean_y=self.mean_y,
+        )
+
+    def through_canonical(self, canonical: maps.CanonicalCorrelation) -> maps.LowRankMap:
+        """The best linear prediction of y from the canonical variables of x."""
+        return self.between(self.moments._through(self.x_basis @ canonical.x_directions))
 
 
 class GroupedMoments:
