@@ -556,3 +556,10 @@ def test_label_errors_are_what_the_report_finds(run: Callable[..., Ran]) -> None
     assert page.code == 0
     assert json.loads(Path("facts.json").read_text(encoding="utf-8"))["labels"]["suspects_found"] == 9
     assert "--label-errors -o labels_to_check.csv" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_without_arguments_there_is_help_and_no_error(run: Callable[..., Ran]) -> None:
+    ran = run()
+    assert ran.code == 2
+    assert "Usage" in ran.out + ran.err
+    assert "error" not in ran.err

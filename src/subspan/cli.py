@@ -120,7 +120,8 @@ def run(arguments: list[str] | None = None) -> int:
         except Exception as error:
             if os.environ.get("SUBSPAN_TRACEBACK") or not _is_input_error(error):
                 raise
-            _say(f"error: {_one_line(error)}")
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help is on the screen already
+                _say(f"error: {_one_line(error)}")
             code = 2
     if code == _STOPPED:
         _say("stopped")

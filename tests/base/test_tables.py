@@ -468,3 +468,17 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
     np.savez_compressed(tmp_path / "t.npz", x=np.zeros((2**10, 2**10), np.float32))
     with pytest.raises(ValueError, match="is refused"):
         read_table(tmp_path / "t.npz")
+
+
+def test_numbered_headers_and_columns_called_a_label(tmp_path):
+    lines = ["0,1,label", *(f"{i / 7},{i * i / 3},{i % 3}" for i in range(30))]
+    (tmp_path / "labelled.csv").write_text("\n".join(lines), encoding="utf-8")
+    with pytest.warns(UserWarning, match="label"):
+        assert read_table(tmp_path / "labelled.csv").shape == (30, 2)
+    assert read_table(tmp_path / "labelled.csv", label_column="label").shape == (30, 2)
+    bare = ["0,1", *(f"{i / 7},{i * i / 3}" for i in range(30))]
+    (tmp_path / "bare.csv").write_text("\n".join(bare), encoding="utf-8")
+    assert read_table(tmp_path / "bare.csv").shape == (30, 2)
+    (tmp_path / "headless.csv").write_text("\n".join(bare[1:]), encoding="utf-8")
+    with pytest.raises(ValueError, match="no header line"):
+        read_table(tmp_path / "headless.csv")

@@ -16,6 +16,7 @@ Kind = Literal["list", "text list", "real", "integer", "other"]
 """What a column holds: lists of numbers, texts of JSON lists, numbers, whole numbers, or something else."""
 
 _ID_NAMES = frozenset({"id", "ids", "_id"})
+_LABEL_NAMES = frozenset({"label", "labels", "class", "target"})
 # What pandas makes of an index: in CSV a column without a name, read back and written again "Unnamed: 0".
 _INDEX_NAMES = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 _FEW_ROWS, _FEW_WHOLE_ROWS = 3, 8
@@ -79,7 +80,8 @@ def choose_columns(
     """The columns of `kinds` that are the table's dimensions.
 
     column: asked for; `named`: taken for something else. Else the only column of vectors, or all numbers but ids (by
-    name, or whole numbers that only rise), pandas' index and, beside other numbers, constant whole ones.
+    name, or whole numbers that only rise), whole numbers called a label, pandas' index and, beside other numbers,
+    constant whole ones.
     Raises ValueError, which calls the table `where`, for none or several columns of vectors, or no numbers.
     """
     others = set(named)
@@ -96,6 +98,7 @@ def choose_columns(
     numbers = [name for name, kind in kinds.items() if kind in ("real", "integer") and name not in others]
     left = {name: "an id" for name in ids if name in numbers}
     left |= {name: "an index" for name in indexes if name in numbers}
+    left |= {name: "a label" for name in numbers if kinds[name] == "integer" and name.casefold() in _LABEL_NAMES}
     whole = [name for name in numbers if kinds[name] == "integer" and name not in left]
     mixed = any(kinds[name] == "real" and name not in left for name in numbers)
     found = progressions(whole)

@@ -598,7 +598,8 @@ def _open_separated(source: Path, column: str | None, names: dict[str, str | Non
     _, header = next(rows, (0, None))
     if header is None:
         raise ValueError(f"path: {str(source)!r} holds no rows")
-    if all(map(_is_number, header)):
+    # pandas numbers columns that have no names.
+    if all(map(_is_number, header)) and header != [str(place) for place in range(len(header))]:
         raise ValueError(f"path: {str(source)!r} has no header line; name the columns in the first line")
     _unrepeated([(name, None) for name in header], source)
     return _open_rows(source, header, rows, column, names, texts=True)

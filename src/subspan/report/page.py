@@ -294,7 +294,7 @@ def _contents(facts: dict[str, Any], data: Embeddings) -> str:
         ]
         pairs = _details("Near copies, the closest first", _cards(cards, data))
     return f'<p class="lead">{lead}</p>{table}{figure}{pairs}' + _command(
-        "Choose rows and leave the copies out:", _call("select", data, "--unique -o kept.csv")
+        "Choose rows and leave the copies out:", _call("select", data, "--unique -m 1.0 -o kept.csv")
     )
 
 
@@ -380,7 +380,8 @@ def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
     table = _table(["Dimensions", "PCA", "first columns", "a row"], rows, numbers_from=0)
     target = dims if dims < full else max(1, full // 2)
     return f'<p class="lead">{lead}</p>{figure}{note}{_details("The numbers", table)}' + _command(
-        "Write the shorter vectors and the map:", _call("shorten", data, f"--rank {target} -o short.npy")
+        "Write the shorter vectors and the map:",
+        _call("shorten", data, f"--rank {target} -o short.npy --map map.safetensors"),
     )
 
 
