@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from subspan import align, cluster, nn, probe, represent, statistics
+from subspan import align, cluster, edit, nn, probe, represent, select, statistics
 
 
 class Default(NamedTuple):
@@ -214,6 +214,25 @@ PUBLISHED = [
     Default(probe.ConvergentLearning, "method", "matching", "Li et al. (2016)"),
     Default(probe.ConvergentLearning, "sign", "auto", "Li et al. (2016) for ReLU units; magnitudes elsewhere are ours"),
     Default(statistics.mutual_information, "bins", 10, "YixuanLi/convergent_learning, beside a bin of zeros"),
+    # align: ReAlign
+    Default(align.ReAlign, "steps", ("anchor", "trace", "centroid"), "Yu et al. (2026)"),
+    Default(align.ReAlign, "n_centroid", 1, "Yu et al. (2026)"),
+    # select: ScalSelect
+    Default(select.ScalSelect, "mass", 0.9, "Wu et al. (2026)"),
+    Default(select.ScalSelect, "rank", 0.9, "Wu et al. (2026)"),
+    Default(select.ScalSelect, "center", True, "Wu et al. (2026), published run"),
+    Default(select.ScalSelect, "standardize", False, "Wu et al. (2026), published run"),
+    Default(select.ScalSelect, "row_norm", False, "Wu et al. (2026), published run"),
+    Default(select.ScalSelect, "block", 0, "Wu et al. (2026), the first block"),
+    Default(select.ScalSelect, "max_length", 4096, "Wu et al. (2026), published code"),
+    Default(select.ScalSelect, "batch_size", 1, "Wu et al. (2026), published code"),
+    # edit: spectral steering
+    Default(edit.SpectralSteering, "steps", 1, "Dafnis & Metaxas (2025)"),
+    Default(edit.SpectralSteering, "lr", 5e-3, "Dafnis & Metaxas (2025)"),
+    Default(edit.SpectralSteering, "optimizer", "adamw", "Dafnis & Metaxas (2025)"),
+    Default(edit.SpectralSteering, "keep", 0.1, "Dafnis & Metaxas (2025), of 64 views"),
+    Default(edit.SpectralSteering, "per_class", False, "Dafnis & Metaxas (2025), shared coefficients"),
+    Default(edit.SpectralSteering, "reg", 0.0, "ours: without effect in the one published step"),
 ]
 
 
