@@ -215,7 +215,7 @@ def passes(module: Path, tree: Path, seconds: int) -> bool:
     if child == 0:
         os.setpgrp()
         os.chdir(tree)
-        quiet = os.open(os.devnull, os.O_RDWR)
+        quiet = os.open(tree.parent / "tests.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         for stream in (0, 1, 2):
             os.dup2(quiet, stream)
         import pytest
@@ -262,6 +262,7 @@ def main() -> None:
         for module in {mutant.module.parent: mutant.module for mutant in chosen}.values():
             if not passes(module, tree, options.seconds):
                 print(f"left out: the tests of {module.relative_to(ROOT)} do not pass without any change", flush=True)
+                print((tree.parent / "tests.log").read_text(encoding="utf-8", errors="replace")[-3000:], flush=True)
                 chosen = [mutant for mutant in chosen if mutant.module.parent != module.parent]
         for number, mutant in enumerate(chosen, 1):
             alive = survives(mutant, tree, options.seconds)
