@@ -65,9 +65,9 @@ def test_visible_and_residual_subspaces_are_complements_and_are_what_the_compati
     torch.testing.assert_close(model(moved, e).compatible, model(f, e).compatible, rtol=0, atol=1e-5)
     shifted = f + visible.project(unit(20, 12, 2)).float()
     assert float((model(shifted, e).compatible - model(f, e).compatible).detach().abs().max()) > 0.1
-    with pytest.raises(ValueError, match="k = d_old"):
+    with pytest.raises(ValueError, match="'visible' is empty"):
         _ = BasisTransform(6, 4, 4).visible_subspace
-    with pytest.raises(ValueError, match="sees all of f"):
+    with pytest.raises(ValueError, match="'residual' is empty"):
         _ = BasisTransform(4, 6, 2).residual_subspace
 
 

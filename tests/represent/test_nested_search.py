@@ -5,16 +5,10 @@ import pytest
 import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
+from subspan.geometry import prefix_similarities, prefix_squared_norms, smallest_sufficient
 from subspan.nn import MatryoshkaLinear
 from subspan.represent import MatryoshkaCascade, MatryoshkaIndex
-from subspan.solvers import (
-    nearest,
-    prefix_retrieval_scores,
-    prefix_similarities,
-    prefix_squared_norms,
-    retrieval_scores,
-    smallest_sufficient,
-)
+from subspan.solvers import nearest, prefix_retrieval_scores, retrieval_scores
 
 
 def rows(n, d=16, seed=0):

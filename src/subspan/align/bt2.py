@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..base.files import atomic_write, new_array
 from ..geometry.arrays import as_tensor, check_finite, check_matrix, normalize_rows
+from ..geometry.coordinates import Blocks
 from ..geometry.grassmann import polar
 from ..geometry.maps import AffineMap
 from ..geometry.subspace import Subspace
@@ -91,20 +92,21 @@ class BasisTransform(nn.Module):
         return mixed[..., self.k :] @ r1 / self.scale, mixed[..., : self.k]
 
     @property
+    def blocks(self) -> Blocks:
+        """The new space: "visible" is what the compatible part sees, d_old - k dimensions; "residual" the rest."""
+        seen = self.d_old - self.k
+        axes = polar(self.new_basis.weight.detach().double().mT)
+        return Blocks({"visible": seen, "residual": self.d_new - seen}, rotation=axes)
+
+    @property
     def visible_subspace(self) -> Subspace:
         """The d_old - k dimensions of the new space that the compatible part sees. Raises ValueError at k = d_old."""
-        return self._rows(slice(0, self.d_old - self.k), "k = d_old, so the compatible part sees nothing of f")
+        return cast(Subspace, self.blocks.subspace("visible"))
 
     @property
     def residual_subspace(self) -> Subspace:
         """The rest of the new space, which the old one cannot hold. Raises ValueError where nothing is left."""
-        return self._rows(slice(self.d_old - self.k, None), "d_old = d_new + k, so the compatible part sees all of f")
-
-    def _rows(self, rows: slice, empty: str) -> Subspace:
-        basis = self.new_basis.weight.detach().double()[rows].mT
-        if not basis.shape[1]:
-            raise ValueError(f"subspace: it is empty, as {empty}")
-        return Subspace(polar(basis))
+        return cast(Subspace, self.blocks.subspace("residual"))
 
     @property
     def affine_map(self) -> AffineMap:

@@ -2,6 +2,7 @@
 
 from .angles import expected_overlap, principal_angles, principal_vectors, subspace_distance, subspace_overlap
 from .arrays import as_tensor, check_finite, check_matrix, like, normalize_rows
+from .coordinates import Blocks, CoordinateSubspace, SoftSubspace
 from .maps import (
     AffineMap,
     CanonicalCorrelation,
@@ -15,6 +16,15 @@ from .maps import (
     shrink_covariance,
     translation,
     whitening,
+)
+from .prefixes import (
+    blocks_between,
+    halving_sizes,
+    prefix,
+    prefix_similarities,
+    prefix_sizes,
+    prefix_squared_norms,
+    smallest_sufficient,
 )
 from .rank import (
     EffectiveRank,
@@ -43,7 +53,9 @@ from .subspace import Subspace
 
 __all__ = [
     "AffineMap",
+    "Blocks",
     "CanonicalCorrelation",
+    "CoordinateSubspace",
     "EffectiveRank",
     "Elbow",
     "EnergyRank",
@@ -51,8 +63,10 @@ __all__ = [
     "GavishDonoho",
     "MarchenkoPastur",
     "RankRule",
+    "SoftSubspace",
     "Subspace",
     "as_tensor",
+    "blocks_between",
     "cca",
     "check_finite",
     "check_matrix",
@@ -65,6 +79,7 @@ __all__ = [
     "explained_ratio",
     "gaussian_transport",
     "gram_agreement",
+    "halving_sizes",
     "inverse_sqrt",
     "like",
     "linear_cka",
@@ -72,6 +87,10 @@ __all__ = [
     "oas_shrinkage",
     "participation_ratio",
     "power_law_exponent",
+    "prefix",
+    "prefix_similarities",
+    "prefix_sizes",
+    "prefix_squared_norms",
     "principal_angles",
     "principal_vectors",
     "procrustes",
@@ -79,6 +98,7 @@ __all__ = [
     "rate_reduction",
     "ridge",
     "shrink_covariance",
+    "smallest_sufficient",
     "spatial_structure",
     "subspace_distance",
     "subspace_overlap",

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..geometry.arrays import as_tensor, check_matrix
 from ..geometry.grassmann import orthonormalize
-from ..solvers.prefixes import blocks_between, prefix, prefix_sizes, prefix_squared_norms
+from ..geometry.prefixes import blocks_between, prefix, prefix_sizes, prefix_squared_norms
 from .orthogonal import OrthogonalLinear
 
 _UNIT_TOLERANCE = 1e-3

@@ -17,8 +17,8 @@ from torch import Tensor
 from ..base.saved import saved_object
 from ..geometry.arrays import as_tensor, check_finite, like
 from ..geometry.files import save_arrays
+from ..geometry.prefixes import prefix_sizes
 from ..nn.matryoshka import MatryoshkaLinear
-from ..solvers.prefixes import prefix_sizes
 
 
 class MatryoshkaCascade(BaseEstimator):

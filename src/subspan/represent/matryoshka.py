@@ -17,10 +17,10 @@ from ..base.estimators import validate_data
 from ..base.saved import Schema, optional, saved_object, set_state
 from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
+from ..geometry.prefixes import halving_sizes, prefix, prefix_sizes
 from ..geometry.subspace import Subspace
 from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
 from ..nn.training import batch_rows, quiet_trainer
-from ..solvers.prefixes import halving_sizes, prefix, prefix_sizes
 from ..statistics import Moments, fit_moments, is_stream
 
 _KINDS = ("pca", "rotation", "linear", "mlp")

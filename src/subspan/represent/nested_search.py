@@ -18,7 +18,7 @@ from ..base.saved import Schema, saved_object
 from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
 from ..geometry.extras import require
 from ..geometry.files import save_arrays
-from ..solvers.prefixes import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
+from ..geometry.prefixes import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
 
 _METRICS = ("cosine", "l2")
 _BACKENDS = ("exact", "faiss")

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..geometry.arrays import as_tensor, check_finite, like
-from ..solvers.prefixes import prefix
+from ..geometry.prefixes import prefix
 
 
 def truncate(model_or_array: Any, m: int, *, normalize: bool = True) -> Any:

@@ -19,10 +19,11 @@ from torch import Tensor
 from ..datasets import code_and_docstrings, load_sentence_encoder
 from ..datasets.cache import cached_features
 from ..datasets.packages import is_installed
+from ..geometry import prefix, smallest_sufficient
 from ..geometry.grassmann import random_basis
 from ..models import SentenceEncoder
 from ..represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
-from ..solvers import nearest, prefix, smallest_sufficient
+from ..solvers import nearest
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 

@@ -23,15 +23,6 @@ from .partitions import (
     pairwise_f1,
 )
 from .point_clouds import chamfer_distances
-from .prefixes import (
-    blocks_between,
-    halving_sizes,
-    prefix,
-    prefix_similarities,
-    prefix_sizes,
-    prefix_squared_norms,
-    smallest_sufficient,
-)
 from .retrieval import (
     BackfillCurve,
     RetrievalScores,
@@ -62,7 +53,6 @@ __all__ = [
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
-    "blocks_between",
     "chamfer_distances",
     "clustering_accuracy",
     "common_prefix",
@@ -72,7 +62,6 @@ __all__ = [
     "doubly_stochastic",
     "feature_detection_error",
     "geometric_weights",
-    "halving_sizes",
     "jacobian_rank",
     "jacobian_subspace",
     "knn_overlap",
@@ -84,16 +73,11 @@ __all__ = [
     "orthogonal_iteration",
     "orthonormal_columns",
     "pairwise_f1",
-    "prefix",
     "prefix_retrieval_scores",
-    "prefix_similarities",
-    "prefix_sizes",
-    "prefix_squared_norms",
     "randomized_svd",
     "recall_at_k",
     "retrieval_scores",
     "round_embedding",
-    "smallest_sufficient",
     "smooth",
     "symmetric_normalized",
     "template_gallery",

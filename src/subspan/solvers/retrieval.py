@@ -17,7 +17,7 @@ from scipy.integrate import trapezoid
 from torch import Tensor
 
 from ..geometry.arrays import as_tensor, check_matrix, normalize_rows
-from .prefixes import prefix_similarities, prefix_sizes
+from ..geometry.prefixes import prefix_similarities, prefix_sizes
 
 _BLOCK = 1 << 24
 _METRICS = ("cosine", "inner", "l2")

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..geometry.arrays import check_matrix
+from .arrays import check_matrix
 
 _METRICS = ("cosine", "inner", "l2")
 
