@@ -120,7 +120,7 @@ def test_blocks_divide_and_merge_without_moving_a_coordinate(blocks):
     torch.testing.assert_close(finer.coordinates(x, "a"), blocks.coordinates(x, "a"))
     torch.testing.assert_close(finer.merge(["b", "old", "new"], "t").project(x, "t"), blocks.project(x, "s", "b"))
     assert next(iter(finer.merge(["b", "old", "new"], "t").sizes)) == "t"
-    same = blocks.divide("s", {"one": 1, "two": 2})
+    same = blocks.divide("s", {"two": 2, "one": 1})
     torch.testing.assert_close(same.coordinates(x), blocks.coordinates(x))
     plain = finer.contiguous()
     moved = x if blocks.rotation is not None else x[..., finer.indices()]
