@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +25,7 @@ from ..geometry.arrays import check_matrix, like, normalize_rows
 from ..geometry.files import save_arrays
 from ..geometry.maps import AffineMap, procrustes
 from ..geometry.subspace import Subspace
+from ..nn.blocks import MLP
 from ..nn.contrastive import info_nce
 from ..nn.lambda_orthogonality import (
     LambdaOrthogonality,
@@ -402,13 +402,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
 def _forward(kind: str, d_old: int, d_new: int) -> nn.Module:
     """F before training: the identity on shared coordinates, or the network of forward-compatible training."""
     if kind == "mlp":
-        widths = (d_old, 2 * d_old, 2 * d_new)
-        hidden = [
-            layer
-            for before, after in pairwise(widths)
-            for layer in (nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU())
-        ]
-        return nn.Sequential(*hidden, nn.Linear(widths[-1], d_new))
+        return MLP((d_old, 2 * d_old, 2 * d_new, d_new), norm="batch", activation="relu")
     layer = nn.Linear(d_old, d_new)
     nn.init.eye_(layer.weight)
     nn.init.zeros_(layer.bias)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .penalties import gram_error
+
 _RELATIVE = 0.375
 _SHARPNESS = 100.0
 
@@ -18,10 +20,7 @@ def orthogonality_defect(weight: Float[Tensor, "d_out ..."]) -> Float[Tensor, ""
 
     weight (d_out, …) is flattened to a matrix, as for convolutions; r is computed in float32 or wider.
     """
-    with torch.autocast(weight.device.type, enabled=False):
-        w = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-        gram = w.mT @ w if w.shape[0] >= w.shape[1] else w @ w.mT
-        return torch.linalg.vector_norm(gram - torch.eye(len(gram), dtype=w.dtype, device=w.device))
+    return torch.linalg.vector_norm(gram_error(weight.flatten(1)))
 
 
 def defect_limit(weight: Tensor, lam: float | None = None, lam_rel: float | None = None) -> float:

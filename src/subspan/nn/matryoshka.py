@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..geometry.arrays import as_tensor, check_matrix
 from ..geometry.grassmann import orthonormalize
 from ..geometry.prefixes import blocks_between, prefix, prefix_sizes, prefix_squared_norms
+from .blocks import MLP
 from .orthogonal import OrthogonalLinear
 
 _UNIT_TOLERANCE = 1e-3
@@ -264,7 +265,7 @@ class MatryoshkaAdapter(nn.Module):
             with torch.no_grad():
                 self.map.weight.copy_(start[:, :width].mT)
         else:
-            self.map = nn.Sequential(nn.Linear(d, hidden), nn.GELU(), nn.Linear(hidden, width))
+            self.map = MLP((d, hidden, width))
 
     def forward(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n m"]:
         """Nested coordinates; of each the first m are an embedding for every m in `dims`."""

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from subspan.geometry.extras import require
+from subspan.nn.blocks import MLP
 from subspan.nn.contrastive import info_nce
 
 if TYPE_CHECKING:
@@ -27,10 +28,7 @@ class PointNet(nn.Module):
     def __init__(self, width: int = 256) -> None:
         super().__init__()
         self.width = width
-        self.points = nn.Sequential(
-            nn.Linear(3, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 128), nn.LayerNorm(128), nn.GELU(),
-            nn.Linear(128, width),
-        )  # fmt: skip
+        self.points = MLP((3, 64, 128, width), norm="layer")
 
     def forward(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b d"]:
         """Features of clouds."""
@@ -67,7 +65,7 @@ class PointContrast(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.encoder = PointNet(width)
-        self.head = nn.Sequential(nn.Linear(2 * width, width), nn.GELU(), nn.Linear(width, 128))
+        self.head = MLP((2 * width, width, 128))
         self._views = torch.Generator().manual_seed(seed)
 
     def forward(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b d"]:
