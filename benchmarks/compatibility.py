@@ -15,7 +15,7 @@ from torch import nn
 
 from record import Record, parser, timed
 from subspan.align import BasisTransform, LambdaOrthogonalAdapter, SpaceMap
-from subspan.geometry import normalize_rows
+from subspan.base import normalize_rows
 from subspan.nn import LambdaOrthogonality, OrthogonalLinear
 from subspan.solvers import nearest
 

@@ -18,7 +18,8 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, loa
 
 from record import Record, parser
 from subspan.datasets import data_folder, load, load_sentence_encoder
-from subspan.detect import SubspaceDetector, auroc
+from subspan.detect import SubspaceDetector
+from subspan.measures import auroc
 from subspan.models import SentenceEncoder
 from subspan.report import read_embeddings
 from subspan.reproduce.image_features import image_encoder

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from record import Record, parser, timed
+from subspan.models.surgery import multiply_adds
 from subspan.nn import GrassmannMixing
-from subspan.nn.replacement import multiply_adds
 
 WIDTH, RANK, HEADS = 256, 32, 8
 

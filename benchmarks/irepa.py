@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from record import Record, parser, timed
 from subspan.align import RepresentationAlignment
-from subspan.geometry import spatial_structure
-from subspan.geometry.spatial import manhattan_distances
+from subspan.measures import spatial_structure
+from subspan.measures.spatial import manhattan_distances
 from subspan.nn import FlowTransformer, PatchProjector, SpatialNorm
 
 IMAGES, SIDE, D = 32, 16, 384

@@ -15,7 +15,8 @@ from sklearn.cross_decomposition import CCA
 
 from record import Record, parser, peak
 from subspan.align import SubspaceAligner
-from subspan.statistics import JointMoments, local_kernel_cka
+from subspan.measures import local_kernel_cka
+from subspan.statistics import JointMoments
 
 P, Q, SHARED = 512, 384, 20
 

@@ -23,7 +23,7 @@ from sklearn.metrics import normalized_mutual_info_score
 from record import Record, parser, peak
 from subspan.cluster import S2CAG
 from subspan.datasets import AttributedGraph, attributed_block_model, data_folder, load_graph
-from subspan.solvers import clustering_accuracy
+from subspan.measures import clustering_accuracy
 
 # (order, decay): the published ones for the real graphs. The generated one takes Pubmed's published order, which sets
 # the cost; its decay of 1.8 would smooth a block model to a constant.

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import sparse
 
 from record import Record, parser, peak
-from subspan.solvers import clustering_accuracy
+from subspan.measures import clustering_accuracy
 
 CLUSTERS, DIM, WIDTH, NOISE = 10, 6, 100, 0.05
 GAMMA, RATIO, GREEDY = 50.0, 0.95, 6

@@ -82,7 +82,7 @@ def _reconstruction(rows, model, _):
 
 
 def torch_bank(normal, official):
-    from subspan.geometry import normalize_rows
+    from subspan.base import normalize_rows
     from subspan.solvers.neighbours import nearest
 
     kept = {}

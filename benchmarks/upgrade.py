@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from record import Record, parser, timed
 from subspan.align import UpgradeMap
-from subspan.align.held_out import Retrieval
+from subspan.align.upgrade.held_out import Retrieval
 
 ROWS, FIT, D = 6000, 4000, 256
 QUERIES = 200_000

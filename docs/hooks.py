@@ -198,10 +198,19 @@ def benchmark(name):
     return "\n\n".join(parts)
 
 
+def modules(room):
+    """Every module of a room that has public names, in the order of their paths, as what mkdocstrings expands."""
+    folder = ROOT / "src" / "subspan" / room
+    public = re.compile(r"^(def|class) [a-zA-Z]", re.MULTILINE)
+    found = [path for path in sorted(folder.rglob("*.py")) if public.search(path.read_text(encoding="utf-8"))]
+    return "\n".join("::: " + ".".join(path.relative_to(ROOT / "src").with_suffix("").parts) for path in found)
+
+
 def on_page_markdown(markdown, **_):
     """Put the recorded tables where a page asks for them."""
     markdown = re.sub(r"<!-- benchmark: ([\w-]+) -->", lambda match: benchmark(match[1]), markdown)
     markdown = re.sub(r"<!-- results: ([\w-]+) -->", lambda match: measured(match[1]), markdown)
+    markdown = re.sub(r"<!-- modules: (\w+) -->", lambda match: modules(match[1]), markdown)
     markdown = markdown.replace("<!-- systems -->", summary())
     return markdown.replace("<!-- reached -->", reached())
 

@@ -38,8 +38,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from subspan.base import read_table
 from subspan.base.reading import read_json
-from subspan.datasets import image_folder, open_image, original, read_graph, read_table, read_texts
+from subspan.datasets import image_folder, open_image, original, read_graph, read_texts
 from subspan.datasets.index_writing import _recorded_rows
 from subspan.datasets.indexes import open_index, read_ids
 from subspan.detect import SubspaceDetector

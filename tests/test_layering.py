@@ -12,26 +12,23 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
 
-GROUND = frozenset({"base", "geometry", "statistics", "solvers"})
-FIRST_FLOOR = frozenset({"nn", "models"})
-TASKS = frozenset(
-    {"detect", "select", "cluster", "align", "edit", "probe", "compress", "merge", "represent", "dynamics", "wireless"}
+# From the ground up; a room may import the floors below its own, and nothing of its own floor but itself.
+FLOORS = (
+    {"base"},
+    {"geometry"},
+    {"statistics", "solvers"},
+    {"measures"},
+    {"models", "datasets"},
+    {"nn"},
+    {"detect", "select", "cluster", "align", "edit", "probe", "represent", "dynamics", "weights", "wireless"},
+    {""},  # the package's own front page, `subspan/__init__.py`
+    {"reproduce"},
+    {"commands"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
 )
-# What each room may import beside itself. `""` is the package's own front page, `subspan/__init__.py`.
-BELOW = {
-    "base": frozenset(),
-    "geometry": frozenset({"base"}),
-    "statistics": frozenset({"base", "geometry"}),
-    "solvers": frozenset({"base", "geometry"}),
-    **dict.fromkeys(FIRST_FLOOR, GROUND),
-    **dict.fromkeys(TASKS, GROUND | FIRST_FLOOR),
-    "datasets": GROUND,
-}
-BELOW["reproduce"] = GROUND | FIRST_FLOOR | TASKS | {"datasets", ""}
-BELOW["report"] = BELOW["reproduce"] | {"reproduce"}
-BELOW["cli"] = BELOW["report"] | {"report"}
-BELOW[""] = GROUND | FIRST_FLOOR | TASKS
-BELOW["__main__"] = frozenset({"cli"})
+BELOW = {room: frozenset().union(*FLOORS[:floor]) for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"})
 MODULE_NAME = re.compile(rf"subspan\.({'|'.join(filter(None, BELOW))})(\.\w+)*")
@@ -69,6 +66,21 @@ def climbing_imports(source: str, module: str, *, package: bool = False) -> list
         for line, name in imported(source, module, package=package)
         if name.split(".")[0] == "subspan" and room(name) != own and room(name) not in BELOW[own]
     ]
+
+
+def crooked_imports(source: str, module: str, *, package: bool = False) -> list[str]:
+    """Imports of a neighbour in the own room that are absolute, and of another room that are relative."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        level = len(module.split(".")) - (0 if package else 1) - node.level + 1
+        own = node.module is not None and room(node.module) == room(module) != ""
+        if (node.level and level < 2 and room(module)) or (
+            not node.level and own and node.module.startswith("subspan.")
+        ):
+            found.append(f"{module}:{node.lineno} imports {'.' * node.level}{node.module or ''}")
+    return found
 
 
 def unsafe_reads(source: str, module: str) -> list[str]:
@@ -114,6 +126,30 @@ def test_imports_go_down() -> None:
     assert not found, "\n".join(found)
 
 
+def test_imports_are_relative_inside_a_room_and_absolute_outside() -> None:
+    found = [
+        fault
+        for module, path in modules()
+        for fault in crooked_imports(path.read_text(encoding="utf-8"), module, package=path.name == "__init__.py")
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "crooked"),
+    [
+        ("from ..geometry import Subspace", 1),
+        ("from .. import geometry", 1),
+        ("from subspan.align.bt2 import BT2Loss", 1),
+        ("from .bt2 import BT2Loss\nfrom ..spaces.irepa import RepresentationAlignment", 0),
+        ("from subspan.geometry import Subspace\nfrom subspan import nn\nimport torch", 0),
+    ],
+)
+def test_the_style_of_an_import_is_seen(source: str, crooked: int) -> None:
+    module = "subspan.align.compatible.training" if ".." in source and "spaces" in source else "subspan.align.training"
+    assert len(crooked_imports(source, module)) == crooked
+
+
 def test_nothing_is_unpickled() -> None:
     found = [fault for module, path in modules() for fault in unsafe_reads(path.read_text(encoding="utf-8"), module)]
     # Qdrant's folders hold pickles, which are read by a reader that makes inert objects of two names and nothing else.
@@ -141,7 +177,7 @@ def test_every_module_has_a_telling_name() -> None:
         ("subspan.solvers.ista", "def late():\n    from subspan.models import capture"),
         ("subspan.detect.subspacead", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import subspan.select"),
         ("subspan.detect.subspacead", "import importlib\nimportlib.import_module('subspan.select.scalselect')"),
-        ("subspan.detect.subspacead", "from subspan.datasets import load"),
+        ("subspan.detect.subspacead", "from subspan.reproduce import run"),
         ("subspan.detect.subspacead", "from subspan import __version__"),
         ("subspan.datasets.texts", "from subspan.models import capture"),
         ("subspan.reproduce.realign", "from subspan.report import page"),

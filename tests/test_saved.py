@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import subspan
 from subspan.align import LambdaOrthogonalAdapter, ReAlign, SubspaceAligner, UpgradeMap
-from subspan.align.adapter import EmbeddingAdapter
-from subspan.align.modality import ProjectedAffine
+from subspan.align.modality.modality_map import ProjectedAffine
+from subspan.align.upgrade.adapter import EmbeddingAdapter
 from subspan.base.saved import fits
 from subspan.detect import RandomRotations, SubspaceAD, SubspaceDetector
 from subspan.geometry import AffineMap, Subspace

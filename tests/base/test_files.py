@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Int
 
 from subspan.base.files import Target, atomic_write, empty, remove_unfinished, temporary_folder, written_together
-from subspan.base.saved import saved_object
-from subspan.geometry.files import save_arrays
+from subspan.base.saved import save_arrays, saved_object
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="no process can be forked, no folder locked")
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from subspan.base import FiniteCheck, read_table
 from subspan.base import tables as module
-from subspan.datasets import FiniteCheck, read_table
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 feather = pytest.importorskip("pyarrow.feather")

@@ -21,7 +21,7 @@ from subspan.cluster import (
     ThresholdingSubspaceClustering,
 )
 from subspan.geometry import Subspace
-from subspan.solvers import feature_detection_error
+from subspan.measures import feature_detection_error
 from subspan.solvers.self_expression import RIDGE, low_rank_self_expression, ridge_self_expression
 
 ALL = [

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from subspan.detect import SubspaceDetector, auroc, subspace_score
+from subspan.detect import SubspaceDetector, subspace_score
 from subspan.geometry import Subspace, oas_shrinkage
+from subspan.measures import auroc
 from subspan.statistics import Moments
 
 PUBLISHED = ["residual", "mahalanobis", "cosine", "euclidean"]

@@ -17,12 +17,12 @@ from subspan.detect import (
     RandomRotations,
     SubspaceAD,
     SubspaceDetector,
-    auroc,
     tail_mean,
 )
 from subspan.detect.foreground import otsu_threshold, specular_confidence, suppress_specular
 from subspan.detect.maps import aggregate, gaussian_blur, smooth, stitch, upsample, window_boxes
 from subspan.detect.rotations import rotate
+from subspan.measures import auroc
 from subspan.models import FeatureGrid, ImagePreprocessing
 
 

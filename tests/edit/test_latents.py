@@ -4,13 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from subspan.edit import (
-    displacement_mixing,
-    displacements,
-    latent_directions,
-    orthogonalize_projections,
-    path_length,
-)
+from subspan.edit import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from subspan.geometry import principal_angles
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import HouseholderProjector

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from subspan.geometry import expected_overlap, normalize_rows, principal_angles, subspace_overlap
+from subspan.base import normalize_rows
+from subspan.geometry import expected_overlap, principal_angles, subspace_overlap
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import GrassmannHead, RiemannianSGD
 from subspan.statistics import GroupedMoments

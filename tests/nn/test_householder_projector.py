@@ -6,7 +6,8 @@ from torch import nn
 
 from subspan.geometry import principal_angles
 from subspan.geometry.grassmann import polar, random_basis
-from subspan.nn import HouseholderFrame, HouseholderProjector, replace
+from subspan.models import replace
+from subspan.nn import HouseholderFrame, HouseholderProjector
 from subspan.nn.householder_projector import jacobian_gram
 
 

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.nn import (
-    CompatibleCE,
-    HOCLoss,
-    SimplexClassifier,
-    active_subspace,
-    neural_collapse,
-    simplex_logits,
-    simplex_vertices,
-)
+from subspan.measures import neural_collapse
+from subspan.nn import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
 from subspan.statistics import GroupedMoments
 
 

@@ -10,7 +10,8 @@ pytest.importorskip("lightning", reason="the trainer is Lightning's (extra: trai
 
 from lightning import LightningModule
 
-from subspan.align import LambdaOrthogonalAdapter, SimplexClassifier, StationaryModule
+from subspan.align import LambdaOrthogonalAdapter, StationaryModule
+from subspan.nn import SimplexClassifier
 from subspan.nn.training import batch_rows, quiet_trainer
 from subspan.represent import Matryoshka
 

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from subspan.nn import SubspaceAttention, attention_entropy, replace, shape_preserving_blocks
+from subspan.models import replace
+from subspan.nn import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 
 def made(channels=8, groups=2, **options):

@@ -6,9 +6,10 @@ import torch
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.geometry import prefix_similarities, prefix_squared_norms, smallest_sufficient
+from subspan.measures import prefix_retrieval_scores, retrieval_scores
 from subspan.nn import MatryoshkaLinear
 from subspan.represent import MatryoshkaCascade, MatryoshkaIndex
-from subspan.solvers import nearest, prefix_retrieval_scores, retrieval_scores
+from subspan.solvers import nearest
 
 
 def rows(n, d=16, seed=0):

@@ -7,8 +7,8 @@ import torch
 pytest.importorskip("lightning", reason="the dual encoder trains with Lightning (extra: train)")
 pytest.importorskip("transformers", reason="the sentence encoder is a transformers model (extra: text)")
 
+from subspan.base import normalize_rows
 from subspan.datasets import is_available, is_installed
-from subspan.geometry import normalize_rows
 from subspan.reproduce import dual_encoder as recipe
 from subspan.reproduce import realign
 from subspan.reproduce.dual_encoder import TEMPLATES, Pairs, Recipe, SharedSpace

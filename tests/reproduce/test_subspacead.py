@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.detect import RandomRotations, SubspaceAD, auroc
+from subspan.detect import RandomRotations, SubspaceAD
+from subspan.measures import auroc
 
 pytest.importorskip("skimage", reason="needs scikit-image's bundled photographs")
 

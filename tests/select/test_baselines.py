@@ -5,15 +5,7 @@ import pytest
 import torch
 
 from subspan.select import LeverageSelector, baselines, reconstruction_error, retention, retention_curve
-from subspan.select.baselines import (
-    distinct_rows,
-    herding,
-    k_center,
-    k_medoids,
-    largest_rows,
-    perplexity,
-    random_rows,
-)
+from subspan.select.baselines import distinct_rows, herding, k_center, k_medoids, largest_rows, perplexity, random_rows
 
 
 @pytest.fixture

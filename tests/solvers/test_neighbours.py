@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.solvers import knn_overlap, largest_product, nearest, recall_at_k
+from subspan.measures import knn_overlap, recall_at_k
+from subspan.solvers import largest_product, nearest
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])

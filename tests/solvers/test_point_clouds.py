@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from subspan.solvers import chamfer_distances, neighbour_purity
+from subspan.measures import neighbour_purity
+from subspan.solvers import chamfer_distances
 
 
 def test_chamfer_is_the_formula():

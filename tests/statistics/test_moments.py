@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from subspan.geometry import Subspace, linear_cka
-from subspan.statistics import CovarianceSketch, GroupedMoments, JointMoments, Moments, kernel_cka
+from subspan.measures import kernel_cka
+from subspan.statistics import CovarianceSketch, GroupedMoments, JointMoments, Moments
 
 
 def draw(n=600, d=12, seed=0, dtype=torch.float64):

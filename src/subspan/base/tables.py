@@ -22,16 +22,7 @@ from safetensors import safe_open
 from .columns import Columns, Kind, Progressions, choose_columns, listed
 from .extras import require
 from .kinds import LINES, SEPARATED, TABLES, check_input, suffix_of
-from .reading import (
-    characters,
-    check_memory,
-    json_records,
-    parse_json,
-    quoted,
-    reading,
-    regular_file,
-    separated_rows,
-)
+from .reading import characters, check_memory, json_records, parse_json, quoted, reading, regular_file, separated_rows
 
 MAX_UNPACKED_BYTES = 16 * 2**30
 _UNPACKED_AT_ONCE = 2**30

@@ -14,15 +14,16 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..base.estimators import validate_data
-from ..geometry.arrays import check_finite, like, normalize_rows
-from ..models.capture import Capture, evaluation
-from ..models.layers import layer_names
-from ..nn.autoencoders import ConvAutoencoder, LinearAutoencoder
-from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
-from ..solvers.partitions import modularity
-from ..solvers.self_expression import check_dense, check_rows, joint_factor
-from ..solvers.spectral import low_rank_affinity, retained_affinity, spectral_labels
+from subspan.base import check_finite, like, normalize_rows
+from subspan.base.estimators import validate_data
+from subspan.base.modules import evaluation
+from subspan.measures import modularity
+from subspan.models import Capture, layer_names
+from subspan.nn import ConvAutoencoder, LinearAutoencoder
+from subspan.solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
+from subspan.solvers.self_expression import check_dense, check_rows, joint_factor
+from subspan.solvers.spectral import low_rank_affinity, retained_affinity, spectral_labels
+
 from .self_expressive import check_cluster_count, warn_of_copies
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
 
     def _train(self, module: Any, items: Tensor, steps: int) -> int:
         """Train on all items at once; the steps it took."""
-        from ..nn.training import quiet_trainer
+        from subspan.nn.training import quiet_trainer
+
         from .deep_training import all_items
 
         kind = torch.device(self.device).type

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from ..geometry.extras import require
-from ..nn.autoencoders import ConvAutoencoder, LinearAutoencoder
-from ..nn.self_expression import SelfExpression, SubspaceStructured
+from subspan.base import require
+from subspan.nn import ConvAutoencoder, LinearAutoencoder, SelfExpression, SubspaceStructured
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -14,13 +14,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.grassmann import orthonormalize
-from ..geometry.subspace import Subspace
-from ..nn.low_rank_mixture import LowRankMixtureDenoiser
-from ..solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
-from ..solvers.spectral import affinity_from_representation, spectral_labels
+from subspan.base import check_matrix, like, normalize_rows
+from subspan.base.estimators import validate_data
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize
+from subspan.nn.low_rank_mixture import LowRankMixtureDenoiser
+from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
+from subspan.solvers.spectral import affinity_from_representation, spectral_labels
 
 _METHODS = ("em", "hard", "diffusion")
 _COVARIANCES = ("spectrum", "identity")
@@ -231,8 +231,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         """Adam on the denoising loss of the bases; the rest of the mixture stays."""
         from torch.utils.data import DataLoader, TensorDataset
 
-        from ..nn.denoising_training import DenoisingModule
-        from ..nn.training import quiet_trainer
+        from subspan.nn.denoising_training import DenoisingModule
+        from subspan.nn.training import quiet_trainer
 
         seed = int(self._random.randint(2**31 - 1))
         with torch.random.fork_rng(devices=[]):

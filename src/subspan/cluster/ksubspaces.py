@@ -9,12 +9,13 @@ import torch
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from ..geometry import Subspace
-from ..geometry.arrays import like
-from ..solvers.nearest_subspace import squared_residuals
-from ..solvers.rounding import round_embedding
-from ..solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
-from ..solvers.spectral import affinity_from_representation, spectral_embedding
+from subspan.base import like
+from subspan.geometry import Subspace
+from subspan.solvers import round_embedding
+from subspan.solvers.nearest_subspace import squared_residuals
+from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
+from subspan.solvers.spectral import affinity_from_representation, spectral_embedding
+
 from .self_expressive import _RowClusterer
 
 _EXACT = 512

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..geometry.arrays import like
-from ..solvers.self_expression import low_rank_self_expression, mean_energy, robust_low_rank_self_expression
+from subspan.base import like
+from subspan.solvers.self_expression import low_rank_self_expression, mean_energy, robust_low_rank_self_expression
+
 from .self_expressive import SelfExpressiveClustering
 
 

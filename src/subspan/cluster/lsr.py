@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
+from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
+
 from .self_expressive import SelfExpressiveClustering
 
 

@@ -14,14 +14,12 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..geometry.arrays import check_matrix, like
-from ..geometry.rank import EnergyRank
-from ..geometry.spectra import coding_rate, compressed_coding_rate
-from ..geometry.subspace import Subspace
-from ..nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads
-from ..solvers.nearest_subspace import stack_subspaces
-from ..solvers.rounding import round_embedding
+from subspan.base import check_matrix, like
+from subspan.base.estimators import validate_data
+from subspan.geometry import EnergyRank, Subspace, coding_rate, compressed_coding_rate
+from subspan.nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads
+from subspan.solvers import round_embedding
+from subspan.solvers.nearest_subspace import stack_subspaces
 
 _ROWS = 4096
 
@@ -107,7 +105,8 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     def _trained(self, rows: Float[Tensor, "n p"], loss: ManifoldLinearizingLoss) -> SubspaceClusterHeads:
         from torch.utils.data import DataLoader, TensorDataset
 
-        from ..nn.training import quiet_trainer
+        from subspan.nn.training import quiet_trainer
+
         from .mlc_training import ManifoldLinearizingModule
 
         seed = int(self._random.randint(2**31 - 1))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..geometry.extras import require
-from ..nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads, TotalCodingRate
+from subspan.base import require
+from subspan.nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads, TotalCodingRate
 
 if TYPE_CHECKING:
     from lightning import LightningModule

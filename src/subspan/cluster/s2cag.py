@@ -14,25 +14,25 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..geometry import Subspace
-from ..geometry.arrays import like
-from ..solvers.graph_filters import (
+from subspan.base import like
+from subspan.base.estimators import validate_data
+from subspan.geometry import Subspace
+from subspan.solvers import (
+    ROUNDINGS,
     FilteredOperator,
+    MatrixOperator,
+    Operator,
     PolynomialFilter,
     as_adjacency,
     geometric_weights,
-    transition_matrix,
-)
-from ..solvers.low_rank import (
-    MatrixOperator,
-    Operator,
     orthogonal_iteration,
     orthonormal_columns,
     randomized_svd,
+    round_embedding,
+    transition_matrix,
 )
-from ..solvers.rounding import ROUNDINGS, round_embedding, unit_rows
-from ..statistics import GroupedMoments
+from subspan.solvers.rounding import unit_rows
+from subspan.statistics import GroupedMoments
 
 _PANEL = 256
 # What a multiplication of a sparse matrix with a block of columns costs, in those of a dense one.

@@ -13,13 +13,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..geometry import Subspace, normalize_rows
-from ..geometry.arrays import like
-from ..solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
-from ..solvers.rounding import ROUNDINGS
-from ..solvers.self_expression import check_rows
-from ..solvers.spectral import affinity_from_representation, spectral_labels
+from subspan.base import like, normalize_rows
+from subspan.base.estimators import validate_data
+from subspan.geometry import Subspace
+from subspan.solvers import ROUNDINGS
+from subspan.solvers.nearest_subspace import group_subspaces, nearest_subspace, stack_subspaces
+from subspan.solvers.self_expression import check_rows
+from subspan.solvers.spectral import affinity_from_representation, spectral_labels
 
 
 class _RowClusterer(ClusterMixin, BaseEstimator):

@@ -7,7 +7,8 @@ from typing import Any
 from scipy import sparse
 from torch import Tensor
 
-from ..solvers.self_expression import elastic_net_self_expression
+from subspan.solvers.self_expression import elastic_net_self_expression
+
 from .self_expressive import SelfExpressiveClustering
 
 

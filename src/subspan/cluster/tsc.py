@@ -7,7 +7,8 @@ from typing import Any
 from scipy import sparse
 from torch import Tensor
 
-from ..solvers.self_expression import thresholded_similarities
+from subspan.solvers.self_expression import thresholded_similarities
+
 from .self_expressive import SelfExpressiveClustering
 
 

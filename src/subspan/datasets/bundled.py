@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from subspan.datasets.images import open_image
-from subspan.geometry.extras import require
+from subspan.base import require
+
+from .images import open_image
 
 
 def textures() -> dict[str, np.ndarray]:

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from subspan.base import require
 from subspan.base.files import atomic_write
 from subspan.base.kinds import INDEXES
 from subspan.base.reading import reading, regular_file
-from subspan.geometry.extras import require
 
 FAISS_SUFFIXES = INDEXES
 _METRICS = {0: "inner", 1: "l2"}

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from subspan.base import read_table
 from subspan.base.columns import listed
 from subspan.base.reading import quoted, reading, regular_file, text_lines
 from subspan.base.tables import entry_texts, read_arrays
-from subspan.datasets.shared import load
-from subspan.datasets.tables import read_table
-from subspan.datasets.texts import stdlib_docstrings
+
+from .shared import load
+from .texts import stdlib_docstrings
 
 GRAPHS = ("acm", "wiki", "citeseer", "cora")
 """The shared attributed graphs (`SUBSPAN_DATA`)."""

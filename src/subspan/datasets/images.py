@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool
 
-from subspan.base.extras import require
+from subspan.base import require
 from subspan.base.reading import read_bytes, readable_name, reading, regular_file
 
 _LOSSY_SUFFIXES = frozenset({".jpg", ".jpeg", ".webp"})

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from subspan.base import normalize_rows, require
 from subspan.base.files import Target, empty, naming, remove_unfinished, reserve, write_text, written_together
 from subspan.base.reading import read_json
-from subspan.datasets.faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
-from subspan.datasets.indexes import StoredVectors, open_index
-from subspan.datasets.qdrant import QdrantRows
-from subspan.datasets.qdrant_folder import QdrantFolder
-from subspan.geometry.arrays import normalize_rows
-from subspan.geometry.extras import require
+
+from .faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
+from .indexes import StoredVectors, open_index
+from .qdrant import QdrantRows
+from .qdrant_folder import QdrantFolder
 
 Map = Callable[[Float[np.ndarray, "b d"]], Float[np.ndarray, "b e"]]
 WRITTEN = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)

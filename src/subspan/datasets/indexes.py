@@ -15,11 +15,13 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
+from subspan.base import read_table
 from subspan.base.reading import reading, regular_file, text_lines
-from subspan.base.tables import ArrayRows, Rows, read_entries, read_table, text_array
-from subspan.datasets.faiss_files import FAISS_SUFFIXES, open_faiss
-from subspan.datasets.qdrant import is_qdrant, open_qdrant
-from subspan.datasets.qdrant_folder import point_id
+from subspan.base.tables import ArrayRows, Rows, read_entries, text_array
+
+from .faiss_files import FAISS_SUFFIXES, open_faiss
+from .qdrant import is_qdrant, open_qdrant
+from .qdrant_folder import point_id
 
 Metric = Literal["inner", "l2", "cosine"]
 ID_COLUMNS = ("id", "ids", "_id")
@@ -308,7 +310,7 @@ def _whole(names: np.ndarray) -> np.ndarray:
 
 def column_names(path: Path) -> dict[str, bool]:
     """Names of the columns of a file that has any, and whether each holds whole numbers."""
-    from subspan.geometry.extras import require
+    from subspan.base import require
 
     suffix = path.suffix.lower()
     try:

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from subspan.datasets.cache import entry_folder, whole_folder
-from subspan.geometry.extras import require
+from subspan.base import require
+
+from .cache import entry_folder, whole_folder
 
 
 @dataclass(frozen=True)

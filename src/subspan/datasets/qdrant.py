@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from subspan.datasets.qdrant_folder import Point, QdrantFolder, point_id
-from subspan.geometry.extras import require
+from subspan.base import require
+
+from .qdrant_folder import Point, QdrantFolder, point_id
 
 _ASK = 1000
 _DISTANCES = {"Cosine": "cosine", "Dot": "inner", "Euclid": "l2"}

@@ -10,10 +10,11 @@ from typing import Any
 
 from subspan.base.reading import text_lines
 from subspan.base.tables import read_arrays
-from subspan.datasets import original
-from subspan.datasets.bundled import BUNDLED
-from subspan.datasets.images import ImageCollection, anomaly_folder, image_folder
-from subspan.datasets.texts import iterate_records
+
+from . import original
+from .bundled import BUNDLED
+from .images import ImageCollection, anomaly_folder, image_folder
+from .texts import iterate_records
 
 
 @dataclass(frozen=True)

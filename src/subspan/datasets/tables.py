@@ -1,5 +1,6 @@
 """Tables of embeddings in files; the reader stands on the ground floor, as streams of rows need it too."""
 
-from subspan.base.tables import ArrayRows, FiniteCheck, Rows, Table, read_table
+from subspan.base import FiniteCheck, Table, read_table
+from subspan.base.tables import ArrayRows, Rows
 
 __all__ = ["ArrayRows", "FiniteCheck", "Rows", "Table", "read_table"]

@@ -17,7 +17,7 @@ from scipy.stats import chi2, norm
 from torch import Tensor
 
 from subspan.geometry import Subspace
-from subspan.geometry.maps import oas_weight
+from subspan.geometry.covariance import oas_weight
 
 # In standard deviations: three interquartile ranges above the upper quartile of a Gaussian.
 FENCE = 7 * float(norm.isf(0.25))

@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.detect.maps import gaussian_blur
+from subspan.base.modules import evaluation
 from subspan.geometry import Subspace
 from subspan.models import ImagePreprocessing
-from subspan.models.capture import evaluation, to_device_of
+from subspan.models.capture import to_device_of
+
+from .maps import gaussian_blur
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from ..solvers.neighbours import nearest
+from subspan.solvers import nearest
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,16 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from subspan.base import as_tensor, check_matrix, like, normalize_rows, save_arrays, saved_object
 from subspan.base.estimators import validate_data
-from subspan.base.saved import Schema, optional, saved_object
-from subspan.detect.combined import (
+from subspan.base.saved import Schema, optional
+from subspan.geometry import FixedRank, Subspace, rank_rule
+from subspan.geometry.subspace import SAVED_ARRAYS
+from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
+from subspan.models.layers import Layers
+from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
+
+from .combined import (
     FENCE,
     chi_square_limit,
     column_scale,
@@ -36,16 +43,9 @@ from subspan.detect.combined import (
     distance_roots,
     gaussian_null,
 )
-from subspan.detect.foreground import foreground_mask, specular_confidence, suppress_specular
-from subspan.detect.maps import aggregate, smooth, stitch, upsample, window_boxes
-from subspan.detect.rotations import RandomRotations
-from subspan.geometry import Subspace, as_tensor, check_matrix, like, normalize_rows
-from subspan.geometry.files import save_arrays
-from subspan.geometry.rank import FixedRank, rank_rule
-from subspan.geometry.subspace import SAVED_ARRAYS
-from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
-from subspan.models.layers import Layers
-from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
+from .foreground import foreground_mask, specular_confidence, suppress_specular
+from .maps import aggregate, smooth, stitch, upsample, window_boxes
+from .rotations import RandomRotations
 
 DISTANCES = ("combined", "residual", "mahalanobis", "euclidean", "cosine")
 _CHUNK_BYTES = 16 << 20

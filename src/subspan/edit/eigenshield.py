@@ -28,14 +28,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from subspan.base import as_tensor, check_finite, like
+from subspan.base.arrays import centre
 from subspan.base.estimators import validate_data
-from subspan.geometry import random_matrix
-from subspan.geometry.arrays import as_tensor, centre, check_finite, like
-from subspan.geometry.rank import MarchenkoPastur, RankRule, rank_rule
-from subspan.geometry.subspace import Subspace
-from subspan.models.capture import Layout, Pool, device_of, iterate_representations
-from subspan.models.intervene import intervene
-from subspan.models.layers import Layers, layer_names
+from subspan.geometry import MarchenkoPastur, RankRule, Subspace, random_matrix, rank_rule
+from subspan.models import intervene, iterate_representations, layer_names
+from subspan.models.capture import Pool, device_of
+from subspan.models.layers import Layers
+from subspan.models.layout import Layout
 from subspan.statistics import Moments, batches, is_stream
 
 MIN_ROWS = 8

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..geometry import Subspace, check_finite
-from ..geometry.grassmann import orthonormalize
-from ..nn.householder_projector import HouseholderProjector, jacobian_gram
-from ..nn.replacement import Surgery, replace
-from ..solvers.jacobian import jacobian_subspace
+from subspan.base import check_finite
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize
+from subspan.models import Surgery, replace
+from subspan.nn import HouseholderProjector
+from subspan.nn.householder_projector import jacobian_gram
+from subspan.solvers import jacobian_subspace
 
 Generator = Callable[[Tensor], Tensor]
 Distance = Callable[[Tensor, Tensor], Tensor]

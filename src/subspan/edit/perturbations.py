@@ -16,7 +16,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspan.geometry.extras import require
+from subspan.base import require
 
 Norm = Literal["linf", "l2"]
 

@@ -18,11 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from subspan.geometry.arrays import as_tensor, check_finite, check_matrix, normalize_rows
-from subspan.geometry.rank import GavishDonoho, RankRule, rank_rule
-from subspan.geometry.subspace import Subspace
-from subspan.models.encoders import ImageEncoder, SentenceEncoder
-from subspan.models.preprocessing import ImagePreprocessing, image_tensor
+from subspan.base import as_tensor, check_finite, check_matrix, normalize_rows
+from subspan.geometry import GavishDonoho, RankRule, Subspace, rank_rule
+from subspan.models import ImageEncoder, ImagePreprocessing, SentenceEncoder, image_tensor
 from subspan.models.views import random_views
 
 SINGLE_TEMPLATE = ("a photo of a {}.",)

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .arrays import as_tensor, like
+from subspan.base import as_tensor, like
+
 from .subspace import Subspace
 
 

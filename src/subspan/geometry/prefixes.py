@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .arrays import check_matrix
+from subspan.base import check_matrix
 
 _METRICS = ("cosine", "inner", "l2")
 

@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ..base.saved import Schema, optional, saved_object
+from subspan.base import as_tensor, check_finite, save_arrays, saved_object
+from subspan.base.arrays import centre, holding
+from subspan.base.saved import Schema, optional
+
 from .angles import principal_angles, subspace_distance, subspace_overlap
-from .arrays import as_tensor, centre, check_finite, holding
-from .files import save_arrays
 from .grassmann import orthonormalize, polar, random_basis
 from .rank import RankRule, rank_rule
 

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subspan.base.modules import evaluation
-from subspan.models.capture import Capture
-from subspan.models.layers import layer_names
+
+from .capture import Capture
+from .layers import layer_names
 
 
 def attended_representation(

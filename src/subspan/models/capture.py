@@ -12,9 +12,10 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from subspan.base.modules import evaluation
-from subspan.models.checkpointing import is_detached, is_recomputing
-from subspan.models.layers import Layers, first_tensor, is_single, layer_names
-from subspan.models.layout import Layout, channels_last, check_layout, padded, samples_first, samples_of
+
+from .checkpointing import is_detached, is_recomputing
+from .layers import Layers, first_tensor, is_single, layer_names
+from .layout import Layout, channels_last, check_layout, padded, samples_first, samples_of
 
 Pool = Literal["mean", "sum", "last", "first", "rows", "none"]
 Site = Literal["output", "input"]

@@ -16,11 +16,13 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base.extras import require
-from subspan.models.capture import call_model, evaluation, iterate_representations, to_device_of
-from subspan.models.layers import first_tensor
-from subspan.models.preprocessing import ImagePreprocessing
-from subspan.models.sentence_folders import SentenceFolder, TokenPool, pool_tokens, read_sentence_folder
+from subspan.base import require
+from subspan.base.modules import evaluation
+
+from .capture import call_model, iterate_representations, to_device_of
+from .layers import first_tensor
+from .preprocessing import ImagePreprocessing
+from .sentence_folders import SentenceFolder, TokenPool, pool_tokens, read_sentence_folder
 
 SentencePool = TokenPool | Literal["projection"]
 _POOLS = (*get_args(TokenPool), "projection")

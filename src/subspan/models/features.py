@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.base.modules import evaluation
-from subspan.models.capture import Capture
-from subspan.models.layers import Layers, layer_names
-from subspan.models.layout import Layout, channels_last
-from subspan.models.preprocessing import ImagePreprocessing
+
+from .capture import Capture
+from .layers import Layers, layer_names
+from .layout import Layout, channels_last
+from .preprocessing import ImagePreprocessing
 
 Aggregate = Literal["mean", "concat", "group"]
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from subspan.models.tokens import _CLOSE, _OPEN, _roles_of_tokens
+from .tokens import _CLOSE, _OPEN, _roles_of_tokens
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.models.capture import Site
-from subspan.models.checkpointing import Recomputation
-from subspan.models.layers import Layers, first_tensor, layer_names, replace_first_tensor
-from subspan.models.layout import Layout, channels_last, padded, samples_of, tokens_first
+from .capture import Site
+from .checkpointing import Recomputation
+from .layers import Layers, first_tensor, layer_names, replace_first_tensor
+from .layout import Layout, channels_last, padded, samples_of, tokens_first
 
 Intervention = Callable[[Tensor], Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.models.layers import Layers, layer_names
+from .layers import Layers, layer_names
 
 
 def permute_units(model: nn.Module, producers: Layers, consumers: Layers, order: Sequence[int] | Tensor) -> nn.Module:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.base.reading import parse_json, quoted, read_json, reading, regular_file
-from subspan.models.capture import pool_states
+
+from .capture import pool_states
 
 TokenPool = Literal["mean", "last", "first", "max", "sqrt-mean", "weighted-mean"]
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspan.models.preprocessing import ImagePreprocessing
+from .preprocessing import ImagePreprocessing
 
 _ATTEMPTS = 10
 

@@ -14,7 +14,7 @@ from jaxtyping import Float, Inexact, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.arrays import check_finite
+from subspan.base import check_finite
 
 _INITS = ("ortho", "randn", "identity")
 _CONSTRAINTS = (None, "orthogonal", "unitary")

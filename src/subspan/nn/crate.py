@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import Subspace, compression_gradient
-from ..geometry.grassmann import orthonormalize
+from subspan.geometry import Subspace, compression_gradient
+from subspan.geometry.grassmann import orthonormalize
+
 from .orthogonal import register_orthonormal
 
 _STRICT = (None, "gradient", "softmax")

@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import Subspace
+from subspan.geometry import Subspace
+
 from .crate import CRATEDecoderLayer, CRATELayer, LayerStack
 from .spatial import resize_tokens
 

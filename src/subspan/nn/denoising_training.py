@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from subspan.geometry.extras import require
-from subspan.nn.denoising import denoising_loss, edm_weight
+from subspan.base import require
+
+from .denoising import denoising_loss, edm_weight
 
 if TYPE_CHECKING:
     from lightning import LightningModule

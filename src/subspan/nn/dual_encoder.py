@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.geometry.arrays import normalize_rows
-from subspan.geometry.extras import require
-from subspan.nn.contrastive import ContrastiveLoss
+from subspan.base import normalize_rows, require
+
+from .contrastive import ContrastiveLoss
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -11,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from subspan.geometry.extras import require
-from subspan.nn.flow_transformer import FlowTransformer
+from subspan.base import require
+
+from .flow_transformer import FlowTransformer
 
 if TYPE_CHECKING:
     from lightning import LightningModule

@@ -13,9 +13,10 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry import Subspace
-from ..geometry.grassmann import orthonormalize, random_basis
-from ..statistics import GroupedMoments
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize, random_basis
+from subspan.statistics import GroupedMoments
+
 from .riemannian import GrassmannModule, GrassmannParameter, check_planes
 
 _MANY = 10**8

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import Subspace
-from ..geometry.grassmann import orthonormalize, parallelogram_area, plucker
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize, parallelogram_area, plucker
 
 OFFSETS = (1, 2, 4, 8, 12, 16)
 _BLOCK = 2048

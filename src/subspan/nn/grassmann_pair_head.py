@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..geometry.grassmann import pairwise_areas, plucker
+from subspan.geometry.grassmann import pairwise_areas, plucker
+
 from .grassmann_mixing import GrassmannBlock, gated_blend
 
 

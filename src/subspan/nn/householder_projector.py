@@ -10,9 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import Subspace
-from ..geometry.arrays import check_finite
-from ..geometry.grassmann import orthonormalize, random_basis
+from subspan.base import check_finite
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize, random_basis
+
 from .orthogonal import register_orthonormal
 
 _GAINS = ("mean", "one", "learned")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..geometry.grassmann import orthonormalize
+from subspan.geometry.grassmann import orthonormalize
 
 
 class LowRankMixtureDenoiser(nn.Module):

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.arrays import as_tensor, check_matrix
-from ..geometry.grassmann import orthonormalize
-from ..geometry.prefixes import blocks_between, prefix, prefix_sizes, prefix_squared_norms
+from subspan.base import as_tensor, check_matrix
+from subspan.geometry import blocks_between, prefix, prefix_sizes, prefix_squared_norms
+from subspan.geometry.grassmann import orthonormalize
+
 from .blocks import MLP
 from .orthogonal import OrthogonalLinear
 

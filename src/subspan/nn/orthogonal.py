@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ..geometry.arrays import as_tensor, check_finite
-from ..geometry.grassmann import polar, random_basis
+from subspan.base import as_tensor, check_finite
+from subspan.geometry.grassmann import polar, random_basis
 
 _START_TOLERANCE = 1e-3
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspan.geometry.extras import require
-from subspan.nn.blocks import MLP
-from subspan.nn.contrastive import info_nce
+from subspan.base import require
+
+from .blocks import MLP
+from .contrastive import info_nce
 
 if TYPE_CHECKING:
     from lightning import LightningModule

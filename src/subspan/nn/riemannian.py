@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..geometry.grassmann import geodesic_functions
+from subspan.geometry.grassmann import geodesic_functions
 
 _TRANSPORTS = ("project", "parallel")
 # Of the rows of one block of planes: a core's second cache holds about that.

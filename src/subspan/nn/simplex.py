@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.arrays import as_tensor
-from ..geometry.grassmann import orthonormalize
-from ..geometry.subspace import Subspace
-from ..solvers.retrieval import template_gallery
+from subspan.base import as_tensor
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize
+from subspan.measures import template_gallery
 
 
 def _check_vertices(count: int, name: str) -> int:

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..solvers import nearest_code
-from ..statistics import Moments
+from subspan.solvers import nearest_code
+from subspan.statistics import Moments
 
 _ESTIMATORS = ("straight-through", "rotation")
 

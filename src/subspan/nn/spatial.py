@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.geometry.spatial import grid_shape
+from subspan.measures.spatial import grid_shape
 
 Interpolation = Literal["bicubic", "bilinear", "area"]
 

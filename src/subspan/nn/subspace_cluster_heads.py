@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry.spectra import coding_rate, compressed_coding_rate
-from ..solvers.sinkhorn import doubly_stochastic
+from subspan.geometry import coding_rate, compressed_coding_rate
+from subspan.solvers import doubly_stochastic
 
 
 class SubspaceClusterHeads(nn.Module):

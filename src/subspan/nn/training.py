@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..geometry.extras import require
+from subspan.base import require
 
 _STEPS = 32
 _FEWEST = 32

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..base.modules import evaluation
+from subspan.base.modules import evaluation
 
 _GATES = ("default", "identity")
 

@@ -1,22 +1,5 @@
 """What is inside a network: where something is represented, and whether two networks represent it alike."""
 
-from .convergent_learning import (
-    ConvergentLearning,
-    Matching,
-    SparsePrediction,
-    UnitGroup,
-    layer_moments,
-    mean_agreement,
-)
-from .rate_profile import LayerRate, rate_profile
+import lazy_loader
 
-__all__ = [
-    "ConvergentLearning",
-    "LayerRate",
-    "Matching",
-    "SparsePrediction",
-    "UnitGroup",
-    "layer_moments",
-    "mean_agreement",
-    "rate_profile",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

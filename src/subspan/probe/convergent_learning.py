@@ -17,15 +17,14 @@ from sklearn.linear_model import lars_path_gram
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..base.estimators import validate_data
-from ..geometry.arrays import check_matrix, like
-from ..geometry.grassmann import random_basis
-from ..geometry.maps import AffineMap, CanonicalCorrelation, cca
-from ..geometry.subspace import Subspace
-from ..models.capture import iterate_representations
-from ..solvers.assignment import assign
-from ..statistics import JointMoments
-from ..statistics.pairs import paired_rows
+from subspan.base import check_matrix, like
+from subspan.base.estimators import validate_data
+from subspan.geometry import AffineMap, CanonicalCorrelation, Subspace, cca
+from subspan.geometry.grassmann import random_basis
+from subspan.models import iterate_representations
+from subspan.solvers import assign
+from subspan.statistics import JointMoments
+from subspan.statistics.pairs import paired_rows
 
 _METHODS = ("matching", "semi", "sparse", "rotation", "linear")
 _SIGNS = ("auto", "signed", "absolute")

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..geometry import coding_rate
-from ..models.capture import Capture, evaluation
-from ..models.layers import Layers, layer_names
-from ..nn.crate import CRATELayer
+from subspan.base.modules import evaluation
+from subspan.geometry import coding_rate
+from subspan.models import Capture, layer_names
+from subspan.models.layers import Layers
+from subspan.nn import CRATELayer
 
 
 class LayerRate(NamedTuple):

@@ -1,8 +1,5 @@
 """The report: what is in a set of embeddings and what can be done with it, as facts and as one HTML page."""
 
-from .embeddings import Embeddings
-from .facts import describe
-from .inputs import read_embeddings
-from .page import render
+import lazy_loader
 
-__all__ = ["Embeddings", "describe", "read_embeddings", "render"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -14,8 +14,9 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_random_state
 
-from .. import __version__
-from ..cluster import (
+from subspan import __version__
+from subspan.base import normalize_rows
+from subspan.cluster import (
     S2CAG,
     ElasticNetSubspaceClustering,
     KSubspaces,
@@ -25,13 +26,14 @@ from ..cluster import (
     SparseSubspaceClustering,
     ThresholdingSubspaceClustering,
 )
-from ..datasets.graphs import AttributedGraph
-from ..geometry import Subspace, normalize_rows
-from ..solvers.nearest_subspace import group_subspaces, squared_residuals
-from ..solvers.partitions import clustering_accuracy, conductance, modularity
-from ..solvers.rounding import fill_empty, kmeans_labels
-from ..solvers.self_expression import thresholded_similarities
-from ..solvers.spectral import affinity_from_representation, count_clusters
+from subspan.datasets import AttributedGraph
+from subspan.geometry import Subspace
+from subspan.measures import clustering_accuracy, conductance, modularity
+from subspan.solvers.nearest_subspace import group_subspaces, squared_residuals
+from subspan.solvers.rounding import fill_empty, kmeans_labels
+from subspan.solvers.self_expression import thresholded_similarities
+from subspan.solvers.spectral import affinity_from_representation, count_clusters
+
 from .embeddings import Embeddings, Progress, silent
 
 METHODS = {

@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..align import SpaceMap
-from ..geometry import AffineMap, normalize_rows, oas_shrinkage
-from ..geometry.maps import LowRankMap
-from ..solvers.neighbours import nearest, recall_at_k
-from ..statistics import JointMoments
+from subspan.align import SpaceMap
+from subspan.base import normalize_rows
+from subspan.geometry import AffineMap, LowRankMap, oas_shrinkage
+from subspan.measures import recall_at_k
+from subspan.solvers import nearest
+from subspan.statistics import JointMoments
+
 from .embeddings import Embeddings, Progress
 from .facts import NEIGHBOURS, mean_interval
 

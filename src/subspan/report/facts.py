@@ -12,25 +12,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..detect import SubspaceDetector
-from ..detect.label_votes import counted_votes
-from ..geometry import (
+from subspan.base import normalize_rows
+from subspan.detect import SubspaceDetector, counted_votes
+from subspan.geometry import (
     MarchenkoPastur,
     Subspace,
     effective_rank,
     expected_overlap,
     explained_ratio,
-    normalize_rows,
     participation_ratio,
     power_law_exponent,
     principal_angles,
     rank_rule,
     subspace_overlap,
 )
-from ..select.baselines import NEAR_DUPLICATE, k_center, k_medoids, random_rows
-from ..select.leverage import rank_rows
-from ..solvers.neighbours import nearest, recall_at_k
-from ..statistics import GroupedMoments
+from subspan.measures import recall_at_k
+from subspan.select import rank_rows
+from subspan.select.baselines import NEAR_DUPLICATE, k_center, k_medoids, random_rows
+from subspan.solvers import nearest
+from subspan.statistics import GroupedMoments
+
 from .embeddings import Embeddings, Progress, silent
 from .survey import Measured, Survey, measure, survey
 

@@ -11,14 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from ..base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
-from ..base.reading import json_records, readable_name, reading
-from ..base.tables import ArrayRows, read_entries, read_table, text_array
-from ..datasets.cache import cached_features
-from ..datasets.images import ImageCollection, image_folder
-from ..datasets.packages import image_preprocessing, load_model, load_sentence_encoder
-from ..datasets.texts import read_texts, stdlib_docstrings
-from ..models import ImageEncoder, ImagePreprocessing, SentenceEncoder
+from subspan.base import read_table
+from subspan.base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
+from subspan.base.reading import json_records, readable_name, reading
+from subspan.base.tables import ArrayRows, read_entries, text_array
+from subspan.datasets import (
+    ImageCollection,
+    cached_features,
+    image_folder,
+    image_preprocessing,
+    load_model,
+    load_sentence_encoder,
+    read_texts,
+    stdlib_docstrings,
+)
+from subspan.models import ImageEncoder, ImagePreprocessing, SentenceEncoder
+
 from .embeddings import Embeddings, Progress, silent
 
 IMAGE_MODEL = "efficientnet-lite0"

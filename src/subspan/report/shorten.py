@@ -11,12 +11,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from ..datasets.index_writing import Map, write_unfinished
-from ..datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
-from ..geometry import Subspace, normalize_rows
-from ..represent import Matryoshka
-from ..solvers.neighbours import nearest, recall_at_k
-from ..statistics import Moments
+from subspan.base import normalize_rows
+from subspan.datasets.index_writing import Map, write_unfinished
+from subspan.datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
+from subspan.geometry import Subspace
+from subspan.measures import recall_at_k
+from subspan.represent import Matryoshka
+from subspan.solvers import nearest
+from subspan.statistics import Moments
+
 from .embeddings import Progress, silent
 from .facts import NEIGHBOURS, mean_interval
 

@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..geometry import Subspace, normalize_rows
-from ..statistics import Moments
+from subspan.base import normalize_rows
+from subspan.geometry import Subspace
+from subspan.statistics import Moments
+
 from .embeddings import Embeddings, Progress
 
 MINIMUM_ROWS = 20

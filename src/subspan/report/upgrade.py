@@ -17,10 +17,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from ..align import backfill_order
-from ..datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
-from ..geometry import normalize_rows
-from ..solvers.neighbours import nearest, recall_at_k
+from subspan.align import backfill_order
+from subspan.base import normalize_rows
+from subspan.datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
+from subspan.measures import recall_at_k
+from subspan.solvers import nearest
+
 from .embeddings import Progress, silent
 from .facts import mean_interval
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ..align import UpgradeMap
-from ..base.files import write_array, write_text
-from ..base.outputs import Output, Outputs
-from ..datasets.faiss_files import FAISS_SUFFIXES, write_faiss, write_pretransform
-from ..datasets.index_writing import check_destination, write_unfinished
-from ..datasets.indexes import StoredVectors, column_names, open_index, read_ids
-from ..datasets.qdrant import is_qdrant
-from ..datasets.tables import read_table
-from ..geometry.extras import require
+from subspan.align import UpgradeMap
+from subspan.base import read_table, require
+from subspan.base.files import write_array, write_text
+from subspan.base.outputs import Output, Outputs
+from subspan.datasets.faiss_files import FAISS_SUFFIXES, write_faiss, write_pretransform
+from subspan.datasets.index_writing import check_destination, write_unfinished
+from subspan.datasets.indexes import StoredVectors, column_names, open_index, read_ids
+from subspan.datasets.qdrant import is_qdrant
+
 from .embeddings import Progress, silent
 from .page import render_upgrade
 from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length

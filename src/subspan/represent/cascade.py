@@ -14,11 +14,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.saved import saved_object
-from ..geometry.arrays import as_tensor, check_finite, like
-from ..geometry.files import save_arrays
-from ..geometry.prefixes import prefix_sizes
-from ..nn.matryoshka import MatryoshkaLinear
+from subspan.base import as_tensor, check_finite, like, save_arrays, saved_object
+from subspan.geometry import prefix_sizes
+from subspan.nn import MatryoshkaLinear
 
 
 class MatryoshkaCascade(BaseEstimator):

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..geometry.extras import require
-from ..nn.grassmann_mixing import OFFSETS, GrassmannLanguageModel, GrassmannMixing, MixingState
+from subspan.base import require
+from subspan.nn import GrassmannLanguageModel, GrassmannMixing, MixingState
+from subspan.nn.grassmann_mixing import OFFSETS
 
 if TYPE_CHECKING:
     from transformers import (

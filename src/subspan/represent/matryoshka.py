@@ -13,15 +13,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..base.saved import Schema, optional, saved_object, set_state
-from ..geometry.arrays import check_matrix, like, normalize_rows
-from ..geometry.files import save_arrays
-from ..geometry.prefixes import halving_sizes, prefix, prefix_sizes
-from ..geometry.subspace import Subspace
-from ..nn.matryoshka import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
-from ..nn.training import batch_rows, quiet_trainer
-from ..statistics import Moments, fit_moments, is_stream
+from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
+from subspan.base.estimators import validate_data
+from subspan.base.saved import Schema, optional, set_state
+from subspan.geometry import Subspace, halving_sizes, prefix, prefix_sizes
+from subspan.nn import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
+from subspan.nn.training import batch_rows, quiet_trainer
+from subspan.statistics import Moments, fit_moments, is_stream
 
 _KINDS = ("pca", "rotation", "linear", "mlp")
 _BLOCK = 8192

@@ -13,12 +13,10 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..base.saved import Schema, saved_object
-from ..geometry.arrays import as_tensor, check_finite, check_matrix, like
-from ..geometry.extras import require
-from ..geometry.files import save_arrays
-from ..geometry.prefixes import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
+from subspan.base import as_tensor, check_finite, check_matrix, like, require, save_arrays, saved_object
+from subspan.base.estimators import validate_data
+from subspan.base.saved import Schema
+from subspan.geometry import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
 
 _METRICS = ("cosine", "l2")
 _BACKENDS = ("exact", "faiss")

@@ -10,10 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry.extras import require
-from ..nn.contrastive import info_nce
-from ..nn.matryoshka import MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss
-from ..nn.training import finite_loss
+from subspan.base import require
+from subspan.nn import MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, info_nce
+from subspan.nn.training import finite_loss
 
 if TYPE_CHECKING:
     from lightning import LightningModule

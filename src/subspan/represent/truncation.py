@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..geometry.arrays import as_tensor, check_finite, like
-from ..geometry.prefixes import prefix
+from subspan.base import as_tensor, check_finite, like
+from subspan.geometry import prefix
 
 
 def truncate(model_or_array: Any, m: int, *, normalize: bool = True) -> Any:

@@ -1,6 +1,5 @@
 """One protocol a system: real data, baselines, the paper's claim, and a bar that can fail."""
 
-from .protocol import Check, Outcome, Progress, System, Table
-from .runner import SYSTEMS, find, listing, recorded, run
+import lazy_loader
 
-__all__ = ["SYSTEMS", "Check", "Outcome", "Progress", "System", "Table", "find", "listing", "recorded", "run"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

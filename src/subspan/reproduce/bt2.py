@@ -17,19 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..align import (
-    BackwardCompatibleModule,
-    BT2Head,
-    BT2Loss,
-    TeacherDataset,
-    old_class_means,
-    teacher_features,
-)
-from ..geometry import Subspace
-from ..nn import influence_loss
-from ..nn.training import quiet_trainer
-from ..solvers.retrieval import common_prefix, compatibility_matrix, retrieval_scores
-from ..statistics import JointMoments
+from subspan.align import BackwardCompatibleModule, BT2Head, BT2Loss, TeacherDataset, old_class_means, teacher_features
+from subspan.geometry import Subspace
+from subspan.measures import common_prefix, compatibility_matrix, retrieval_scores
+from subspan.nn import influence_loss
+from subspan.nn.training import quiet_trainer
+from subspan.statistics import JointMoments
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 

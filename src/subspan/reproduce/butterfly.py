@@ -15,10 +15,11 @@ from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets import is_available, load
-from ..nn import Butterfly, butterfly_factorize
-from ..nn.butterfly import recover_convolution, recover_dct
-from ..nn.training import quiet_trainer
+from subspan.datasets import is_available, load
+from subspan.nn import Butterfly, butterfly_factorize
+from subspan.nn.butterfly import recover_convolution, recover_dct
+from subspan.nn.training import quiet_trainer
+
 from .protocol import Check, Outcome, Progress, Table
 
 SIZES = (8, 64, 512, 1024)

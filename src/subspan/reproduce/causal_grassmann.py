@@ -17,10 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets import is_available, load
-from ..nn import GrassmannLanguageModel, GrassmannMixing, GrassmannPairHead
-from ..nn.grassmann_pair_head import paired_means
-from ..nn.training import quiet_trainer
+from subspan.datasets import is_available, load
+from subspan.nn import GrassmannLanguageModel, GrassmannMixing, GrassmannPairHead
+from subspan.nn.grassmann_pair_head import paired_means
+from subspan.nn.training import quiet_trainer
+
 from .protocol import Check, Outcome, Progress, Table
 from .sentence_pairs import SentencePairs, TokenStates, labelled_pairs
 

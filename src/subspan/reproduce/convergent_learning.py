@@ -18,10 +18,12 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets.packages import is_installed, load_model
-from ..geometry import AffineMap
-from ..probe import ConvergentLearning, layer_moments, mean_agreement
-from ..statistics import JointMoments, jackknife, mutual_information
+from subspan.datasets import is_installed, load_model
+from subspan.geometry import AffineMap
+from subspan.measures import jackknife, mutual_information
+from subspan.probe import ConvergentLearning, layer_moments, mean_agreement
+from subspan.statistics import JointMoments
+
 from .image_features import image_encoder, labelled_images
 from .protocol import Check, Outcome, Progress, Table
 from .small_networks import accuracy, pixels, small_network, trained_network

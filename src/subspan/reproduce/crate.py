@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..geometry import Subspace, expected_overlap, principal_angles
-from ..nn import CRATE, CRATEAutoencoder, CRATELayer
-from ..nn.training import quiet_trainer
-from ..probe import LayerRate, rate_profile
+from subspan.geometry import Subspace, expected_overlap, principal_angles
+from subspan.nn import CRATE, CRATEAutoencoder, CRATELayer
+from subspan.nn.training import quiet_trainer
+from subspan.probe import LayerRate, rate_profile
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 from .small_networks import accuracy, pixels

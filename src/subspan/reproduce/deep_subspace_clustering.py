@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from sklearn.cluster import KMeans
 
-from ..cluster import (
+from subspan.base import normalize_rows
+from subspan.cluster import (
     DeepSubspaceClustering,
     DSCNetClustering,
     ElasticNetSubspaceClustering,
@@ -18,11 +19,11 @@ from ..cluster import (
     OMPSubspaceClustering,
     ThresholdingSubspaceClustering,
 )
-from ..datasets import data_folder, load
-from ..geometry import normalize_rows
-from ..solvers import clustering_accuracy, modularity
-from ..solvers.self_expression import ridge_self_expression
-from ..solvers.spectral import retained_affinity, spectral_labels
+from subspan.datasets import data_folder, load
+from subspan.measures import clustering_accuracy, modularity
+from subspan.solvers.self_expression import ridge_self_expression
+from subspan.solvers.spectral import retained_affinity, spectral_labels
+
 from .protocol import Check, Outcome, Progress, Table
 
 _ALPHAS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -137,9 +138,9 @@ class Trace(NamedTuple):
 
 def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
     """Stages one and two for `setting.unstopped` steps, looked at every so often (without stage three)."""
-    from ..cluster.deep_training import ReconstructionModule, SelfExpressionModule, all_items
-    from ..nn.autoencoders import ConvAutoencoder
-    from ..nn.training import quiet_trainer
+    from subspan.cluster.deep_training import ReconstructionModule, SelfExpressionModule, all_items
+    from subspan.nn import ConvAutoencoder
+    from subspan.nn.training import quiet_trainer
 
     class Unstopped(SelfExpressionModule):
         stop = _MAX_STEPS

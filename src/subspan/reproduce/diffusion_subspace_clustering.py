@@ -14,14 +14,15 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..cluster.diffusion import LowRankMixtureDiffusion
-from ..datasets import load
-from ..datasets.shared import is_available
-from ..geometry.grassmann import random_basis
-from ..nn.denoising import DenoisingMLP, PreconditionedDenoiser, denoising_loss, flow
-from ..nn.low_rank_mixture import LowRankMixtureDenoiser, hard_assignment_energy, hard_denoising_loss
-from ..nn.training import quiet_trainer
-from ..solvers import assign, clustering_accuracy, jacobian_rank, jacobian_subspace
+from subspan.cluster import LowRankMixtureDiffusion
+from subspan.datasets import is_available, load
+from subspan.geometry.grassmann import random_basis
+from subspan.measures import clustering_accuracy
+from subspan.nn.denoising import DenoisingMLP, PreconditionedDenoiser, denoising_loss, flow
+from subspan.nn.low_rank_mixture import LowRankMixtureDenoiser, hard_assignment_energy, hard_denoising_loss
+from subspan.nn.training import quiet_trainer
+from subspan.solvers import assign, jacobian_rank, jacobian_subspace
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
@@ -182,7 +183,7 @@ def psnr(denoised: Float[Tensor, "n p"], clean: Float[Tensor, "n p"]) -> float:
 
 def trained_mlp(rows: Float[Tensor, "n p"], *, width: int, epochs: int, seed: int) -> nn.Module:
     """A denoising network trained on rows by the EDM loss, with the rows' mean taken out."""
-    from ..nn.denoising_training import DenoisingModule
+    from subspan.nn.denoising_training import DenoisingModule
 
     spread = float((rows - rows.mean(0)).square().mean().sqrt())
     with torch.random.fork_rng(devices=[]):

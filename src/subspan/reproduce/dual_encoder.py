@@ -16,17 +16,16 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from subspan.base.saved import saved_object, set_state
-from subspan.datasets import load
-from subspan.datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
-from subspan.datasets.packages import load_sentence_encoder
-from subspan.datasets.shared import is_available
-from subspan.geometry.files import save_arrays
+from subspan.base import save_arrays, saved_object
+from subspan.base.saved import set_state
+from subspan.datasets import cached_features, fingerprint, is_available, load, load_sentence_encoder
+from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
 from subspan.nn.training import quiet_trainer
-from subspan.reproduce.image_features import image_encoder, pooled_features
-from subspan.reproduce.protocol import Progress
+
+from .image_features import image_encoder, pooled_features
+from .protocol import Progress
 
 TEMPLATES = (
     "a photo of a {}.",

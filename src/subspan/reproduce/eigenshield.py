@@ -20,15 +20,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from subspan.datasets import image_preprocessing, is_available, load, load_model, load_sentence_encoder
-from subspan.datasets.cache import cached_features
-from subspan.datasets.texts import stdlib_docstrings
+from subspan.datasets import (
+    cached_features,
+    image_preprocessing,
+    is_available,
+    load,
+    load_model,
+    load_sentence_encoder,
+    stdlib_docstrings,
+)
 from subspan.edit import NoSpikesError, RobustSpikes, SpikeFilter, conformal_quantile, gaussian_blur, jpeg, pgd, typos
 from subspan.geometry import Subspace
-from subspan.models import SentenceEncoder
-from subspan.models.intervene import intervene
-from subspan.reproduce.protocol import Check, Outcome, Progress, Table
-from subspan.statistics.paired import paired_bootstrap
+from subspan.measures import paired_bootstrap
+from subspan.models import SentenceEncoder, intervene
+
+from .protocol import Check, Outcome, Progress, Table
 
 ALPHAS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 0.95)
 CALIBRATION_TYPOS, HELD_OUT_TYPOS = ("swap", "drop"), ("repeat", "neighbour")

@@ -19,17 +19,22 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from ..align import UpgradeMap, backfill_order
-from ..align.held_out import CLOSED_FORMS, Retrieval, closed_forms
-from ..datasets import code_and_docstrings, load
-from ..datasets.cache import cached_features
-from ..datasets.packages import load_language_model, load_sentence_encoder
-from ..datasets.shared import is_available
-from ..geometry.arrays import normalize_rows
-from ..models import SentenceEncoder
-from ..solvers import backfill_curve, nearest, retrieval_scores
-from ..solvers.neighbours import recall_at_k
-from ..statistics import Moments
+from subspan.align import UpgradeMap, backfill_order
+from subspan.align.upgrade.held_out import CLOSED_FORMS, Retrieval, closed_forms
+from subspan.base import normalize_rows
+from subspan.datasets import (
+    cached_features,
+    code_and_docstrings,
+    is_available,
+    load,
+    load_language_model,
+    load_sentence_encoder,
+)
+from subspan.measures import backfill_curve, recall_at_k, retrieval_scores
+from subspan.models import SentenceEncoder
+from subspan.solvers import nearest
+from subspan.statistics import Moments
+
 from .image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 

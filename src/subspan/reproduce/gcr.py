@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..geometry import Subspace, expected_overlap, normalize_rows, principal_angles
-from ..nn import GrassmannHead, with_riemannian
-from ..nn.training import quiet_trainer
-from ..statistics import GroupedMoments
+from subspan.base import normalize_rows
+from subspan.geometry import Subspace, expected_overlap, principal_angles
+from subspan.nn import GrassmannHead, with_riemannian
+from subspan.nn.training import quiet_trainer
+from subspan.statistics import GroupedMoments
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 

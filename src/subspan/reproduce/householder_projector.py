@@ -14,19 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..base.saved import saved_object, set_state
-from ..datasets import load
-from ..datasets.cache import entry_folder, fingerprint, whole_folder
-from ..datasets.packages import is_installed, load_sentence_encoder
-from ..datasets.shared import is_available
-from ..datasets.texts import stdlib_docstrings
-from ..edit import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
-from ..geometry import Subspace
-from ..geometry.files import save_arrays
-from ..geometry.grassmann import random_basis
-from ..models import SentenceEncoder
-from ..nn import HouseholderProjector, replace
-from ..nn.training import quiet_trainer
+from subspan.base import save_arrays, saved_object
+from subspan.base.saved import set_state
+from subspan.datasets import fingerprint, is_available, is_installed, load, load_sentence_encoder, stdlib_docstrings
+from subspan.datasets.cache import entry_folder, whole_folder
+from subspan.edit import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import random_basis
+from subspan.models import SentenceEncoder, replace
+from subspan.nn import HouseholderProjector
+from subspan.nn.training import quiet_trainer
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 from .style_generator import FeatureDistance, Pictures, StyleAutoencoder

@@ -10,10 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subspan.datasets import load
-from subspan.datasets.cache import cached_features
-from subspan.datasets.packages import image_preprocessing, load_model
-from subspan.datasets.shared import is_available
+from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
 from subspan.models import ImageEncoder, ImagePreprocessing
 
 

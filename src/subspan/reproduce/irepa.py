@@ -13,14 +13,14 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..align import RepresentationAlignment
-from ..datasets import image_preprocessing, is_available, load, load_model
-from ..datasets.cache import cached_features
-from ..geometry import gram_agreement, spatial_structure
-from ..models import Capture, FeatureGrid, ImagePreprocessing
-from ..models.capture import evaluation
-from ..nn import FlowTransformer, PatchProjector, SpatialNorm
-from ..nn.training import quiet_trainer
+from subspan.align import RepresentationAlignment
+from subspan.base.modules import evaluation
+from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
+from subspan.measures import gram_agreement, spatial_structure
+from subspan.models import Capture, FeatureGrid, ImagePreprocessing
+from subspan.nn import FlowTransformer, PatchProjector, SpatialNorm
+from subspan.nn.training import quiet_trainer
+
 from .protocol import Check, Outcome, Progress, Table
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
@@ -172,7 +172,7 @@ def material(data: LabelledImages, held_out: int) -> Material:
 
 def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: int) -> Any:
     """A flow model after `recipe.steps` steps; the same seed gives every arm the same denoiser, batches and noise."""
-    from ..nn.flow_matching import FlowMatching
+    from subspan.nn.flow_matching import FlowMatching
 
     torch.manual_seed(seed)
     denoiser = FlowTransformer(32, width=recipe.width, depth=recipe.depth, heads=4, classes=int(data.label.max()) + 1)

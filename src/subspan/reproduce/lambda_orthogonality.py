@@ -16,11 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..align import LambdaOrthogonalAdapter, SpaceMap, backfill_order
-from ..datasets.shared import is_available
-from ..geometry import Subspace
-from ..geometry.arrays import normalize_rows
-from ..solvers.retrieval import backfill_curve, common_prefix, retrieval_scores
+from subspan.align import LambdaOrthogonalAdapter, SpaceMap, backfill_order
+from subspan.base import normalize_rows
+from subspan.datasets import is_available
+from subspan.geometry import Subspace
+from subspan.measures import backfill_curve, common_prefix, retrieval_scores
+
 from .image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 

@@ -16,14 +16,13 @@ from jaxtyping import Float
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from ..datasets import code_and_docstrings, load_sentence_encoder
-from ..datasets.cache import cached_features
-from ..datasets.packages import is_installed
-from ..geometry import prefix, smallest_sufficient
-from ..geometry.grassmann import random_basis
-from ..models import SentenceEncoder
-from ..represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
-from ..solvers import nearest
+from subspan.datasets import cached_features, code_and_docstrings, is_installed, load_sentence_encoder
+from subspan.geometry import prefix, smallest_sufficient
+from subspan.geometry.grassmann import random_basis
+from subspan.models import SentenceEncoder
+from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
+from subspan.solvers import nearest
+
 from .image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 

@@ -11,15 +11,16 @@ from sklearn.cluster import KMeans, SpectralClustering
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
-from ..cluster import (
+from subspan.base import normalize_rows
+from subspan.cluster import (
     ElasticNetSubspaceClustering,
     LowRankMixtureDiffusion,
     ManifoldLinearizingClustering,
     linearization,
 )
-from ..geometry import normalize_rows
-from ..solvers import clustering_accuracy
-from ..solvers.spectral import spectral_labels
+from subspan.measures import clustering_accuracy
+from subspan.solvers.spectral import spectral_labels
+
 from .image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 

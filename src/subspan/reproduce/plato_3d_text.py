@@ -24,17 +24,25 @@ from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from ..align import CrossModalReport, cross_modal_report, distance_correlation
-from ..align.cross_modal import METHODS, split_queries
-from ..align.plato_3d_text import SubspaceAligner
-from ..base.saved import saved_object, set_state
-from ..datasets import is_available, load, procedural_shapes, stdlib_docstrings
-from ..datasets.cache import cached_features, entry_folder, fingerprint, whole_folder
-from ..datasets.packages import load_sentence_encoder
-from ..geometry.files import save_arrays
-from ..models import SentenceEncoder
-from ..nn.training import quiet_trainer
-from ..solvers import chamfer_distances, neighbour_purity
+from subspan.align import CrossModalReport, SubspaceAligner, cross_modal_report, distance_correlation
+from subspan.align.spaces.cross_modal import METHODS, split_queries
+from subspan.base import save_arrays, saved_object
+from subspan.base.saved import set_state
+from subspan.datasets import (
+    cached_features,
+    fingerprint,
+    is_available,
+    load,
+    load_sentence_encoder,
+    procedural_shapes,
+    stdlib_docstrings,
+)
+from subspan.datasets.cache import entry_folder, whole_folder
+from subspan.measures import neighbour_purity
+from subspan.models import SentenceEncoder
+from subspan.nn.training import quiet_trainer
+from subspan.solvers import chamfer_distances
+
 from .protocol import Check, Outcome, Progress, Table
 
 PACKAGES = ("numpy", "scipy", "sklearn", "networkx")
@@ -176,7 +184,7 @@ def _text_features(texts: Sequence[str]) -> Float[Tensor, "n q"]:
 
 def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any:
     """A PointNet trained on unlabelled clouds by contrast of two views, or the same from the cache folder."""
-    from ..nn.pointnet import PointContrast
+    from subspan.nn.pointnet import PointContrast
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -17,10 +17,11 @@ from jaxtyping import Float
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
-from ..align import C3, BlockwiseCovariance, MeanShift, ModalityGap, ReAlign, cosine_divergence, mixing_rate
-from ..geometry import power_law_exponent
-from ..solvers.neighbours import knn_overlap
-from ..statistics import Moments
+from subspan.align import C3, BlockwiseCovariance, MeanShift, ModalityGap, ReAlign, cosine_divergence, mixing_rate
+from subspan.geometry import power_law_exponent
+from subspan.measures import knn_overlap
+from subspan.statistics import Moments
+
 from .dual_encoder import TEMPLATES, Pairs, SharedSpace, dual_encoder
 from .protocol import Check, Outcome, Progress, Table
 

@@ -271,7 +271,7 @@ def run(
     }
     if results is not None:
         # Here and not above: the list of systems needs no torch.
-        from ..geometry.files import atomic_write
+        from subspan.base.files import atomic_write
 
         results.mkdir(parents=True, exist_ok=True)
         with atomic_write(results / f"{system.name}{'.quick' if quick else ''}.json") as path:

@@ -15,16 +15,8 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from subspan.cluster import S2CAG
 from subspan.datasets import AttributedGraph, attributed_block_model, data_folder, load_graph
-from subspan.solvers import (
-    MatrixOperator,
-    attribute_modularity,
-    clustering_accuracy,
-    modularity,
-    pairwise_f1,
-    randomized_svd,
-    round_embedding,
-    smooth,
-)
+from subspan.measures import attribute_modularity, clustering_accuracy, modularity, pairwise_f1
+from subspan.solvers import MatrixOperator, randomized_svd, round_embedding, smooth
 from subspan.solvers.rounding import unit_rows
 
 from .protocol import Check, Outcome, Progress, Table

@@ -13,10 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..datasets import is_available, load, stdlib_docstrings
-from ..datasets.cache import cached_features
-from ..datasets.packages import load_sentence_encoder
-from ..models import iterate_representations
+from subspan.datasets import cached_features, is_available, load, load_sentence_encoder, stdlib_docstrings
+from subspan.models import iterate_representations
 
 _MAX_TOKENS, _BATCH, _SORTED_TOGETHER = 48, 64, 16
 

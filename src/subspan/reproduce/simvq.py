@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets import is_available, load
-from ..geometry import effective_rank
-from ..nn import Quantized, SimVQ, code_usage
-from ..nn.training import quiet_trainer
-from ..solvers import nearest_code
+from subspan.datasets import is_available, load
+from subspan.geometry import effective_rank
+from subspan.nn import Quantized, SimVQ, code_usage
+from subspan.nn.training import quiet_trainer
+from subspan.solvers import nearest_code
+
 from .protocol import Check, Outcome, Progress, Table
 
 SIDE, DIM, HIDDEN, BATCH, STEPS, RATE = 8, 16, 256, 512, 600, 3e-3

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from ..base.saved import saved_object, set_state
-from ..datasets.cache import entry_folder, fingerprint, whole_folder
-from ..geometry.extras import require
-from ..geometry.files import save_arrays
-from ..nn.training import quiet_trainer
+from subspan.base import require, save_arrays, saved_object
+from subspan.base.saved import set_state
+from subspan.datasets import fingerprint
+from subspan.datasets.cache import entry_folder, whole_folder
+from subspan.nn.training import quiet_trainer
 
 _BATCH, _RATE = 128, 2e-3
 

@@ -17,12 +17,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from ..align import SimplexClassifier, StationaryModule
-from ..geometry.maps import AffineMap
-from ..nn import active_subspace, neural_collapse, simplex_vertices
-from ..nn.training import quiet_trainer
-from ..solvers import average_accuracy, average_compatibility, compatibility_matrix, template_gallery
-from ..statistics import GroupedMoments, JointMoments
+from subspan.align import StationaryModule
+from subspan.geometry import AffineMap
+from subspan.measures import (
+    average_accuracy,
+    average_compatibility,
+    compatibility_matrix,
+    neural_collapse,
+    template_gallery,
+)
+from subspan.nn import SimplexClassifier, active_subspace, simplex_vertices
+from subspan.nn.training import quiet_trainer
+from subspan.statistics import GroupedMoments, JointMoments
+
 from .image_features import LabelledImages, labelled_images
 from .protocol import Check, Outcome, Progress, Table
 

@@ -20,32 +20,30 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base.saved import saved_object
-from subspan.datasets import load, load_model, load_sentence_encoder
+from subspan.base import normalize_rows, save_arrays, saved_object
+from subspan.datasets import is_available, load, load_model, load_sentence_encoder
 from subspan.datasets.cache import entry_folder, whole_folder
-from subspan.datasets.shared import is_available
-from subspan.edit.perturbations import gaussian_blur
-from subspan.edit.sts import (
+from subspan.edit import (
     ENSEMBLE_TEMPLATES,
     SINGLE_TEMPLATE,
     ConfidentAverage,
     PrototypeShift,
     SpectralSteering,
+    gaussian_blur,
     marginal_entropy,
     select_confident,
     zero_shot_prototypes,
 )
-from subspan.geometry.arrays import normalize_rows
-from subspan.geometry.files import save_arrays
+from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
-from subspan.geometry.subspace import Subspace
+from subspan.measures import expected_calibration_error, paired_bootstrap
 from subspan.models import ImageEncoder, SentenceEncoder, image_tensor
 from subspan.models.views import random_views
-from subspan.reproduce.dual_encoder import dual_encoder
-from subspan.reproduce.image_features import image_encoder
-from subspan.reproduce.protocol import Check, Outcome, Progress, Table
 from subspan.statistics import JointMoments
-from subspan.statistics.paired import expected_calibration_error, paired_bootstrap
+
+from .dual_encoder import dual_encoder
+from .image_features import image_encoder
+from .protocol import Check, Outcome, Progress, Table
 
 SHIFTS = ("noise", "contrast", "pixelate", "blur")
 

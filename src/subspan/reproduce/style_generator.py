@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets.packages import is_installed, load_model
+from subspan.datasets import is_installed, load_model
 
 WIDTHS = (64, 48, 32, 16)
 """Channels at 4, 8, 16 and 32 pixels."""

@@ -21,7 +21,7 @@ from subspan.cluster import (
     ThresholdingSubspaceClustering,
 )
 from subspan.datasets import data_folder, load
-from subspan.solvers import clustering_accuracy, connectivity, feature_detection_error, pairwise_f1
+from subspan.measures import clustering_accuracy, connectivity, feature_detection_error, pairwise_f1
 from subspan.solvers.spectral import spectral_labels
 
 from .protocol import Check, Outcome, Progress, Table

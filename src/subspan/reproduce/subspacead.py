@@ -18,14 +18,17 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..datasets import image_preprocessing, is_available, load, load_model
-from ..detect import AnomalyResult, RandomRotations, SubspaceAD, SubspaceDetector, aupro, auroc
-from ..detect.maps import smooth, tail_mean, upsample, window_boxes
-from ..detect.rotations import rotate
-from ..geometry import normalize_rows, oas_shrinkage, shrink_covariance
-from ..models import FeatureGrid, ImagePreprocessing, image_tensor
-from ..solvers.neighbours import nearest
-from ..statistics import fit_moments
+from subspan.base import normalize_rows
+from subspan.datasets import image_preprocessing, is_available, load, load_model
+from subspan.detect import AnomalyResult, RandomRotations, SubspaceAD, SubspaceDetector, tail_mean
+from subspan.detect.maps import smooth, upsample, window_boxes
+from subspan.detect.rotations import rotate
+from subspan.geometry import oas_shrinkage, shrink_covariance
+from subspan.measures import aupro, auroc
+from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
+from subspan.solvers import nearest
+from subspan.statistics import fit_moments
+
 from .protocol import Check, Outcome, Progress, Table
 
 MODEL = "efficientnet-lite0"

@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..datasets import image_preprocessing, is_available, load, load_model
-from ..datasets.cache import cached_features
-from ..models import ImagePreprocessing
-from ..nn import SubspaceAttention, Surgery, attention_entropy, multiply_adds, replace, shape_preserving_blocks
-from ..nn.training import quiet_trainer
+from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
+from subspan.models import ImagePreprocessing, Surgery, multiply_adds, replace
+from subspan.nn import SubspaceAttention, attention_entropy, shape_preserving_blocks
+from subspan.nn.training import quiet_trainer
+
 from .protocol import Check, Outcome, Progress, Table
 
 MODEL, SIZE, CUT = "efficientnet-lite0", 96, 8

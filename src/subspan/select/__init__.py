@@ -1,17 +1,5 @@
 """Choose a subset of rows or samples that stands for the whole pool."""
 
-from .leverage import LeverageSelector, inclusion_probabilities, rank_rows, select_rows
-from .retention import RetentionCurve, reconstruction_error, retention, retention_curve
-from .scalselect import ScalSelect
+import lazy_loader
 
-__all__ = [
-    "LeverageSelector",
-    "RetentionCurve",
-    "ScalSelect",
-    "inclusion_probabilities",
-    "rank_rows",
-    "reconstruction_error",
-    "retention",
-    "retention_curve",
-    "select_rows",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,8 +12,8 @@ from sklearn.cluster import KMeans, MiniBatchKMeans
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from subspan.base import check_matrix, normalize_rows
 from subspan.base.modules import evaluation
-from subspan.geometry import check_matrix, normalize_rows
 
 from .leverage import budget, rank_rows
 

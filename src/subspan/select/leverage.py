@@ -12,8 +12,9 @@ from sklearn.utils import _safe_indexing, check_consistent_length, check_random_
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+from subspan.base import as_tensor, check_finite, check_matrix, like, normalize_rows
 from subspan.base.estimators import validate_data
-from subspan.geometry import Subspace, as_tensor, check_finite, check_matrix, like, normalize_rows
+from subspan.geometry import Subspace
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
 

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from subspan.geometry import RankRule, Subspace, check_matrix
+from subspan.base import check_matrix
+from subspan.geometry import RankRule, Subspace
 
 
 class RetentionCurve(NamedTuple):

@@ -20,12 +20,10 @@ from scipy.stats import spearmanr
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
+from subspan.base import require
 from subspan.geometry import RankRule
-from subspan.geometry.extras import require
-from subspan.models.attention import attended_representation
+from subspan.models import TokenRoles, attended_representation, find_blocks
 from subspan.models.image_tokens import image_conversation, image_token_ids
-from subspan.models.layers import find_blocks
-from subspan.models.tokens import TokenRoles
 
 from .leverage import LeverageSelector, rank_rows, select_rows
 from .shards import RepresentationShards, Shard

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from subspan.base import save_arrays, saved_object
 from subspan.base.columns import listed
 from subspan.base.files import write_text
 from subspan.base.reading import read_json
-from subspan.base.saved import saved_object
-from subspan.geometry.files import save_arrays
 
 _KIND = "representations"
 _SETTINGS = "settings.json"

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..geometry.arrays import check_matrix
+from subspan.base import check_matrix
 
 
 def assign(scores: Any, *, maximize: bool = True, random_state: int | None = 0) -> Int[Tensor, " m"]:

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..geometry.grassmann import orthonormalize
-from ..geometry.subspace import Subspace
+from subspan.geometry import Subspace
+from subspan.geometry.grassmann import orthonormalize
 
 Map = Callable[[Tensor], Tensor]
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..geometry import RankRule, Subspace
+from subspan.geometry import RankRule, Subspace
 
 _BLOCK = 1 << 24
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..geometry.arrays import as_tensor, check_finite
+from subspan.base import as_tensor, check_finite
 
 _BLOCK = 1 << 22
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from sklearn.cluster import KMeans
 from sklearn.utils import check_random_state
 
-from ..geometry.arrays import check_matrix
+from subspan.base import check_matrix
 
 ROUNDINGS = ("kmeans+snem", "snem", "kmeans", "rotation")
 _MAX_ROUNDS = 100

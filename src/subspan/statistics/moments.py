@@ -16,12 +16,13 @@ import torch
 from jaxtyping import Float, Inexact
 from torch import Tensor
 
-from ..base.saved import Schema, optional, saved_object
-from ..geometry import maps
-from ..geometry.arrays import as_tensor, check_finite, check_matrix
-from ..geometry.files import save_arrays
-from ..geometry.rank import RankRule
-from ..geometry.subspace import Subspace
+from subspan.base import as_tensor, check_finite, check_matrix, save_arrays, saved_object
+from subspan.base.saved import Schema, optional
+from subspan.geometry import RankRule, Subspace
+from subspan.geometry.affine import AffineMap, LowRankMap
+from subspan.geometry.canonical import CanonicalCorrelation, cca
+from subspan.geometry.closed_forms import procrustes, ridge, translation
+from subspan.geometry.covariance import whitening
 
 SAVED_STATE: Schema = {
     "count": Float[Tensor, "1"],
@@ -304,9 +305,9 @@ class Moments:
             factor = torch.cat([factor, self.mean.unsqueeze(0) * self.count**0.5])
         return Subspace.from_factor(factor, mean=mean, count=self.count, rank=rank, dtype=dtype)
 
-    def whitening(self, *, method: str = "zca", shrinkage: float = 0.0) -> maps.AffineMap:
+    def whitening(self, *, method: str = "zca", shrinkage: float = 0.0) -> AffineMap:
         """Map that gives the rows zero mean and unit covariance."""
-        return maps.whitening(self.covariance(), self.mean, method=method, shrinkage=shrinkage)
+        return whitening(self.covariance(), self.mean, method=method, shrinkage=shrinkage)
 
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors, for checkpoints."""
@@ -463,7 +464,7 @@ class JointMoments:
         joint._factors = [part[:, order] for part in joint._factors]
         return self._with(self.d_y, self.d_x, joint)
 
-    def map(self, x: maps.AffineMap, y: maps.AffineMap) -> JointMoments:
+    def map(self, x: AffineMap, y: AffineMap) -> JointMoments:
         """Moments of the pairs (x(row), y(row)), in O(d^3) without the rows."""
         left, right = x.matrix.to(self.joint.mean), y.matrix.to(self.joint.mean)
         factor, d = self.joint.factor, self.d_x
@@ -497,23 +498,21 @@ class JointMoments:
         if not all(map(len, bases)):
             return None
         x_basis, y_basis = bases
-        inner = self.map(maps.AffineMap(x_basis), maps.AffineMap(y_basis))
+        inner = self.map(AffineMap(x_basis), AffineMap(y_basis))
         return RowSpaces(inner, x_basis, y_basis, self.mean_x, self.mean_y)
 
-    def translation(self) -> maps.AffineMap:
+    def translation(self) -> AffineMap:
         """Shift x -> y of the means."""
-        return maps.translation(self.mean_x, self.mean_y)
+        return translation(self.mean_x, self.mean_y)
 
-    def procrustes(
-        self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None
-    ) -> maps.AffineMap:
+    def procrustes(self, *, scale: bool = False, determinant: int | None = None, rank: int | None = None) -> AffineMap:
         """Orthogonal map x -> y through the means, with a common scale when `scale`; of `rank` where that is given.
 
         Of few rows (see `row_spaces`), and without a `determinant`, it maps their span alone: the rest goes to zero.
         """
         if determinant is None and (spaces := self.row_spaces()):
             return spaces.procrustes(scale=scale, rank=rank).dense()
-        return maps.procrustes(
+        return procrustes(
             self.cov_xy,
             mean_x=self.mean_x,
             mean_y=self.mean_y,
@@ -522,17 +521,17 @@ class JointMoments:
             rank=rank,
         )
 
-    def ridge(self, alpha: float = 1e-3) -> maps.AffineMap:
+    def ridge(self, alpha: float = 1e-3) -> AffineMap:
         """Affine ridge map x -> y; `alpha` is relative to the mean variance of x."""
         if spaces := self.row_spaces():
             return spaces.ridge(alpha).dense()
-        return maps.ridge(self.cov_xx, self.cov_xy, alpha=alpha, mean_x=self.mean_x, mean_y=self.mean_y)
+        return ridge(self.cov_xx, self.cov_xy, alpha=alpha, mean_x=self.mean_x, mean_y=self.mean_y)
 
-    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> maps.CanonicalCorrelation:
+    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> CanonicalCorrelation:
         """Canonical correlation analysis, shrunk by default; of few rows (see `row_spaces`), inside their span."""
         if spaces := self.row_spaces():
             return spaces.cca(k, shrinkage=shrinkage)
-        return maps.cca(
+        return cca(
             self.cov_xx,
             self.cov_xy,
             self.cov_yy,
@@ -543,17 +542,17 @@ class JointMoments:
             shrinkage=shrinkage,
         )
 
-    def through_canonical(self, canonical: maps.CanonicalCorrelation) -> maps.AffineMap:
+    def through_canonical(self, canonical: CanonicalCorrelation) -> AffineMap:
         """The best linear prediction of y from the canonical variables of x."""
         if spaces := self.row_spaces():
             return spaces.through_canonical(canonical).dense()
         return self._through(canonical.x_directions)
 
-    def _through(self, a: Float[Tensor, "d_x k"]) -> maps.AffineMap:
+    def _through(self, a: Float[Tensor, "d_x k"]) -> AffineMap:
         variance, covariance = a.mT @ self.cov_xx @ a, a.mT @ self.cov_xy
         # A direction that is there by shrinkage alone has no variance, and predicts nothing.
         matrix = (a @ torch.linalg.pinv(variance, hermitian=True) @ covariance).mT
-        return maps.AffineMap(matrix, self.mean_y - matrix @ self.mean_x)
+        return AffineMap(matrix, self.mean_y - matrix @ self.mean_x)
 
     def cka(self, *, debiased: bool = False) -> float:
         """Linear centred kernel alignment of x and y.
@@ -631,23 +630,23 @@ class RowSpaces:
         """Coordinates a dimension of x: a penalty relative to the mean variance of x is so much less in coordinates."""
         return self.x_basis.shape[0] / self.x_basis.shape[1]
 
-    def between(self, inner: maps.AffineMap) -> maps.LowRankMap:
+    def between(self, inner: AffineMap) -> LowRankMap:
         """A map between coordinates that keeps the means, as one between the spaces."""
         left = self.y_basis.mT @ inner.matrix
-        return maps.LowRankMap(left, self.x_basis, self.mean_y - left @ (self.x_basis @ self.mean_x))
+        return LowRankMap(left, self.x_basis, self.mean_y - left @ (self.x_basis @ self.mean_x))
 
-    def procrustes(self, *, scale: bool = False, rank: int | None = None) -> maps.LowRankMap:
+    def procrustes(self, *, scale: bool = False, rank: int | None = None) -> LowRankMap:
         """Orthogonal map of the span of x into that of y."""
         return self.between(self.moments.procrustes(scale=scale, rank=rank))
 
-    def ridge(self, alpha: float = 1e-3) -> maps.LowRankMap:
+    def ridge(self, alpha: float = 1e-3) -> LowRankMap:
         """Affine ridge map x -> y; `alpha` is relative to the mean variance of x."""
         return self.between(self.moments.ridge(alpha * self.share))
 
-    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> maps.CanonicalCorrelation:
+    def cca(self, k: int | None = None, *, shrinkage: float | str = "oas") -> CanonicalCorrelation:
         """Canonical correlation analysis, shrunk as in the whole spaces."""
         inner = self.moments
-        found = maps.cca(
+        found = cca(
             inner.cov_xx,
             inner.cov_xy,
             inner.cov_yy,
@@ -664,7 +663,7 @@ class RowSpaces:
             mean_y=self.mean_y,
         )
 
-    def through_canonical(self, canonical: maps.CanonicalCorrelation) -> maps.LowRankMap:
+    def through_canonical(self, canonical: CanonicalCorrelation) -> LowRankMap:
         """The best linear prediction of y from the canonical variables of x."""
         return self.between(self.moments._through(self.x_basis @ canonical.x_directions))
 

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..base.estimators import validate_data
-from ..geometry.arrays import check_matrix
+from subspan.base import check_matrix
+from subspan.base.estimators import validate_data
+
 from .streams import batches, is_stream
 
 

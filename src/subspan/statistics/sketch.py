@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..geometry.arrays import check_matrix, holding
-from ..geometry.rank import RankRule, rank_rule
-from ..geometry.subspace import Subspace
+from subspan.base import check_matrix
+from subspan.base.arrays import holding
+from subspan.geometry import RankRule, Subspace, rank_rule
 
 
 class CovarianceSketch:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..geometry.arrays import check_matrix
+from subspan.base import check_matrix
 
 
 class Spread:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..base.arrays import is_sparse, refuse_sparse
-from ..base.extras import require
-from ..base.files import remove_unfinished
-from ..base.reading import reading
-from ..base.tables import ArrayRows, read_table, stored_blocks
-from ..geometry.arrays import as_tensor
+from subspan.base import as_tensor, read_table, require
+from subspan.base.arrays import is_sparse, refuse_sparse
+from subspan.base.files import remove_unfinished
+from subspan.base.reading import reading
+from subspan.base.tables import ArrayRows, stored_blocks
+
 from .moments import Moments
 
 

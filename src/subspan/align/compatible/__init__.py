@@ -1,0 +1,1 @@
+"""Train encoders whose vectors stay comparable with those that exist."""

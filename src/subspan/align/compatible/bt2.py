@@ -1,0 +1,369 @@
+"""BT²: a new embedding whose leading part answers for the old one, by two basis changes (Zhou et al., ICCV 2023)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from subspan.base import as_tensor, check_finite, check_matrix, normalize_rows
+from subspan.base.files import atomic_write, new_array
+from subspan.geometry import AffineMap, Blocks, Subspace
+from subspan.geometry.grassmann import polar
+from subspan.nn import OrthogonalLinear, cosine_matching_loss, influence_loss
+from subspan.statistics import GroupedMoments
+
+_BLOCK = 8192
+_UNIT_TOLERANCE = 1e-3
+# A unit row twice, in half precision and batches of other sizes, is nearer than this.
+_KEPT_TOLERANCE = 0.05
+
+
+class BT2Output(NamedTuple):
+    """full (…, d_new + k) = [compatible; residual]; compatible (…, d_old) is searched in the old gallery."""
+
+    full: Float[Tensor, "*n d_full"]
+    compatible: Float[Tensor, "*n d_old"]
+    residual: Float[Tensor, "*n d_residual"]
+
+
+class BasisTransform(nn.Module):
+    """Unit vectors f (…, d_new) and e (…, k) → [R₂ m₁; m₂] with m = [e; R₁ C f] cut after d_old, R₁ and R₂ orthogonal.
+
+    k: dimensions that are added. scale: C > 0. Every output has length √(1 + C²); inner products of outputs are
+    ⟨e, e'⟩ + C² ⟨f, f'⟩ whatever R₁ and R₂ are, so the full vector is as good as f, while the compatible part sees f
+    through a (d_old - k)-dimensional subspace, which is learnt. init, orthogonal_map: see `OrthogonalLinear`.
+    Both maps and their application stay in float32 (or wider) whatever the type of f and e, autocast included.
+    Raises ValueError unless 0 <= k <= d_old <= d_new + k. Source: Zhou et al. (2023), arXiv 2211.03989.
+    """
+
+    def __init__(
+        self,
+        d_new: int,
+        d_old: int,
+        k: int = 32,
+        scale: float = 2.0,
+        *,
+        orthogonal_map: str = "matrix_exp",
+        init: str = "random",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if d_new < 1 or d_old < 1:
+            raise ValueError(f"d_new, d_old: must be at least 1, got {d_new}, {d_old}")
+        if not 0 <= k <= d_old:
+            raise ValueError(f"k: must lie in [0, d_old = {d_old}], got {k}")
+        if d_old > d_new + k:
+            raise ValueError(f"d_old: at most d_new + k = {d_new + k}, got {d_old}; raise k or d_new")
+        if not scale > 0:
+            raise ValueError(f"scale: must be positive, got {scale}")
+        self.d_new, self.d_old, self.k, self.scale = d_new, d_old, k, float(scale)
+        options: dict[str, Any] = {"init": init, "orthogonal_map": orthogonal_map, "generator": generator}
+        self.new_basis = OrthogonalLinear(d_new, **options)
+        self.old_basis = OrthogonalLinear(d_old, **options)
+
+    def forward(self, f: Float[Tensor, "*n d_new"], e: Float[Tensor, "*n k"]) -> BT2Output:
+        """Change the bases of unit vectors f (…, d_new) and e (…, k; width 0 for k = 0)."""
+        if f.shape[-1] != self.d_new or e.shape[-1] != self.k:
+            raise ValueError(f"f, e: expected widths {self.d_new} and {self.k}, got {f.shape[-1]} and {e.shape[-1]}")
+        with torch.autocast(f.device.type, enabled=False):
+            wide = torch.promote_types(f.dtype, torch.float32)
+            mixed = torch.cat([e.to(wide), self.new_basis(self.scale * f.to(wide))], -1)
+            compatible, residual = self.old_basis(mixed[..., : self.d_old]), mixed[..., self.d_old :]
+        return BT2Output(torch.cat([compatible, residual], -1), compatible, residual)
+
+    def recover(self, full: Float[Tensor, "*n d_full"]) -> tuple[Float[Tensor, "*n d_new"], Float[Tensor, "*n k"]]:
+        """The f and e behind outputs (…, d_new + k), exactly."""
+        r1, r2 = (basis.weight.to(full) for basis in (self.new_basis, self.old_basis))
+        mixed = torch.cat([full[..., : self.d_old] @ r2, full[..., self.d_old :]], -1)
+        return mixed[..., self.k :] @ r1 / self.scale, mixed[..., : self.k]
+
+    @property
+    def blocks(self) -> Blocks:
+        """The new space: "visible" is what the compatible part sees, d_old - k dimensions; "residual" the rest."""
+        seen = self.d_old - self.k
+        axes = polar(self.new_basis.weight.detach().double().mT)
+        return Blocks({"visible": seen, "residual": self.d_new - seen}, rotation=axes)
+
+    @property
+    def visible_subspace(self) -> Subspace:
+        """The d_old - k dimensions of the new space that the compatible part sees. Raises ValueError at k = d_old."""
+        return cast(Subspace, self.blocks.subspace("visible"))
+
+    @property
+    def residual_subspace(self) -> Subspace:
+        """The rest of the new space, which the old one cannot hold. Raises ValueError where nothing is left."""
+        return cast(Subspace, self.blocks.subspace("residual"))
+
+    @property
+    def affine_map(self) -> AffineMap:
+        """The linear map [e; f] → full as a matrix (d_new + k, k + d_new)."""
+        identity = torch.eye(self.k + self.d_new, device=self.new_basis.weight.device)
+        with torch.no_grad():
+            return AffineMap(self(identity[:, self.k :], identity[:, : self.k]).full.mT.contiguous())
+
+    @torch.no_grad()
+    def warm_start(
+        self, f: Float[Tensor, "n d_new"], e: Float[Tensor, "n k"], old: Float[Tensor, "n d_old"]
+    ) -> BasisTransform:
+        """Set R₁ and R₂ from rows f, e and the old features (n, d_old) that they are to answer for; returns self.
+
+        The leading d_old - k pairs of singular directions of old'f become the visible subspace, and Procrustes'
+        rotation brings e to the old directions that are left. Closed form; both determinants are within reach.
+        """
+        rows = check_matrix(old, "old", columns=self.d_old).double()
+        seen = self.d_old - self.k
+        u, _, vh = torch.linalg.svd(rows.mT @ f.double())
+        left = u[:, seen:]
+        r2 = torch.cat([left @ polar(left.mT @ (rows.mT @ e.double())), u[:, :seen]], 1) if self.k else u
+        self.old_basis.weight = r2.to(self.old_basis.weight)
+        self.new_basis.weight = vh.to(self.new_basis.weight)
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"d_new={self.d_new}, d_old={self.d_old}, k={self.k}, scale={self.scale:g}"
+
+
+class BT2Features(NamedTuple):
+    """logits (n, classes); new f (n, d_new) and extra e (n, k), unit; full (n, d_new + k); compatible (n, d_old)."""
+
+    logits: Float[Tensor, "n c"]
+    new: Float[Tensor, "n d_new"]
+    extra: Float[Tensor, "n k"]
+    full: Float[Tensor, "n d_full"]
+    compatible: Float[Tensor, "n d_old"]
+
+
+class BT2Head(nn.Module):
+    """Pooled features g of any backbone → class logits, f, e and the vectors of `BasisTransform`.
+
+    f is the first d_new numbers of g, scaled to one; e the first k of a learnt linear map of relu(g) to d_old numbers,
+    scaled to one before they are cut and again after. Where in_features is not d_new + d_old a linear layer brings g to
+    that width first. Zero vectors stay zero. k, scale and the rest: see `BasisTransform`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        d_new: int,
+        d_old: int,
+        k: int = 32,
+        *,
+        num_classes: int,
+        scale: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or num_classes < 2:
+            raise ValueError(f"in_features, num_classes: need at least 1 and 2, got {in_features}, {num_classes}")
+        self.transform = BasisTransform(d_new, d_old, k, scale, **options)
+        width = d_new + d_old
+        self.neck = nn.Identity() if in_features == width else nn.Linear(in_features, width)
+        self.classifier = nn.Linear(d_new, num_classes, bias=False)
+        self.old_branch = nn.Linear(width, d_old) if k else None
+
+    def forward(self, features: Float[Tensor, "n p"]) -> BT2Features:
+        """Everything that the loss and a search need, from pooled features (n, in_features)."""
+        g = self.neck(features)
+        f = _unit(g[:, : self.transform.d_new])
+        if self.old_branch is None:
+            e = f[:, :0]
+        else:
+            e = _unit(_unit(self.old_branch(g.relu()))[:, : self.transform.k])
+        out = self.transform(f, e)
+        return BT2Features(self.classifier(f), f, e, out.full, out.compatible)
+
+
+class BT2Loss(nn.Module):
+    """CE(logits) + λ₁ (1 - cos(f, new)) + λ₂ CE(Q b, y) + λ₃ (1 - cos(b, old)), b the compatible part at unit length.
+
+    class_means: Q (classes, d_old), see `old_class_means`. lambdas: (λ₁, λ₂, λ₃). temperature: of the second cross
+    entropy (1 as published). label_smoothing: of the first.
+    """
+
+    class_means: Tensor
+
+    def __init__(
+        self,
+        class_means: Float[Tensor, "c d_old"],
+        lambdas: Sequence[float] = (1.0, 10.0, 5.0),
+        *,
+        temperature: float = 1.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(lambdas) != 3 or not all(value >= 0 for value in lambdas):
+            raise ValueError(f"lambdas: expected three numbers >= 0, got {tuple(lambdas)}")
+        self.register_buffer("class_means", check_matrix(class_means, "class_means").float())
+        self.lambdas = tuple(float(value) for value in lambdas)
+        self.temperature = temperature
+        self.label_smoothing = label_smoothing
+
+    def forward(
+        self,
+        out: BT2Features,
+        labels: Int[Tensor, " n"],
+        old: Float[Tensor, "n d_old"],
+        new: Float[Tensor, "n d_new"],
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """The total, and its terms before weighting, given unit features of the two teachers."""
+        compatible = _unit(out.compatible)
+        terms = {
+            "classification": F.cross_entropy(out.logits, labels, label_smoothing=self.label_smoothing),
+            "new_matching": 1 + cosine_matching_loss(out.new, new),
+            "influence": influence_loss(compatible, self.class_means, labels, temperature=self.temperature),
+            "old_matching": 1 + cosine_matching_loss(compatible, old),
+        }
+        weights = (1.0, *self.lambdas)
+        return torch.stack([weight * term.float() for weight, term in zip(weights, terms.values())]).sum(), terms
+
+
+def _unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+    # The square of a half-precision number overflows long before the number does.
+    return F.normalize(rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows, dim=-1)
+
+
+def old_class_means(
+    old: Any, labels: Any, num_classes: int | None = None, *, missing: str = "raise"
+) -> Float[Tensor, "c d_old"]:
+    """Mean of an old model's unit features (n, d_old) in each class, not scaled to one: the rows of the influence loss.
+
+    labels: class numbers; num_classes: by default the largest number + 1. missing: a class without a sample raises
+    ValueError, or, with "drop", has a row of zeros, which leaves it out of `influence_loss`. Reads in blocks.
+    """
+    if missing not in ("raise", "drop"):
+        raise ValueError(f"missing: expected 'raise' or 'drop', got {missing!r}")
+    numbers = as_tensor(labels, "labels", ndim=1, floating=False)
+    if numbers.is_floating_point() or len(numbers) != len(old) or not len(numbers):
+        raise ValueError(f"labels: expected {len(old)} class numbers, got {tuple(numbers.shape)}, {numbers.dtype}")
+    count = int(numbers.max()) + 1 if num_classes is None else num_classes
+    if not 0 <= int(numbers.min()) <= int(numbers.max()) < count:
+        raise ValueError(f"labels: must lie in 0 … {count - 1}, got {int(numbers.min())} … {int(numbers.max())}")
+    moments = GroupedMoments(int(old.shape[1]))
+    for start in range(0, len(old), _BLOCK):
+        rows = check_matrix(old[start : start + _BLOCK], "old")
+        moments.update(normalize_rows(rows.double()), numbers[start : start + _BLOCK])
+    means = torch.zeros(count, int(old.shape[1]), dtype=torch.float64)
+    means[torch.tensor(moments.groups)] = moments.means.to(means)
+    absent = sorted(set(range(count)) - set(moments.groups))
+    if absent and missing == "raise":
+        raise ValueError(
+            f"labels: no sample of class {absent[0]} ({len(absent)} such classes); missing='drop' leaves them out"
+        )
+    return means.float()
+
+
+@torch.no_grad()
+def teacher_features(
+    encoder: Callable[[Any], Tensor], inputs: Any, path: str | os.PathLike[str], *, batch_size: int = 256
+) -> np.ndarray:
+    """Unit float32 features (n, d) of a frozen encoder, computed once, kept at `path` (.npy) as a memory map.
+
+    inputs: an array or tensor (n, …), read in batches in order: deterministic views, the same that the student sees.
+    The file is one encoder's on one data set; where it exists it is read, not computed, but for its first and last row,
+    which must be what the encoder gives. Written whole or not at all. Raises ValueError for NaN in the features, or a
+    file of another encoder or of other inputs.
+    """
+    file = Path(path)
+    if file.suffix != ".npy":
+        raise ValueError(f"path: expected a name that ends in .npy, got {str(path)!r}")
+
+    def features(start: int, stop: int) -> np.ndarray:
+        rows = check_finite(encoder(as_tensor(inputs[start:stop], "inputs", floating=False)), "encoder")
+        return normalize_rows(rows.float()).cpu().numpy()
+
+    kept = file.is_file()
+    if not kept:
+        with atomic_write(file) as temporary:
+            stored = None
+            for start in range(0, len(inputs), batch_size):
+                rows = features(start, start + batch_size)
+                if stored is None:
+                    stored = new_array(temporary, np.float32, (len(inputs), rows.shape[1]))
+                stored[start : start + len(rows)] = rows
+            if stored is None:
+                raise ValueError("inputs: there is none")
+            stored.flush()
+            del stored
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"path: {str(path)!r} is not a readable .npy file ({error})") from error
+    if found.ndim != 2 or len(found) != len(inputs):
+        raise ValueError(f"path: {str(path)!r} holds shape {found.shape}, expected {len(inputs)} rows; delete it")
+    for row in (0, len(inputs) - 1) if kept else ():
+        given = features(row, row + 1)[0]
+        if given.shape != found[row].shape or np.linalg.norm(given - found[row]) > _KEPT_TOLERANCE:
+            raise ValueError(f"path: {str(path)!r} is of another encoder or of other inputs (row {row}); delete it")
+    return found
+
+
+class TeacherDataset(Dataset):
+    """Items (input, class number, old teacher's unit features, new teacher's), for training a compatible model.
+
+    inputs: array, tensor or sequence of n items. labels (n,): any sortable ids; `classes` holds them in the order
+    of the class numbers. old (n, d_old), new (n, d_new): arrays or memory maps; rows that are not of unit length are
+    scaled, with a warning. `loader` reads whole batches at once. Raises ValueError for NaN or unequal numbers of rows.
+    """
+
+    def __init__(self, inputs: Any, labels: Any, old: Any, new: Any) -> None:
+        names = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        if names.shape != (len(inputs),):
+            raise ValueError(f"labels: expected {len(inputs)} labels, got shape {names.shape}")
+        self.inputs = inputs
+        self.classes, numbers = np.unique(names, return_inverse=True)
+        self.labels: Int[Tensor, " n"] = torch.from_numpy(numbers.astype(np.int64).reshape(-1))
+        self.teachers = tuple(_teacher(rows, name, len(inputs)) for rows, name in ((old, "old"), (new, "new")))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Any, Tensor, Tensor, Tensor]:
+        old, new = (_read(rows, [index])[0] for rows in self.teachers)
+        return self.inputs[index], self.labels[index], old, new
+
+    def __getitems__(self, indices: list[int]) -> tuple[Any, Tensor, Tensor, Tensor]:
+        """A whole batch; what a loader asks for."""
+        if isinstance(self.inputs, Tensor):
+            items = self.inputs[torch.as_tensor(indices)]
+        elif isinstance(self.inputs, np.ndarray):
+            items = torch.from_numpy(np.array(self.inputs[indices]))
+        else:
+            items = torch.utils.data.default_collate([self.inputs[index] for index in indices])
+        old, new = (_read(rows, indices) for rows in self.teachers)
+        return items, self.labels[torch.as_tensor(indices)], old, new
+
+    def loader(self, batch_size: int = 128, *, shuffle: bool = True, **options: Any) -> DataLoader:
+        """A loader of this data set; `options` go to `DataLoader`."""
+        return DataLoader(self, batch_size, shuffle=shuffle, collate_fn=_as_read, **options)
+
+
+def _as_read(batch: Any) -> Any:
+    return batch
+
+
+def _read(rows: np.ndarray, indices: list[int]) -> Float[Tensor, "b d"]:
+    return normalize_rows(torch.from_numpy(np.array(rows[indices], dtype=np.float32)))
+
+
+def _teacher(rows: Any, name: str, count: int) -> np.ndarray:
+    values = rows.detach().cpu().numpy() if isinstance(rows, Tensor) else np.asanyarray(rows)
+    if values.ndim != 2 or len(values) != count:
+        raise ValueError(f"{name}: expected {count} rows of features, got shape {values.shape}")
+    off = 0.0
+    for start in range(0, count, _BLOCK):
+        block = check_matrix(values[start : start + _BLOCK], name).float()
+        off = max(off, float((torch.linalg.vector_norm(block, dim=1) - 1).abs().max()))
+    if off > _UNIT_TOLERANCE:
+        warnings.warn(f"{name}: rows are not of unit length (off by up to {off:.2g}); they are scaled", stacklevel=3)
+    return values

@@ -1,0 +1,1 @@
+"""Close the gap between the vectors of two modalities."""

@@ -1,0 +1,115 @@
+"""Simpler and heavier maps between modalities, to compare ReAlign with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sklearn.utils import check_random_state
+from torch import Tensor
+
+from subspan.geometry import Subspace, gaussian_transport
+from subspan.statistics import Moments
+from subspan.statistics.spread import Spread
+
+from .modality_map import ModalityMap
+
+
+class MeanShift(ModalityMap):
+    """Source rows moved by the difference of the means, then to unit length (Unicorn; Yu et al., 2025)."""
+
+    def __init__(self, normalize: Any = True) -> None:
+        self.normalize = normalize
+
+    def _accumulator(self, d: int) -> Spread:
+        return Spread(d)
+
+    def _weight(self) -> Float[Tensor, ""]:
+        return torch.ones((), dtype=torch.float64, device=self._source.mean.device)
+
+
+class C3(MeanShift):
+    """Mean shift, then isotropic Gaussian noise, then to unit length (connect, collapse, corrupt; Zhang et al., 2024).
+
+    sigma: standard deviation of the noise in each dimension. random_state: of the noise; an int gives the same noise
+    at each call.
+    """
+
+    def __init__(self, sigma: Any = 0.02, normalize: Any = True, random_state: Any = None) -> None:
+        super().__init__(normalize)
+        self.sigma = sigma
+        self.random_state = random_state
+
+    def _check_parameters(self) -> None:
+        if not self.sigma >= 0:
+            raise ValueError(f"sigma: must be >= 0, got {self.sigma}")
+
+    def _noise(self) -> float:
+        return float(self.sigma)
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.non_deterministic = True
+        return tags
+
+
+class BlockwiseCovariance(ModalityMap):
+    """Whitening and colouring of two blocks, the leading subspace U of Σ_x + Σ_y and its complement, then centroid.
+
+    Within each block the source's covariance becomes the target's, Σ_x^(1/2) Σ_y^(-1/2). It matches more moments than
+    ReAlign and keeps less of the geometry: the tail of the source, where Σ_y is noise, is blown up.
+    rank: of U, by default 90 % of the variance (see `rank_rule`). ridge: added to both covariances, as a share of their
+    mean variance. n_centroid: rounds of the centroid step. Attribute subspace_: U. Time O(n d² + d³), memory O(d²).
+    Source: the comparison of Yu et al. (2026), arXiv 2602.07026.
+    """
+
+    def __init__(
+        self,
+        rank: Any = 0.9,
+        ridge: Any = 1e-6,
+        n_centroid: Any = 1,
+        normalize: Any = True,
+    ) -> None:
+        self.rank = rank
+        self.ridge = ridge
+        self.n_centroid = n_centroid
+        self.normalize = normalize
+
+    def _check_parameters(self) -> None:
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge: must be >= 0, got {self.ridge}")
+        if isinstance(self.n_centroid, bool) or not isinstance(self.n_centroid, int) or self.n_centroid < 0:
+            raise ValueError(f"n_centroid: expected an integer >= 0, got {self.n_centroid!r}")
+
+    def _accumulator(self, d: int) -> Moments:
+        return Moments(d)
+
+    def _centroid_rounds(self) -> int:
+        return self.n_centroid
+
+    def _weight(self) -> Float[Tensor, "d d"]:
+        source, target = (self._regular(moments, name) for moments, name in ((self._source, "X"), (self._target, "Y")))
+        count = min(self._source.count, self._target.count)
+        self.subspace_ = Subspace.from_covariance(source + target, count=count, rank=self.rank)
+        blocks = [self.subspace_.basis]
+        if self.subspace_.dim < self.subspace_.ambient_dim:
+            blocks.append(self.subspace_.complement().basis)
+        return sum(
+            (
+                u @ gaussian_transport(u.mT @ source @ u, u.mT @ target @ u, method="coral").matrix @ u.mT
+                for u in blocks
+            ),
+            torch.zeros_like(source),
+        )
+
+    def _regular(self, moments: Moments, name: str) -> Float[Tensor, "d d"]:
+        covariance = moments.covariance()
+        mean_variance = covariance.diagonal().mean()
+        if not float(mean_variance) > 1e-10 * float(moments.mean.square().mean()):
+            raise ValueError(f"{name}: the rows are constant; there is no covariance to match")
+        return covariance + self.ridge * mean_variance * torch.eye(len(covariance)).to(covariance)

@@ -1,0 +1,1 @@
+"""Compare two spaces of the same things and map one onto the other."""

@@ -1,0 +1,1 @@
+"""Change the encoder of an index without encoding it again."""

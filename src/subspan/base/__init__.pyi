@@ -1,0 +1,18 @@
+from .arrays import as_tensor, check_finite, check_matrix, like, normalize_rows
+from .extras import require
+from .saved import save_arrays, saved_object
+from .tables import FiniteCheck, Table, read_table
+
+__all__ = [
+    "FiniteCheck",
+    "Table",
+    "as_tensor",
+    "check_finite",
+    "check_matrix",
+    "like",
+    "normalize_rows",
+    "read_table",
+    "require",
+    "save_arrays",
+    "saved_object",
+]

@@ -1,0 +1,58 @@
+from .bundled import BUNDLED
+from .cache import cache_entries, cache_folder, cached_features, clear_cache, fingerprint
+from .graphs import GRAPHS, AttributedGraph, attributed_block_model, docstring_graph, load_graph, read_graph
+from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, open_image
+from .packages import (
+    WEIGHT_PACKAGES,
+    image_preprocessing,
+    install,
+    is_installed,
+    load_language_model,
+    load_model,
+    load_sentence_encoder,
+    model_path,
+)
+from .shapes import Shapes, procedural_shapes
+from .shared import SHARED, ImageRecords, data_folder, is_available, load
+from .texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
+
+__all__ = [
+    "AnomalyImages",
+    "AttributedGraph",
+    "BUNDLED",
+    "Docstring",
+    "GRAPHS",
+    "ImageCollection",
+    "ImageRecords",
+    "SHARED",
+    "Shapes",
+    "Texts",
+    "WEIGHT_PACKAGES",
+    "anomaly_folder",
+    "attributed_block_model",
+    "cache_entries",
+    "cache_folder",
+    "cached_features",
+    "clear_cache",
+    "code_and_docstrings",
+    "data_folder",
+    "docstring_graph",
+    "fingerprint",
+    "image_folder",
+    "image_preprocessing",
+    "install",
+    "is_available",
+    "is_installed",
+    "iterate_records",
+    "load",
+    "load_graph",
+    "load_language_model",
+    "load_model",
+    "load_sentence_encoder",
+    "model_path",
+    "open_image",
+    "procedural_shapes",
+    "read_graph",
+    "read_texts",
+    "stdlib_docstrings",
+]

@@ -1,0 +1,65 @@
+from .anomaly_maps import aupro, auroc
+from .jackknife import jackknife
+from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
+from .mutual_information import mutual_information
+from .neighbours import knn_overlap, neighbour_purity, recall_at_k
+from .neural_collapse import NeuralCollapse, neural_collapse
+from .paired import expected_calibration_error, paired_bootstrap
+from .partitions import (
+    attribute_modularity,
+    clustering_accuracy,
+    conductance,
+    connectivity,
+    feature_detection_error,
+    modularity,
+    pairwise_f1,
+)
+from .retrieval import (
+    BackfillCurve,
+    RetrievalScores,
+    average_accuracy,
+    average_compatibility,
+    backfill_curve,
+    common_prefix,
+    compatibility_matrix,
+    prefix_retrieval_scores,
+    retrieval_scores,
+    template_gallery,
+)
+from .spatial import gram_agreement, spatial_structure
+
+__all__ = [
+    "BackfillCurve",
+    "NeuralCollapse",
+    "RetrievalScores",
+    "attribute_modularity",
+    "aupro",
+    "auroc",
+    "average_accuracy",
+    "average_compatibility",
+    "backfill_curve",
+    "clustering_accuracy",
+    "common_prefix",
+    "compatibility_matrix",
+    "conductance",
+    "connectivity",
+    "expected_calibration_error",
+    "feature_detection_error",
+    "gram_agreement",
+    "gram_matrix",
+    "jackknife",
+    "kernel_cka",
+    "knn_overlap",
+    "local_kernel_cka",
+    "modularity",
+    "mutual_information",
+    "neighbour_purity",
+    "neural_collapse",
+    "paired_bootstrap",
+    "pairwise_f1",
+    "prefix_retrieval_scores",
+    "recall_at_k",
+    "retrieval_scores",
+    "spatial_structure",
+    "template_gallery",
+]

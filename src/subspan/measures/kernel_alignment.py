@@ -1,0 +1,108 @@
+"""Centred kernel alignment through n × n kernels, for kernels that have no closed form in moments.
+
+For the linear kernel `JointMoments.cka` and `JointMoments.local_cka` give the same numbers without any kernel matrix.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from subspan.base import check_matrix
+
+_BLOCK_BYTES = 1 << 28
+MOST_KERNEL_ROWS = 5000
+"""Rows up to which local alignment is computed through kernels: beyond, one kernel takes over 200 MB for each query."""
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.mT).clamp_min(0)
+
+
+def _gaussian(squared: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    apart = squared[squared > 0]
+    if not len(apart):
+        return torch.ones_like(squared)
+    return torch.exp(-squared / (2 * apart.median()))
+
+
+def gram_matrix(rows: Any, kernel: str = "linear") -> Float[Tensor, "n n"]:
+    """Kernel of rows (n, d) in float64: "linear", or "rbf" with the median distance as its width."""
+    x = check_matrix(rows, "rows").double()
+    if kernel == "linear":
+        return x @ x.mT
+    if kernel != "rbf":
+        raise ValueError(f"kernel: expected 'linear' or 'rbf', got {kernel!r}")
+    return _gaussian(_squared_distances(x - x.mean(0), x - x.mean(0)).fill_diagonal_(0))
+
+
+def _unit_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """HKH scaled to Frobenius norm 1, so that the alignment of two kernels is an inner product."""
+    centred = gram - gram.mean(0) - gram.mean(1, keepdim=True) + gram.mean()
+    return centred / torch.linalg.matrix_norm(centred)
+
+
+def _unit_u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The kernel without its diagonal, centred such that products are unbiased, scaled to Frobenius norm 1."""
+    n = len(gram)
+    centred = _unit_centred(gram)  # leaves the rest as it is and keeps the digits of kernels far from the origin
+    centred = centred - centred.diagonal().diag()
+    mean = centred.sum(0) / (n - 2)
+    centred = centred - mean - mean.unsqueeze(1) + centred.sum() / ((n - 1) * (n - 2))
+    centred = centred - centred.diagonal().diag()
+    return centred / torch.linalg.matrix_norm(centred)
+
+
+def kernel_cka(x: Any, y: Any, kernel: str = "linear", *, debiased: bool = False) -> float:
+    """Centred kernel alignment in [0, 1] of paired rows (n, d_x), (n, d_y), by its definition; O(n²) memory.
+
+    debiased: 0 on average for unrelated rows, which the plain one is not for few rows in many dimensions; it may be
+    negative. Raises ValueError for unequal n or constant rows, and for fewer than 4 rows when debiased. Source:
+    Kornblith et al. (2019); debiased, Song et al. (2012).
+    """
+    a, b = gram_matrix(x, kernel), gram_matrix(y, kernel)
+    if len(a) != len(b):
+        raise ValueError(f"y: expected {len(a)} rows to pair with x, got {len(b)}")
+    if debiased and len(a) < 4:
+        raise ValueError(f"x: at least 4 rows are needed, got {len(a)}")
+    centred = _unit_u_centred if debiased else _unit_centred
+    value = float((centred(a) * centred(b)).sum())
+    if value != value:
+        raise ValueError("x, y: one of them is constant, so the alignment is not defined")
+    return value
+
+
+def local_kernel_cka(anchors_x: Any, anchors_y: Any, x: Any, y: Any, *, kernel: str = "rbf") -> Float[Tensor, "m p"]:
+    """Alignment (m, p) of paired anchors (n, d_x), (n, d_y) with the pair (x_i, y_j) added, for every i and j.
+
+    The width of "rbf" is the median distance, recomputed with each added row. O((n + 1)² m p) time: raises ValueError
+    above 5000 anchors. Source: Maniparambil et al. (2024).
+    """
+    left, right = (
+        check_matrix(rows, name).double() for rows, name in ((anchors_x, "anchors_x"), (anchors_y, "anchors_y"))
+    )
+    if len(left) != len(right):
+        raise ValueError(f"anchors_y: expected {len(left)} rows to pair with anchors_x, got {len(right)}")
+    if len(left) > MOST_KERNEL_ROWS:
+        raise ValueError(
+            f"anchors_x: {len(left)} anchors are too many for kernel matrices, which take (n + 1)² numbers a query; "
+            f"use at most {MOST_KERNEL_ROWS}, or the linear kernel, which needs none"
+        )
+    a = check_matrix(x, "x", columns=left.shape[1]).to(left)
+    b = check_matrix(y, "y", columns=right.shape[1]).to(right)
+    step = max(1, _BLOCK_BYTES // (8 * (len(left) + 1) ** 2))
+    scores = left.new_empty(len(a), len(b))
+    for i in range(0, len(a), step):
+        rows = _extended(left, a[i : i + step], kernel)
+        for j in range(0, len(b), step):
+            scores[i : i + step, j : j + step] = rows @ _extended(right, b[j : j + step], kernel).mT
+    return scores
+
+
+def _extended(anchors: Float[Tensor, "n d"], queries: Float[Tensor, "m d"], kernel: str) -> Float[Tensor, "m nn"]:
+    """Centred kernels of norm 1 of the anchors with each query added, one a row."""
+    rows = [_unit_centred(gram_matrix(torch.cat([anchors, query.unsqueeze(0)]), kernel)) for query in queries]
+    return torch.stack(rows).flatten(1)

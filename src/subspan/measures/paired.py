@@ -1,0 +1,47 @@
+"""Comparing two methods on the same items."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from subspan.base import as_tensor, check_finite
+
+
+def paired_bootstrap(
+    ours: Any, theirs: Any, *, level: float = 0.95, resamples: int = 4000, random_state: int = 0
+) -> tuple[float, float, float]:
+    """Mean of ours - theirs over items (n,), and its percentile interval when items are drawn with replacement.
+
+    Raises ValueError for unequal lengths or fewer than 2 items. Source: Efron & Tibshirani (1993).
+    """
+    first, second = (check_finite(as_tensor(x, name, ndim=1), name) for x, name in ((ours, "ours"), (theirs, "theirs")))
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"theirs: as many items as ours and at least 2 are needed, got {len(first)} and {len(second)}")
+    if not 0 < level < 1:
+        raise ValueError(f"level: must lie in (0, 1), got {level}")
+    difference = (first.double() - second.double()).cpu().numpy()
+    draws = np.random.default_rng(random_state).integers(len(difference), size=(resamples, len(difference)))
+    low, high = np.quantile(difference[draws].mean(1), [(1 - level) / 2, (1 + level) / 2])
+    return float(difference.mean()), float(low), float(high)
+
+
+def expected_calibration_error(probabilities: Float[Any, "n c"], labels: Any, *, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over `bins` equal bins of the top probability (Guo et al., 2017).
+
+    probabilities (n, c), labels (n,) class numbers. Raises ValueError for rows that do not sum to 1.
+    """
+    p = check_finite(as_tensor(probabilities, "probabilities", ndim=2), "probabilities").double()
+    y = as_tensor(labels, "labels", ndim=1, floating=False)
+    if len(p) != len(y) or len(p) == 0:
+        raise ValueError(f"labels: as many as rows of probabilities are needed, got {len(y)} and {len(p)}")
+    if bins < 1:
+        raise ValueError(f"bins: at least 1, got {bins}")
+    if bool((p < 0).any()) or float((p.sum(1) - 1).abs().max()) > 1e-3:
+        raise ValueError("probabilities: rows must be >= 0 and sum to 1")
+    confidence, answer = p.max(1)
+    gap = (answer == y.to(answer.device)).double() - confidence
+    place = (confidence * bins).long().clamp_max(bins - 1)
+    return float(gap.new_zeros(bins).index_add(0, place, gap).abs().sum() / len(p))

@@ -1,0 +1,35 @@
+from .attention import attended_representation, attended_tokens, block_attention
+from .capture import Capture, capture, iterate_representations, pool_states
+from .encoders import ImageEncoder, SentenceEncoder
+from .features import FeatureGrid, token_grid
+from .intervene import intervene
+from .layers import find_blocks, layer_names
+from .permute import permute_units
+from .preprocessing import ImagePreprocessing, image_tensor
+from .surgery import Site, Surgery, multiply_adds, replace
+from .tokens import TokenRoles
+
+__all__ = [
+    "Capture",
+    "FeatureGrid",
+    "ImageEncoder",
+    "ImagePreprocessing",
+    "SentenceEncoder",
+    "Site",
+    "Surgery",
+    "TokenRoles",
+    "attended_representation",
+    "attended_tokens",
+    "block_attention",
+    "capture",
+    "find_blocks",
+    "image_tensor",
+    "intervene",
+    "iterate_representations",
+    "layer_names",
+    "multiply_adds",
+    "permute_units",
+    "pool_states",
+    "replace",
+    "token_grid",
+]

@@ -1,0 +1,95 @@
+from .autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
+from .butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
+from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
+from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
+from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
+from .flow_transformer import FlowTransformer
+from .gcr import GrassmannHead
+from .grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
+from .grassmann_pair_head import GrassmannPairHead
+from .householder_projector import HouseholderFrame, HouseholderProjector
+from .influence import influence_loss
+from .lambda_orthogonality import (
+    LambdaOrthogonality,
+    limit_orthogonality_defect,
+    orthogonality_defect,
+    register_lambda_orthogonality,
+)
+from .matching import cosine_matching_loss
+from .matryoshka import MatryoshkaAdapter, MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, nesting_weights
+from .orthogonal import OrthogonalLinear, register_orthonormal
+from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
+from .self_expression import SelfExpression, SubspaceStructured
+from .simplex import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
+from .simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage
+from .spatial import PatchProjector, SpatialNorm, resize_tokens
+from .ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
+
+__all__ = [
+    "Butterfly",
+    "ButterflyFactors",
+    "CRATE",
+    "CRATEAutoencoder",
+    "CRATEDecoderLayer",
+    "CRATELanguageModel",
+    "CRATELayer",
+    "CodeUsage",
+    "CompatibleCE",
+    "ContrastiveLoss",
+    "ConvAutoencoder",
+    "FlowTransformer",
+    "GrassmannBlock",
+    "GrassmannHead",
+    "GrassmannLanguageModel",
+    "GrassmannMixing",
+    "GrassmannModule",
+    "GrassmannPairHead",
+    "GrassmannParameter",
+    "GroupedSimVQ",
+    "HOCLoss",
+    "HouseholderFrame",
+    "HouseholderProjector",
+    "ISTA",
+    "LambdaOrthogonality",
+    "LinearAutoencoder",
+    "MatryoshkaAdapter",
+    "MatryoshkaLinear",
+    "MatryoshkaLogitLoss",
+    "MatryoshkaLoss",
+    "MixingState",
+    "OrthogonalLinear",
+    "PatchProjector",
+    "Quantized",
+    "ResidualSimVQ",
+    "RiemannianSGD",
+    "SameConv2d",
+    "SameConvTranspose2d",
+    "SelfExpression",
+    "SimVQ",
+    "SimplexClassifier",
+    "SpatialNorm",
+    "SubspaceAttention",
+    "SubspaceSelfAttention",
+    "SubspaceStructured",
+    "WithRiemannian",
+    "active_subspace",
+    "attention_entropy",
+    "butterfly_factorize",
+    "butterfly_multiply",
+    "code_usage",
+    "cosine_matching_loss",
+    "influence_loss",
+    "info_nce",
+    "limit_orthogonality_defect",
+    "load_published",
+    "multi_positive_info_nce",
+    "nesting_weights",
+    "orthogonality_defect",
+    "register_lambda_orthogonality",
+    "register_orthonormal",
+    "resize_tokens",
+    "shape_preserving_blocks",
+    "simplex_logits",
+    "simplex_vertices",
+    "with_riemannian",
+]

@@ -1,0 +1,17 @@
+from .moments import GroupedMoments, JointMoments, Moments
+from .sampling import UniformSample
+from .sketch import CovarianceSketch
+from .streams import batches, fit_moments, is_dask, is_one_shot, is_stream
+
+__all__ = [
+    "CovarianceSketch",
+    "GroupedMoments",
+    "JointMoments",
+    "Moments",
+    "UniformSample",
+    "batches",
+    "fit_moments",
+    "is_dask",
+    "is_one_shot",
+    "is_stream",
+]
