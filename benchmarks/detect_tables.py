@@ -17,11 +17,11 @@ from pyod.models.pca import PCA
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
 from record import Record, parser
+from subspan.commands import read_embeddings
 from subspan.datasets import data_folder, load, load_sentence_encoder
 from subspan.detect import SubspaceDetector
 from subspan.measures import auroc
 from subspan.models import SentenceEncoder
-from subspan.report import read_embeddings
 from subspan.reproduce.image_features import image_encoder
 
 SEEDS = 3

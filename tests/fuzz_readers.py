@@ -40,13 +40,13 @@ from safetensors.torch import save_file
 
 from subspan.base import read_table
 from subspan.base.reading import read_json
+from subspan.commands.inputs import is_anomaly_layout, read_labels
 from subspan.datasets import image_folder, open_image, original, read_graph, read_texts
 from subspan.datasets.index_writing import _recorded_rows
 from subspan.datasets.indexes import open_index, read_ids
 from subspan.detect import SubspaceDetector
 from subspan.geometry import AffineMap, Subspace
 from subspan.models.sentence_folders import read_sentence_folder
-from subspan.report.inputs import is_anomaly_layout, read_labels
 from subspan.select.shards import RepresentationShards
 from subspan.statistics import Moments, fit_moments
 

@@ -504,7 +504,7 @@ _TELLING_WHEN_IT_WORKS = """
 import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import subspan.report.facts as facts
+import subspan.commands.description as facts
 from subspan import cli
 survey = facts.survey
 def telling(*arguments, **options):

@@ -15,8 +15,9 @@ from sklearn.metrics import adjusted_rand_score
 
 from subspan import cli
 from subspan.cluster import LeastSquaresRepresentation
+from subspan.commands import Embeddings
+from subspan.commands import clustering as clusters
 from subspan.datasets import attributed_block_model, load
-from subspan.report import Embeddings, clusters
 
 GRAPH = attributed_block_model(160, 4, mean_degree=10, inside=0.9, n_attributes=40, words=10, random_state=0)
 

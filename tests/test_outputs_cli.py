@@ -127,11 +127,11 @@ def fail(*_: object, **__: object) -> None:
         ("report x.npy -o old.html --json old.json", "subspan.cli.write_text"),
         ("detect x.npy -o old.csv", "subspan.cli.write_rows"),
         ("select x.npy -o old.npy", "subspan.cli.write_array"),
-        ("cluster x.npy -c 2 -o old.csv --report old.html", "subspan.report.page.render_clusters"),
+        ("cluster x.npy -c 2 -o old.csv --report old.html", "subspan.report.render_clusters"),
         ("shorten x.npy --rank 2 -o old.npy --map old.safetensors", "subspan.datasets.index_writing.verify"),
         ("align x.npy x.npy -o old.safetensors --apply old.npy", "subspan.cli.write_array"),
         ("upgrade x.npy x.npy -o old.safetensors --migrate new.npy --backfill-order old.txt --report old.html",
-         "subspan.report.upgrade_run.render_upgrade"),
+         "subspan.report.render_upgrade"),
     ],
 )  # fmt: skip
 def test_a_run_that_fails_late_leaves_all_of_the_last_and_nothing_of_itself(

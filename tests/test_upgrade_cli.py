@@ -198,7 +198,7 @@ def _killed_at(number: int, arguments: list[str]) -> None:
 def test_what_a_kill_between_the_names_leaves_is_finished_by_the_same_command(
     run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from subspan.report import upgrade_run
+    from subspan.commands import upgrading as upgrade_run
 
     write_index()
     write_sample()

@@ -28,7 +28,7 @@ from subspan.base.outputs import Output, Outputs
 from subspan.base.reading import UNPRINTABLE, printable, readable_name
 
 if TYPE_CHECKING:
-    from subspan.report import Embeddings
+    from subspan.commands import Embeddings
 
     Progress = Callable[[str, float], None]
 
@@ -280,7 +280,8 @@ def report(
     facts_file = None if json_output is None or str(json_output) == "-" else json_output
     outputs = Outputs(Output("-o", output, _PAGES), Output("--json", facts_file), inputs=(table, against, labels))
     _check_inputs(table, against)
-    from subspan.report import describe, read_embeddings, render
+    from subspan.commands import describe, read_embeddings
+    from subspan.report import render
 
     with outputs, _progress("reading") as progress:
         data = read_embeddings(
@@ -390,7 +391,7 @@ def detect(
     _check_inputs(table, fit)
     if rank is not None:
         _rank(rank)
-    from subspan.report.inputs import is_anomaly_layout
+    from subspan.commands.inputs import is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
     ranked = _rank(rank or "0.99")
@@ -434,8 +435,8 @@ def _detect_in_rows(
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     import numpy as np
 
+    from subspan.commands import read_embeddings
     from subspan.detect import SubspaceDetector
-    from subspan.report import read_embeddings
 
     with _progress("reading") as progress:
         data = read_embeddings(table, progress=progress, **reading)
@@ -470,8 +471,8 @@ def _detect_in_rows(
 
 
 def _detect_label_errors(table: str | None, **reading: Any) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    from subspan.commands import read_embeddings
     from subspan.detect import label_votes
-    from subspan.report import read_embeddings
 
     with _progress("reading") as progress:
         data = read_embeddings(table, progress=progress, **reading)
@@ -619,8 +620,8 @@ def select(
     ranked = _rank(rank)
     import numpy as np
 
-    from subspan.report import read_embeddings
-    from subspan.report.survey import first_copies
+    from subspan.commands import read_embeddings
+    from subspan.commands.survey import first_copies
     from subspan.select import LeverageSelector, retention
     from subspan.select.baselines import distinct_rows, k_center, k_medoids, random_rows
     from subspan.select.leverage import budget
@@ -761,8 +762,8 @@ def cluster(
                 objective=objective, order=order, decay=decay, seed=seed,
             )  # fmt: skip
         else:
-            from subspan.report import read_embeddings
-            from subspan.report.clusters import cluster_rows
+            from subspan.commands import read_embeddings
+            from subspan.commands.clustering import cluster_rows
 
             if attributes is not None:
                 raise ValueError("--attributes: needs an edge list")
@@ -782,7 +783,7 @@ def cluster(
             _write_clusters(outputs[output], columns, found)
             facts["output"] = str(output)
         if page is not None:
-            from subspan.report.page import render_clusters
+            from subspan.report import render_clusters
 
             facts["report"] = str(page)
             write_text(outputs[page], render_clusters(facts, data))
@@ -805,10 +806,10 @@ def _cluster_graph(
 ) -> tuple[Embeddings, Any]:  # fmt: skip
     import numpy as np
 
+    from subspan.commands import Embeddings
+    from subspan.commands.clustering import cluster_graph
+    from subspan.commands.inputs import read_labels
     from subspan.datasets import read_graph
-    from subspan.report import Embeddings
-    from subspan.report.clusters import cluster_graph
-    from subspan.report.inputs import read_labels
 
     label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
     graph = read_graph(table, attributes, id_column=id_column, label_column=None if label_file else labels)
@@ -841,7 +842,7 @@ def _write_clusters(path: Path, columns: dict[str, list[Any]], found: Any) -> No
 
 
 def _print_clusters(facts: dict[str, Any]) -> None:
-    from subspan.report.clusters import count_in_words, kmeans_in_words
+    from subspan.commands.clustering import count_in_words, kmeans_in_words
 
     names = ("rows", "method", "clusters", "silhouette", "modularity", "output", "report")
     shown = {name: facts[name] for name in names if facts.get(name) is not None}
@@ -930,9 +931,9 @@ def shorten(
         Output("--map", subspace, (".safetensors",)),
         inputs=(table,),
     )
-    from subspan.report import read_embeddings
-    from subspan.report.shorten import matryoshka_head, pca_head, prefix_head
-    from subspan.report.shorten import shorten as shorten_vectors
+    from subspan.commands import read_embeddings
+    from subspan.commands.shortening import matryoshka_head, pca_head, prefix_head
+    from subspan.commands.shortening import shorten as shorten_vectors
 
     with outputs, _progress("reading") as progress:
         if table is not None and is_stored(table):
@@ -1004,7 +1005,7 @@ def align(
     _check_inputs(source, target)
     import numpy as np
 
-    from subspan.report import read_embeddings
+    from subspan.commands import read_embeddings
 
     with outputs, _progress("reading") as progress:
         first, second = (
@@ -1046,7 +1047,7 @@ def align(
 def _align_paired(
     first: Embeddings, second: Embeddings, method: str, seed: int, progress: Progress
 ) -> tuple[Any, Any, dict[str, Any]]:
-    from subspan.report.comparison import fit_map, paired
+    from subspan.commands.comparison import fit_map, paired
 
     fitted, facts = fit_map(*paired(first, second), method, seed=seed, progress=progress)
     return fitted, fitted.map_, facts
@@ -1163,7 +1164,8 @@ def upgrade(
     - `subspan upgrade qdrant_folder/ new.parquet --migrate new_folder --json`
     """
     _check_inputs(index, sample, queries_new, queries_old, kinds=(*TABLES, *INDEXES))
-    from subspan.report.upgrade_run import UpgradeFiles, run_upgrade
+    from subspan.commands.upgrading import UpgradeFiles, run_upgrade
+    from subspan.report import render_upgrade
 
     files = UpgradeFiles(adapters=tuple(adapter or ()), wrapped=wrapped, migrated=migrate, order=backfill, page=page)
     with _progress("reading") as progress:
@@ -1185,6 +1187,7 @@ def upgrade(
             collection=collection,
             dry_run=dry_run,
             seed=seed,
+            render=render_upgrade,
             progress=progress,
         )
     if as_json:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.report import Embeddings, describe, render
+from subspan.commands import Embeddings, describe
+from subspan.report import render
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

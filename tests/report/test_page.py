@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.report import Embeddings, describe, render
+from subspan.commands import Embeddings, describe
+from subspan.report import render
 from subspan.report.page import _card, _percent
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 ☃"

@@ -18,6 +18,7 @@ from jaxtyping import jaxtyped
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from .files import atomic_write
 from .reading import quoted, reading
 
 Schema = Mapping[str, Any]

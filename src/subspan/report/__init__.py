@@ -1,4 +1,4 @@
-"""The report: what is in a set of embeddings and what can be done with it, as facts and as one HTML page."""
+"""Pages (HTML): of a set of embeddings, of clusters, of an upgrade; each complete in itself."""
 
 import lazy_loader
 

@@ -1,6 +1,3 @@
-from .embeddings import Embeddings
-from .facts import describe
-from .inputs import read_embeddings
-from .page import render
+from .page import render, render_clusters, render_upgrade
 
-__all__ = ["Embeddings", "describe", "read_embeddings", "render"]
+__all__ = ["render", "render_clusters", "render_upgrade"]

@@ -11,8 +11,10 @@ from html import escape
 from importlib import resources
 from typing import Any
 
+from subspan.commands import Embeddings
+from subspan.commands.clustering import count_in_words, kmeans_in_words
+
 from . import figures
-from .embeddings import Embeddings
 
 _THUMBNAIL = 160
 _SNIPPET = 320
@@ -716,8 +718,6 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
 
 
 def _cluster_table(facts: dict[str, Any]) -> str:
-    from .clusters import count_in_words, kmeans_in_words
-
     lead = f"{_plural(facts['clusters'], 'cluster', 'clusters')} by {escape(facts['method'])}"
     lead += ", as many as were asked for." if "count" not in facts else f". {count_in_words(facts['count'])}"
     rows = [

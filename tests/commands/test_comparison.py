@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.report import Embeddings, describe, render
-from subspan.report.comparison import fit_map, paired, verdict
-from subspan.report.embeddings import silent
+from subspan.commands import Embeddings, describe
+from subspan.commands.comparison import fit_map, paired, verdict
+from subspan.commands.embeddings import silent
+from subspan.report import render
 
 
 def embeddings(rows: np.ndarray, name: str = "old", **known: Any) -> Embeddings:

@@ -23,8 +23,8 @@ from subspan.datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
 from subspan.measures import recall_at_k
 from subspan.solvers import nearest
 
+from .description import mean_interval
 from .embeddings import Progress, silent
-from .facts import mean_interval
 
 K = 10
 FEWEST_PAIRS = 60

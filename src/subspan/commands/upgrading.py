@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,9 +21,8 @@ from subspan.datasets.index_writing import check_destination, write_unfinished
 from subspan.datasets.indexes import StoredVectors, column_names, open_index, read_ids
 from subspan.datasets.qdrant import is_qdrant
 
+from .assessment import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
 from .embeddings import Progress, silent
-from .page import render_upgrade
-from .upgrade import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
 
 _ADAPTERS = (".safetensors", ".onnx", ".faiss")
 _LINEAR = ("translation", "procrustes", "scaled", "low-rank", "cca", "ridge")
@@ -66,9 +66,10 @@ def run_upgrade(
     collection: str | None = None,
     dry_run: bool = False,
     seed: int = 0,
+    render: Callable[[dict[str, Any]], str] = str,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Facts of an upgrade (see `subspan.report.upgrade`), and its files. Raises ValueError for unusable input."""
+    """Facts of an upgrade (see `assess`), and its files, of which `render` makes the page. ValueError for bad input."""
     started = time.monotonic()
     if method not in METHODS:
         raise ValueError(f"--method: one of {', '.join(METHODS)}, got {method!r}")
@@ -117,7 +118,7 @@ def run_upgrade(
             "versions": {name: version(name) for name in ("subspan", "torch", "numpy")},
         }
         if files.page is not None:
-            write_text(outputs[files.page], render_upgrade(facts))
+            write_text(outputs[files.page], render(facts))
     return facts
 
 

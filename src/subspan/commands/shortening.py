@@ -20,8 +20,8 @@ from subspan.represent import Matryoshka
 from subspan.solvers import nearest
 from subspan.statistics import Moments
 
+from .description import NEIGHBOURS, mean_interval
 from .embeddings import Progress, silent
-from .facts import NEIGHBOURS, mean_interval
 
 SEARCHED = 10_000
 _QUERIES = 1000

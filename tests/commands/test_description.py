@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from subspan.commands import Embeddings, describe
+from subspan.commands import description as facts
+from subspan.commands.embeddings import silent
+from subspan.commands.survey import first_copies, measure, survey
 from subspan.geometry import effective_rank
-from subspan.report import Embeddings, describe, facts
-from subspan.report.embeddings import silent
-from subspan.report.survey import first_copies, measure, survey
 
 
 def embeddings(rows: np.ndarray, **known: Any) -> Embeddings:
@@ -215,7 +216,7 @@ def test_memory_maps_of_any_float_are_read(tmp_path: Any, dtype: Any) -> None:
 def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = planted_rows(300)
     whole = describe(embeddings(rows))
-    monkeypatch.setattr("subspan.report.embeddings._BLOCK_BYTES", 24 * 4 * 37)
+    monkeypatch.setattr("subspan.commands.embeddings._BLOCK_BYTES", 24 * 4 * 37)
     parts = describe(embeddings(rows))
     assert parts["spectrum"]["variances"] == pytest.approx(whole["spectrum"]["variances"])
     assert parts["outliers"]["scores"] == pytest.approx(whole["outliers"]["scores"])
@@ -223,7 +224,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_sample_is_searched_in_when_there_are_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subspan.report.survey.BASE_ROWS", 150)
+    monkeypatch.setattr("subspan.commands.survey.BASE_ROWS", 150)
     found = describe(embeddings(planted_rows(600), labels=np.repeat(["a", "b"], 300)))
     assert found["shortening"]["searched_rows"] == 150
     assert max(found["subset"]["selected"]) < 600

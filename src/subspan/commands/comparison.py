@@ -18,8 +18,8 @@ from subspan.measures import recall_at_k
 from subspan.solvers import nearest
 from subspan.statistics import JointMoments
 
+from .description import NEIGHBOURS, mean_interval
 from .embeddings import Embeddings, Progress
-from .facts import NEIGHBOURS, mean_interval
 
 METHODS = {"Procrustes": "procrustes", "affine (ridge)": "ridge", "CCA-projected": "cca"}
 RECALL_AT = (1, 10)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from subspan.commands.assessment import _share_needed, choose_metric, verdict
 from subspan.datasets.indexes import in_memory
-from subspan.report.upgrade import _share_needed, choose_metric, verdict
 
 
 def facts(share: float | None = None, **values: float) -> dict[str, Any]:
