@@ -17,6 +17,7 @@ from .lambda_orthogonality import (
 )
 from .matching import cosine_matching_loss
 from .matryoshka import MatryoshkaAdapter, MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, nesting_weights
+from .objective import Objective
 from .orthogonal import OrthogonalLinear, register_orthonormal
 from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from .self_expression import SelfExpression, SubspaceStructured
@@ -57,6 +58,7 @@ __all__ = [
     "MatryoshkaLogitLoss",
     "MatryoshkaLoss",
     "MixingState",
+    "Objective",
     "OrthogonalLinear",
     "PatchProjector",
     "Quantized",
