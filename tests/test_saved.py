@@ -23,6 +23,7 @@ from subspan.align.upgrade.adapter import EmbeddingAdapter
 from subspan.base.saved import fits
 from subspan.detect import RandomRotations, SubspaceAD, SubspaceDetector
 from subspan.geometry import AffineMap, Subspace
+from subspan.models.moments import SiteMoments, collect_moments
 from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.select.shards import RepresentationShards, Shard
 from subspan.statistics import Moments
@@ -51,6 +52,12 @@ def affine_map(path: Path) -> Load:
 def moments(path: Path) -> Load:
     Moments(6).update(X).save(path, rows=120, batch_size=8)
     return Moments.load
+
+
+def site_moments(path: Path) -> Load:
+    model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 2))
+    collect_moments(model, [X], ["0", "1"]).save(path)
+    return SiteMoments.load
 
 
 def projected_affine(path: Path) -> Load:
@@ -151,7 +158,7 @@ def representation_shard(path: Path) -> Load:
 
 
 MAKERS = (
-    subspace, affine_map, moments, projected_affine, subspace_aligner, embedding_adapter, upgrade_map,
+    subspace, affine_map, moments, site_moments, projected_affine, subspace_aligner, embedding_adapter, upgrade_map,
     lambda_orthogonal_adapter, detector, image_detector, matryoshka, matryoshka_with_heads, matryoshka_index,
     matryoshka_cascade, backward_compatible, revision_projector, representation_shard,
 )  # fmt: skip

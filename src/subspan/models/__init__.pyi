@@ -3,7 +3,8 @@ from .capture import Capture, capture, iterate_representations, pool_states
 from .encoders import ImageEncoder, SentenceEncoder
 from .features import FeatureGrid, token_grid
 from .intervene import intervene
-from .layers import find_blocks, layer_names
+from .layers import find_blocks, layer_names, linear_names
+from .moments import SiteMoments, collect_moments
 from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
 from .surgery import Site, Surgery, multiply_adds, replace
@@ -16,17 +17,20 @@ __all__ = [
     "ImagePreprocessing",
     "SentenceEncoder",
     "Site",
+    "SiteMoments",
     "Surgery",
     "TokenRoles",
     "attended_representation",
     "attended_tokens",
     "block_attention",
     "capture",
+    "collect_moments",
     "find_blocks",
     "image_tensor",
     "intervene",
     "iterate_representations",
     "layer_names",
+    "linear_names",
     "multiply_adds",
     "permute_units",
     "pool_states",

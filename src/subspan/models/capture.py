@@ -120,6 +120,15 @@ class Capture(Mapping[str, Tensor]):
         """Which tokens of a layer's states are no padding, where the layer gave a nested tensor; else None."""
         return self._present.get(name)
 
+    def tokens(
+        self, name: str, states: Tensor, mask: Tensor | None, layout: Layout = "auto"
+    ) -> tuple[Tensor, Tensor | None]:
+        """In a hook: states with the samples as first axis, and the mask for those of them that are no padding."""
+        return (
+            samples_first(self.model, name, states, self.samples, layout),
+            _of_present(mask, self.present(name)),
+        )
+
     def _begin(self, called: nn.Module, args: Any, kwargs: Any) -> None:
         if called is self.model:
             self.samples, self._with_gradient = samples_of([*args, kwargs]), torch.is_grad_enabled()
@@ -213,15 +222,14 @@ def iterate_representations(
     single = is_single(layers)
 
     def reduce(captured: Capture, name: str, selected: Tensor | None, states: Tensor) -> Tensor:
-        states = samples_first(model, name, states, captured.samples, layout)
-        selected = _of_present(selected, captured.present(name))
+        states, selected = captured.tokens(name, states, selected, layout)
         pooled = pool_states(states, selected, pool=pool, drop_tokens=drop_tokens, layout=layout)
         moved = pooled.to(device=device, dtype=dtype)
         shared = moved.untyped_storage().data_ptr() == states.untyped_storage().data_ptr()
         return moved.clone() if shared else moved
 
     for batch in batches:
-        inputs, selected = _split_mask(batch, mask)
+        inputs, selected = split_mask(batch, mask)
         transforms: dict[str, Callable[[Tensor], Tensor]] = {}
         captured = Capture(model, names, site=site, item=item, transform=transforms)
         transforms |= {name: partial(reduce, captured, name, selected) for name in names}
@@ -326,7 +334,7 @@ def _move(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _split_mask(batch: Any, mask: str | Callable[[Any], Tensor] | None) -> tuple[Any, Tensor | None]:
+def split_mask(batch: Any, mask: str | Callable[[Any], Tensor] | None) -> tuple[Any, Tensor | None]:
     """What goes into the model, and the token mask."""
     if mask is None:
         return batch, None

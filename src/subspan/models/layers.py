@@ -50,6 +50,43 @@ def layer_names(model: nn.Module, layers: Layers) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def linear_names(model: nn.Module, inside: Layers | None = None) -> list[str]:
+    """Dotted names of the linear layers (torch's, and transformers' `Conv1D`) in some part of a model.
+
+    Parameters
+    ----------
+    inside
+        As in `layer_names`. Default: the model's blocks (see `find_blocks`), so that embeddings and heads are left out.
+
+    Raises
+    ------
+    ValueError
+        Where there are none.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> from subspan.models import linear_names
+    >>> linear_names(nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU(), nn.Linear(2, 1))))
+    ['0', '1.1']
+    """
+    roots = [find_blocks(model)] if inside is None else layer_names(model, inside)
+    found = [
+        f"{root}.{name}".strip(".")
+        for root in roots
+        for name, module in model.get_submodule(root).named_modules()
+        if isinstance(module, nn.Linear) or is_conv1d(module)
+    ]
+    if not found:
+        raise ValueError(f"inside: {', '.join(map(repr, roots))} of {type(model).__name__} has no linear layer")
+    return list(dict.fromkeys(found))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
 def is_single(layers: Layers) -> bool:
     """Whether `layers` is one plain layer (a name or an index), not a list or a pattern."""
     return isinstance(layers, int) or (isinstance(layers, str) and not re.search(r"[*?\[]", layers))

@@ -1,9 +1,11 @@
 from .autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
+from .blocks import MLP, ConvBlock, ResidualConvBlock
 from .butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
 from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
 from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
 from .flow_transformer import FlowTransformer
+from .gates import ConcreteGate, StochasticGate, TopKGate, straight_through
 from .gcr import GrassmannHead
 from .grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
 from .grassmann_pair_head import GrassmannPairHead
@@ -19,6 +21,7 @@ from .matching import cosine_matching_loss
 from .matryoshka import MatryoshkaAdapter, MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, nesting_weights
 from .objective import Objective
 from .orthogonal import OrthogonalLinear, register_orthonormal
+from .penalties import ProjectionPenalty, orthonormality_penalty, projection_penalty, weight_projection_penalty
 from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
 from .self_expression import SelfExpression, SubspaceStructured
 from .simplex import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
@@ -36,8 +39,10 @@ __all__ = [
     "CRATELayer",
     "CodeUsage",
     "CompatibleCE",
+    "ConcreteGate",
     "ContrastiveLoss",
     "ConvAutoencoder",
+    "ConvBlock",
     "FlowTransformer",
     "GrassmannBlock",
     "GrassmannHead",
@@ -53,6 +58,7 @@ __all__ = [
     "ISTA",
     "LambdaOrthogonality",
     "LinearAutoencoder",
+    "MLP",
     "MatryoshkaAdapter",
     "MatryoshkaLinear",
     "MatryoshkaLogitLoss",
@@ -61,7 +67,9 @@ __all__ = [
     "Objective",
     "OrthogonalLinear",
     "PatchProjector",
+    "ProjectionPenalty",
     "Quantized",
+    "ResidualConvBlock",
     "ResidualSimVQ",
     "RiemannianSGD",
     "SameConv2d",
@@ -70,9 +78,11 @@ __all__ = [
     "SimVQ",
     "SimplexClassifier",
     "SpatialNorm",
+    "StochasticGate",
     "SubspaceAttention",
     "SubspaceSelfAttention",
     "SubspaceStructured",
+    "TopKGate",
     "WithRiemannian",
     "active_subspace",
     "attention_entropy",
@@ -87,11 +97,15 @@ __all__ = [
     "multi_positive_info_nce",
     "nesting_weights",
     "orthogonality_defect",
+    "orthonormality_penalty",
+    "projection_penalty",
     "register_lambda_orthogonality",
     "register_orthonormal",
     "resize_tokens",
     "shape_preserving_blocks",
     "simplex_logits",
     "simplex_vertices",
+    "straight_through",
+    "weight_projection_penalty",
     "with_riemannian",
 ]

@@ -57,6 +57,7 @@ class MLP(nn.Sequential):
     Examples
     --------
     >>> import torch
+    >>> from subspan.nn import MLP
     >>> MLP((192, 2048, 192), norm="batch")(torch.randn(4, 3, 192)).shape
     torch.Size([4, 3, 192])
     """
@@ -119,6 +120,7 @@ class ConvBlock(nn.Sequential):
     Examples
     --------
     >>> import torch
+    >>> from subspan.nn import ConvBlock
     >>> ConvBlock(3, 8, stride=2)(torch.randn(2, 3, 7, 6)).shape
     torch.Size([2, 8, 4, 3])
     >>> ConvBlock(8, 3, stride=2, upwards=True)(torch.randn(2, 8, 4, 3)).shape
@@ -162,6 +164,7 @@ class ResidualConvBlock(nn.Module):
     Examples
     --------
     >>> import torch
+    >>> from subspan.nn import ResidualConvBlock
     >>> ResidualConvBlock(4, 8, stride=2, dims=1, preactivation=True)(torch.randn(2, 4, 9)).shape
     torch.Size([2, 8, 5])
     """

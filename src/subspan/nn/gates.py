@@ -52,6 +52,8 @@ class ConcreteGate(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.nn import ConcreteGate
     >>> gate = ConcreteGate().eval()
     >>> gate(torch.zeros(3))
     tensor([0.5000, 0.5000, 0.5000])
@@ -109,6 +111,8 @@ class StochasticGate(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.nn import StochasticGate
     >>> StochasticGate().eval()(torch.tensor([-1.0, 0.0, 0.25, 2.0]))
     tensor([0.0000, 0.5000, 0.7500, 1.0000])
     """
@@ -154,6 +158,8 @@ class TopKGate(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.nn import TopKGate
     >>> TopKGate(2).eval()(torch.tensor([0.1, 3.0, 2.0, -1.0]))
     tensor([0., 1., 1., 0.])
     """

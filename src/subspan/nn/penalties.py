@@ -48,6 +48,8 @@ def orthonormality_penalty(matrix: Float[Tensor, "*b d k"]) -> Float[Tensor, "*b
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.nn import orthonormality_penalty
     >>> orthonormality_penalty(2 * torch.eye(3)[:, :2]).item()
     18.0
     """
@@ -74,6 +76,9 @@ def weight_projection_penalty(weight: Float[Tensor, "d r"], subspace: Subspace) 
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.geometry import Subspace
+    >>> from subspan.nn import projection_penalty
     >>> axes = Subspace.span(torch.eye(4)[:, :2])
     >>> weight_projection_penalty(torch.ones(4, 3), axes).item()
     6.0
@@ -122,6 +127,9 @@ def projection_penalty(
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.geometry import Subspace
+    >>> from subspan.nn import projection_penalty
     >>> axis = Subspace.span(torch.tensor([[1.0], [0.0]]))
     >>> projection_penalty(torch.tensor([[3.0, 4.0], [1.0, 9.0]]), axis).item()
     5.0
@@ -169,6 +177,9 @@ class ProjectionPenalty(nn.Module):
 
     Examples
     --------
+    >>> import torch
+    >>> from subspan.geometry import Subspace
+    >>> from subspan.nn import ProjectionPenalty
     >>> penalty = ProjectionPenalty(Subspace.span(torch.eye(3)[:, :1]), power=1)
     >>> penalty(torch.tensor([[[-2.0, 5.0, 0.0]]])).item()
     2.0
