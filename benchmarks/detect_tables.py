@@ -22,7 +22,7 @@ from subspan.datasets import data_folder, load, load_sentence_encoder
 from subspan.detect import SubspaceDetector
 from subspan.measures import auroc
 from subspan.models import SentenceEncoder
-from subspan.reproduce.image_features import image_encoder
+from subspan.reproduce.materials.image_features import image_encoder
 
 SEEDS = 3
 SHARE_OF_OTHERS = 0.05

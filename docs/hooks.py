@@ -38,7 +38,7 @@ def measured(name):
     facts = record(name)
     if facts is None:
         return "No full run of this protocol has been recorded yet."
-    from subspan.reproduce.protocol import status
+    from subspan.reproduce.protocol import status, verdict
 
     parts = [
         f"*{facts['data']}* Model: {facts['model']}. {facts['seconds']:.0f} s on {facts['versions']['machine']}, "
@@ -48,17 +48,7 @@ def measured(name):
         table(["method", facts["metric"]], [["ours", facts["ours"]], *facts["baselines"].items()]),
     ]
     if facts["checks"]:
-        verdicts = {True: "holds", False: "does not hold"}
-        rows = [
-            [
-                c["name"],
-                c["metric"],
-                c["value"],
-                c["bar"],
-                verdicts[c["holds"]] + ("" if c["required"] else " (reported)"),
-            ]
-            for c in facts["checks"]
-        ]
+        rows = [[c["name"], c["metric"], c["value"], c["bar"], verdict(c)] for c in facts["checks"]]
         parts.append(table(["effect", "metric", "measured", "bar", "result"], rows))
     for one in facts["tables"]:
         parts += [f"**{one['title']}**", table(one["columns"], one["rows"])]

@@ -22,7 +22,7 @@ def features() -> dict[str, np.ndarray]:
         if not is_installed(model):
             pytest.skip(f"the weights of {model} are not installed (subspan models install {model})")
     image_module = pytest.importorskip("PIL.Image", reason="Pillow comes with the extra vision")
-    from subspan.reproduce.image_features import image_encoder
+    from subspan.reproduce.materials.image_features import image_encoder
 
     photos = list(BUNDLED["photographs"]().values())
     rng = np.random.default_rng(0)

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 from subspan.reproduce import crate
-from subspan.reproduce.image_features import labelled_images
-from subspan.reproduce.small_networks import accuracy
+from subspan.reproduce.materials.image_features import labelled_images
+from subspan.reproduce.materials.small_networks import accuracy
 
 CLASSES = ("Sneaker", "Bag", "Trouser", "Coat")
 MOST = 5.0

@@ -12,7 +12,7 @@ from drawing import STYLES, panels, save
 from subspan.geometry import Subspace, principal_angles
 from subspan.nn import GrassmannHead
 from subspan.reproduce import gcr
-from subspan.reproduce.image_features import labelled_images
+from subspan.reproduce.materials.image_features import labelled_images
 from subspan.statistics import GroupedMoments
 
 RANK, TRAIN, TEST = 8, 4000, 500

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from subspan.reproduce import householder_projector as protocol
-from subspan.reproduce.style_generator import FeatureDistance
+from subspan.reproduce.materials.style_generator import FeatureDistance
 
 ROWS, STEPS, SCALE, GAP, PICTURE, LAYER = 5, (-2.0, -1.0, 0.0, 1.0, 2.0), 2, 12, 4, 0
 

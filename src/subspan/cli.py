@@ -1296,7 +1296,7 @@ def reproduce(
 
 
 def _print_record(record: dict[str, Any]) -> None:
-    from subspan.reproduce.protocol import status
+    from subspan.reproduce.protocol import status, verdict
 
     say = Console(markup=False, emoji=False, highlight=False).print
     say(f"{record['system']}: {status(record)} ({record['seconds']:.0f} s)", style="bold")
@@ -1307,8 +1307,7 @@ def _print_record(record: dict[str, Any]) -> None:
         + [{"": name, record["metric"]: value} for name, value in record["baselines"].items()]
     )
     for check in record["checks"]:
-        mark = "holds" if check["holds"] else "does not hold" + ("" if check["required"] else " (not required)")
-        say(f"  {check['name']}: {_short(check['value'])} ({check['metric']}; {check['bar']}): {mark}")
+        say(f"  {check['name']}: {_short(check['value'])} ({check['metric']}; {check['bar']}): {verdict(check)}")
     for table in record["tables"]:
         say(f"  {table['title']}")
         _print_table([dict(zip(table["columns"], row)) for row in table["rows"]])

@@ -7,7 +7,8 @@ import torch
 pytest.importorskip("lightning", reason="compatible models train with Lightning (extra: train)")
 
 from subspan.datasets import is_installed
-from subspan.reproduce import bt2, image_features, lambda_orthogonality
+from subspan.reproduce import bt2, lambda_orthogonality
+from subspan.reproduce.materials import image_features
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 

@@ -10,7 +10,7 @@ from subspan.geometry import AffineMap
 from subspan.models import permute_units
 from subspan.probe import ConvergentLearning, layer_moments
 from subspan.reproduce import convergent_learning
-from subspan.reproduce.small_networks import accuracy, pixels, small_network, trained_network
+from subspan.reproduce.materials.small_networks import accuracy, pixels, small_network, trained_network
 
 
 def pictures(n: int = 120) -> tuple[torch.Tensor, np.ndarray]:

@@ -8,7 +8,7 @@ pytest.importorskip("lightning", reason="the protocol trains with Lightning")
 
 from subspan.nn import HouseholderProjector
 from subspan.reproduce import householder_projector as protocol
-from subspan.reproduce.style_generator import FeatureDistance, ModulatedConv, StyleAutoencoder, StyleGenerator
+from subspan.reproduce.materials.style_generator import FeatureDistance, ModulatedConv, StyleAutoencoder, StyleGenerator
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

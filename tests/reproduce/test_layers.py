@@ -10,8 +10,8 @@ from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import CRATE
 from subspan.reproduce import butterfly, causal_grassmann, crate, gcr, simvq, ulsam
-from subspan.reproduce.image_features import labelled_images
-from subspan.reproduce.sentence_pairs import SentencePairs, TokenStates, docstring_pairs
+from subspan.reproduce.materials.image_features import labelled_images
+from subspan.reproduce.materials.sentence_pairs import SentencePairs, TokenStates, docstring_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,9 +9,9 @@ pytest.importorskip("transformers", reason="the sentence encoder is a transforme
 
 from subspan.base import normalize_rows
 from subspan.datasets import is_available, is_installed
-from subspan.reproduce import dual_encoder as recipe
 from subspan.reproduce import realign
-from subspan.reproduce.dual_encoder import TEMPLATES, Pairs, Recipe, SharedSpace
+from subspan.reproduce.materials import shared_space as recipe
+from subspan.reproduce.materials.shared_space import TEMPLATES, Pairs, Recipe, SharedSpace
 
 D, CLASSES = 24, 8
 
@@ -133,7 +133,7 @@ def without_networks(monkeypatch, tmp_path):
     trainings = []
     train = recipe._fit_heads
 
-    def letters(captions, encoder=None):
+    def letters(captions, encoder=None, repeated=False):
         counts = [[caption.count(letter) for letter in "abcdefghijklmnopqrstuvwxyz"] for caption in captions]
         return torch.tensor(counts, dtype=torch.float32)
 
@@ -144,7 +144,7 @@ def without_networks(monkeypatch, tmp_path):
     monkeypatch.setattr(
         recipe, "pooled_features", lambda images, encoder, size: torch.tensor(images).flatten(1).float()
     )
-    monkeypatch.setattr(recipe, "_text_features", letters)
+    monkeypatch.setattr(recipe, "text_features", letters)
     for name in ("image_encoder", "SentenceEncoder", "load_sentence_encoder"):
         monkeypatch.setattr(recipe, name, lambda *_: ())
     monkeypatch.setattr(recipe, "_fit_heads", counted)
@@ -175,7 +175,7 @@ def test_the_heads_learn_the_digits_and_come_from_the_cache_the_second_time(with
     assert torch.equal(vectors, second.encode_image_features(test.image))
     assert not torch.equal(vectors, other.encode_image_features(test.image))
     names = sorted(set(test.names))
-    texts = recipe._text_features([TEMPLATES[0].format(name) for name in names])
+    texts = recipe.text_features([TEMPLATES[0].format(name) for name in names])
     guess = (vectors @ first.encode_text_features(texts).mT).argmax(1)
     assert float((guess == torch.tensor([names.index(name) for name in test.names])).float().mean()) > 0.8
     assert not any(parameter.requires_grad for parameter in first.heads.parameters())

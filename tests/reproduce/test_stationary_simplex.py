@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("lightning", reason="the protocol trains with Lightning")
 
 from subspan.reproduce import stationary_simplex
-from subspan.reproduce.image_features import LabelledImages
+from subspan.reproduce.materials.image_features import LabelledImages
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,4 +1,26 @@
+from . import materials
 from .protocol import Check, Outcome, Progress, System, Table
 from .runner import SYSTEMS, find, listing, recorded, run
+from .training import cosine, one_cycle, shuffled, train
+from .trials import Column, Trials, spread
 
-__all__ = ["Check", "Outcome", "Progress", "SYSTEMS", "System", "Table", "find", "listing", "recorded", "run"]
+__all__ = [
+    "SYSTEMS",
+    "Check",
+    "Column",
+    "Outcome",
+    "Progress",
+    "System",
+    "Table",
+    "Trials",
+    "cosine",
+    "find",
+    "listing",
+    "materials",
+    "one_cycle",
+    "recorded",
+    "run",
+    "shuffled",
+    "spread",
+    "train",
+]

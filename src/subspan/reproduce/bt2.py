@@ -24,7 +24,7 @@ from subspan.nn import influence_loss
 from subspan.nn.training import quiet_trainer
 from subspan.statistics import JointMoments
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")

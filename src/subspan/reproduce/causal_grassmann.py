@@ -22,8 +22,8 @@ from subspan.nn import GrassmannLanguageModel, GrassmannMixing, GrassmannPairHea
 from subspan.nn.grassmann_pair_head import paired_means
 from subspan.nn.training import quiet_trainer
 
+from .materials.sentence_pairs import SentencePairs, TokenStates, labelled_pairs
 from .protocol import Check, Outcome, Progress, Table
-from .sentence_pairs import SentencePairs, TokenStates, labelled_pairs
 
 D, RANK, LAYERS, CONTEXT, BATCH, STEPS, RATE = 96, 16, 2, 128, 12, 120, 3e-3
 OFFSETS = (1, 2, 4, 8, 12, 16)

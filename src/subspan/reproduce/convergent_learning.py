@@ -24,9 +24,9 @@ from subspan.measures import jackknife, mutual_information
 from subspan.probe import ConvergentLearning, layer_moments, mean_agreement
 from subspan.statistics import JointMoments
 
-from .image_features import image_encoder, labelled_images
+from .materials.image_features import image_encoder, labelled_images
+from .materials.small_networks import accuracy, pixels, small_network, trained_network
 from .protocol import Check, Outcome, Progress, Table
-from .small_networks import accuracy, pixels, small_network, trained_network
 
 LAYERS = ("relu1", "relu2", "relu3", "relu4")
 PENALTIES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)

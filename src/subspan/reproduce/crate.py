@@ -18,9 +18,9 @@ from subspan.nn import CRATE, CRATEAutoencoder, CRATELayer
 from subspan.nn.training import quiet_trainer
 from subspan.probe import LayerRate, rate_profile
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
+from .materials.small_networks import accuracy, pixels
 from .protocol import Check, Outcome, Progress, Table
-from .small_networks import accuracy, pixels
 
 WIDTH, HEADS, DEPTH, EPOCHS = 96, 6, 6, 4
 BATCH, RATE, DECAY = 32, 1e-3, 0.05

@@ -23,7 +23,7 @@ from subspan.nn.low_rank_mixture import LowRankMixtureDenoiser, hard_assignment_
 from subspan.nn.training import quiet_trainer
 from subspan.solvers import assign, jacobian_rank, jacobian_subspace
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
 NOISE = (0.05, 0.1, 0.2, 0.4)

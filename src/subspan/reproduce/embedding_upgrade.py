@@ -35,7 +35,7 @@ from subspan.models import SentenceEncoder
 from subspan.solvers import nearest
 from subspan.statistics import Moments
 
-from .image_features import image_encoder, labelled_images, pooled_features
+from .materials.image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 
 _SIZE = 128

@@ -20,7 +20,7 @@ from subspan.nn import GrassmannHead, with_riemannian
 from subspan.nn.training import quiet_trainer
 from subspan.statistics import GroupedMoments
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
 COARSE = (

@@ -25,9 +25,9 @@ from subspan.models import SentenceEncoder, replace
 from subspan.nn import HouseholderProjector
 from subspan.nn.training import quiet_trainer
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
+from .materials.style_generator import FeatureDistance, Pictures, StyleAutoencoder
 from .protocol import Check, Outcome, Progress, Table
-from .style_generator import FeatureDistance, Pictures, StyleAutoencoder
 
 LATENT, RANK, BATCH, BETA, STEP = 64, 10, 32, 1e-3, 0.1
 BASE_STEPS, TUNED_STEPS, COLD_STEPS, SPRITE_STEPS = 1500, 150, 600, 1000

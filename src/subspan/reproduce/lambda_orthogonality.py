@@ -22,7 +22,7 @@ from subspan.datasets import is_available
 from subspan.geometry import Subspace
 from subspan.measures import backfill_curve, common_prefix, retrieval_scores
 
-from .image_features import image_encoder, labelled_images, pooled_features
+from .materials.image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 
 OLD, NEW = "efficientnet-lite0", "efficientnet-lite2"

@@ -23,7 +23,7 @@ from subspan.models import SentenceEncoder
 from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.solvers import nearest
 
-from .image_features import labelled_images
+from .materials.image_features import labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
 DIMS = (4, 8, 16, 32, 64, 128, 256)

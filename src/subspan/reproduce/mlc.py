@@ -21,7 +21,7 @@ from subspan.cluster import (
 from subspan.measures import clustering_accuracy
 from subspan.solvers.spectral import spectral_labels
 
-from .image_features import image_encoder, labelled_images, pooled_features
+from .materials.image_features import image_encoder, labelled_images, pooled_features
 from .protocol import Check, Outcome, Progress, Table
 
 _PIXELS = 128

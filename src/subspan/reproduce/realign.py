@@ -1,6 +1,6 @@
 """ReAlign on a real image-text space: the gap step by step, what happens to the geometry, and use without pairs.
 
-The space is the trained one of `subspan.reproduce.dual_encoder`. Texts and pictures that fit the maps come from
+The space is the trained one of `subspan.reproduce.materials`. Texts and pictures that fit the maps come from
 different halves of pictures that trained nothing; what is held out shares no picture with either.
 """
 
@@ -22,7 +22,7 @@ from subspan.geometry import power_law_exponent
 from subspan.measures import knn_overlap
 from subspan.statistics import Moments
 
-from .dual_encoder import TEMPLATES, Pairs, SharedSpace, dual_encoder
+from .materials.shared_space import TEMPLATES, Pairs, SharedSpace, dual_encoder
 from .protocol import Check, Outcome, Progress, Table
 
 NOISE = (0.01, 0.02, 0.05, 0.1)

@@ -30,7 +30,7 @@ from subspan.nn import SimplexClassifier, active_subspace, simplex_vertices
 from subspan.nn.training import quiet_trainer
 from subspan.statistics import GroupedMoments, JointMoments
 
-from .image_features import LabelledImages, labelled_images
+from .materials.image_features import LabelledImages, labelled_images
 from .protocol import Check, Outcome, Progress, Table
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")

@@ -41,8 +41,8 @@ from subspan.models import ImageEncoder, SentenceEncoder, image_tensor
 from subspan.models.views import random_views
 from subspan.statistics import JointMoments
 
-from .dual_encoder import dual_encoder
-from .image_features import image_encoder
+from .materials.image_features import image_encoder
+from .materials.shared_space import dual_encoder
 from .protocol import Check, Outcome, Progress, Table
 
 SHIFTS = ("noise", "contrast", "pixelate", "blur")

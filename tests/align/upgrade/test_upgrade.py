@@ -537,7 +537,7 @@ def crops() -> torch.Tensor:
     """EfficientNet-Lite0 features of 1600 crops of the bundled photographs, along 64 principal axes."""
     if not is_installed("efficientnet-lite0"):
         pytest.skip("EfficientNet-Lite0 is not installed")
-    from subspan.reproduce.image_features import image_encoder
+    from subspan.reproduce.materials.image_features import image_encoder
 
     photographs = [*BUNDLED["photographs"]().values(), *BUNDLED["textures"]().values()]
     rng = np.random.default_rng(0)

@@ -108,3 +108,8 @@ def accuracy(network: nn.Module, images: Float[Tensor, "n c h w"], labels: np.nd
     """Share of pictures that are classified rightly."""
     found = torch.cat([network(part).argmax(1) for part in images.split(500)])
     return float((found.numpy() == labels).mean())
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(part.numel() for part in network.parameters())

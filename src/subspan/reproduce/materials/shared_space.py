@@ -18,14 +18,15 @@ from torch import Tensor
 
 from subspan.base import save_arrays, saved_object
 from subspan.base.saved import set_state
-from subspan.datasets import cached_features, fingerprint, is_available, load, load_sentence_encoder
+from subspan.datasets import fingerprint, is_available, load, load_sentence_encoder
 from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
 from subspan.nn.training import quiet_trainer
 
+from ..protocol import Progress
 from .image_features import image_encoder, pooled_features
-from .protocol import Progress
+from .sentences import text_features
 
 TEMPLATES = (
     "a photo of a {}.",
@@ -124,7 +125,7 @@ class SharedSpace:
 
     def encode_texts(self, texts: Iterable[str]) -> Float[Tensor, "n d"]:
         """Unit vectors of texts, whose features are kept in the cache folder."""
-        return self.encode_text_features(_text_features(list(texts), self.text_encoder))
+        return self.encode_text_features(text_features(list(texts), self.text_encoder, repeated=True))
 
     def prototypes(self, names: Sequence[str], templates: Sequence[str] = TEMPLATES[:1]) -> Float[Tensor, "c d"]:
         """One unit vector a class name, the mean over templates."""
@@ -255,7 +256,7 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     count = [len(captions) for captions in raw.captions]
     captions = tuple(caption for several in raw.captions for caption in several)
     image = pooled_features(raw.images, image_encoder(recipe.image_size), recipe.image_size)
-    text = _text_features(captions, SentenceEncoder(*load_sentence_encoder()))
+    text = text_features(captions, SentenceEncoder(*load_sentence_encoder()), repeated=True)
     picture = torch.arange(len(count)).repeat_interleave(torch.tensor(count))
     pairs = Pairs(
         image[picture],
@@ -266,14 +267,6 @@ def _splits(source: str, recipe: Recipe) -> dict[str, Pairs]:
     )
     part = np.array(raw.parts)[picture.numpy()]
     return {name: pairs.select(part == name) for name in ("train", "fit", "test")}
-
-
-def _text_features(captions: Sequence[str], encoder: SentenceEncoder) -> Float[Tensor, "n q"]:
-    different, place = np.unique(captions, return_inverse=True)
-    found = cached_features(
-        lambda start: encoder.iterate(different.tolist()[start:]), model=encoder.model, data=different.tolist()
-    )
-    return torch.from_numpy(np.array(found)[place])
 
 
 def _fit_heads(heads: DualEncoder, columns: dict[str, Tensor], recipe: Recipe) -> None:
