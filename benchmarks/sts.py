@@ -21,7 +21,7 @@ def autograd_loop(steering: SpectralSteering, views: torch.Tensor) -> torch.Tens
         index, _ = select_confident(steering.logit_scale * image @ steering.prototypes.T, steering.keep)
         kept = image[index]
         coefficients = torch.zeros(steering.subspace.dim, dtype=image.dtype, requires_grad=True)
-        optimizer = torch.optim.AdamW([coefficients], steering.lr)
+        optimizer = torch.optim.AdamW([coefficients], steering.learning_rate)
         for _ in range(steering.steps):
             moved = F.normalize(steering.prototypes + coefficients @ steering.basis.T, dim=-1)
             mean = (steering.logit_scale * kept @ moved.T).softmax(-1).mean(0)

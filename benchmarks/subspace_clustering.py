@@ -96,7 +96,7 @@ def estimator(name: str) -> Any:
     return {
         "OMP": lambda: cluster.OMPSubspaceClustering(n_nonzero=GREEDY, n_init=5, **shared),
         "EnSC": lambda: cluster.ElasticNetSubspaceClustering(gamma=GAMMA, l1_ratio=RATIO, n_init=5, **shared),
-        "K-subspaces": lambda: cluster.KSubspaces(dim=DIM, n_init=3, **shared),
+        "K-subspaces": lambda: cluster.KSubspaces(rank=DIM, n_init=3, **shared),
     }[name]()
 
 

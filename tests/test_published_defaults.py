@@ -228,7 +228,7 @@ PUBLISHED = [
     Default(select.ScalSelect, "batch_size", 1, "Wu et al. (2026), published code"),
     # edit: spectral steering
     Default(edit.SpectralSteering, "steps", 1, "Dafnis & Metaxas (2025)"),
-    Default(edit.SpectralSteering, "lr", 5e-3, "Dafnis & Metaxas (2025)"),
+    Default(edit.SpectralSteering, "learning_rate", 5e-3, "Dafnis & Metaxas (2025)"),
     Default(edit.SpectralSteering, "optimizer", "adamw", "Dafnis & Metaxas (2025)"),
     Default(edit.SpectralSteering, "keep", 0.1, "Dafnis & Metaxas (2025), of 64 views"),
     Default(edit.SpectralSteering, "per_class", False, "Dafnis & Metaxas (2025), shared coefficients"),

@@ -61,7 +61,7 @@ def site_moments(path: Path) -> Load:
 
 
 def projected_affine(path: Path) -> Load:
-    ReAlign().fit(X, X.flip(1)).as_module().save(path)
+    ReAlign().fit(X, X.flip(1)).to_module().save(path)
     return ProjectedAffine.load
 
 

@@ -226,7 +226,7 @@ def test_what_a_kill_between_the_names_leaves_is_finished_by_the_same_command(
 
 def recall_of(rows: np.ndarray, queries: np.ndarray, truth: np.ndarray, metric: str = "inner") -> float:
     """Recall@10 where each query is the row of its number, which it may not find."""
-    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(rows.shape[1])
+    index = (faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP)(rows.shape[1])
     index.add(np.ascontiguousarray(rows, np.float32))
     found = index.search(np.ascontiguousarray(queries, np.float32), 11)[1]
     found = np.stack([line[line != number][:10] for number, line in enumerate(found)])
@@ -239,12 +239,14 @@ def neighbours(rows: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, axis=1)[:, :10]
 
 
-@pytest.mark.parametrize(("form", "metric"), [("Flat", "inner"), ("SQ8", "inner"), ("SQ8", "l2"), ("PQ8x4", "inner")])
+@pytest.mark.parametrize(
+    ("form", "metric"), [("Flat", "inner"), ("SQ8", "inner"), ("SQ8", "euclidean"), ("PQ8x4", "inner")]
+)
 def test_migrated_vectors_are_of_unit_length_where_the_new_ones_are(
     form: str, metric: str, run: Callable[..., Any]
 ) -> None:
     """Codes of unit vectors are not quite of unit length; nor would be what they are mapped to."""
-    index = faiss.index_factory(OLD, form, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
+    index = faiss.index_factory(OLD, form, faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT)
     index.train(OLD_ROWS)
     index.add(OLD_ROWS)
     faiss.write_index(index, "old.faiss")
@@ -285,14 +287,14 @@ def test_a_table_ranked_by_cosine_is_migrated_to_an_index_that_ranks_so(run: Cal
     )
 
 
-@pytest.mark.parametrize("metric", ["inner", "l2"])
+@pytest.mark.parametrize("metric", ["inner", "euclidean"])
 @pytest.mark.parametrize("unit_length", [True, False])
 @pytest.mark.parametrize("method", ["pca", "prefix"])
 def test_the_printed_recall_is_that_of_the_shortened_index(
     metric: str, unit_length: bool, method: str, run: Callable[..., Any]
 ) -> None:
     rows = OLD_ROWS if unit_length else OLD_ROWS * (1 + np.arange(N, dtype=np.float32)[:, None] / N)
-    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(OLD)
+    index = (faiss.IndexFlatL2 if metric == "euclidean" else faiss.IndexFlatIP)(OLD)
     index.add(rows)
     faiss.write_index(index, "old.faiss")
     code, out, err = run("shorten", "old.faiss", "--method", method, "--rank", "6", "-o", "short.faiss", "--json")
@@ -379,7 +381,7 @@ def cosine_claimed_for_vectors_of_any_length() -> None:
     write_sample()
 
 
-@case("upgrade old.faiss new.parquet --metric l2", "ranks by inner")
+@case("upgrade old.faiss new.parquet --metric euclidean", "ranks by inner")
 def index_of_another_metric() -> None:
     write_index(3 * OLD_ROWS * (1 + np.arange(N, dtype=np.float32)[:, None]))
     write_sample()

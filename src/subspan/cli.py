@@ -1059,7 +1059,7 @@ def _align_unpaired(first: Embeddings, second: Embeddings) -> tuple[Any, Any, di
     fitted = ReAlign()
     fitted.fit(first.rows, second.rows)
     facts = {"gap_before": fitted.gap_before_, "gap_after": fitted.gap_after_, "scale": fitted.scale_}
-    return fitted, fitted.as_module(), facts
+    return fitted, fitted.to_module(), facts
 
 
 # ---------------------------------------------------------------------- upgrade
@@ -1099,7 +1099,7 @@ def upgrade(
         str | None, typer.Option("--query-labels", metavar="FILE", help="Labels of the queries.")
     ] = None,
     metric: Annotated[
-        Literal["cosine", "inner", "l2"] | None,
+        Literal["cosine", "inner", "euclidean"] | None,
         typer.Option(help="What is ranked by (default: as the index does; tables by cosine if of unit length)."),
     ] = None,
     method: Annotated[

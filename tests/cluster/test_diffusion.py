@@ -156,8 +156,8 @@ def test_the_best_of_several_random_starts_is_kept():
         ({"covariance": "full"}, "covariance"),
         ({"n_components": 99}, "n_components"),
         ({"n_components": True}, "n_components"),
-        ({"dim": 24}, "dim"),
-        ({"dim": 0}, "dim"),
+        ({"rank": 24}, "rank"),
+        ({"rank": 0}, "rank"),
         ({"floor": -1.0}, "floor"),
         ({"floor": 0}, "unbounded"),
         ({"init": "magic"}, "init"),
@@ -166,7 +166,7 @@ def test_the_best_of_several_random_starts_is_kept():
 )
 def test_bad_parameters_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        LowRankMixtureDiffusion(**{"n_components": 2, "dim": 4, **options}).fit(low_rank(40)[0])
+        LowRankMixtureDiffusion(**{"n_components": 2, "rank": 4, **options}).fit(low_rank(40)[0])
 
 
 def test_bad_rows_are_named():

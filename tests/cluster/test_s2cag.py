@@ -199,7 +199,7 @@ def test_unseen_nodes_are_placed_by_their_links():
 def test_cluster_subspaces_hold_their_clusters():
     model = S2CAG(4, order=6, random_state=0).fit(STRONG.attributes, adjacency=STRONG.adjacency)
     z = torch.from_numpy(smoothed(STRONG, 6, 0.9))
-    residuals = torch.stack([space.residual(z).square().sum(1) for space in model.cluster_subspaces_], dim=1)
+    residuals = torch.stack([space.residual(z).square().sum(1) for space in model.subspaces_], dim=1)
     own = residuals[torch.arange(240), torch.from_numpy(model.labels_)]
     assert (own <= residuals.min(1).values * 1.0001).double().mean() > 0.95
     assert (own / z.square().sum(1)).mean() < 0.2

@@ -37,7 +37,7 @@ ALL = [
 @parametrize_with_checks(
     [
         LeastSquaresRepresentation(n_init=1, affine=True),
-        KSubspaces(dim=1, n_init=2),
+        KSubspaces(rank=1, n_init=2),
     ]
 )
 def test_scikit_learn_checks(estimator, check):
@@ -96,7 +96,7 @@ def test_sparse_coefficients_stay_inside_the_subspaces(method):
 @pytest.mark.parametrize("method", [*ALL, KSubspaces])
 def test_affine_subspaces(method):
     x, labels, _ = union_of_subspaces(affine=True)
-    options = {"dim": 4} if method is KSubspaces else {"rank": 4}
+    options = {"rank": 4}
     model = method(3, affine=True, random_state=0, **options).fit(x)
     assert adjusted_rand_score(labels, model.labels_) == 1
     assert model.subspaces_.center.shape == (3, 30)
@@ -218,7 +218,7 @@ def test_empty_clusters_are_started_again():
         (OMPSubspaceClustering(2, affine=True), np.ones((4, 4)), "all rows are the same"),
         (KSubspaces(2, 4), np.eye(4), "fill a space of n_features = 4"),
         (KSubspaces(2, 1, init="no"), np.eye(4), "init"),
-        (KSubspaces(2, 0), np.eye(4), "dim"),
+        (KSubspaces(2, 0), np.eye(4), "rank"),
     ],
 )
 def test_bad_input(model, x, message):

@@ -59,15 +59,15 @@ def test_the_share_needed_lies_where_the_lower_end_reaches_it() -> None:
     assert _share_needed(curve, 0.81) is None
 
 
-@pytest.mark.parametrize("own", [None, "inner", "l2", "cosine"])
-@pytest.mark.parametrize("asked", [None, "inner", "l2", "cosine"])
+@pytest.mark.parametrize("own", [None, "inner", "euclidean", "cosine"])
+@pytest.mark.parametrize("asked", [None, "inner", "euclidean", "cosine"])
 @pytest.mark.parametrize("lengths", [(1.0, 1.0), (0.985, 1.015), (0.97, 1.0), (1.0, 9.0)])
 def test_a_metric_is_a_way_of_searching(own: Any, asked: Any, lengths: tuple[float, float]) -> None:
     index = in_memory(np.eye(3, dtype=np.float32), "x")
     object.__setattr__(index, "metric", own)
     nearly = lengths[0] > 0.98 and lengths[1] < 1.02
     if asked is None:
-        assert choose_metric(index, None, lengths) == (own or ("cosine" if nearly else "l2"))
+        assert choose_metric(index, None, lengths) == (own or ("cosine" if nearly else "euclidean"))
     elif nearly or own in (None, asked):
         assert choose_metric(index, asked, lengths) == asked
     else:

@@ -67,7 +67,7 @@ def test_a_faiss_index_gives_its_rows_under_their_ids(factory: str, tmp_path: Pa
     places = opened.positions(IDS if with_ids else np.arange(N))
     error = np.abs(opened.take(places) - ROWS).max()
     assert opened.shape == (N, D)
-    assert opened.metric == "l2"
+    assert opened.metric == "euclidean"
     assert opened.exact == (factory in EXACT)
     assert error < 1e-4 if factory in EXACT else 1e-4 < error < 4
     blocks = np.concatenate([rows for _, rows in opened.blocks(77)])
@@ -111,9 +111,9 @@ def test_rows_behind_transforms_are_undone(shortened: bool, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IDMap,HNSW8"])
-@pytest.mark.parametrize("metric", ["inner", "l2"])
+@pytest.mark.parametrize("metric", ["inner", "euclidean"])
 def test_a_written_index_ranks_as_its_source(factory: str, metric: str, tmp_path: Path) -> None:
-    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
     index = faiss.index_factory(D, factory, kind)
     index.train(ROWS)
     index.add(ROWS) if factory == "Flat" else index.add_with_ids(ROWS, IDS)

@@ -128,7 +128,7 @@ def test_ids_beyond_int64_are_read_and_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.take(source.positions(np.array([2**64 - 3, 5], np.uint64))), ROWS[[2, 60]])
     write_index(source, tmp_path / "y", turned, 5, key="turn")
     assert open_index(tmp_path / "y").ids.tolist() == source.ids.tolist()
-    for metric in ("inner", "l2", "cosine"):
+    for metric in ("inner", "euclidean", "cosine"):
         write_index(source, tmp_path / metric, turned, 5, key="turn", metric=metric)
         assert open_index(tmp_path / metric).metric == metric
 

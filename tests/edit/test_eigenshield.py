@@ -228,7 +228,6 @@ def test_filter_is_an_affine_projector():
     once = found.transform(z)
     torch.testing.assert_close(found.transform(once), once)
     torch.testing.assert_close(found.transform(found.subspace_.center.unsqueeze(0))[0], found.subspace_.center)
-    assert found.causal_ is found.subspace_
     assert found.subspace_.dim + found.correlational_.dim == found.spikes_.dim
 
 
@@ -454,7 +453,7 @@ def test_shield_filters_inside_and_leaves_no_trace():
         with pytest.raises(RuntimeError, match="already"):
             shield.__enter__()
     hidden, _ = model.encoder(model.stem(x))
-    torch.testing.assert_close(inside, model.head(shield.as_module()(hidden).mean(1)))
+    torch.testing.assert_close(inside, model.head(shield.to_module()(hidden).mean(1)))
     assert float((inside - before).abs().max()) > 1e-4
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
@@ -497,11 +496,11 @@ def test_shield_at_several_layers_and_on_maps():
     shield = EigenShield(model, ["0", "2"], rank=3)
     shield.calibrate(images.split(8), lambda batch: random_noise(batch, eps=0.05, generator=generator()))
     with pytest.raises(ValueError, match="one of 0, 2"):
-        shield.as_module()
+        shield.to_module()
     with shield:
         found = model(images)
-    first = shield.as_module("0")(model[0](images).movedim(1, -1)).movedim(-1, 1)
-    second = shield.as_module("2")(model[2](model[1](first)).movedim(1, -1)).movedim(-1, 1)
+    first = shield.to_module("0")(model[0](images).movedim(1, -1)).movedim(-1, 1)
+    second = shield.to_module("2")(model[2](model[1](first)).movedim(1, -1)).movedim(-1, 1)
     torch.testing.assert_close(found, model[4](model[3](second)))
 
 

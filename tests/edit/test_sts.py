@@ -158,7 +158,7 @@ def test_selection_of_less_than_one_view_warns_and_a_single_view_does_not():
 
 
 def test_selection_uses_the_prototypes_before_adaptation(prototypes, views):
-    steering = steer(prototypes, steps=20, lr=0.05, predict="original")
+    steering = steer(prototypes, steps=20, learning_rate=0.05, predict="original")
     before = ConfidentAverage(prototypes, SCALE, keep=0.3)
     index, _ = select_confident(SCALE * views @ prototypes.T, before.keep)
     assert torch.equal(steering.explain(views).kept, index)
@@ -184,7 +184,7 @@ def test_selection_uses_the_prototypes_before_adaptation(prototypes, views):
 )
 def test_batched_closed_form_equals_the_autograd_loop(prototypes, views, optimizer, predict, variant):
     subspace = Subspace.fit(prototypes, rank=5, center=False)
-    options = {"steps": 1, "lr": 0.03, "optimizer": optimizer, "reg": 0.0, "penalty": "norm", "keep": 0.3}
+    options = {"steps": 1, "learning_rate": 0.03, "optimizer": optimizer, "reg": 0.0, "penalty": "norm", "keep": 0.3}
     options |= variant | {"predict": predict}
     found = SpectralSteering(prototypes, SCALE, subspace=subspace, **options)(views)
     expected = reference(prototypes, views, subspace.basis, **options)
@@ -194,7 +194,7 @@ def test_batched_closed_form_equals_the_autograd_loop(prototypes, views, optimiz
 
 @pytest.mark.parametrize("per_class", [False, True])
 def test_prototype_shift_equals_the_autograd_loop_in_all_dimensions(prototypes, views, per_class):
-    options = {"steps": 2, "lr": 5e-3, "optimizer": "adamw", "reg": 0.0, "penalty": "norm", "keep": 0.1}
+    options = {"steps": 2, "learning_rate": 5e-3, "optimizer": "adamw", "reg": 0.0, "penalty": "norm", "keep": 0.1}
     options |= {"per_class": per_class, "predict": "original"}
     eye = torch.eye(16, dtype=torch.float64)
     expected = reference(prototypes, views, eye, **options)
@@ -253,7 +253,7 @@ def test_online_mode_carries_over_and_reset_forgets(prototypes, views):
 
 
 def test_first_adam_step_is_the_sign_of_the_gradient_times_lr(prototypes, views):
-    steering = steer(prototypes, lr=5e-3)
+    steering = steer(prototypes, learning_rate=5e-3)
     report = steering.explain(views)
     assert torch.allclose(report.coefficients.abs(), torch.full_like(report.coefficients, 5e-3), rtol=1e-4)
     assert torch.allclose(report.shift.norm(dim=-1), torch.full((12,), 5e-3 * math.sqrt(5)).double(), rtol=1e-4)
@@ -279,7 +279,7 @@ def test_adamw_ignores_signs_of_directions_but_not_rotations_and_sgd_ignores_bot
     turned = {"signs": with_basis(subspace, signs), "rotation": with_basis(subspace, rotation)}
     for optimizer, lr in (("adamw", 5e-2), ("sgd", 0.3)):
         answers = {
-            name: steer(prototypes, subspace=basis, optimizer=optimizer, lr=lr)(views)
+            name: steer(prototypes, subspace=basis, optimizer=optimizer, learning_rate=lr)(views)
             for name, basis in {"given": subspace, **turned}.items()
         }
         assert torch.allclose(answers["given"], answers["signs"], atol=1e-12)
@@ -287,7 +287,7 @@ def test_adamw_ignores_signs_of_directions_but_not_rotations_and_sgd_ignores_bot
 
 
 def test_a_shared_shift_acts_only_through_the_normalisation(prototypes, views):
-    steering = steer(prototypes, lr=0.2)
+    steering = steer(prototypes, learning_rate=0.2)
     report = steering.explain(views)
     image, shift = views[0], report.shift[0]
     raw = (SCALE * image @ (prototypes + shift).T).softmax(-1)
@@ -315,9 +315,9 @@ def test_logits_move_to_first_order_by_the_singular_coordinates(prototypes, view
 
 
 def test_small_gradient_steps_lower_the_entropy(prototypes, views):
-    report = steer(prototypes, optimizer="sgd", lr=1e-3).explain(views)
+    report = steer(prototypes, optimizer="sgd", learning_rate=1e-3).explain(views)
     assert bool((report.entropy_after < report.entropy_before).all())
-    more = steer(prototypes, optimizer="sgd", lr=1e-3, steps=30).explain(views)
+    more = steer(prototypes, optimizer="sgd", learning_rate=1e-3, steps=30).explain(views)
     assert bool((more.entropy_after < report.entropy_after).all())
 
 
@@ -425,8 +425,8 @@ def test_bad_texts_are_refused(names, templates, error, match):
         ({"logit_scale": 0.0}, "logit_scale: must be positive"),
         ({"logit_scale": float("nan")}, "logit_scale: must be positive"),
         ({"steps": 0}, "steps: an integer >= 1"),
-        ({"lr": 0.0}, "lr: must be positive"),
-        ({"lr": float("nan")}, "lr: must be positive"),
+        ({"learning_rate": 0.0}, "learning_rate: must be positive"),
+        ({"learning_rate": float("nan")}, "learning_rate: must be positive"),
         ({"keep": 0.0}, "keep: a fraction"),
         ({"keep": 1.5}, "keep: a fraction"),
         ({"reg": -1.0}, "reg: must be >= 0"),

@@ -32,7 +32,7 @@ def brute_force(queries, gallery, query_labels, gallery_labels, metric, exclude_
         items = [j for j in range(len(gallery)) if not (exclude_self and i == j)]
 
         def score(j, q=q):
-            if metric == "l2":
+            if metric == "euclidean":
                 return -((q - gallery[j]) ** 2).sum()
             product = q @ gallery[j]
             return product if metric == "inner" else product / np.linalg.norm(q) / np.linalg.norm(gallery[j])
@@ -47,7 +47,7 @@ def brute_force(queries, gallery, query_labels, gallery_labels, metric, exclude_
     return hits, precisions
 
 
-@pytest.mark.parametrize("metric", ["cosine", "inner", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", "inner", "euclidean"])
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize("k", [None, 5])
 def test_equals_brute_force(metric, exclude_self, k, monkeypatch):

@@ -16,7 +16,7 @@ def rows(n, d=16, seed=0):
     return np.random.default_rng(seed).standard_normal((n, d)).astype(np.float32)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "inner", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", "inner", "euclidean"])
 def test_running_sums_are_the_similarities_of_each_prefix(metric):
     q, b = rows(5), rows(7, seed=1)
     q[0, :3] = 0
@@ -24,7 +24,7 @@ def test_running_sums_are_the_similarities_of_each_prefix(metric):
         x, y = (torch.from_numpy(part[:, :m]).double() for part in (q, b))
         if metric == "cosine":
             x, y = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(y, dim=1)
-        direct = -torch.cdist(x, y).square() if metric == "l2" else x @ y.mT
+        direct = -torch.cdist(x, y).square() if metric == "euclidean" else x @ y.mT
         torch.testing.assert_close(found.double(), direct, rtol=0, atol=2e-5)
     squares = prefix_squared_norms(torch.from_numpy(q).half(), (2, 16))
     assert squares.dtype == torch.float32
@@ -47,7 +47,7 @@ def test_the_smallest_sufficient_size_stays_sufficient():
     assert smallest_sufficient([32, 8, 16], [0.8, 0.5, 0.795]) == 16
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_lists_as_long_as_the_database_are_exact_search(metric):
     base, queries = rows(60), rows(9, seed=1)
     index = MatryoshkaIndex(schedule=[(2, 60), (5, 60), (16, 60)], metric=metric).fit(base)
@@ -55,7 +55,7 @@ def test_lists_as_long_as_the_database_are_exact_search(metric):
     values, truth = nearest(queries, base, 7, metric=metric)
     assert np.array_equal(found, truth.numpy())
     expected = (1 - values) if metric == "cosine" else values.sqrt()
-    np.testing.assert_allclose(distance, expected.numpy(), atol=2e-3 if metric == "l2" else 1e-5)
+    np.testing.assert_allclose(distance, expected.numpy(), atol=2e-3 if metric == "euclidean" else 1e-5)
 
 
 def test_one_stage_is_brute_force_and_rerank_permutes_the_shortlist():

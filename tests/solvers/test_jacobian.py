@@ -25,7 +25,7 @@ def test_leading_directions_are_those_of_the_singular_value_decomposition():
         x,
         3,
         tolerance=1e-10,
-        max_iterations=500,
+        max_iter=500,
         generator=torch.Generator().manual_seed(1),
     )
     torch.testing.assert_close(found.values, s[:3], atol=1e-6, rtol=0)
@@ -44,7 +44,7 @@ def test_a_mask_and_a_null_space_leave_the_rest_unchanged_to_first_order():
         return net(z.flatten())
 
     other = torch.linalg.svd(jacobian[6:]).Vh[:9].mT
-    found = jacobian_subspace(f, x, 2, mask=mask, null=Subspace(other), tolerance=1e-9, max_iterations=300)
+    found = jacobian_subspace(f, x, 2, mask=mask, null=Subspace(other), tolerance=1e-9, max_iter=300)
     direction = found.input.basis[:, 0]
     moved = jacobian @ direction
     assert float(torch.linalg.vector_norm(moved[6:])) < 1e-8

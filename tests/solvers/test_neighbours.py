@@ -6,12 +6,12 @@ from subspan.measures import knn_overlap, recall_at_k
 from subspan.solvers import largest_product, nearest
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner"])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 def test_brute_force(metric, offset):
     rng = np.random.default_rng(0)
     base, queries = rng.standard_normal((60, 5)) + offset, rng.standard_normal((9, 5)) + offset
-    if metric == "l2":
+    if metric == "euclidean":
         score = -((queries[:, None] - base[None]) ** 2).sum(-1)
     elif metric == "inner":
         score = queries @ base.T
@@ -23,7 +23,7 @@ def test_brute_force(metric, offset):
     values, found = nearest(queries, base, 4, metric=metric)
     np.testing.assert_array_equal(found.numpy(), order)
     best = np.take_along_axis(score, order, 1)
-    np.testing.assert_allclose(values.numpy(), -best if metric == "l2" else best, rtol=1e-8)
+    np.testing.assert_allclose(values.numpy(), -best if metric == "euclidean" else best, rtol=1e-8)
 
 
 def test_self_is_excluded_and_recall_counts(monkeypatch):
@@ -87,16 +87,16 @@ def test_of_equal_products_the_lowest_index_is_taken():
     assert largest_product(torch.ones(5, 1), base, exclude=exclude)[1].tolist() == [5, 2, 5, 2, 2]
 
 
-@pytest.mark.parametrize("metric", ["l2", "cosine", "inner"])
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner"])
 @pytest.mark.parametrize("n", [1000, 1024])
 def test_neighbours_over_groups_of_columns_are_those_of_the_sorted_scores(metric, n):
     base = torch.randn(n, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     queries = torch.cat([base[-30:], base[:40]]) + 0.01
-    scores = {"l2": -torch.cdist(queries, base).square(), "inner": queries @ base.mT}
+    scores = {"euclidean": -torch.cdist(queries, base).square(), "inner": queries @ base.mT}
     scores["cosine"] = scores["inner"] / queries.norm(dim=1, keepdim=True) / base.norm(dim=1)
     expected = scores[metric].sort(dim=1, descending=True)
     values, found = nearest(queries, base, 3, metric=metric)
     assert torch.equal(found, expected.indices[:, :3])
-    torch.testing.assert_close(values, expected.values[:, :3] * (-1 if metric == "l2" else 1))
+    torch.testing.assert_close(values, expected.values[:, :3] * (-1 if metric == "euclidean" else 1))
     own = nearest(base, base, 3, metric=metric, exclude_self=True)[1]
     assert not bool((own == torch.arange(n).unsqueeze(1)).any())

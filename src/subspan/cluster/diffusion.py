@@ -30,7 +30,7 @@ _NEGLIGIBLE = 1e-9
 
 
 class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
-    """Mixture of n_components Gaussians, each of `dim` directions and an isotropic rest, fitted to rows (n, d).
+    """Mixture of n_components Gaussians, each of `rank` directions and an isotropic rest, fitted to rows (n, d).
 
     As a clusterer it gives labels and one subspace a component; as a diffusion model its denoiser and score are known
     at every noise level in closed form, so that it samples and denoises without a network.
@@ -40,9 +40,9 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
     estimated ("spectrum") or 1 ("identity", as in the theory). floor: variance off the subspace, "residual" = estimated
     (by component; "em": in common, or a component of few rows would shrink around them), or a number; 0 is exactly low
     rank, which denoises badly at low noise. init: "shape-interaction", spectral clustering of |VV'|² with V the
-    n_components · dim leading left singular vectors; "lsr", of the `dim` largest coefficients of each row in a ridge
+    n_components · rank leading left singular vectors; "lsr", of the `rank` largest coefficients of each row in a ridge
     self-expression of unit rows (both O(n²) memory); "random"; or labels (n,). Random starts are made `n_init` times.
-    max_iter, tol: rounds, and the relative gain of the objective that ends them. epochs: of "diffusion".
+    max_iter, tolerance: rounds, and the relative gain of the objective that ends them. epochs: of "diffusion".
     Attributes: labels_; weights_, means_; subspaces_, a batched `Subspace`; denoiser_, a `LowRankMixtureDenoiser`;
     objective_, by round (log likelihood a row; hard: minus the mean squared residual; diffusion: empty); n_iter_.
     Source: Wang et al. (2024), arXiv 2409.02426; Tipping & Bishop (1999) for the mixture of PCAs.
@@ -51,7 +51,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
     def __init__(
         self,
         n_components: Any = 2,
-        dim: Any = 4,
+        rank: Any = 4,
         *,
         method: Any = "em",
         covariance: Any = "spectrum",
@@ -60,12 +60,12 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         init: Any = "shape-interaction",
         n_init: Any = 5,
         max_iter: Any = 100,
-        tol: Any = 1e-5,
+        tolerance: Any = 1e-5,
         epochs: Any = 60,
         random_state: Any = None,
     ) -> None:
         self.n_components = n_components
-        self.dim = dim
+        self.rank = rank
         self.method = method
         self.covariance = covariance
         self.center = center
@@ -73,7 +73,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         self.init = init
         self.n_init = n_init
         self.max_iter = max_iter
-        self.tol = tol
+        self.tolerance = tolerance
         self.epochs = epochs
         self.random_state = random_state
 
@@ -82,8 +82,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
     def fit(self, X: Any, y: Any = None) -> LowRankMixtureDiffusion:
         """Fit to rows X (n, d); y is ignored.
 
-        Raises ValueError for NaN, constant rows, dim >= d, or more components than rows. Warns where a component has no
-        more rows than dimensions, so that its subspace is not determined.
+        Raises ValueError for NaN, constant rows, rank >= d, or more components than rows. Warns where a component has
+        no more rows than dimensions, so that its subspace is not determined.
         """
         rows = self._rows(X, reset=True).double()
         self._check_parameters(rows)
@@ -109,7 +109,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         for name, known in (("method", _METHODS), ("covariance", _COVARIANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        for name, most in (("n_components", n), ("dim", max(1, d - 1)), ("n_init", None), ("max_iter", None)):
+        for name, most in (("n_components", n), ("rank", max(1, d - 1)), ("n_init", None), ("max_iter", None)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
@@ -140,10 +140,10 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         if self.init == "lsr":
             points = normalize_rows(rows)
             expression = ridge_self_expression(points, RIDGE * mean_energy(points))
-            affinity = affinity_from_representation(expression.cpu().numpy(), retain=min(self.dim, n - 1))
+            affinity = affinity_from_representation(expression.cpu().numpy(), retain=min(self.rank, n - 1))
             labels = spectral_labels(affinity, k, random_state=self._random)
             return [torch.from_numpy(labels).long().to(rows.device)]
-        return [shape_interaction_labels(rows, k, self.dim, random_state=self._random)]
+        return [shape_interaction_labels(rows, k, self.rank, random_state=self._random)]
 
     def _alternate(
         self, rows: Float[Tensor, "n d"], weight: Float[Tensor, "n K"]
@@ -168,7 +168,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             value = float(denoiser.log_density(rows).mean()) if energies is None else -float(energies.amin(1).mean())
             # Gains are judged beside the spread of the data, so that units do not matter.
             unit = abs(value) if hard else float(rows.shape[1])
-            done = bool(objective) and value - objective[-1] <= self.tol * unit
+            done = bool(objective) and value - objective[-1] <= self.tolerance * unit
             objective.append(value)
             if done:
                 break
@@ -186,7 +186,7 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             return weight
         weight = weight.clone()
         worst = denoiser.residual_energy(rows).amin(1).argsort(descending=True)
-        take = min(self.dim + 1, max(1, len(rows) // (2 * len(empty))))
+        take = min(self.rank + 1, max(1, len(rows) // (2 * len(empty))))
         for place, component in enumerate(empty):
             chosen = worst[place * take : (place + 1) * take]
             weight[chosen] = 0
@@ -206,12 +206,12 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             total = share.sum().clamp_min(1e-12)
             mean = (share.unsqueeze(1) * part).sum(0) / total if self.center else part.new_zeros(d)
             vectors, values, left = _principal(
-                (part - mean) * (share / total).sqrt().unsqueeze(1), self.dim, self._random
+                (part - mean) * (share / total).sqrt().unsqueeze(1), self.rank, self._random
             )
             bases.append(vectors)
             variances.append(values)
             means.append(mean)
-            floors.append(left / (d - self.dim))
+            floors.append(left / (d - self.rank))
         estimated = torch.stack(floors)
         if common:
             estimated = ((counts / n) @ estimated).expand_as(estimated)
@@ -251,10 +251,10 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         self.means_ = like(denoiser.means, X)
         labels = self._labels(rows)
         counts = torch.bincount(labels, minlength=self.n_components)
-        if bool((counts <= self.dim).any()):
+        if bool((counts <= self.rank).any()):
             warnings.warn(
-                f"dim: {int((counts <= self.dim).sum())} of {self.n_components} components have no more than "
-                f"{self.dim} rows, so their subspaces are not determined; use a smaller dim or more rows",
+                f"rank: {int((counts <= self.rank).sum())} of {self.n_components} components have no more than "
+                f"{self.rank} rows, so their subspaces are not determined; use a smaller rank or more rows",
                 stacklevel=3,
             )
         floor = denoiser.floor
@@ -334,7 +334,7 @@ def _principal(
 ) -> tuple[Float[Tensor, "d k"], Float[Tensor, " k"], Float[Tensor, ""]]:
     """Leading directions of weighted, centred rows, their variances and what is left over of the total variance.
 
-    Where the rows span fewer than `dim` dimensions, random directions outside of them complete the basis.
+    Where the rows span fewer than `rank` dimensions, random directions outside of them complete the basis.
     """
     m, d = rows.shape
     total = rows.square().sum()
@@ -354,15 +354,15 @@ def _principal(
     return vectors, values, (total - values.sum()).clamp_min(0)
 
 
-def shape_interaction_labels(X: Any, n_clusters: int, dim: int, *, random_state: Any = None) -> Int[Tensor, " n"]:
-    """Labels (n,) by spectral clustering of the squared entries of VV', V the n_clusters · dim leading left singular
+def shape_interaction_labels(X: Any, n_clusters: int, rank: int, *, random_state: Any = None) -> Int[Tensor, " n"]:
+    """Labels (n,) by spectral clustering of the squared entries of VV', V the n_clusters · rank leading left singular
     vectors of X (n, d): exact for independent subspaces without noise, a start for everything else. Memory O(n²).
 
     Source: Costeira & Kanade (1998).
     """
     rows = check_matrix(X, "X", min_rows=2)
     u, s, _ = torch.linalg.svd(rows, full_matrices=False)
-    kept = u[:, : min(n_clusters * dim, int((s > 1e-10 * s[0]).sum()))]
+    kept = u[:, : min(n_clusters * rank, int((s > 1e-10 * s[0]).sum()))]
     affinity = (kept @ kept.mT).square().fill_diagonal_(0)
     # A row that meets no other has no place in the graph; a faint tie to all of them gives it one.
     affinity = affinity + 1e-12 * affinity.max().clamp_min(1e-12)

@@ -25,50 +25,49 @@ _BLOCK = 1 << 24
 class KSubspaces(_RowClusterer):
     """Cluster rows by k linear (or affine) subspaces of one dimension, minimising their squared residuals.
 
-    n_clusters, dim: number and dimension of the subspaces. affine: each goes through the mean of its rows, and rows are
-    taken as they are; otherwise they are scaled to unit length. init: "neighbours", a subspace of a row and its nearest
-    others, the next row drawn by its squared residual to those before; "random", k random subsets of rows; "lsr",
-    ridge self-expression (up to 20 000 rows). n_init: starts, the best objective wins. A cluster that comes out empty
-    is started from the worst-fitted rows. max_iter, tol: a start ends when the objective falls by less than tol of it.
+    n_clusters, rank: number and dimension of the subspaces. affine: each goes through the mean of its rows, and rows
+    are taken as they are; otherwise they are scaled to unit length. init: "neighbours", a subspace of a row and its
+    nearest others, the next row drawn by its squared residual to those before; "random", k random subsets of rows;
+    "lsr", ridge self-expression (up to 20 000 rows). n_init: starts, the best objective wins. A cluster that comes out
+    empty is started from the worst-fitted rows. max_iter, tolerance: a start ends when the objective falls by less than
+    tolerance of it.
 
     After `fit`: labels_ (n,), subspaces_ (batched), inertia_, the sum of squared residuals, history_, the objective
-    after each step of the best start (it never rises), n_iter_. Time O(n d k dim) a step, memory O(n (d + k)).
+    after each step of the best start (it never rises), n_iter_. Time O(n d k rank) a step, memory O(n (d + k)).
     Source: Bradley & Mangasarian, 2000; Tseng, 2000.
     """
-
-    rank: Any = None
 
     def __init__(
         self,
         n_clusters: Any = 8,
-        dim: Any = 2,
+        rank: Any = 2,
         *,
         affine: Any = False,
         init: Any = "neighbours",
         n_init: Any = 10,
         max_iter: Any = 100,
-        tol: Any = 1e-6,
+        tolerance: Any = 1e-6,
         random_state: Any = None,
     ):
         self.n_clusters = n_clusters
-        self.dim = dim
+        self.rank = rank
         self.affine = affine
         self.init = init
         self.n_init = n_init
         self.max_iter = max_iter
-        self.tol = tol
+        self.tolerance = tolerance
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> KSubspaces:
-        """Cluster rows X (n, d). Raises ValueError for NaN, dim >= d, k > n."""
+        """Cluster rows X (n, d). Raises ValueError for NaN, rank >= d, k > n."""
         if self.init not in ("neighbours", "random", "lsr"):
             raise ValueError(f"init: expected 'neighbours', 'random' or 'lsr', got {self.init!r}")
-        for name, value in (("dim", self.dim), ("n_init", self.n_init), ("max_iter", self.max_iter)):
+        for name, value in (("rank", self.rank), ("n_init", self.n_init), ("max_iter", self.max_iter)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
         rows = self._rows(X, reset=True)
-        if self.dim >= rows.shape[1] and rows.shape[1] > 1:
-            raise ValueError(f"dim: subspaces of dimension {self.dim} fill a space of n_features = {rows.shape[1]}")
+        if self.rank >= rows.shape[1] and rows.shape[1] > 1:
+            raise ValueError(f"rank: subspaces of dimension {self.rank} fill a space of n_features = {rows.shape[1]}")
         points = self._spanning(rows)
         random = check_random_state(self.random_state)
         best: tuple[float, list[float], Tensor, Subspace] | None = None
@@ -92,7 +91,7 @@ class KSubspaces(_RowClusterer):
             spaces = self._refitted(points, labels, spaces)
             labels, residuals = self._assigned(points, spaces)
             history.append(float(residuals.sum()))
-            if len(history) > 1 and history[-2] - history[-1] <= self.tol * history[-2]:
+            if len(history) > 1 and history[-2] - history[-1] <= self.tolerance * history[-2]:
                 break
         return history[-1], history, self._without_empty(labels, residuals), spaces
 
@@ -129,7 +128,7 @@ class KSubspaces(_RowClusterer):
         n, k = len(points), self.n_clusters
         if self.init == "lsr":
             c = ridge_self_expression(points, RIDGE * mean_energy(points)).numpy()
-            affinity = affinity_from_representation(c, retain=max(3, min(n - 1, 2 * self.dim)))
+            affinity = affinity_from_representation(c, retain=max(3, min(n - 1, 2 * self.rank)))
             vectors = spectral_embedding(affinity, k, random_state=random).vectors
             labels = torch.from_numpy(round_embedding(vectors, "kmeans", n_init=1, random_state=random))
             groups = [points[labels == cluster] for cluster in range(k)]
@@ -153,14 +152,14 @@ class KSubspaces(_RowClusterer):
         )
 
     def _neighbours(self, points: Tensor, seed: int) -> Tensor:
-        count = min(len(points), 2 * self.dim + 1)
+        count = min(len(points), 2 * self.rank + 1)
         if self.affine:
             return (points - points[seed]).square().sum(1).topk(count, largest=False).indices
         return (points @ points[seed]).abs().topk(count).indices
 
     def _space(self, rows: Tensor, random: Any) -> Subspace:
         center = rows.mean(0) if self.affine else None
-        filler = torch.from_numpy(random.standard_normal((rows.shape[1], self.dim))).to(rows)
+        filler = torch.from_numpy(random.standard_normal((rows.shape[1], self.rank))).to(rows)
         start = torch.linalg.qr(filler).Q
         return Subspace(_principal(rows if center is None else rows - center, start), center=center)
 

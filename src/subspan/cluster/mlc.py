@@ -31,11 +31,11 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     makes memberships then becomes a copy of the other, and R(Z) - R_c(Z, G) is maximised, G the doubly stochastic
     membership of every row with every row of a batch. The number of clusters enters only at the end: spectral
     clustering of G over all rows, at most 4096 of them, the others by the nearest subspace.
-    z_dim: at least n_clusters times the dimension of a cluster. eps2: squared precision; eta: entropy of memberships.
-    epochs count both stages; batch_size may not be below z_dim by much, or the rate saturates. X is standardised by
-    column. Other encoders, augmentations, devices: `ManifoldLinearizingModule` with a Trainer (extra: train).
-    Attributes: labels_; heads_; subspaces_, by cluster, a batched `Subspace` or a tuple where dimensions differ;
-    linearization_, numbers that describe Z.
+    z_dim: at least n_clusters times the dimension of a cluster. rank: of `subspaces_`, a share of energy. eps2: squared
+    precision; eta: entropy of memberships. epochs count both stages; batch_size may not be below z_dim by much, or the
+    rate saturates. X is standardised by column. Other encoders, augmentations, devices: `ManifoldLinearizingModule`
+    with a Trainer (extra: train). Attributes: labels_; heads_; subspaces_, by cluster, a batched `Subspace` or a tuple
+    where dimensions differ; linearization_, numbers that describe Z.
     Source: Ding, Tong, Chan, Dai, Ma & Haeffele (2023), arXiv 2301.01805.
     """
 
@@ -51,7 +51,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         epochs: Any = 30,
         batch_size: Any = 512,
         learning_rate: Any = 1e-3,
-        energy: Any = 0.95,
+        rank: Any = 0.95,
         random_state: Any = None,
     ) -> None:
         self.n_clusters = n_clusters
@@ -63,7 +63,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
-        self.energy = energy
+        self.rank = rank
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> ManifoldLinearizingClustering:
@@ -99,7 +99,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         labels = self._nearest(z)
         labels[chosen] = torch.from_numpy(part)
         self.labels_ = like(labels, X)
-        self.linearization_ = linearization(z, labels.numpy(), eps2=self.eps2, energy=self.energy)
+        self.linearization_ = linearization(z, labels.numpy(), eps2=self.eps2, energy=self.rank)
         return self
 
     def _trained(self, rows: Float[Tensor, "n p"], loss: ManifoldLinearizingLoss) -> SubspaceClusterHeads:
@@ -146,7 +146,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
             if len(own) < 2:
                 found.append(Subspace.span(own.mT))
                 continue
-            found.append(Subspace.fit(own, rank=EnergyRank(self.energy), center=False))
+            found.append(Subspace.fit(own, rank=EnergyRank(self.rank), center=False))
         return found
 
     def _nearest(self, z: Float[Tensor, "n d"]) -> Tensor:

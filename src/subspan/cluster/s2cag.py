@@ -31,6 +31,7 @@ from subspan.solvers import (
     round_embedding,
     transition_matrix,
 )
+from subspan.solvers.nearest_subspace import stack_subspaces
 from subspan.solvers.rounding import unit_rows
 from subspan.statistics import GroupedMoments
 
@@ -68,7 +69,8 @@ class S2CAG(ClusterMixin, BaseEstimator):
     ----------
     labels_ (n,); embedding_, the `Subspace` of R^n spanned by U (its projector is S); singular_values_ (k,) of Z for
     these directions (modularity: square roots of the eigenvalues, 0 for negative ones); solver_, the one that was
-    used; cluster_subspaces_, one `Subspace` of the attributes a cluster.
+    used; subspaces_, of the attributes of each cluster, a batched `Subspace` or a tuple where
+    dimensions differ.
 
     X sets the precision: float32 attributes are worked on in float32. Cost O(n_iter (nnz(X) + order m) k), or
     O(order m d + n_iter n d k) with Z formed. Source: Lin, Yang, Zheng & Ke, KDD 2025 (arXiv 2411.11074).
@@ -138,7 +140,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         )
         self._means = self._cluster_means(embedding, labels)
         self._coordinates = z.matmul(self._directions)
-        self._subspaces: list[Subspace] | None = None
+        self._subspaces: Subspace | tuple[Subspace, ...] | None = None
         self.labels_: Any = like(torch.from_numpy(labels), X)
         self.singular_values_: Any = like(torch.from_numpy(np.array(self.singular_values_)), X)
         return self
@@ -165,7 +167,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         return self._extension(FilteredOperator(self._filter(graph), attributes), n)
 
     @property
-    def cluster_subspaces_(self) -> list[Subspace]:
+    def subspaces_(self) -> Subspace | tuple[Subspace, ...]:
         """The subspace of each cluster's smoothed attributes (90 % of their energy) among the leading directions."""
         check_is_fitted(self)
         if self._subspaces is None:
@@ -173,10 +175,12 @@ class S2CAG(ClusterMixin, BaseEstimator):
             grouped = GroupedMoments(coordinates.shape[1])
             grouped.update(coordinates, self.labels_)
             lift = torch.from_numpy(np.asarray(self._directions, dtype=np.float64))
-            self._subspaces = []
-            for found in grouped.subspaces(0.9, center=False).values():
-                basis = torch.linalg.qr(lift @ found.basis).Q
-                self._subspaces.append(Subspace(basis, variances=found.variances, count=found.count))
+            self._subspaces = stack_subspaces(
+                [
+                    Subspace(torch.linalg.qr(lift @ own.basis).Q, variances=own.variances, count=own.count)
+                    for own in grouped.subspaces(0.9, center=False).values()
+                ]
+            )
         return self._subspaces
 
     def __sklearn_tags__(self) -> Any:

@@ -135,7 +135,7 @@ def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float
     """
     unit = is_unit(*lengths, tolerance=NEARLY_UNIT)
     if metric is None:
-        return index.metric or ("cosine" if unit else "l2")
+        return index.metric or ("cosine" if unit else "euclidean")
     if unit or index.metric in (None, metric):
         return metric
     raise ValueError(

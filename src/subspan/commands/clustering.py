@@ -92,7 +92,7 @@ def cluster_rows(
     if method == "lsr":
         options |= {"alpha": _RIDGE}
     if method == "ksubspaces":
-        options |= {"dim": dim or 5}
+        options |= {"rank": dim or 5}
     elif dim is not None:
         options |= {"rank": dim} | ({"retain": max(dim, 9)} if method in ("lsr", "lrr") else {})
         options |= {"n_nonzero": dim} if method == "omp" else {}
@@ -107,7 +107,7 @@ def cluster_rows(
     points = torch.from_numpy(rows) if affine else normalize_rows(torch.from_numpy(rows))
     means = _kmeans(points.numpy(), n_clusters, seed)
     progress("describing", 0.9)
-    rank = model.dim if method == "ksubspaces" else model.rank
+    rank = model.rank
     other = group_subspaces(points, torch.from_numpy(means), n_clusters, rank=rank, affine=affine)
     labels, spaces, affinity = model.labels_, list(model.subspaces_), getattr(model, "affinity_", None)
     choice: dict[str, float] = {}
@@ -177,7 +177,7 @@ def cluster_graph(
         **({"count": counted} if counted is not None else {}),
         "modularity": modularity(graph.adjacency, model.labels_) if has_edges else None,
         "conductance": conductance(graph.adjacency, model.labels_),
-        **_described(model.labels_, distances, model.cluster_subspaces_, named, unlabelled="-1"),
+        **_described(model.labels_, distances, list(model.subspaces_), named, unlabelled="-1"),
         "kmeans": _beside(model.labels_, means, named, unlabelled="-1"),
         **(_affinity(graph.adjacency, model.labels_, distances) if has_edges else {}),
         **_origin(started, seed),

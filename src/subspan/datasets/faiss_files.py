@@ -23,7 +23,7 @@ from subspan.base.kinds import INDEXES
 from subspan.base.reading import reading, regular_file
 
 FAISS_SUFFIXES = INDEXES
-_METRICS = {0: "inner", 1: "l2"}
+_METRICS = {0: "inner", 1: "euclidean"}
 # fourcc, d, n, two unused words, is_trained, metric
 _HEADER = struct.Struct("<4siqqq?i")
 _COUNT = struct.Struct("<Q")

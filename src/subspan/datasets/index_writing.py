@@ -94,9 +94,9 @@ def write_index(
     The kind follows the suffix: .npy, .safetensors, .parquet, or FAISS (.faiss, .index): IVF-Flat and HNSW-Flat stay
     what they were, every other index becomes a flat one. Without a suffix: a folder of Qdrant's local mode. key: names
     the map; a run that was killed is resumed by one with the same source and key. metric: of a FAISS index or Qdrant
-    collection ("inner", "l2", "cosine"; default: that of the source, else "inner"). FAISS knows no cosine: rows get
-    unit length then, and the index ranks by inner product. overwrite: a file of that name that
-    is not the source. Returns what was written and how it
+    collection ("inner", "euclidean", "cosine"; default: that of the source, else "inner"). FAISS knows no cosine: rows
+    get unit length then, and the index ranks by inner product. overwrite: a file of that name that is not the source.
+    Returns what was written and how it
     was verified. Raises ValueError for a destination that exists or is the source, and for rows that do not come out
     finite; nothing is left then.
     """
@@ -235,9 +235,9 @@ class _File:
             name = "IndexIVFFlat" if source.details["kind"] == "ivf" else "IndexHNSWFlat"
             require("faiss", extra="index")
             return name + (" in IndexIDMap" if name == "IndexHNSWFlat" and not counted else ""), None, b""
-        metric = "l2" if self.metric == "l2" else "inner"
+        metric = "euclidean" if self.metric == "euclidean" else "inner"
         id_map = None if counted else source.details.get("id_map") or "IndexIDMap2"
-        name = "IndexFlatL2" if metric == "l2" else "IndexFlatIP"
+        name = "IndexFlatL2" if metric == "euclidean" else "IndexFlatIP"
         tail = flat_tail(source.ids, id_map=id_map)
         return f"{name} in {id_map}" if id_map else name, flat_header(n, d, metric, id_map=id_map), tail
 
@@ -351,11 +351,11 @@ def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
 def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: str, target: Path) -> None:
     """An IVF or HNSW index like that of the source, trained anew, as the cells of the old space mean nothing now."""
     faiss = require("faiss", extra="index")
-    kind = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
     n, details, step = len(source), source.details, source.block_rows
     counted = np.array_equal(source.ids, np.arange(n))
     if details["kind"] == "ivf":
-        flat = faiss.IndexFlatL2(columns) if metric == "l2" else faiss.IndexFlatIP(columns)
+        flat = faiss.IndexFlatL2(columns) if metric == "euclidean" else faiss.IndexFlatIP(columns)
         index = faiss.IndexIVFFlat(flat, columns, details["nlist"], kind)
         index.cp.seed = 1234
         rng = np.random.default_rng(0)
@@ -411,7 +411,7 @@ class _Qdrant:
         self._client = client.QdrantClient(path=str(self.unfinished))
         self._rows: QdrantRows = source.values  # pyright: ignore
         if not self._client.collection_exists(self._rows.collection):
-            names = {"cosine": "Cosine", "inner": "Dot", "l2": "Euclid"}
+            names = {"cosine": "Cosine", "inner": "Dot", "euclidean": "Euclid"}
             dense = {name: dict(params) for name, params in self._rows.dense.items()}
             # Mapped vectors are no whole numbers.
             dense[self._rows.vector] |= {"size": columns, "distance": names[metric], "datatype": None}
@@ -532,7 +532,7 @@ def _streamed_neighbours(back: StoredVectors, queries: np.ndarray, metric: str, 
     ids = np.empty((len(queries), k), back.ids.dtype)
     for start, rows in back.blocks():
         scores = queries @ rows.T
-        if metric == "l2":
+        if metric == "euclidean":
             scores = 2 * scores - np.einsum("ij,ij->i", rows, rows)
         both = np.concatenate([best, scores], axis=1)
         names = np.concatenate([ids, np.broadcast_to(back.ids[start : start + len(rows)], scores.shape)], axis=1)

@@ -23,7 +23,7 @@ from .faiss_files import FAISS_SUFFIXES, open_faiss
 from .qdrant import is_qdrant, open_qdrant
 from .qdrant_folder import point_id
 
-Metric = Literal["inner", "l2", "cosine"]
+Metric = Literal["inner", "euclidean", "cosine"]
 ID_COLUMNS = ("id", "ids", "_id")
 UNIT_TOLERANCE = 1e-3
 NEARLY_UNIT = 0.02

@@ -19,7 +19,7 @@ from subspan.base import require
 from .qdrant_folder import Point, QdrantFolder, point_id
 
 _ASK = 1000
-_DISTANCES = {"Cosine": "cosine", "Dot": "inner", "Euclid": "l2"}
+_DISTANCES = {"Cosine": "cosine", "Dot": "inner", "Euclid": "euclidean"}
 
 
 def is_qdrant(source: Any) -> bool:

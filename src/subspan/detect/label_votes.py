@@ -45,7 +45,7 @@ def label_votes(x: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> 
         A label for each row, of any kind that sorts.
     k : int, default 10
         Neighbours asked, below n.
-    metric : {"cosine", "l2", "inner"}, default "cosine"
+    metric : {"cosine", "euclidean", "inner"}, default "cosine"
         What is near.
 
     Raises

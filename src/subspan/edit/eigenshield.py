@@ -165,7 +165,7 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     strength (0 … 1), keep_norm: as in `SpikeFilter`. resamples: for "bootstrap". on_empty: "raise" NoSpikesError where
     nothing stands out of the noise, or "identity". random_state: for "bootstrap".
 
-    Attributes: subspace_ (robust spikes, `causal_` in the paper's words), correlational_ (the removed spikes or None),
+    Attributes: subspace_ (robust spikes, "causal" in the paper's words), correlational_ (the removed spikes or None),
     spikes_ (all), rbns_ (m,), threshold_, kept_ (m,), sigma2_, edge_, report_ (columns by name), filter_ (SpikeFilter).
     """
 
@@ -428,12 +428,6 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         share = torch.where(total > 0, outside / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0).clamp(0, 1)
         return like(share.reshape(rows.shape[:-1]).to(rows.dtype), X)
 
-    @property
-    def causal_(self) -> Subspace | None:
-        """The robust spikes under the paper's name; the same object as `subspace_`."""
-        check_is_fitted(self, "filter_")
-        return self.subspace_
-
     def spectrum_report(self, bins: int = 60) -> dict[str, Any]:
         """Facts for plots, JSON-able: eigenvalues, their density under the edge and Marchenko-Pastur's, the spikes."""
         check_is_fitted(self, "filter_")
@@ -599,7 +593,7 @@ class EigenShield:
             raise RuntimeError("the shield has no filters yet; call calibrate first")
         if self._installed is not None:
             raise RuntimeError("the shield is installed already")
-        filters = {name: self.as_module(name).to(device_of(self.model)) for name in self.names}
+        filters = {name: self.to_module(name).to(device_of(self.model)) for name in self.names}
         with contextlib.ExitStack() as stack:
             stack.enter_context(intervene(self.model, filters, item=self.item, layout=self.layout))
             self._installed = stack.pop_all()
@@ -610,7 +604,7 @@ class EigenShield:
         self._installed.close()
         self._installed = None
 
-    def as_module(self, layer: str | None = None, *, dtype: torch.dtype = torch.float32) -> SpikeFilter:
+    def to_module(self, layer: str | None = None, *, dtype: torch.dtype = torch.float32) -> SpikeFilter:
         """An independent copy of one layer's filter, to be placed in a model or exported; buffers in `dtype`."""
         if not self.spikes:
             raise RuntimeError("the shield has no filters yet; call calibrate first")

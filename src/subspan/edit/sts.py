@@ -254,10 +254,11 @@ class ConfidentAverage(nn.Module):
 class PrototypeShift(ConfidentAverage):
     """Test-time prototype shifting: entropy steps on a shift of the prototypes in all d dimensions.
 
-    per_class: one shift a class instead of one for all. steps, lr, optimizer ("adamw" or "sgd"), weight_decay (AdamW
-    only); reg: weight of the shift's norm in the loss (penalty "norm") or of its square ("squared"); without effect in
-    a first step, which starts at zero. online: start each image from where the last one ended (`reset` forgets).
-    The other arguments are those of `ConfidentAverage`. Source: Sui et al. (2024), arXiv 2403.12952.
+    per_class: one shift a class instead of one for all. steps, learning_rate, optimizer ("adamw" or "sgd"),
+    weight_decay (AdamW only); reg: weight of the shift's norm in the loss (penalty "norm") or of its square
+    ("squared"); without effect in a first step, which starts at zero. online: start each image from where the last one
+    ended (`reset` forgets). The other arguments are those of `ConfidentAverage`. Source: Sui et al. (2024), arXiv
+    2403.12952.
     """
 
     def __init__(
@@ -266,7 +267,7 @@ class PrototypeShift(ConfidentAverage):
         logit_scale: float = 100.0,
         *,
         steps: int = 1,
-        lr: float = 5e-3,
+        learning_rate: float = 5e-3,
         optimizer: str = "adamw",
         weight_decay: float = 0.01,
         reg: float = 0.0,
@@ -279,8 +280,8 @@ class PrototypeShift(ConfidentAverage):
         super().__init__(prototypes, logit_scale, keep=keep, predict=predict)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps: an integer >= 1 is needed, got {steps!r}")
-        if not 0 < lr < float("inf"):
-            raise ValueError(f"lr: must be positive and finite, got {lr}")
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: must be positive and finite, got {learning_rate}")
         if optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer: 'adamw' or 'sgd', got {optimizer!r}")
         if penalty not in ("norm", "squared"):
@@ -289,7 +290,7 @@ class PrototypeShift(ConfidentAverage):
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: must be >= 0 and finite, got {value}")
         self.steps = steps
-        self.lr = lr
+        self.learning_rate = learning_rate
         self.optimizer = optimizer
         self.weight_decay = weight_decay
         self.reg = reg
@@ -347,12 +348,15 @@ class PrototypeShift(ConfidentAverage):
         for step in range(1, self.steps + 1):
             gradient = self._gradient(views, cosines, counts, value)
             if self.optimizer == "sgd":
-                value = value - self.lr * gradient
+                value = value - self.learning_rate * gradient
                 continue
             first = beta1 * first + (1 - beta1) * gradient
             second = beta2 * second + (1 - beta2) * gradient.square()
             root = (second / (1 - beta2**step)).sqrt() + _ADAM_EPSILON
-            value = value * (1 - self.lr * self.weight_decay) - self.lr / (1 - beta1**step) * first / root
+            value = (
+                value * (1 - self.learning_rate * self.weight_decay)
+                - self.learning_rate / (1 - beta1**step) * first / root
+            )
         return value
 
     def _gradient(self, views: Tensor, cosines: Tensor, counts: Tensor, value: Tensor) -> Tensor:
@@ -396,8 +400,8 @@ class PrototypeShift(ConfidentAverage):
 
     def extra_repr(self) -> str:
         """Sizes and settings, for `repr`."""
-        step = f"steps={self.steps}, lr={self.lr:g}, optimizer={self.optimizer!r}, per_class={self.per_class}"
-        return f"{super().extra_repr()}, {step}"
+        step = f"steps={self.steps}, learning_rate={self.learning_rate:g}, optimizer={self.optimizer!r}"
+        return f"{super().extra_repr()}, {step}, per_class={self.per_class}"
 
 
 class SpectralSteering(PrototypeShift):
@@ -406,9 +410,9 @@ class SpectralSteering(PrototypeShift):
     The prototypes move by basis @ coefficients, the basis being their leading right singular vectors, and are
     normalised again. rank: how many (default Gavish–Donoho); center: subtract their mean before the SVD; subspace:
     use this one instead. side="image" shifts the views instead, inside a `subspace` of image embeddings.
-    AdamW's first step is lr in each coordinate, up to sign: it depends on the basis, and not on reg or weight_decay.
-    The other arguments are those of `PrototypeShift`; predict defaults to "confident_mean".
-    Source: Dafnis & Metaxas (2025), arXiv 2511.09809.
+    AdamW's first step is learning_rate in each coordinate, up to sign: it depends on the basis, and not on reg or
+    weight_decay. The other arguments are those of `PrototypeShift`; predict defaults to "confident_mean". Source:
+    Dafnis & Metaxas (2025), arXiv 2511.09809.
     """
 
     basis: Tensor
@@ -423,7 +427,7 @@ class SpectralSteering(PrototypeShift):
         subspace: Subspace | None = None,
         side: str = "text",
         steps: int = 1,
-        lr: float = 5e-3,
+        learning_rate: float = 5e-3,
         optimizer: str = "adamw",
         weight_decay: float = 0.01,
         reg: float = 0.0,
@@ -441,7 +445,7 @@ class SpectralSteering(PrototypeShift):
             prototypes,
             logit_scale,
             steps=steps,
-            lr=lr,
+            learning_rate=learning_rate,
             optimizer=optimizer,
             weight_decay=weight_decay,
             reg=reg,

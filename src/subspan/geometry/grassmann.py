@@ -211,7 +211,7 @@ def karcher_mean(
     *,
     weights: Float[Tensor, " m"] | None = None,
     tolerance: float = 1e-10,
-    max_iterations: int = 200,
+    max_iter: int = 200,
 ) -> Inexact[Tensor, "d k"]:
     """Intrinsic (Frechet) mean by Riemannian gradient steps from the chordal mean.
 
@@ -220,9 +220,9 @@ def karcher_mean(
     mean, _ = chordal_mean(bases, bases.shape[-1], weights=weights)
     w = torch.ones(bases.shape[0], dtype=bases.real.dtype, device=bases.device) if weights is None else weights
     w = (w / w.sum()).reshape(-1, 1, 1)
-    for _ in range(max_iterations):
+    for _ in range(max_iter):
         step = (w * logarithm(mean.expand_as(bases), bases)).sum(0)
         mean = geodesic(mean, tangent_projection(mean, step))
         if float(torch.linalg.matrix_norm(step)) < tolerance * bases.shape[-1]:
             return mean
-    raise ValueError(f"bases: the mean did not settle in {max_iterations} steps; the subspaces are too far apart")
+    raise ValueError(f"bases: the mean did not settle in {max_iter} steps; the subspaces are too far apart")

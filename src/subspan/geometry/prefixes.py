@@ -17,7 +17,7 @@ from torch import Tensor
 
 from subspan.base import check_matrix
 
-_METRICS = ("cosine", "inner", "l2")
+_METRICS = ("cosine", "inner", "euclidean")
 
 
 def prefix_sizes(dims: Any, d: int | None = None, *, name: str = "dims") -> tuple[int, ...]:
@@ -75,8 +75,8 @@ def prefix_similarities(
 ) -> Iterator[tuple[int, Float[Tensor, "m n"]]]:
     """(size, similarities (m, n)) of queries (m, d) and base (n, d) for each prefix, smallest first.
 
-    metric: "cosine" (each prefix normalised on its own), "inner", or "l2" (minus the squared distance). One running
-    sum of products serves all sizes. A zero prefix has cosine 0 with everything.
+    metric: "cosine" (each prefix normalised on its own), "inner", or "euclidean" (minus the squared distance). One
+    running sum of products serves all sizes. A zero prefix has cosine 0 with everything.
     """
     q = check_matrix(queries, "queries")
     b = check_matrix(base, "base", columns=q.shape[1])
@@ -91,7 +91,7 @@ def prefix_similarities(
         products.addmm_(q[:, block], b[:, block].mT)
         if metric == "inner":
             yield size, products.clone()
-        elif metric == "l2":
+        elif metric == "euclidean":
             yield size, 2 * products - q_norms[:, level, None] - b_norms[:, level]
         else:
             lengths = [torch.rsqrt(norms[:, level]).nan_to_num(posinf=0) for norms in (q_norms, b_norms)]

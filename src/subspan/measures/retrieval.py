@@ -20,7 +20,7 @@ from subspan.base import as_tensor, check_matrix, normalize_rows
 from subspan.geometry import prefix_similarities, prefix_sizes
 
 _BLOCK = 1 << 24
-_METRICS = ("cosine", "inner", "l2")
+_METRICS = ("cosine", "inner", "euclidean")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def retrieval_scores(
 ) -> RetrievalScores:
     """First hits and average precision of queries (m, d) in a gallery (n, d) by exact search, O(chunk n) memory.
 
-    metric: "cosine", "inner" or "l2". exclude_self: query i is gallery row i, which is left out. k: average precision
-    over the first k ranks divided by k (the convention of Kusupati et al., 2022), else over all relevant items.
-    Raises ValueError for unequal widths, labels of another length, or when no query has a relevant item.
+    metric: "cosine", "inner" or "euclidean". exclude_self: query i is gallery row i, which is left out. k: average
+    precision over the first k ranks divided by k (the convention of Kusupati et al., 2022), else over all relevant
+    items. Raises ValueError for unequal widths, labels of another length, or when no query has a relevant item.
     """
     q, g = check_matrix(queries, "queries"), check_matrix(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
@@ -80,7 +80,7 @@ def retrieval_scores(
     q_code, g_code = q_code.to(q.device), g_code.to(q.device)
     if metric == "cosine":
         q, g = normalize_rows(q), normalize_rows(g)
-    offset = -g.square().sum(-1) / 2 if metric == "l2" else None
+    offset = -g.square().sum(-1) / 2 if metric == "euclidean" else None
     hits, precisions = [], []
     step = max(1, _BLOCK // len(g))
     for start in range(0, len(q), step):

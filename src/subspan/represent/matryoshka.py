@@ -255,7 +255,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         blocks = [adapter(block.to(wide)) for block in rows.split(_BLOCK)]
         return torch.cat([normalize_rows(z) if normalize else z for z in blocks]).to(rows.dtype)
 
-    def as_module(self) -> MatryoshkaAdapter:
+    def to_module(self) -> MatryoshkaAdapter:
         """The fitted map as a torch module, before any normalisation."""
         check_is_fitted(self, "adapter_")
         return self.adapter_

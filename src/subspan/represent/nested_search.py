@@ -18,7 +18,7 @@ from subspan.base.estimators import validate_data
 from subspan.base.saved import Schema
 from subspan.geometry import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
 
-_METRICS = ("cosine", "l2")
+_METRICS = ("cosine", "euclidean")
 _BACKENDS = ("exact", "faiss")
 _BLOCK = 1 << 24
 _ROWS = 8192
@@ -38,9 +38,9 @@ class MatryoshkaIndex(BaseEstimator):
     schedule: [(size, list length), …], the first from the whole database, each next re-ranking the list before it ·
     "funnel", over `dims` (by default d, d/2, … down to 8) with `shortlist` halved at every size · "two-step", a
     shortlist by the smallest of `dims`, re-ranked by the largest. The last list is as long as what is asked for.
-    metric: "cosine" (every prefix normalised on its own) or "l2". Inner products grow by the new block of coordinates
-    only, so a candidate costs what its longest prefix costs. backend: "exact", or "faiss" (extra: index) for the
-    shortlist, with an index by `factory`, such as "Flat" or "HNSW32".
+    metric: "cosine" (every prefix normalised on its own) or "euclidean". Inner products grow by the new block of
+    coordinates only, so a candidate costs what its longest prefix costs. backend: "exact", or "faiss" (extra: index)
+    for the shortlist, with an index by `factory`, such as "Flat" or "HNSW32".
     X may be a memory map, which stays on disk; only the shortlist's prefix is copied.
     Attributes: schedule_, the stages; cost_per_query_, multiply-adds a query (after `kneighbors` for approximate
     shortlists, whose cost is counted); exact_cost_, those of one search by the last size.
@@ -147,7 +147,7 @@ class MatryoshkaIndex(BaseEstimator):
     def kneighbors(self, X: Any, k: int = 10) -> tuple[Any, Any]:
         """Distances and row numbers (q, k) of the k nearest rows found for queries X (q, d), nearest first.
 
-        Distances are 1 - cosine, or Euclidean for "l2", by the last size. Raises ValueError where a list of the
+        Distances are 1 - cosine, or Euclidean for "euclidean", by the last size. Raises ValueError where a list of the
         schedule is shorter than k (lists of "funnel" and "two-step" behind the shortlist grow to k by themselves).
         """
         check_is_fitted(self, "schedule_")

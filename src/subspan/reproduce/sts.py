@@ -393,7 +393,7 @@ def sweep(setting: Setting) -> tuple[Table, Table, list[tuple[float, float]]]:
     ranks = [k for k in (1, 2, 3, 4, 6, 9, 16, 32, 64) if k < most]
     by_rank = [[k, *(_shown(value) for value in row(rank=k)[:3])] for k in ranks]
     rates = (1e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5)
-    by_rate = [(lr, row(rank=min(6, most), lr=lr)) for lr in rates]
+    by_rate = [(lr, row(rank=min(6, most), learning_rate=lr)) for lr in rates]
     measured = ["accuracy %", "entropy before", "entropy after"]
     return (
         Table("Number of directions k_t, lr 5e-3", ["k_t", *measured], by_rank),
@@ -418,9 +418,9 @@ def rotation_effect(setting: Setting, lr: float = 5e-3) -> dict[str, float]:
     changes = {}
     for optimizer in ("adamw", "sgd"):
         given, turned = (
-            SpectralSteering(setting.prototypes, setting.space.logit_scale, subspace=basis, optimizer=optimizer, lr=lr)(
-                views
-            )
+            SpectralSteering(
+                setting.prototypes, setting.space.logit_scale, subspace=basis, optimizer=optimizer, learning_rate=lr
+            )(views)
             for basis in (subspace, Subspace.span(subspace.basis @ turn))
         )
         changes[optimizer] = 0.5 * float((given - turned).abs().sum(-1).mean())

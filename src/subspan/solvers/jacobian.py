@@ -36,7 +36,7 @@ def jacobian_subspace(
     mask: Bool[Tensor, "*t"] | None = None,
     null: Subspace | None = None,
     tolerance: float = 1e-4,
-    max_iterations: int = 50,
+    max_iter: int = 50,
     generator: torch.Generator | None = None,
 ) -> JacobianSubspace:
     """The `rank` directions at x (any shape, taken flat) along which f(x) changes most, without forming the Jacobian.
@@ -73,7 +73,7 @@ def jacobian_subspace(
 
     v = orthonormalize(cleaned(torch.randn(d, rank, generator=generator, dtype=flat.dtype).to(flat.device)))
     rounds = 0
-    for _ in range(max_iterations):
+    for _ in range(max_iter):
         rounds += 1
         # What f's own parameters have for gradients is of no interest and would keep every round alive.
         moved = cleaned(backward(forward(v)).detach())

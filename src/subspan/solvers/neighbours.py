@@ -23,18 +23,18 @@ def nearest(
     base: Any,
     k: int,
     *,
-    metric: str = "l2",
+    metric: str = "euclidean",
     exclude_self: bool = False,
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """The k nearest rows of `base` (n, d) for each row of `queries` (m, d): values and indices (m, k), best first.
 
-    metric: "l2" (squared distances, ascending), "cosine" or "inner" (similarities, descending). `exclude_self` drops
-    row i of the base for query i (queries is the base, or its first rows). Exact, O(chunk n) memory.
+    metric: "euclidean" (squared distances, ascending), "cosine" or "inner" (similarities, descending). `exclude_self`
+    drops row i of the base for query i (queries is the base, or its first rows). Exact, O(chunk n) memory.
     """
     q = check_matrix(queries, "queries")
     b = check_matrix(base, "base", columns=q.shape[1])
-    if metric not in ("l2", "cosine", "inner"):
-        raise ValueError(f"metric: expected 'l2', 'cosine' or 'inner', got {metric!r}")
+    if metric not in ("euclidean", "cosine", "inner"):
+        raise ValueError(f"metric: expected 'euclidean', 'cosine' or 'inner', got {metric!r}")
     available = len(b) - int(exclude_self)
     if not 1 <= k <= available:
         raise ValueError(f"k: must lie in [1, {available}], got {k}")
@@ -42,11 +42,11 @@ def nearest(
     q, b = q.to(dtype), b.to(dtype).to(q.device)
     if metric == "cosine":
         q, b = normalize_rows(q), normalize_rows(b)
-    shift = b.mean(0) if metric == "l2" else None
+    shift = b.mean(0) if metric == "euclidean" else None
     if shift is not None:
         # Distances do not change with the origin, and near it their differences keep their digits.
         q, b = q - shift, b - shift
-    half_squares = 0.5 * b.square().sum(-1) if metric == "l2" else None
+    half_squares = 0.5 * b.square().sum(-1) if metric == "euclidean" else None
     step = max(1, min(len(q), _BLOCK // len(b)))
     values, indices = q.new_empty(len(q), k), torch.empty(len(q), k, dtype=torch.int64, device=q.device)
     for start in range(0, len(q), step):
@@ -56,7 +56,7 @@ def nearest(
             rows = torch.arange(len(part), device=q.device)
             score[rows, rows + start] = -torch.inf
         best, found = largest_per_row(score, k)
-        if metric == "l2":
+        if metric == "euclidean":
             best = (part.square().sum(-1, keepdim=True) - 2 * best).clamp_min(0)
         values[start : start + step], indices[start : start + step] = best, found
     return values, indices

@@ -96,7 +96,7 @@ def low_rank_self_expression(x: Float[Tensor, "n d"], alpha: float) -> Float[Ten
 
 
 def robust_low_rank_self_expression(
-    x: Float[Tensor, "n d"], alpha: float, *, n_iter: int = 200, tolerance: float = 1e-6
+    x: Float[Tensor, "n d"], alpha: float, *, max_iter: int = 200, tolerance: float = 1e-6
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n d"]]:
     """min |C|_* + alpha |E|_{2,1} with X = CX + E, rows of E being the corrupted samples; returns (C, E).
 
@@ -111,7 +111,7 @@ def robust_low_rank_self_expression(
     z, j, e = (torch.zeros(len(x), width, dtype=x.dtype, device=x.device) for width in (r, r, x.shape[1]))
     y1, y2 = torch.zeros_like(e), torch.zeros_like(j)
     mu, scale = 1e-2, float(x.abs().max())
-    for _ in range(n_iter):
+    for _ in range(max_iter):
         left, values, right = torch.linalg.svd(z + y2 / mu, full_matrices=False)
         j = (left * (values - 1 / mu).clamp_min(0)) @ right
         z = ((x - e + y1 / mu) @ a.mT + j - y2 / mu) @ gram_inverse

@@ -259,7 +259,7 @@ def test_a_centred_target_works(texts):
 def test_the_module_is_the_map_and_survives_a_file(texts, images, tmp_path):
     for model in (ReAlign(n_centroid=2), BlockwiseCovariance()):
         model.fit(texts, images)
-        module = model.as_module(dtype=torch.float64)
+        module = model.to_module(dtype=torch.float64)
         torch.testing.assert_close(module(texts), model.transform(texts), atol=1e-14, rtol=0)
         module.save(tmp_path / "map.safetensors")
         loaded = ProjectedAffine.load(tmp_path / "map.safetensors")

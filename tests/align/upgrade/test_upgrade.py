@@ -138,7 +138,7 @@ def test_maps_chosen_on_leading_axes_are_those_of_the_whole_spaces():
     y = y + torch.linspace(-3, 3, d, dtype=torch.float64)
     folded = FoldedPairs(d, d, folds=4, keep=500, generator=torch.Generator().manual_seed(0))
     folded.update(x, y)
-    options = {"k": 5, "metric": "l2", "target": "neighbours", "max_queries": 40, "normalize": False}
+    options = {"k": 5, "metric": "euclidean", "target": "neighbours", "max_queries": 40, "normalize": False}
     chosen = CrossValidation(folded, folded.without(), **options)
     parameters = [{"alpha": 0.1}]
     factored = next(iter(chosen.maps("ridge", (1,), parameters)))
@@ -150,7 +150,7 @@ def test_maps_chosen_on_leading_axes_are_those_of_the_whole_spaces():
     torch.testing.assert_close(mapped.mean(0), kept_y[fold != 1].double().mean(0), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("metric", ["cosine", "l2", "inner"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "inner"])
 def test_recall_equals_a_literal_count(metric):
     _, y, _ = pairs(n=60)
     mapped = y[:20] + 0.5 * torch.randn(20, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -226,7 +226,13 @@ def test_auto_takes_the_shift_where_only_the_mean_has_moved(d):
 def small_validation() -> CrossValidation:
     x, y, _ = pairs(n=100, d=4)
     folded = FoldedPairs(4, 4, folds=5, keep=100, generator=torch.Generator().manual_seed(0)).update(x, y)
-    options: dict[str, Any] = {"k": 3, "metric": "l2", "target": "neighbours", "max_queries": 100, "normalize": False}
+    options: dict[str, Any] = {
+        "k": 3,
+        "metric": "euclidean",
+        "target": "neighbours",
+        "max_queries": 100,
+        "normalize": False,
+    }
     return CrossValidation(folded, folded.without(), **options)
 
 
@@ -524,7 +530,7 @@ def test_a_planted_rotation_of_real_rows_is_found_without_pairs(digits):
     rotation = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
     # No row is in both samples.
     x, y = digits[:900], digits[900:] @ rotation
-    model = UpgradeMap(metric="l2").fit_unpaired(x, y, check=(digits[:100], digits[:100] @ rotation))
+    model = UpgradeMap(metric="euclidean").fit_unpaired(x, y, check=(digits[:100], digits[:100] @ rotation))
     assert model.unpaired_.succeeded, model.unpaired_
     assert model.recall_ > 0.9
     # Nor are pairs needed to know it.

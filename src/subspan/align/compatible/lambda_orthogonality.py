@@ -309,10 +309,6 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         """B of new embeddings (n, d_new), in old coordinates; numpy or torch as given."""
         return self._mapped(X, self.n_features_in_ if hasattr(self, "map_") else 0, old=False)
 
-    def transform_new(self, X: Any) -> Any:
-        """The same as `transform`."""
-        return self.transform(X)
-
     def transform_old(self, Y: Any) -> Any:
         """F of old embeddings (n, d_old) → (n, d_new), beside B(new); numpy or torch as given."""
         return self._mapped(Y, self.n_features_old_ if hasattr(self, "map_") else 0, old=True)

@@ -141,14 +141,14 @@ def mixing_rate(X: Any, Y: Any, k: int = 20) -> float:
     return float((side[found] != side[:, None]).double().mean())
 
 
-def cosine_divergence(X: Any, Y: Any, *, bins: int = 100, pairs: int = 50_000, seed: int = 0) -> float:
+def cosine_divergence(X: Any, Y: Any, *, bins: int = 100, pairs: int = 50_000, random_state: int = 0) -> float:
     """Jensen-Shannon divergence (nats, at most log 2) between the pairwise cosines within X and within Y.
 
     Estimated on histograms of `bins` cells over [-1, 1] from `pairs` random pairs of different rows each.
     """
     histograms = []
     for rows, name in ((check_matrix(X, "X", min_rows=2), "X"), (check_matrix(Y, "Y", min_rows=2), "Y")):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(random_state)
         first = torch.randint(len(rows), (pairs,), generator=generator)
         # A shift by 1 … n - 1 never meets the row itself.
         second = (first + torch.randint(1, len(rows), (pairs,), generator=generator)) % len(rows)

@@ -275,7 +275,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         else:
             array = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
             rows = check_matrix(array, "X", columns=self.n_features_in_)
-        operator = self.as_module(dtype=torch.float64).to(rows.device)
+        operator = self.to_module(dtype=torch.float64).to(rows.device)
         generator = self._generator(rows.device)
         mapped = torch.empty_like(rows)
         lengths, positions = (torch.zeros(len(rows), dtype=torch.float64, device=rows.device) for _ in range(2))
@@ -327,7 +327,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 stacklevel=3,
             )
 
-    def as_module(self, *, dtype: torch.dtype = torch.float32) -> ProjectedAffine:
+    def to_module(self, *, dtype: torch.dtype = torch.float32) -> ProjectedAffine:
         """The fitted map as a torch module with buffers."""
         operator = self._fitted()
         copy = ProjectedAffine(

@@ -60,7 +60,7 @@ class ReVision(LightningModule):
             raise ValueError(f"n_tokens: must be at least 1, got {n_tokens}")
         if isinstance(aligner, ModalityMap):
             d = aligner.n_features_in_ if d is None else d
-            aligner = aligner.as_module()
+            aligner = aligner.to_module()
         if d is None:
             raise ValueError("d: the dimension of the embeddings is needed unless the aligner is a fitted map")
         self.llm: Any = llm

@@ -91,7 +91,7 @@ def _to_queries(gallery: Any, queries: Any, metric: str, random_state: int) -> F
     for rows in _rows(gallery):
         if rows.shape[1] != asked.shape[1]:
             raise ValueError(f"queries: expected {rows.shape[1]} columns, got {asked.shape[1]}")
-        found = nearest(rows, asked, near + bool(len(own)), metric="cosine" if metric == "cosine" else "l2")[0]
+        found = nearest(rows, asked, near + bool(len(own)), metric="cosine" if metric == "cosine" else "euclidean")[0]
         found = 1 - found if metric == "cosine" else found.clamp_min(0).sqrt()
         if len(own):
             itself = torch.isin(torch.arange(start, start + len(rows)), own).to(found.device)

@@ -45,7 +45,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     it leaves) · "cca" (through k canonical pairs) · "ridge" · "mlp" (a small residual network on top of the best of
     these; extra: train) · "auto", the simplest whose held-out recall is within one standard error of the best.
     candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None
-    are chosen in inner splits. metric: of the search, "cosine", "l2" or "inner". target: what recall counts,
+    are chosen in inner splits. metric: of the search, "cosine", "euclidean" or "inner". target: what recall counts,
     "neighbours" (share of the true item's `n_neighbors` nearest in the old space that the mapped query finds too) or
     "pair" (whether the paired item is found among them). normalize: rows to unit length before and after the map.
     folds: of the cross-validation. max_queries, max_gallery: rows that it scores and keeps; the network is trained on
@@ -155,8 +155,8 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         unknown = set(self.candidates or ()) - set(_METHODS[1:])
         if unknown or (self.candidates is not None and not self.candidates):
             raise ValueError(f"candidates: some of {_METHODS[1:]}, got {self.candidates!r}")
-        if self.metric not in ("cosine", "l2", "inner"):
-            raise ValueError(f"metric: expected 'cosine', 'l2' or 'inner', got {self.metric!r}")
+        if self.metric not in ("cosine", "euclidean", "inner"):
+            raise ValueError(f"metric: expected 'cosine', 'euclidean' or 'inner', got {self.metric!r}")
         if self.target not in ("neighbours", "pair"):
             raise ValueError(f"target: expected 'neighbours' or 'pair', got {self.target!r}")
         whole = (("n_neighbors", 1), ("folds", 3), ("max_queries", 10), ("max_gallery", 20), ("random_state", 0))
