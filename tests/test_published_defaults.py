@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from subspan import align, cluster, edit, nn, probe, represent, select, statistics
+from subspan import align, cluster, edit, measures, nn, probe, represent, select
 
 
 class Default(NamedTuple):
@@ -213,7 +213,7 @@ PUBLISHED = [
     # probe: convergent learning
     Default(probe.ConvergentLearning, "method", "matching", "Li et al. (2016)"),
     Default(probe.ConvergentLearning, "sign", "auto", "Li et al. (2016) for ReLU units; magnitudes elsewhere are ours"),
-    Default(statistics.mutual_information, "bins", 10, "YixuanLi/convergent_learning, beside a bin of zeros"),
+    Default(measures.mutual_information, "bins", 10, "YixuanLi/convergent_learning, beside a bin of zeros"),
     # align: ReAlign
     Default(align.ReAlign, "steps", ("anchor", "trace", "centroid"), "Yu et al. (2026)"),
     Default(align.ReAlign, "n_centroid", 1, "Yu et al. (2026)"),

@@ -15,8 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from subspan.base import FiniteCheck, read_table
-from subspan.base import tables as module
+from subspan.base import FiniteCheck, array_files, read_table
 
 pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 feather = pytest.importorskip("pyarrow.feather")
@@ -464,7 +463,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_UNPACKED_AT_ONCE", 2**20)
+    monkeypatch.setattr(array_files, "UNPACKED_AT_ONCE", 2**20)
     np.savez_compressed(tmp_path / "t.npz", x=np.zeros((2**10, 2**10), np.float32))
     with pytest.raises(ValueError, match="is refused"):
         read_table(tmp_path / "t.npz")

@@ -6,17 +6,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from subspan.edit.sts import (
+from subspan.edit.prototypes import (
     ENSEMBLE_TEMPLATES,
     ConfidentAverage,
     PrototypeShift,
-    SpectralSteering,
-    STSClassifier,
     marginal_entropy,
     select_confident,
     view_entropies,
     zero_shot_prototypes,
 )
+from subspan.edit.sts import SpectralSteering, STSClassifier
 from subspan.geometry import GavishDonoho, Subspace, random_matrix
 from subspan.geometry.grassmann import random_basis
 
@@ -233,7 +232,7 @@ def test_a_batch_equals_its_images_one_by_one_in_any_order(prototypes, views):
 def test_chunks_do_not_change_the_answer(prototypes, views, monkeypatch):
     steering = steer(prototypes, steps=2)
     whole = steering.explain(views)
-    monkeypatch.setattr("subspan.edit.sts._CHUNK_NUMBERS", 20 * 30 * 5)
+    monkeypatch.setattr("subspan.edit.prototypes._CHUNK_NUMBERS", 20 * 30 * 5)
     pieces = steering.explain(views)
     assert torch.allclose(whole.probabilities, pieces.probabilities, atol=1e-12)
     assert torch.equal(whole.kept, pieces.kept)

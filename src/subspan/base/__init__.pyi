@@ -1,7 +1,8 @@
 from .arrays import as_tensor, check_finite, check_matrix, like, normalize_rows
 from .extras import require
+from .rows import FiniteCheck, Table
 from .saved import save_arrays, saved_object
-from .tables import FiniteCheck, Table, read_table
+from .tables import read_table
 
 __all__ = [
     "FiniteCheck",

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from subspan.base import read_table
+from subspan.base.array_files import ArrayRows
 from subspan.base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
 from subspan.base.reading import json_records, readable_name, reading
-from subspan.base.tables import ArrayRows, read_entries, text_array
+from subspan.base.rows import text_array
+from subspan.base.tables import read_entries
 from subspan.datasets import (
     ImageCollection,
     cached_features,

@@ -18,7 +18,8 @@ from scipy import sparse
 from subspan.base import read_table
 from subspan.base.columns import listed
 from subspan.base.reading import quoted, reading, regular_file, text_lines
-from subspan.base.tables import entry_texts, read_arrays
+from subspan.base.rows import entry_texts
+from subspan.base.tables import read_arrays
 
 from .shared import load
 from .texts import stdlib_docstrings

@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from subspan.base import read_table
+from subspan.base.array_files import ArrayRows
 from subspan.base.reading import reading, regular_file, text_lines
-from subspan.base.tables import ArrayRows, Rows, read_entries, text_array
+from subspan.base.rows import Rows, text_array
+from subspan.base.tables import read_entries
 
 from .faiss_files import FAISS_SUFFIXES, open_faiss
 from .qdrant import is_qdrant, open_qdrant

@@ -1,5 +1,17 @@
-from .eigenshield import (
-    EigenShield,
+from .eigenshield import EigenShield
+from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
+from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
+from .prototypes import (
+    ENSEMBLE_TEMPLATES,
+    SINGLE_TEMPLATE,
+    ConfidentAverage,
+    PrototypeShift,
+    SteeringReport,
+    marginal_entropy,
+    select_confident,
+    zero_shot_prototypes,
+)
+from .spikes import (
     NoSpikesError,
     PairedMoments,
     RobustSpikes,
@@ -9,20 +21,7 @@ from .eigenshield import (
     energy_score,
     spectral_score,
 )
-from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
-from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
-from .sts import (
-    ENSEMBLE_TEMPLATES,
-    SINGLE_TEMPLATE,
-    ConfidentAverage,
-    PrototypeShift,
-    SpectralSteering,
-    SteeringReport,
-    STSClassifier,
-    marginal_entropy,
-    select_confident,
-    zero_shot_prototypes,
-)
+from .sts import SpectralSteering, STSClassifier
 
 __all__ = [
     "ConfidentAverage",

@@ -1,12 +1,6 @@
-from .convergent_learning import (
-    ConvergentLearning,
-    Matching,
-    SparsePrediction,
-    UnitGroup,
-    layer_moments,
-    mean_agreement,
-)
+from .convergent_learning import ConvergentLearning
 from .rate_profile import LayerRate, rate_profile
+from .unit_matches import Matching, SparsePrediction, UnitGroup, layer_moments, mean_agreement
 
 __all__ = [
     "ConvergentLearning",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +13,17 @@ from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, Transfo
 from sklearn.cluster import SpectralClustering
 from sklearn.linear_model import lars_path_gram
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import Tensor
 
 from subspan.base import check_matrix, like
 from subspan.base.estimators import validate_data
-from subspan.geometry import AffineMap, CanonicalCorrelation, Subspace, cca
+from subspan.geometry import AffineMap, cca
 from subspan.geometry.grassmann import random_basis
-from subspan.models import iterate_representations
 from subspan.solvers import assign
 from subspan.statistics import JointMoments
 from subspan.statistics.pairs import paired_rows
+
+from .unit_matches import Matching, SparsePrediction, UnitGroup, at_penalty, lasso_path, mean_agreement
 
 _METHODS = ("matching", "semi", "sparse", "rotation", "linear")
 _SIGNS = ("auto", "signed", "absolute")
@@ -33,66 +32,6 @@ _CONSTANT = 1e-12
 _RIDGE = 1e-6
 # Of the largest variance: a direction with less is there by rounding.
 _SINGULAR = 1e-12
-
-
-@dataclass(frozen=True)
-class Matching:
-    """Partner in x of each unit of y (-1 where it has none) and the correlation of the two (0 where none)."""
-
-    partner: Int[Tensor, " q"]
-    correlation: Float[Tensor, " q"]
-
-    def mean(self) -> float:
-        """Mean |correlation| of the units that have a partner; 0 where none has."""
-        kept = self.partner >= 0
-        return float(self.correlation[kept].abs().mean()) if bool(kept.any()) else 0.0
-
-
-@dataclass(frozen=True)
-class SparsePrediction:
-    """Each unit of y from few units of x: the affine map, and the partners of each unit, in the order they entered."""
-
-    map: AffineMap
-    partners: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class UnitGroup:
-    """Units of both networks that belong together: their numbers in x and in y, and how far the two spans agree.
-
-    parity: smaller over larger number of members. inside: mean |correlation| between its members of x and of y.
-    canonical: canonical correlations of its two sets of units; None where one of them is empty.
-    """
-
-    x: Int[Tensor, " a"]
-    y: Int[Tensor, " b"]
-    inside: float
-    canonical: CanonicalCorrelation | None
-    widths: tuple[int, int]
-
-    @property
-    def parity(self) -> float:
-        """Smaller over larger number of members."""
-        return min(len(self.x), len(self.y)) / max(len(self.x), len(self.y))
-
-    @property
-    def agreement(self) -> float:
-        """Mean canonical correlation; 0 where one side is empty."""
-        return 0.0 if self.canonical is None else float(self.canonical.correlations.mean())
-
-    def subspaces(self) -> tuple[Subspace, Subspace]:
-        """The canonical directions as subspaces of the two spaces of units. Raises ValueError for an empty side."""
-        if self.canonical is None:
-            raise ValueError("group: it has members of one network only, so there is nothing to compare")
-        found = []
-        for members, directions, width in (
-            (self.x, self.canonical.x_directions, self.widths[0]),
-            (self.y, self.canonical.y_directions, self.widths[1]),
-        ):
-            whole = directions.new_zeros(width, directions.shape[1])
-            whole[members] = directions
-            found.append(Subspace.span(whole))
-        return found[0], found[1]
 
 
 class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -271,7 +210,7 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         partners: list[tuple[int, ...]] = [()] * self.moments_.d_y
         for unit in self._alive_y.tolist():
             cross = self.correlations_[self._alive_x, unit].cpu().numpy()
-            order, path = _lasso_path(gram, cross, min(most, len(gram)))
+            order, path = lasso_path(gram, cross, min(most, len(gram)))
             last = path[:, -1]
             chosen = [index for index in order if last[index] != 0]
             if not chosen:
@@ -305,7 +244,7 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
             least: Any = wanted[-1]
             alphas, _, path = lars_path_gram(cross, gram, n_samples=1, method="lasso", alpha_min=least)
             for place, penalty in enumerate(wanted):
-                weights = _at_penalty(alphas, path, penalty)
+                weights = at_penalty(alphas, path, penalty)
                 partners[place] += np.count_nonzero(weights)
                 explained[place] += 2 * weights @ cross - weights @ gram @ weights
         return [(a, float(b), float(c)) for a, b, c in zip(wanted, partners / len(chosen), explained / len(chosen))]
@@ -492,86 +431,3 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         tags.target_tags.multi_output = True
         tags.target_tags.single_output = False
         return tags
-
-
-def mean_agreement(groups: Sequence[UnitGroup]) -> float:
-    """Mean canonical correlation inside groups with members of both networks, weighted by their units of Y."""
-    both = [group for group in groups if group.canonical is not None]
-    return float(np.average([g.agreement for g in both], weights=[len(g.y) for g in both])) if both else 0.0
-
-
-def _lasso_path(gram: np.ndarray, cross: np.ndarray, steps: int) -> tuple[list[int], np.ndarray]:
-    """Units in the order in which they entered, and the coefficients (p, steps + 1) at each step of the path."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Regressors in active set degenerate")
-        warnings.filterwarnings("ignore", message="Early stopping the lars path")
-        _, order, path = lars_path_gram(cross, gram, n_samples=1, max_iter=steps, method="lasso")
-    return [int(index) for index in order], path
-
-
-def _at_penalty(alphas: np.ndarray, path: np.ndarray, penalty: float) -> np.ndarray:
-    """Coefficients of a piecewise linear path at one penalty."""
-    if penalty >= alphas[0]:
-        return path[:, 0]
-    after = int(np.searchsorted(-alphas, -penalty, side="left"))
-    if after >= len(alphas):
-        return path[:, -1]
-    high, low = alphas[after - 1], alphas[after]
-    share = 0.0 if high == low else (high - penalty) / (high - low)
-    return (1 - share) * path[:, after - 1] + share * path[:, after]
-
-
-def layer_moments(
-    models: Sequence[nn.Module],
-    layers: Sequence[str | Sequence[str]],
-    batches: Iterable[Any],
-    *,
-    layout: Any = "auto",
-    mask: Any = "attention_mask",
-    shift: int = 0,
-    forward: Any = None,
-) -> dict[tuple[int, int], list[JointMoments]]:
-    """Joint moments of layers of every two models (i < j) over batches of inputs, in the order of `layers`.
-
-    Every position of a feature map, every selected token, is a row; each model runs once a batch. layers: names, or
-    one name a model. shift: inputs of a batch by which the second model's activations are moved on, so that they meet
-    another input's: the null of no correspondence. mask, layout, forward as in `iterate_representations`.
-    Raises ValueError for fewer than two models or layers with different grids.
-    """
-    named = [[layer] * len(models) if isinstance(layer, str) else list(layer) for layer in layers]
-    if len(models) < 2 or not named or any(len(names) != len(models) for names in named):
-        raise ValueError(
-            "models, layers: at least two models, and of each layer one name or a name a model, are needed"
-        )
-    pairs = list(combinations(range(len(models)), 2))
-    found: dict[tuple[int, int], list[JointMoments]] = {pair: [] for pair in pairs}
-    for batch in batches:
-        states = []
-        for model, names in zip(models, zip(*named)):
-            wanted = list(dict.fromkeys(names))
-            (rows,) = iterate_representations(
-                model, [batch], wanted, pool="rows", mask=mask, layout=layout, forward=forward
-            )
-            states.append([rows[name] for name in names])
-        for i, j in pairs:
-            for place, (x, y) in enumerate(zip(states[i], states[j])):
-                y = y.to(x.device)
-                if len(x) != len(y):
-                    raise ValueError(
-                        f"layers: {named[place][i]!r} has {len(x)} positions in a batch, {named[place][j]!r} {len(y)}; "
-                        "choose layers whose feature maps have one size"
-                    )
-                if shift:
-                    y = y.unflatten(0, (_inputs(batch), -1)).roll(shift, 0).flatten(0, 1)
-                if place == len(found[i, j]):
-                    found[i, j].append(JointMoments(x.shape[1], y.shape[1], device=x.device))
-                found[i, j][place].update(x, y)
-    if not found[pairs[0]]:
-        raise ValueError("batches: at least one is needed")
-    return found
-
-
-def _inputs(batch: Any) -> int:
-    first = next(iter(batch.values())) if isinstance(batch, dict) else batch
-    first = first[0] if isinstance(first, tuple | list) else first
-    return len(first)

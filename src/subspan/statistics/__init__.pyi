@@ -1,4 +1,6 @@
-from .moments import GroupedMoments, JointMoments, Moments
+from .grouped_moments import GroupedMoments
+from .joint_moments import JointMoments
+from .moments import Moments
 from .sampling import UniformSample
 from .sketch import CovarianceSketch
 from .streams import batches, fit_moments, is_dask, is_one_shot, is_stream

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from subspan.base import as_tensor, read_table, require
+from subspan.base.array_files import ArrayRows
 from subspan.base.arrays import is_sparse, refuse_sparse
 from subspan.base.files import remove_unfinished
 from subspan.base.reading import reading
-from subspan.base.tables import ArrayRows, stored_blocks
+from subspan.base.rows import stored_blocks
 
 from .moments import Moments
 

@@ -1,0 +1,418 @@
+"""Zero-shot prototypes of texts, and class scores averaged over confident views of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from subspan.base import as_tensor, check_finite, check_matrix, normalize_rows
+
+SINGLE_TEMPLATE = ("a photo of a {}.",)
+ENSEMBLE_TEMPLATES = (
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a origami {}.",
+    "a photo of the large {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a photo of the small {}.",
+)
+_ADAM_BETAS = (0.9, 0.999)
+_ADAM_EPSILON = 1e-8
+# Numbers held at once per tensor of a chunk; more images than fit are adapted one chunk after the other.
+_CHUNK_NUMBERS = 1 << 24
+
+
+def marginal_entropy(logits: Float[Tensor, "*b n c"], mask: Bool[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b"]:
+    """Entropy (nats) of the mean over n views of the softmax over c classes; `mask`: the views that count."""
+    return _entropy(_log_mean_probabilities(logits.log_softmax(-1), mask))
+
+
+def view_entropies(logits: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n"]:
+    """Entropy (nats) of the softmax of each view."""
+    return _entropy(logits.log_softmax(-1))
+
+
+def select_confident(
+    logits: Float[Tensor, "*b n c"], keep: float = 0.1, mask: Bool[Tensor, "*b n"] | None = None
+) -> tuple[Int[Tensor, "*b m"], Bool[Tensor, "*b m"]]:
+    """Indices of the int(keep * n) views of lowest entropy, most confident first, and which of them count.
+
+    `mask`: the views that exist. With unequal numbers of them m is the largest count, and the second result marks
+    the entries beyond an image's own count as False. A count of 0 becomes 1, with a warning where n > 1.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep: a fraction of the views in (0, 1], got {keep}")
+    entropy = view_entropies(logits)
+    if mask is None:
+        mask = torch.ones_like(entropy, dtype=torch.bool)
+    available = mask.sum(-1)
+    if bool((available == 0).any()):
+        raise ValueError("mask: every image needs at least one view")
+    counts = (keep * available.double()).long()
+    if bool(((counts == 0) & (available > 1)).any()):
+        warnings.warn(f"keep={keep} of {int(available.min())} views is less than one view; keeping one", stacklevel=2)
+    counts = counts.clamp_min(1)
+    order = entropy.masked_fill(~mask, torch.inf).argsort(dim=-1, stable=True)
+    largest = int(counts.max())
+    return order[..., :largest], torch.arange(largest, device=logits.device) < counts.unsqueeze(-1)
+
+
+def zero_shot_prototypes(
+    text_encoder: Any, classnames: Sequence[str], templates: Sequence[str] = SINGLE_TEMPLATE
+) -> Float[Tensor, "c d"]:
+    """Unit class prototypes (c, d): per class the mean of its normalised template embeddings, normalised again.
+
+    text_encoder: a function list of texts → (n, d), or an object with such an `encode` (`SentenceEncoder`).
+    """
+    names = check_texts(classnames, "classnames", 2)
+    prompts = check_texts(templates, "templates", 1)
+    if any("{}" not in prompt for prompt in prompts):
+        raise ValueError(f"templates: each needs a {{}} for the class name, got {list(prompts)}")
+    encode: Callable[[list[str]], Any] = getattr(text_encoder, "encode", text_encoder)
+    embeddings = check_matrix(encode([prompt.format(name) for name in names for prompt in prompts]), "text_encoder")
+    if len(embeddings) != len(names) * len(prompts):
+        raise ValueError(f"text_encoder: gave {len(embeddings)} rows for {len(names) * len(prompts)} texts")
+    unit = normalize_rows(embeddings, keep_zero=False)
+    return normalize_rows(unit.reshape(len(names), len(prompts), -1).mean(1), keep_zero=False)
+
+
+@dataclass(frozen=True)
+class SteeringReport:
+    """What an adaptation did to each of b images.
+
+    probabilities (b, c); coefficients (b, k) or (b, c, k) per class; shift (b, d) or (b, c, d) = basis coefficients;
+    entropy_before, entropy_after (b,): marginal entropy of the kept views, in nats; kept (b, m): indices of the
+    kept views, most confident first, -1 beyond an image's own count.
+    """
+
+    probabilities: Float[Tensor, "b c"]
+    coefficients: Float[Tensor, "b ... k"]
+    shift: Float[Tensor, "b ... d"]
+    entropy_before: Float[Tensor, " b"]
+    entropy_after: Float[Tensor, " b"]
+    kept: Int[Tensor, "b m"]
+
+
+class ConfidentAverage(nn.Module):
+    """Mean softmax of the most confident views under fixed prototypes: the zero-shot part of test-time steering.
+
+    prototypes (c, d), normalised here; logit_scale multiplies cosines (CLIP: about 100); keep: fraction of the views
+    kept, 1.0 for all; predict: "confident_mean" of the kept views, or "original" for the first view alone.
+    Call with views (n, d) or (b, n, d), the original first, and get probabilities (b, c).
+    """
+
+    prototypes: Tensor
+
+    def __init__(
+        self,
+        prototypes: Any,
+        logit_scale: float = 100.0,
+        *,
+        keep: float = 0.1,
+        predict: str = "confident_mean",
+    ) -> None:
+        super().__init__()
+        rows = check_matrix(prototypes, "prototypes")
+        if len(rows) < 2:
+            raise ValueError(f"prototypes: at least 2 classes are needed, got {len(rows)}")
+        zero = (rows == 0).all(-1)
+        if bool(zero.any()):
+            raise ValueError(f"prototypes: row {int(zero.nonzero()[0, 0])} is zero and has no direction")
+        scale = float(logit_scale)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"logit_scale: must be positive and finite, got {logit_scale}")
+        if scale <= 1:
+            warnings.warn(
+                f"logit_scale={scale} leaves softmaxes over cosines nearly flat; CLIP's is about 100 "
+                "(the exponential of the stored parameter)",
+                stacklevel=2,
+            )
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep: a fraction of the views in (0, 1], got {keep}")
+        if predict not in ("confident_mean", "original"):
+            raise ValueError(f"predict: 'confident_mean' or 'original', got {predict!r}")
+        # Half precision is for storage; entropies need more digits.
+        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        self.register_buffer("prototypes", normalize_rows(rows))
+        self.logit_scale = scale
+        self.keep = keep
+        self.predict = predict
+
+    def forward(self, views: Any, mask: Any = None) -> Float[Tensor, "b c"]:
+        """Class probabilities (b, c) of images given by views (n, d) or (b, n, d), the original view first.
+
+        mask (b, n) or (n,): which views exist, for images with unequal numbers of them.
+        Raises ValueError for views of another width, on another device, zero or not finite.
+        """
+        return torch.cat([report.probabilities for report in self._reports(views, mask)])
+
+    @torch.no_grad()
+    def _reports(self, views: Any, mask: Any) -> Iterable[SteeringReport]:
+        rows, mask = self._check_views(views, mask)
+        _, n, d = rows.shape
+        per_image = max(n * max(len(self.prototypes), d), self._unknowns())
+        step = max(1, _CHUNK_NUMBERS // per_image)
+        # Matrix products in half precision would decide the signs of small gradients.
+        with torch.autocast(rows.device.type, enabled=False):
+            return [self._adapt(rows[i : i + step], mask[i : i + step]) for i in range(0, len(rows), step)]
+
+    def _unknowns(self) -> int:
+        return 0
+
+    def _check_views(self, views: Any, mask: Any) -> tuple[Tensor, Tensor]:
+        rows = as_tensor(views, "views")
+        rows = rows.unsqueeze(0) if rows.ndim == 2 else rows
+        if rows.ndim != 3 or 0 in rows.shape:
+            raise ValueError(f"views: expected shape (n, d) or (b, n, d) and no empty axis, got {tuple(rows.shape)}")
+        if rows.shape[-1] != self.prototypes.shape[-1]:
+            raise ValueError(f"views: expected {self.prototypes.shape[-1]} columns, got {rows.shape[-1]}")
+        if rows.device != self.prototypes.device:
+            raise ValueError(f"views: are on {rows.device}, the prototypes on {self.prototypes.device}; use .to(...)")
+        exists = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        if mask is not None:
+            exists = torch.as_tensor(mask, device=rows.device)
+            exists = exists.unsqueeze(0) if exists.ndim == 1 else exists
+            if exists.dtype != torch.bool or exists.shape != rows.shape[:2]:
+                wanted = tuple(rows.shape[:2])
+                raise ValueError(
+                    f"mask: booleans of shape {wanted} are needed, got {exists.dtype} {tuple(exists.shape)}"
+                )
+            if not bool(exists.any(-1).all()):
+                raise ValueError("mask: every image needs at least one view")
+            if self.predict == "original" and not bool(exists[:, 0].all()):
+                raise ValueError("mask: predict='original' reads the first view, which is masked for some image")
+            rows = rows.masked_fill(~exists.unsqueeze(-1), 0)
+        rows = rows.to(torch.promote_types(torch.promote_types(rows.dtype, self.prototypes.dtype), torch.float32))
+        length = torch.linalg.vector_norm(rows, dim=-1).masked_fill(~exists, 1)
+        if bool(((length > 1e-15) & (length < 1e15)).all()):
+            return rows / length.unsqueeze(-1), exists
+        # Squares of the entries may have left the range of the dtype: the safe way, which costs three times as much.
+        if bool((exists & (rows == 0).all(-1)).any()):
+            raise ValueError("views: some view is zero and has no direction; leave it out with mask=")
+        # After scaling: a view has a direction however long it is, and NaN and infinity stay NaN.
+        return check_finite(normalize_rows(rows), "views"), exists
+
+    def _adapt(self, views: Float[Tensor, "b n d"], mask: Bool[Tensor, "b n"]) -> SteeringReport:
+        cosines = views @ self.prototypes.to(views.dtype).mT
+        index, counts = select_confident(self.logit_scale * cosines, self.keep, mask)
+        kept = views.gather(1, index.unsqueeze(-1).expand(-1, -1, views.shape[-1]))
+        kept_cosines = cosines.gather(1, index.unsqueeze(-1).expand(-1, -1, cosines.shape[-1]))
+        coefficients = self._coefficients(kept, kept_cosines, counts)
+        adapted = self._steered(kept, kept_cosines, coefficients)
+        log_mean = _log_mean_probabilities((self.logit_scale * adapted).log_softmax(-1), counts)
+        if self.predict == "original":
+            first = self._steered(views[:, :1], cosines[:, :1], coefficients)
+            probabilities = (self.logit_scale * first).softmax(-1)[:, 0]
+        else:
+            probabilities = log_mean.exp()
+        return SteeringReport(
+            probabilities=probabilities,
+            coefficients=coefficients,
+            shift=self._embed(coefficients),
+            entropy_before=marginal_entropy(self.logit_scale * kept_cosines, counts),
+            entropy_after=_entropy(log_mean),
+            kept=index.masked_fill(~counts, -1),
+        )
+
+    def _coefficients(self, views: Tensor, cosines: Tensor, counts: Tensor) -> Tensor:
+        return views.new_zeros(len(views), 0)
+
+    def _embed(self, coefficients: Tensor) -> Tensor:
+        return coefficients.new_zeros(len(coefficients), self.prototypes.shape[-1])
+
+    def _steered(self, views: Tensor, cosines: Tensor, coefficients: Tensor) -> Tensor:
+        """Cosines (b, m, c) of views with the adapted prototypes."""
+        return cosines
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for `repr`."""
+        c, d = self.prototypes.shape
+        return f"classes={c}, dim={d}, logit_scale={self.logit_scale:g}, keep={self.keep}, predict={self.predict!r}"
+
+
+class PrototypeShift(ConfidentAverage):
+    """Test-time prototype shifting: entropy steps on a shift of the prototypes in all d dimensions.
+
+    per_class: one shift a class instead of one for all. steps, learning_rate, optimizer ("adamw" or "sgd"),
+    weight_decay (AdamW only); reg: weight of the shift's norm in the loss (penalty "norm") or of its square
+    ("squared"); without effect in a first step, which starts at zero. online: start each image from where the last one
+    ended (`reset` forgets). The other arguments are those of `ConfidentAverage`. Source: Sui et al. (2024), arXiv
+    2403.12952.
+    """
+
+    def __init__(
+        self,
+        prototypes: Any,
+        logit_scale: float = 100.0,
+        *,
+        steps: int = 1,
+        learning_rate: float = 5e-3,
+        optimizer: str = "adamw",
+        weight_decay: float = 0.01,
+        reg: float = 0.0,
+        penalty: str = "norm",
+        keep: float = 0.1,
+        predict: str = "original",
+        per_class: bool = False,
+        online: bool = False,
+    ) -> None:
+        super().__init__(prototypes, logit_scale, keep=keep, predict=predict)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps: an integer >= 1 is needed, got {steps!r}")
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate: must be positive and finite, got {learning_rate}")
+        if optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"optimizer: 'adamw' or 'sgd', got {optimizer!r}")
+        if penalty not in ("norm", "squared"):
+            raise ValueError(f"penalty: 'norm' or 'squared', got {penalty!r}")
+        for name, value in (("reg", reg), ("weight_decay", weight_decay)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: must be >= 0 and finite, got {value}")
+        self.steps = steps
+        self.learning_rate = learning_rate
+        self.optimizer = optimizer
+        self.weight_decay = weight_decay
+        self.reg = reg
+        self.penalty = penalty
+        self.per_class = per_class
+        self.online = online
+        self.reset()
+
+    def explain(self, views: Any, mask: Any = None) -> SteeringReport:
+        """Probabilities together with coefficients, shifts, entropies before and after, and the kept views."""
+        reports = list(self._reports(views, mask))
+        widest = max(report.kept.shape[1] for report in reports)
+        joined = {}
+        for field in dataclasses.fields(SteeringReport):
+            parts = [getattr(report, field.name) for report in reports]
+            if field.name == "kept":
+                parts = [nn.functional.pad(part, (0, widest - part.shape[1]), value=-1) for part in parts]
+            joined[field.name] = torch.cat(parts)
+        return SteeringReport(**joined)
+
+    def reset(self) -> None:
+        """Forget what `online` adaptation has accumulated."""
+        self._running: Tensor | None = None
+
+    def _dim(self) -> int:
+        return self.prototypes.shape[-1]
+
+    def _unknowns(self) -> int:
+        return self._dim() * (len(self.prototypes) if self.per_class else 1)
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _embed(self, coefficients: Tensor) -> Tensor:
+        return coefficients
+
+    def _coefficients(self, views: Tensor, cosines: Tensor, counts: Tensor) -> Tensor:
+        shape = (len(self.prototypes), self._dim()) if self.per_class else (self._dim(),)
+        if not self.online:
+            return self._descend(views, cosines, counts, views.new_zeros(len(views), *shape))
+        start = views.new_zeros(1, *shape) if self._running is None else self._running.to(views)
+        found = []
+        for i in range(len(views)):
+            here = slice(i, i + 1)
+            start = self._descend(views[here], cosines[here], counts[here], start)
+            found.append(start)
+        self._running = start
+        return torch.cat(found)
+
+    def _descend(self, views: Tensor, cosines: Tensor, counts: Tensor, start: Tensor) -> Tensor:
+        """Entropy steps from `start`, elementwise per image: what torch's optimiser does to each image alone."""
+        value = start.clone()
+        first, second = torch.zeros_like(value), torch.zeros_like(value)
+        beta1, beta2 = _ADAM_BETAS
+        for step in range(1, self.steps + 1):
+            gradient = self._gradient(views, cosines, counts, value)
+            if self.optimizer == "sgd":
+                value = value - self.learning_rate * gradient
+                continue
+            first = beta1 * first + (1 - beta1) * gradient
+            second = beta2 * second + (1 - beta2) * gradient.square()
+            root = (second / (1 - beta2**step)).sqrt() + _ADAM_EPSILON
+            value = (
+                value * (1 - self.learning_rate * self.weight_decay)
+                - self.learning_rate / (1 - beta1**step) * first / root
+            )
+        return value
+
+    def _gradient(self, views: Tensor, cosines: Tensor, counts: Tensor, value: Tensor) -> Tensor:
+        """Gradient (b, k) or (b, c, k) of the loss over the kept views, in closed form."""
+        steered = self._steered(views, cosines, value)
+        log_p = (self.logit_scale * steered).log_softmax(-1)
+        surprise = -_log_mean_probabilities(log_p, counts).unsqueeze(1)
+        p = log_p.exp()
+        # dH/dlogit of view j, class c: p (surprise_c - its mean under p), averaged over the views that count.
+        weight = p * (surprise - (p * surprise).sum(-1, keepdim=True))
+        weight = weight * counts.unsqueeze(-1) / counts.sum(-1)[:, None, None]
+        gradient = self._pull_back(views, steered, self.logit_scale * weight, value)
+        if self.reg > 0:
+            square = value.square().flatten(1).sum(-1).reshape(-1, *[1] * (value.ndim - 1))
+            # The norm has no slope at zero; its subgradient of least length is taken, as autograd does.
+            norm = square.sqrt().clamp_min(torch.finfo(value.dtype).tiny)
+            gradient = gradient + self.reg * (value / norm if self.penalty == "norm" else 2 * value)
+        return gradient
+
+    def _steered(self, views: Tensor, cosines: Tensor, coefficients: Tensor) -> Tensor:
+        x, y = self._coordinates(views), self._coordinates(self.prototypes.to(views.dtype))
+        along = x @ coefficients.mT if self.per_class else x @ coefficients.unsqueeze(-1)
+        return (cosines + along) / self._norms(y, coefficients).unsqueeze(1)
+
+    def _norms(self, y: Tensor, coefficients: Tensor) -> Tensor:
+        """Lengths (b, c) of unit prototypes with coordinates y (c, k) after the shift."""
+        cross = (coefficients * y).sum(-1) if self.per_class else coefficients @ y.mT
+        square = 1 + 2 * cross + coefficients.square().sum(-1, keepdim=not self.per_class)
+        return square.clamp_min(torch.finfo(square.dtype).eps).sqrt()
+
+    def _pull_back(self, views: Tensor, steered: Tensor, slope: Tensor, coefficients: Tensor) -> Tensor:
+        """Chain rule through cosine = (v.z + x.g) / |z + Bg|: slope (b, m, c) on cosines to one on coefficients."""
+        x, y = self._coordinates(views), self._coordinates(self.prototypes.to(views.dtype))
+        norms = self._norms(y, coefficients)
+        outer = slope / norms.unsqueeze(1)
+        inner = (slope * steered).sum(1) / norms.square()
+        if self.per_class:
+            return outer.mT @ x - inner.unsqueeze(-1) * (y + coefficients)
+        radial = inner @ y + inner.sum(-1, keepdim=True) * coefficients
+        return (outer.sum(-1).unsqueeze(1) @ x).squeeze(1) - radial
+
+    def extra_repr(self) -> str:
+        """Sizes and settings, for `repr`."""
+        step = f"steps={self.steps}, learning_rate={self.learning_rate:g}, optimizer={self.optimizer!r}"
+        return f"{super().extra_repr()}, {step}, per_class={self.per_class}"
+
+
+def check_texts(texts: Sequence[str], name: str, least: int) -> list[str]:
+    """The texts as a list, or an error that names the argument."""
+    if isinstance(texts, str):
+        raise TypeError(f"{name}: a list of texts is needed, got one text")
+    listed = list(texts)
+    wrong = [text for text in listed if not isinstance(text, str) or not text.strip()]
+    if wrong:
+        raise ValueError(f"{name}: texts that are not empty are needed, got {wrong[0]!r}")
+    if len(listed) < least:
+        raise ValueError(f"{name}: at least {least} are needed, got {len(listed)}")
+    return listed
+
+
+def _log_mean_probabilities(log_p: Tensor, mask: Tensor | None) -> Tensor:
+    """Log of the mean over views (*b, n, c) of probabilities given by their logs: (*b, c)."""
+    if mask is None:
+        return log_p.logsumexp(-2) - float(np.log(log_p.shape[-2]))
+    log_sum = log_p.masked_fill(~mask.unsqueeze(-1), -torch.inf).logsumexp(-2)
+    return log_sum - mask.sum(-1, keepdim=True).to(log_p.dtype).log()
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    # exp(-inf) (-inf) is 0 times infinity; the clamp makes it the limit, 0.
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
