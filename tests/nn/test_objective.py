@@ -136,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step(name):
             if not isinstance(parameter, GrassmannParameter):
                 parameter.fill_(torch.nan)
     # A layer may see it first.
-    with pytest.raises(ValueError, match="the loss is nan at step 0|contain NaN"):
+    with pytest.raises(ValueError, match=r"the loss is nan at step 0|contain NaN"):
         fit(objective, case.batches(), 1)
 
 
@@ -298,7 +298,7 @@ def test_bad_options_are_named(options, message):
 
 @pytest.mark.parametrize("found", [torch.ones(2), "loss", {}, (torch.ones(()), torch.ones(()))])
 def test_what_is_no_loss_is_named(found):
-    with pytest.raises(ValueError, match="^loss: must return a scalar"):
+    with pytest.raises(ValueError, match=r"^loss: must return a scalar"):
         Objective(nn.Linear(6, 2), lambda model, batch: found).training_step(labelled()[0])
 
 
