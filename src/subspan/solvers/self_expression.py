@@ -16,7 +16,8 @@ from scipy import sparse
 from torch import Tensor
 
 from .elastic_net import elastic_nets
-from .neighbours import largest_per_row, largest_product
+from .neighbours import largest_per_row
+from .sparse_coding import pursue
 
 # Correlations of a block of rows, small enough to stay in a cache between the passes over them.
 _BLOCK = 1 << 21
@@ -130,46 +131,15 @@ def omp_self_expression(
 ) -> sparse.csr_matrix:
     """Orthogonal matching pursuit of each row by the others, at most `n_nonzero` of them (You, Robinson & Vidal, 2016).
 
-    A row stops when its squared residual is below `tolerance`. Correlations of a block of rows are one product a step;
-    the least squares are updated by a batched Cholesky factor.
+    A row stops when its squared residual is below `tolerance`. Blocks of rows go by `pursue`.
     """
     n = len(x)
     if not 1 <= n_nonzero < n:
         raise ValueError(f"n_nonzero: must lie in [1, {n - 1}], got {n_nonzero}")
-    blocks = [_omp_block(x, rows, n_nonzero, tolerance) for rows in _row_blocks(n, progress, _ROWS)]
+    blocks = [
+        (rows, *pursue(x[rows], x, n_nonzero, tolerance, exclude=rows)) for rows in _row_blocks(n, progress, _ROWS)
+    ]
     return _assemble(blocks, n)
-
-
-def _omp_block(x: Tensor, rows: Tensor, n_nonzero: int, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, chosen (b, s), coefficients (b, s)) with coefficient 0 where a row stopped early."""
-    target, b = x[rows], len(rows)
-    chosen = torch.zeros(b, n_nonzero, dtype=torch.int64, device=x.device)
-    used = torch.zeros(b, n_nonzero, dtype=torch.bool, device=x.device)
-    basis = x.new_zeros(b, n_nonzero, x.shape[1])  # orthonormalised atoms
-    triangle = torch.eye(n_nonzero, dtype=x.dtype, device=x.device).repeat(b, 1, 1)  # atoms = triangle' basis
-    weights = x.new_zeros(b, n_nonzero)
-    residual, active = target.clone(), torch.ones(b, dtype=torch.bool, device=x.device)
-    for step in range(n_nonzero):
-        active &= residual.square().sum(1) > tolerance
-        if not bool(active.any()):
-            break
-        best, atom = largest_product(residual, x, absolute=True, exclude=rows)
-        fresh = x[atom]
-        inner = (basis[:, :step] @ fresh.unsqueeze(2)).squeeze(2)
-        fresh = fresh - (basis[:, :step].mT @ inner.unsqueeze(2)).squeeze(2)
-        norm = fresh.norm(dim=1)
-        # An atom inside the span of those chosen (one of them again, or a duplicate) adds nothing; the row stops.
-        active &= (norm > 1e3 * torch.finfo(x.dtype).eps) & (best > 0)
-        direction = fresh / norm.unsqueeze(1)
-        weight = (residual * direction).sum(1)
-        basis[:, step] = torch.where(active.unsqueeze(1), direction, 0)
-        triangle[:, :step, step] = torch.where(active.unsqueeze(1), inner, 0)
-        triangle[:, step, step] = torch.where(active, norm, 1)
-        weights[:, step] = torch.where(active, weight, 0)
-        chosen[:, step], used[:, step] = atom, active
-        residual -= weights[:, step : step + 1] * basis[:, step]
-    coefficients = torch.linalg.solve_triangular(triangle, weights.unsqueeze(2), upper=True).squeeze(2)
-    return rows, chosen, torch.where(used, coefficients, torch.zeros_like(coefficients))
 
 
 def thresholded_similarities(
