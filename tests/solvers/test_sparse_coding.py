@@ -1,5 +1,6 @@
 """Sparse codes against scikit-learn and their conditions; dictionary steps against the error that none may raise."""
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -59,6 +60,22 @@ def test_pursuit_stops_where_nothing_is_left(k, d, s):
     assert (same.values != 0).sum() == 1
 
 
+@pytest.mark.parametrize(("k", "d", "s"), [GRAM, BASIS])
+def test_pursuit_stops_at_the_tolerance(k, d, s):
+    x, atoms = unit(50, d, 1), unit(k, d, 2)
+    errors = torch.stack([(x - omp(x, atoms, m).decode(atoms)).square().sum(1) for m in range(1, s)])
+    codes = omp(x, atoms, s, tolerance=0.3)
+    assert torch.equal((codes.values != 0).sum(1), (errors > 0.3).sum(0) + 1)
+
+
+def test_near_atoms_are_fitted_to_the_digits_there_are():
+    base = unit(1, 24, 1).repeat(18, 1) + 0.1 * unit(18, 24, 2)
+    atoms, x = base / base.norm(dim=1, keepdim=True), unit(40, 24, 3)
+    found = omp(x.float(), atoms.float(), 14)
+    left = (x - SparseCodes(found.indices, found.values.double(), 18).decode(atoms.float().double())) @ atoms.mT
+    assert float(left.gather(1, found.indices).abs().max()) < 1e-5
+
+
 def test_choosing_all_atoms_is_least_squares_and_of_orthonormal_ones_top_s():
     x, atoms = unit(9, 12, 1), unit(5, 12, 2)
     solved = torch.linalg.lstsq(atoms.mT, x.mT).solution.mT
@@ -86,7 +103,7 @@ def test_pursuit_of_all_rows_together_is_greedy_and_finds_what_was_planted():
     assert len(simultaneous_omp(noisy, atoms, 6, explained=0.5)[0]) == int((share < 0.5).sum()) + 1
 
 
-@pytest.mark.parametrize("step", [ksvd_step, mod_step])
+@pytest.mark.parametrize("step", [partial(ksvd_step, n_power=1), mod_step])
 def test_a_step_never_raises_the_error_and_keeps_supports_and_lengths(step):
     x, atoms = unit(60, 8, 1), unit(14, 8, 2)
     codes = omp(x, atoms, 3)

@@ -14,6 +14,7 @@ from .neighbours import largest_product, nearest, nearest_code
 from .point_clouds import chamfer_distances
 from .rounding import ROUNDINGS, round_embedding
 from .sinkhorn import doubly_stochastic, transport_plan
+from .sparse_coding import SparseCodes, coding_error, ksvd_step, mod_step, omp, procrustes_step, simultaneous_omp, top_s
 
 __all__ = [
     "FilteredOperator",
@@ -22,22 +23,30 @@ __all__ = [
     "Operator",
     "PolynomialFilter",
     "ROUNDINGS",
+    "SparseCodes",
     "as_adjacency",
     "assign",
     "chamfer_distances",
+    "coding_error",
     "doubly_stochastic",
     "geometric_weights",
     "jacobian_rank",
     "jacobian_subspace",
+    "ksvd_step",
     "largest_product",
+    "mod_step",
     "nearest",
     "nearest_code",
+    "omp",
     "orthogonal_iteration",
     "orthonormal_columns",
+    "procrustes_step",
     "randomized_svd",
     "round_embedding",
+    "simultaneous_omp",
     "smooth",
     "symmetric_normalized",
+    "top_s",
     "transition_matrix",
     "transport_plan",
 ]

@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..geometry.arrays import check_matrix, normalize_rows
-from ..geometry.grassmann import polar
+from subspan.base import check_matrix, normalize_rows
+from subspan.geometry.grassmann import polar
+
 from .neighbours import largest_product
 
 Progress = Callable[[float], None]
@@ -191,11 +192,8 @@ def _gram_pursuit(
         codes.scatter_add_(1, chosen[:, : step + 1], weight.unsqueeze(1) * inverse[:, step, : step + 1])
         torch.addmm(start, codes, gram, alpha=-1, out=left)
         left.scatter_(1, chosen[:, : step + 1], 0)
-    # Once more against the rounding of the updates: the residual of the normal equations, solved by the same factor.
-    gap = (start - codes @ gram).gather(1, chosen).unsqueeze(1)
-    change = ((gap @ turned) @ inverse).squeeze(1)
     used = inverse.diagonal(dim1=1, dim2=2) > 0
-    return chosen, torch.where(used, codes.gather(1, chosen) + change, 0)
+    return chosen, torch.where(used, codes.gather(1, chosen), 0)
 
 
 def top_s(x: Any, atoms: Any, n_nonzero: int) -> SparseCodes:
