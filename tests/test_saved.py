@@ -23,7 +23,7 @@ from subspan.align.upgrade.adapter import EmbeddingAdapter
 from subspan.base.saved import fits
 from subspan.detect import RandomRotations, SubspaceAD, SubspaceDetector
 from subspan.geometry import AffineMap, Subspace
-from subspan.models.moments import SiteMoments, collect_moments
+from subspan.models import SiteMoments, SubspaceMap, collect_moments
 from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.select.shards import RepresentationShards, Shard
 from subspan.statistics import Moments
@@ -58,6 +58,11 @@ def site_moments(path: Path) -> Load:
     model = nn.Sequential(nn.Linear(6, 2), nn.Linear(2, 2))
     collect_moments(model, [X], ["0", "1"]).save(path)
     return SiteMoments.load
+
+
+def subspaces_by_name(path: Path) -> Load:
+    SubspaceMap({"a": Subspace.fit(X, rank=3), "b": Subspace.fit(Y, rank=2)}).save(path)
+    return SubspaceMap.load
 
 
 def projected_affine(path: Path) -> Load:
@@ -158,7 +163,8 @@ def representation_shard(path: Path) -> Load:
 
 
 MAKERS = (
-    subspace, affine_map, moments, site_moments, projected_affine, subspace_aligner, embedding_adapter, upgrade_map,
+    subspace, affine_map, moments, site_moments, subspaces_by_name, projected_affine, subspace_aligner,
+    embedding_adapter, upgrade_map,
     lambda_orthogonal_adapter, detector, image_detector, matryoshka, matryoshka_with_heads, matryoshka_index,
     matryoshka_cascade, backward_compatible, revision_projector, representation_shard,
 )  # fmt: skip
@@ -168,6 +174,9 @@ FREE = {"subspace_aligner": {"held_out"}, "matryoshka_index": {"database"}}
 OPTIONAL = {
     "subspace": {"center", "variances", "residual_variance", "spectrum", "count"},
     "affine_map": {"bias"},
+    "subspaces_by_name": {
+        f"{name}{part}" for name in "ab" for part in ("", ":center", ":variances", ":residual_variance", ":spectrum")
+    },
     "moments": {"rows", "batch_size", "source", "seen"},
     "subspace_aligner": {"correlations", "held_out", "subspace"},
     "upgrade_map": {"inverse.bias", "recall", "unpaired", "alpha", "rank", "k", "candidates"},

@@ -52,14 +52,15 @@ def saved_object(
         holds = found.pop("kind", "something else")
         if holds != kind:
             raise ValueError(f"path: {os.fspath(path)!r} holds {quoted(holds).strip(chr(39))}, expected {kind}")
-        yield _checked_arrays(tensors, arrays), _checked_facts(found, facts or {}, "")
+        yield checked_arrays(tensors, arrays), _checked_facts(found, facts or {}, "")
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} among the facts")
 
 
-def _checked_arrays(tensors: dict[str, Tensor], schema: Schema) -> dict[str, Tensor]:
+def checked_arrays(tensors: dict[str, Tensor], schema: Schema) -> dict[str, Tensor]:
+    """Tensors that are what `saved_object` would yield for `arrays=schema`; ValueError for others."""
     listed = {name: next((p for p in schema if fnmatchcase(name, p)), None) for name in tensors}
     _check_names(set(tensors), {p for p in listed.values() if p is not None}, schema, listed, "arrays")
     with jaxtyped("context"):

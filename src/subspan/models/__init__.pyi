@@ -9,6 +9,8 @@ from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
 from .surgery import Site, Surgery, multiply_adds, replace
 from .tokens import TokenRoles
+from .weight_files import StoredWeights, weights_of, write_weights
+from .weights import StateDelta, SubspaceMap
 
 __all__ = [
     "Capture",
@@ -18,6 +20,9 @@ __all__ = [
     "SentenceEncoder",
     "Site",
     "SiteMoments",
+    "StateDelta",
+    "StoredWeights",
+    "SubspaceMap",
     "Surgery",
     "TokenRoles",
     "attended_representation",
@@ -36,4 +41,6 @@ __all__ = [
     "pool_states",
     "replace",
     "token_grid",
+    "weights_of",
+    "write_weights",
 ]

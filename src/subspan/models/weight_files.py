@@ -1,0 +1,161 @@
+"""Weights of a checkpoint in safetensors, read and written one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from subspan.base.files import temporary_folder
+from subspan.base.reading import quoted, read_json, reading, regular_file
+
+_INDEX = ".safetensors.index.json"
+_PROBLEM = "is not a readable safetensors file"
+
+
+class StoredWeights(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, or of the shards that an index lists: each is read when it is asked for.
+
+    Parameters
+    ----------
+    path
+        A .safetensors file, an index (…safetensors.index.json), or a folder with one of the two.
+
+    Raises
+    ------
+    ValueError
+        Where there is none, a shard is missing, or a file is damaged.
+
+    Examples
+    --------
+    >>> import tempfile, torch
+    >>> from subspan.models import StoredWeights, write_weights
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_weights({"a": torch.ones(2), "b": torch.zeros(3)}, f"{folder}/model", shard_bytes=8)
+    ...     stored = StoredWeights(f"{folder}/model")
+    ...     print({name: tuple(stored[name].shape) for name in stored}, len(set(stored.files.values())))
+    {'a': (2,), 'b': (3,)} 2
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.files: dict[str, Path] = _files(Path(path))
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.files[name]
+        with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def described(self, name: str) -> tuple[torch.Size, bool]:
+        """(shape, whether it is floating point) of a tensor, which is not read for it."""
+        file = self.files[name]
+        with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
+            part = stored.get_slice(name)
+            return torch.Size(part.get_shape()), "F" in part.get_dtype()
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """Which file holds which tensor."""
+    if path.is_dir():
+        found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(f"path: {str(path)!r} has {len(found)} safetensors files or indexes, one is needed")
+        path = found[0]
+    regular_file(path)
+    if not path.name.endswith(_INDEX):
+        with reading(path, problem=_PROBLEM), safe_open(path, framework="pt") as stored:
+            return dict.fromkeys(stored.keys(), path)
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"path: {str(path)!r} has no weight_map of file names")
+    for shard in sorted(set(listed.values())):
+        if Path(shard).name != shard or not (path.parent / shard).is_file():
+            raise ValueError(f"path: {str(path)!r} lists {quoted(shard)}, and there is no such file beside it")
+    return {name: path.parent / shard for name, shard in listed.items()}
+
+
+def weights_of(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[str, Tensor]:
+    """Tensors by name: of a module (tied ones once), a mapping itself, or a checkpoint's path (`StoredWeights`)."""
+    if isinstance(source, nn.Module):
+        kept = source.state_dict().keys()
+        return dict(source.named_parameters()) | {n: b for n, b in source.named_buffers() if n in kept}
+    return source if isinstance(source, Mapping) else StoredWeights(source)
+
+
+def write_weights(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    folder: str | os.PathLike[str],
+    *,
+    shard_bytes: int = 5 << 30,
+) -> None:
+    """Write tensors to a new folder as transformers does: one file, or shards and their index; whole or not at all.
+
+    Parameters
+    ----------
+    tensors
+        Mapping, or pairs (name, tensor) that may be made while it is written: no more than one shard is held.
+    folder
+        Must not exist yet.
+    shard_bytes
+        Upper size of a shard; a larger tensor has one to itself.
+
+    Raises
+    ------
+    ValueError
+        Where the folder exists, a name comes twice, or there is nothing to write.
+    """
+    target = Path(os.path.realpath(folder))
+    if target.exists():
+        raise ValueError(f"folder: {str(folder)!r} exists; give a new one")
+    if not target.parent.is_dir():
+        raise ValueError(f"folder: {str(target.parent)!r} does not exist")
+    pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
+    shards: list[list[str]] = []
+    with temporary_folder(target, exclusive=True) as unfinished:
+        made = unfinished / "made"
+        made.mkdir()
+        part: dict[str, Tensor] = {}
+        written: set[str] = set()
+        total = size = 0
+        for name, value in pairs:
+            if name in written:
+                raise ValueError(f"tensors: {name!r} comes twice")
+            if part and size + value.nbytes > shard_bytes:
+                shards.append(_write_shard(part, made / f"{len(shards)}"))
+                part, size = {}, 0
+            # A copy, as the format refuses tensors that share memory.
+            part[name] = value.detach().cpu().contiguous().clone()
+            written.add(name)
+            size, total = size + value.nbytes, total + value.nbytes
+        if not written:
+            raise ValueError("tensors: at least one is needed")
+        shards.append(_write_shard(part, made / f"{len(shards)}"))
+        names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
+        names = names if len(names) > 1 else ["model.safetensors"]
+        for number, name in enumerate(names):
+            (made / f"{number}").replace(made / name)
+        if len(names) > 1:
+            weight_map = {tensor: name for name, listed in zip(names, shards) for tensor in listed}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (made / f"model{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        made.replace(target)
+
+
+def _write_shard(part: dict[str, Tensor], path: Path) -> list[str]:
+    try:
+        save_file(part, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+    return list(part)
