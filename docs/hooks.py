@@ -2,10 +2,14 @@
 
 import json
 import re
+import sys
 from html import unescape
 from pathlib import Path
 
 from latex2mathml.converter import convert
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from house import picture
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "src" / "subspan" / "reproduce" / "results"
@@ -201,6 +205,7 @@ def on_page_markdown(markdown, **_):
     markdown = re.sub(r"<!-- benchmark: ([\w-]+) -->", lambda match: benchmark(match[1]), markdown)
     markdown = re.sub(r"<!-- results: ([\w-]+) -->", lambda match: measured(match[1]), markdown)
     markdown = re.sub(r"<!-- modules: (\w+) -->", lambda match: modules(match[1]), markdown)
+    markdown = markdown.replace("<!-- house -->", picture())
     markdown = markdown.replace("<!-- systems -->", summary())
     return markdown.replace("<!-- reached -->", reached())
 
