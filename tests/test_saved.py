@@ -127,7 +127,6 @@ def matryoshka_cascade(path: Path) -> Load:
 
 
 def backward_compatible(path: Path) -> Load:
-    pytest.importorskip("lightning", reason="compatible models train with Lightning (extra: train)")
     from subspan.align import BackwardCompatibleModule, BT2Head, BT2Loss
 
     def model() -> Any:
@@ -138,7 +137,6 @@ def backward_compatible(path: Path) -> Load:
 
 
 def revision_projector(path: Path) -> Load:
-    pytest.importorskip("lightning", reason="ReVision trains with Lightning (extra: train)")
     from subspan.align import ReVision
 
     projector = nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 8))

@@ -149,7 +149,7 @@ def test_stage_two_descends_the_self_expression_and_the_reconstruction():
     module = SelfExpressionModule(12, fixed=nn.functional.normalize(items), autoencoder=network, layers=(0, 1))
     with torch.no_grad():
         module.c.copy_(0.1 * torch.randn(12, 12))
-    module.training_step(items).backward()
+    module.training_loss(items).backward()
     c = module.c.detach() - torch.diag(module.c.detach().diagonal())
     found = network.encode(items)
     layers = [nn.functional.normalize(layer) for layer in (items, *found)]
@@ -219,7 +219,7 @@ def test_dsc_net_descends_its_three_terms():
     module = DSCNetModule(12, network, coefficient_weight=0.7, expression_weight=0.3)
     with torch.no_grad():
         module.c.copy_(0.1 * torch.randn(12, 12))
-    module.training_step(items).backward()
+    module.training_loss(items).backward()
     z = network.encode(items)[-1]
     error = (z - module.c @ z).square().sum()
     rest = (items - network.decode(module.c @ z)).square().sum()

@@ -25,13 +25,14 @@ def pairs(n: int = 512, seed: int = 0) -> dict[str, torch.Tensor]:
 def trained() -> DualEncoder:
     torch.manual_seed(0)
     data = pairs()
-    model = DualEncoder(20, 12, d=16, hidden=32, learning_rate=5e-3)
+    model = DualEncoder(20, 12, d=16, hidden=32)
     model.set_scales(data["image"], data["text"])
     loader = torch.utils.data.DataLoader(
         range(512), 64, shuffle=True, collate_fn=lambda index: {name: values[index] for name, values in data.items()}
     )
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    Trainer(max_epochs=10, accelerator="cpu", enable_model_summary=False, **quiet).fit(model, loader)
+    trainer = Trainer(max_epochs=10, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(model.objective(learning_rate=5e-3), loader)
     return model.eval()
 
 
@@ -62,14 +63,14 @@ def test_rows_of_one_group_are_positives_of_one_another():
     model = DualEncoder(20, 12, d=16).eval()
     data = pairs(64)
     apart = {**data, "group": torch.arange(64)}
-    shared, separate = (float(model.training_step(batch).detach()) for batch in (data, apart))
+    shared, separate = (float(model.training_loss(batch).detach()) for batch in (data, apart))
     together = {**data, "group": torch.zeros(64, dtype=torch.int64)}
     assert shared != pytest.approx(separate, abs=1e-3)
     similarity = (
         model.loss.scale * model.encode_image_features(data["image"]) @ model.encode_text_features(data["text"]).mT
     )
     expected = -(similarity.log_softmax(1).mean() + similarity.log_softmax(0).mean()) / 2
-    assert float(model.training_step(together).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(model.training_loss(together).detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_the_scales_are_kept_with_the_weights(trained):

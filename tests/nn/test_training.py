@@ -10,10 +10,8 @@ pytest.importorskip("lightning", reason="the trainer is Lightning's (extra: trai
 
 from lightning import LightningModule
 
-from subspan.align import LambdaOrthogonalAdapter, StationaryModule
-from subspan.nn import SimplexClassifier
+from subspan.align import LambdaOrthogonalAdapter
 from subspan.nn.training import batch_rows, quiet_trainer
-from subspan.represent import Matryoshka
 
 
 class Line(LightningModule):
@@ -61,22 +59,7 @@ def test_few_rows_come_in_so_small_batches_that_an_epoch_has_steps_enough():
     assert [batch_rows(n, 128, 256) for n in (50, 1000)] == [50, 128]
 
 
-def test_a_nested_training_whose_loss_overflows_names_the_step():
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    model = Matryoshka((2, 8), "linear", learning_rate=1e30, epochs=3, random_state=0)
-    with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
-        model.fit(x, torch.arange(64) % 2)
-
-
 def test_an_adapter_whose_loss_overflows_names_the_step():
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
         LambdaOrthogonalAdapter("affine", learning_rate=1e30, epochs=3, random_state=0).fit(x, x)
-
-
-def test_a_task_whose_loss_overflows_names_the_step():
-    x, labels = torch.randn(64, 7, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
-    module = StationaryModule(torch.nn.Linear(7, 7), SimplexClassifier(3, preallocated=8), learning_rate=1e30)
-    module.start_task(3)
-    with quiet_trainer(max_epochs=5) as trainer, pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
-        trainer.fit(module, module.loader(torch.utils.data.TensorDataset(x, labels), labels))

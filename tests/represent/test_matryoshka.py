@@ -1,7 +1,6 @@
 """The estimator that puts nested prefixes on frozen embeddings."""
 
 import warnings
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +128,7 @@ def test_the_objective_pulls_as_written_and_both_ways(objective):
     options = {"weights": [2.0, 1.0], "temperature": 0.3, "num_classes": 3 if objective == "labels" else 0}
     module = NestedTraining(adapter, objective, dims=(2, 6), **options)
     batch = {"labels": (x, labels), "pairs": (x, y), "similarity": (x,)}[objective]
-    (found,) = torch.autograd.grad(module.training_step(batch), adapter.map.weight)
+    (found,) = torch.autograd.grad(module.training_loss(batch), adapter.map.weight)
     loss = torch.zeros(())
     for weight, m in ((2, 2), (1, 6)):
         z, w = adapter(x)[:, :m], adapter(y)[:, :m]
@@ -144,25 +143,6 @@ def test_the_objective_pulls_as_written_and_both_ways(objective):
             term = error[~torch.eye(20, dtype=torch.bool)].square().mean()
         loss = loss + weight * term
     torch.testing.assert_close(found, torch.autograd.grad(loss, adapter.map.weight)[0])
-
-
-def test_the_rate_falls_to_nothing_along_a_cosine(monkeypatch):
-    pytest.importorskip("lightning")
-    from subspan.nn import MatryoshkaAdapter
-    from subspan.represent.nested_training import NestedTraining
-
-    module = NestedTraining(MatryoshkaAdapter(6, (2, 6)), "similarity", dims=(2, 6), weight_decay=0.25)
-    monkeypatch.setattr(NestedTraining, "trainer", SimpleNamespace(estimated_stepping_batches=40))
-    options = module.configure_optimizers()
-    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
-    (group,) = optimizer.param_groups
-    assert type(optimizer) is torch.optim.AdamW
-    assert group["weight_decay"] == 0.25
-    for expected in (3e-3, 1.5e-3, 0.0):
-        assert group["lr"] == pytest.approx(expected, abs=1e-12)
-        for _ in range(20):
-            optimizer.step()
-            schedule.step()
 
 
 def test_pairs_bring_what_they_share_into_the_first_coordinates():

@@ -108,15 +108,23 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
             return ConvAutoencoder((c, h, w), list(self.channels), list(self.kernels))
         return LinearAutoencoder([self._shape[0], *self.hidden])
 
-    def _train(self, module: Any, items: Tensor, steps: int) -> int:
-        """Train on all items at once; the steps it took."""
+    def _train(self, module: Any, items: Tensor, steps: int, loss: Callable[..., Tensor] | None = None) -> int:
+        """Train on all items at once by Adam, as published; the steps it took."""
+        from subspan.nn import Objective
         from subspan.nn.training import quiet_trainer
 
         from .deep_training import all_items
 
+        objective = Objective(
+            module,
+            type(module).training_loss if loss is None else loss,
+            optimizer="adam",
+            learning_rate=self.learning_rate,
+            after_step=getattr(type(module), "watch", None),
+        )
         kind = torch.device(self.device).type
         with quiet_trainer(max_epochs=1, accelerator="gpu" if kind == "cuda" else kind, devices=1) as trainer:
-            trainer.fit(module, all_items(items, steps))
+            trainer.fit(objective, all_items(items, steps))
         module.cpu()
         return int(trainer.global_step)
 
@@ -280,22 +288,21 @@ class DeepSubspaceClustering(_DeepClusterer):
 
     def _express(self, items: Tensor) -> Float[Tensor, "n n"]:
         """Stages one and two."""
-        from .deep_training import ReconstructionModule, SelfExpressionModule
+        from .deep_training import SelfExpressionModule, reconstruction_loss
 
         self.n_steps_: dict[str, int] = {}
         self.encoder_: Any = self._autoencoder()
         options: dict[str, Any] = {
             "look": self._modularity() if self.n_clusters > 1 else None,
             "every": int(self.look_every),
-            "learning_rate": self.learning_rate,
         }
         if self.encoder_ is None:
             self.encoder_ = self.encoder
             module = SelfExpressionModule(len(items), fixed=joint_factor(self._layers(items)), **options)
         else:
             if "pretrain" in self.stages and self.pretrain_steps:
-                first = ReconstructionModule(self.encoder_, learning_rate=self.learning_rate)
-                self.n_steps_["pretrain"] = self._train(first, items, self.pretrain_steps)
+                steps = self._train(self.encoder_, items, self.pretrain_steps, reconstruction_loss)
+                self.n_steps_["pretrain"] = steps
             depth = len(self.encoder_.encoder)
             everything = self.layers == "all"
             module = SelfExpressionModule(
@@ -316,7 +323,7 @@ class DeepSubspaceClustering(_DeepClusterer):
         """Stage three."""
         from .deep_training import StructureModule
 
-        module = StructureModule(c, self._clusters(self._seed()), learning_rate=self.learning_rate)
+        module = StructureModule(c, self._clusters(self._seed()))
         self.n_steps_["structure"] = self._train(module, items, self.structure_steps)
         return module.coefficients()
 
@@ -405,7 +412,7 @@ class DSCNetClustering(_DeepClusterer):
         self._check_parameters(len(items))
         warn_of_copies(self._points(items))
         self._random = check_random_state(self.random_state)
-        from .deep_training import DSCNetModule, ReconstructionModule
+        from .deep_training import DSCNetModule, reconstruction_loss
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed())
@@ -415,14 +422,12 @@ class DSCNetClustering(_DeepClusterer):
             self.encoder_ = network
             self.n_steps_: dict[str, int] = {}
             if self.pretrain_steps:
-                first = ReconstructionModule(network, learning_rate=self.learning_rate)
-                self.n_steps_["pretrain"] = self._train(first, items, self.pretrain_steps)
+                self.n_steps_["pretrain"] = self._train(network, items, self.pretrain_steps, reconstruction_loss)
             module = DSCNetModule(
                 len(items),
                 network,
                 coefficient_weight=float(self.coefficient_weight),
                 expression_weight=float(self.expression_weight),
-                learning_rate=self.learning_rate,
             )
             self.n_steps_["express"] = self._train(module, items, self.max_steps)
         network.eval().requires_grad_(False)

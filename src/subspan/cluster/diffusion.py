@@ -231,7 +231,8 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         """Adam on the denoising loss of the bases; the rest of the mixture stays."""
         from torch.utils.data import DataLoader, TensorDataset
 
-        from subspan.nn.denoising_training import DenoisingModule
+        from subspan.nn import Objective
+        from subspan.nn.denoising import DenoisingLoss
         from subspan.nn.training import quiet_trainer
 
         seed = int(self._random.randint(2**31 - 1))
@@ -241,8 +242,10 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
             loader = DataLoader(data, 128, shuffle=True, generator=torch.Generator().manual_seed(seed))
             spread = float((rows - rows.mean(0)).square().mean().sqrt())
             denoiser = start.float().requires_grad_(True)
+            loss = DenoisingLoss(spread)
             with quiet_trainer(max_epochs=self.epochs) as trainer:
-                trainer.fit(DenoisingModule(denoiser, sigma_data=spread, learning_rate=1e-2), loader)
+                adam = {"optimizer": "adam", "learning_rate": 1e-2, "schedule": "cosine"}
+                trainer.fit(Objective(denoiser, loss, **adam), loader)
         return denoiser.double().requires_grad_(False)
 
     def _keep(self, X: Any, denoiser: LowRankMixtureDenoiser, rows: Tensor) -> LowRankMixtureDiffusion:

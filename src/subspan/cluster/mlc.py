@@ -113,7 +113,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             heads = SubspaceClusterHeads(rows.shape[1], self.hidden, self.z_dim)
-            module = ManifoldLinearizingModule(heads, loss=loss, warmup=self.warmup, learning_rate=self.learning_rate)
+            module = ManifoldLinearizingModule(heads, loss=loss, warmup=self.warmup)
             size = min(self.batch_size, len(rows))
             loader = DataLoader(
                 TensorDataset(rows.float()),
@@ -123,7 +123,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
                 generator=torch.Generator().manual_seed(seed),
             )
             with quiet_trainer(max_epochs=self.epochs) as trainer:
-                trainer.fit(module, loader)
+                trainer.fit(module.objective(learning_rate=self.learning_rate), loader)
         return heads.eval().requires_grad_(False)
 
     def spectral_labels(self, c: Float[Tensor, "m d"]) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,6 +82,45 @@ def denoising_loss(
     """Mean squared error per entry of denoised rows, weighted row by row (equally where None)."""
     error = (denoiser(x + sigma.unsqueeze(1) * noise, sigma) - x).square().mean(1)
     return (error if weight is None else weight * error).mean()
+
+
+class DenoisingLoss(nn.Module):
+    """Of a denoiser and a batch of rows, for an `Objective`: all noise levels, drawn log-normally, count alike (EDM).
+
+    Parameters
+    ----------
+    sigma_data : float
+        Standard deviation of the clean entries.
+    log_sigma : tuple of float
+        Mean and deviation of log sigma / sigma_data.
+
+    Examples
+    --------
+    >>> import torch
+    >>> loss = DenoisingLoss(1.0)
+    >>> nothing = loss(lambda rows, sigma: 0 * rows, torch.zeros(8, 3))
+    >>> float(nothing)
+    0.0
+    """
+
+    def __init__(self, sigma_data: float, log_sigma: tuple[float, float] = (-0.5, 1.2)) -> None:
+        super().__init__()
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data: must be positive, got {sigma_data}")
+        self.sigma_data = sigma_data
+        self.log_sigma = log_sigma
+
+    def forward(self, denoiser: Denoise, batch: Any) -> Float[Tensor, ""]:
+        """The weighted error at random noise levels; a batch is rows (b, n), or a tuple that begins with them."""
+        rows = batch[0] if isinstance(batch, tuple | list) else batch
+        mean, deviation = self.log_sigma
+        drawn = torch.randn(len(rows), device=rows.device, dtype=rows.dtype)
+        sigma = self.sigma_data * (mean + deviation * drawn).exp()
+        return denoising_loss(denoiser, rows, sigma, torch.randn_like(rows), edm_weight(sigma, self.sigma_data))
+
+    def extra_repr(self) -> str:
+        """Shown by print."""
+        return f"sigma_data={self.sigma_data:g}, log_sigma={self.log_sigma}"
 
 
 def noise_levels(

@@ -1,23 +1,21 @@
-"""A shared space for two modalities: two small heads on frozen encoders, trained to agree on pairs (extra: train)."""
+"""A shared space for two modalities: two small heads on frozen encoders, trained to agree on pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base import normalize_rows, require
+from subspan.base import normalize_rows
 
 from .contrastive import ContrastiveLoss
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from .objective import Objective
 
 
 def projection_head(d_in: int, hidden: int, d_out: int, *, dropout: float = 0.0) -> nn.Sequential:
@@ -25,12 +23,12 @@ def projection_head(d_in: int, hidden: int, d_out: int, *, dropout: float = 0.0)
     return nn.Sequential(nn.Linear(d_in, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, d_out))
 
 
-class DualEncoder(LightningModule):
+class DualEncoder(nn.Module):
     """Features of two modalities → unit vectors of one space, by symmetric InfoNCE (CLIP; Radford et al., 2021).
 
     image_features, text_features: dimensions of the frozen encoders' features. A training batch is a mapping with
     "image" (n, image_features), "text" (n, text_features) and "group" (n,): rows of one group (the same picture, the
-    same label) are positives of one another. AdamW with a linear warm-up and a cosine decay.
+    same label) are positives of one another.
     """
 
     image_scale: Tensor
@@ -46,12 +44,8 @@ class DualEncoder(LightningModule):
         dropout: float = 0.0,
         temperature: float = 0.07,
         learn_temperature: bool = True,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 1e-2,
-        warmup: float = 0.05,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.image_head = projection_head(image_features, hidden, d, dropout=dropout)
         self.text_head = projection_head(text_features, hidden, d, dropout=dropout)
         self.loss = ContrastiveLoss(temperature, learnt=learn_temperature)
@@ -80,25 +74,15 @@ class DualEncoder(LightningModule):
         vectors = self.encode_text_features(features.reshape(-1, width))
         return normalize_rows(vectors.reshape(classes, templates, -1).mean(1))
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
+    def training_loss(self, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         """Loss of one batch of pairs."""
         group: Int[Tensor, " n"] = batch["group"]
         image, text = self.encode_image_features(batch["image"]), self.encode_text_features(batch["text"])
         return self.loss(image, text, group[:, None] == group)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW, no decay on biases and on the temperature; the learning rate changes each step."""
-        options = self.hparams
-        matrices = [p for p in self.parameters() if p.ndim > 1]
-        others = [p for p in self.parameters() if p.ndim <= 1 and p.requires_grad]
-        groups = [{"params": matrices, "weight_decay": options["weight_decay"]}, {"params": others, "weight_decay": 0}]
-        optimizer = torch.optim.AdamW(groups, lr=options["learning_rate"])
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=options["learning_rate"],
-            total_steps=max(steps, 2),
-            pct_start=max(options["warmup"], 1 / max(steps, 2)),
-            cycle_momentum=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def objective(self, *, learning_rate: float = 1e-3, weight_decay: float = 1e-2, warmup: float = 0.05) -> Objective:
+        """For a Trainer (extra: train): AdamW, no decay on biases and the temperature, one cycle of the rate."""
+        from .objective import Objective
+
+        options = {"learning_rate": learning_rate, "weight_decay": weight_decay, "decay_vectors": False}
+        return Objective(self, DualEncoder.training_loss, schedule="one-cycle", warmup=float(warmup), **options)

@@ -1,4 +1,4 @@
-"""Flow matching: training a denoiser on straight paths from images to noise, and sampling (extra: train)."""
+"""Flow matching: training a denoiser on straight paths from images to noise, and sampling."""
 
 from __future__ import annotations
 
@@ -11,19 +11,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from subspan.base import require
-
 from .flow_transformer import FlowTransformer
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from .objective import Objective
 
 _CLOSEST = 0.05
 
 
-class FlowMatching(LightningModule):
+class FlowMatching(nn.Module):
     """x_t = (1 - t) x + t ε; the denoiser learns the velocity ε - x (SiT), or the image, judged by velocity (JiT).
 
     Batches are mappings with "image" (n, c, h, w) in [-1, 1] and "label" (n,); "teacher" where the alignment has no
@@ -31,8 +27,7 @@ class FlowMatching(LightningModule):
     (`subspan.align.RepresentationAlignment` on a layer of `denoiser`); its parameters are trained too. class_dropout:
     share of labels replaced by "no class", so that `sample` can use guidance. prediction: "velocity", times uniform;
     or "image", times logit-normal (mean 0.8, deviation 0.8 in this direction of time) and the velocity's denominator
-    kept at 0.05 or more. AdamW without decay, linear `warmup` steps; an exponential moving average `ema` of the
-    denoiser, used by `sample`. Clipping, precision, devices, checkpoints are the Trainer's.
+    kept at 0.05 or more. `sample` uses `ema`, an exponential moving average of the denoiser.
     Source: Ma et al. (2024), SiT; Li & He (2025), JiT.
     """
 
@@ -43,10 +38,6 @@ class FlowMatching(LightningModule):
         alignment: nn.Module | None = None,
         prediction: str = "velocity",
         class_dropout: float = 0.1,
-        learning_rate: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup: int = 0,
         ema_decay: float = 0.9999,
     ) -> None:
         super().__init__()
@@ -60,10 +51,6 @@ class FlowMatching(LightningModule):
         self.alignment = alignment
         self.prediction = prediction
         self.class_dropout = class_dropout
-        self.learning_rate = learning_rate
-        self.betas = betas
-        self.weight_decay = weight_decay
-        self.warmup = warmup
         self.ema = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
         self.ema.requires_grad_(False)
 
@@ -100,32 +87,53 @@ class FlowMatching(LightningModule):
         true = noise - images if self.prediction == "velocity" else self._through_image(x, time, images)
         return (self.velocity(x, time, label, model=model) - true).square().mean()
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
-        """Denoising loss at random times, plus the alignment's."""
+    def training_loss(self, batch: Mapping[str, Tensor], step: int | None = None) -> dict[str, Tensor]:
+        """Denoising loss at random times, and the alignment's."""
         images, label = batch["image"], batch["label"]
         time = torch.rand(len(images), device=images.device, dtype=images.dtype)
         if self.prediction == "image":
             time = torch.sigmoid(0.8 + 0.8 * torch.randn_like(time))
         dropped = torch.rand(len(images), device=images.device) < self.class_dropout
         label = torch.where(dropped, self.denoiser.null, label)
-        loss = self.denoising_loss(images, label, time, torch.randn_like(images))
-        self.log("denoising_loss", loss, prog_bar=True)
+        terms = {"denoising_loss": self.denoising_loss(images, label, time, torch.randn_like(images))}
         if self.alignment is not None:
             aligned: Any = self.alignment
-            added = aligned.loss(batch.get("teacher", images), step=self.global_step)
-            self.log("alignment_loss", added, prog_bar=True)
-            loss = loss + added
-        return loss
+            terms["alignment_loss"] = aligned.loss(batch.get("teacher", images), step=step)
+        return terms
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
+    def validation_loss(self, batch: Mapping[str, Tensor], batch_index: int) -> Float[Tensor, ""]:
         """Denoising loss at times and noise that are the same in every epoch."""
         generator = torch.Generator().manual_seed(batch_index)
         images, label = batch["image"], batch["label"]
         time = torch.rand(len(images), generator=generator).to(images)
         noise = torch.randn(images.shape, generator=generator).to(images)
-        loss = self.denoising_loss(images, label, time, noise)
-        self.log("val_loss", loss, prog_bar=True, sync_dist=True)
-        return loss
+        return self.denoising_loss(images, label, time, noise)
+
+    def update_average(self, step: int | None = None) -> None:
+        """One step of the moving average."""
+        self.ema.update_parameters(self.denoiser)
+
+    def objective(
+        self,
+        *,
+        learning_rate: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup: int = 0,
+    ) -> Objective:
+        """For a Trainer (extra: train): AdamW on denoiser and alignment, constant after `warmup` steps."""
+        from .objective import Objective
+
+        return Objective(
+            self,
+            FlowMatching.training_loss,
+            validation=FlowMatching.validation_loss,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            betas=betas,
+            warmup=warmup,
+            after_step=FlowMatching.update_average,
+        )
 
     @torch.no_grad()
     def sample(
@@ -149,10 +157,11 @@ class FlowMatching(LightningModule):
         if steps < 1:
             raise ValueError(f"steps: at least 1, got {steps}")
         model = self.ema if averaged else self.denoiser
-        label = label.to(self.device)
+        device = self.ema.n_averaged.device
+        label = label.to(device)
         if noise is None:
             noise = torch.randn(len(label), *self.denoiser.image_shape, generator=generator)
-        x = noise.to(self.device)
+        x = noise.to(device)
         times = torch.linspace(1, 0, steps + 1)
         for t, following in pairwise(times):
             dt = following - t
@@ -162,18 +171,6 @@ class FlowMatching(LightningModule):
                 x_next = x + dt / 2 * (first + self._guided(x_next, following, label, guidance, model))
             x = x_next
         return x
-
-    def configure_optimizers(self) -> Any:
-        """AdamW on denoiser and alignment, constant after the warm-up."""
-        learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(learnt, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (self.warmup + 1)))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step of the optimizer, then of the moving average."""
-        super().optimizer_step(*args, **kwargs)
-        self.ema.update_parameters(self.denoiser)
 
     def _guided(self, x: Tensor, t: Tensor, label: Tensor, guidance: float, model: nn.Module) -> Tensor:
         time = t.to(x).expand(len(x))

@@ -231,10 +231,12 @@ class Objective(LightningModule):
             return self.schedule(optimizer, steps)
         start = self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps)
         if self.schedule == "one-cycle":
-            steps = max(steps, 2)
             rates = [group["lr"] for group in optimizer.param_groups]
-            share = max(self.warmup if isinstance(self.warmup, float) else start / steps, 1 / steps)
-            return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=min(1.0, share), cycle_momentum=False)
+            share = self.warmup if isinstance(self.warmup, float) else start / steps
+            # A rise of less than two steps has no first rate.
+            steps = max(steps, 2)
+            share = min(max(share, 2 / steps), 1.0)
+            return OneCycleLR(optimizer, rates, total_steps=steps, pct_start=share, cycle_momentum=False)
 
         def rate(step: int) -> float:
             if step < start:

@@ -1,22 +1,18 @@
-"""A small PointNet, and its training without labels by contrast of two views of each cloud (extra: train)."""
+"""A small PointNet, and its training without labels by contrast of two views of each cloud."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspan.base import require
-
 from .blocks import MLP
 from .contrastive import info_nce
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from .objective import Objective
 
 
 class PointNet(nn.Module):
@@ -54,17 +50,15 @@ def augmented(points: Float[Tensor, "b n 3"], keep: int, generator: torch.Genera
     return view @ turn.mT * scale + shift + 0.01 * torch.randn(view.shape, generator=generator)
 
 
-class PointContrast(LightningModule):
+class PointContrast(nn.Module):
     """A PointNet that learns, without labels, to tell a cloud's two views from the views of other clouds (InfoNCE).
 
     Batches are tensors (b, n, 3). keep: points a view. Source: Chen et al. (2020), SimCLR, on point clouds.
     """
 
-    def __init__(
-        self, width: int = 256, *, keep: int = 192, temperature: float = 0.1, learning_rate: float = 2e-3, seed: int = 0
-    ) -> None:
+    def __init__(self, width: int = 256, *, keep: int = 192, temperature: float = 0.1, seed: int = 0) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.keep, self.temperature = keep, temperature
         self.encoder = PointNet(width)
         self.head = MLP((2 * width, width, 128))
         self._views = torch.Generator().manual_seed(seed)
@@ -73,16 +67,23 @@ class PointContrast(LightningModule):
         """Features of clouds, before the head that the contrast uses."""
         return self.encoder(points)
 
-    def training_step(self, batch: Float[Tensor, "b n 3"], batch_index: int = 0) -> Tensor:
-        """Loss of one batch of clouds."""
-        keep = min(self.hparams["keep"], batch.shape[1])
-        first, second = (self.head(self.encoder(augmented(batch, keep, self._views))) for _ in range(2))
-        return info_nce(first, second, temperature=self.hparams["temperature"], symmetric=True)
+    def get_extra_state(self) -> Tensor:
+        """Where the drawing of views stands: a run that resumes goes on with it."""
+        return self._views.get_state()
 
-    def configure_optimizers(self) -> Any:
-        """AdamW, one cycle of the learning rate over the training."""
-        rate = self.hparams["learning_rate"]
-        optimizer = torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=1e-2)
-        steps = max(2, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps, cycle_momentum=False)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take up the drawing of views."""
+        self._views.set_state(state.cpu())
+
+    def training_loss(self, batch: Float[Tensor, "b n 3"]) -> Float[Tensor, ""]:
+        """Loss of one batch of clouds."""
+        keep = min(self.keep, batch.shape[1])
+        first, second = (self.head(self.encoder(augmented(batch, keep, self._views))) for _ in range(2))
+        return info_nce(first, second, temperature=self.temperature, symmetric=True)
+
+    def objective(self, *, learning_rate: float = 2e-3) -> Objective:
+        """For a Trainer (extra: train): AdamW, one cycle of the learning rate over the training."""
+        from .objective import Objective
+
+        options = {"weight_decay": 1e-2, "schedule": "one-cycle", "warmup": 0.3}
+        return Objective(self, PointContrast.training_loss, learning_rate=learning_rate, **options)

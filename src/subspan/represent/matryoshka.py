@@ -185,12 +185,12 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 num_classes=classes,
                 efficient=self.efficient,
                 temperature=self.temperature,
-                learning_rate=usual if self.learning_rate is None else self.learning_rate,
-                weight_decay=self.weight_decay,
                 dims_per_step=self.dims_per_step,
             )
-            self._run(module, rows, target)
-        self.losses_ = list(module.losses)
+            rate = usual if self.learning_rate is None else self.learning_rate
+            training = module.objective(learning_rate=rate, weight_decay=self.weight_decay)
+            self._run(training, rows, target)
+        self.losses_ = list(training.losses)
         adapter = module.adapter.eval().requires_grad_(False)
         if module.heads is not None:
             self.heads_ = module.heads.eval().requires_grad_(False)

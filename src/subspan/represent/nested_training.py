@@ -1,4 +1,4 @@
-"""Training of nested adapters as a Lightning module (extra: train)."""
+"""Training of nested adapters by an `Objective`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from subspan.base import require
 from subspan.nn import MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, info_nce
-from subspan.nn.training import finite_loss
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from subspan.nn import Objective
 
 _OBJECTIVES = ("labels", "pairs", "similarity")
 
@@ -28,12 +24,12 @@ def similarity_loss(z: Float[Tensor, "n m"], cosines: Float[Tensor, "n n"]) -> F
     return (error.sum() - error.diagonal().sum()) / (len(z) * (len(z) - 1))
 
 
-class NestedTraining(LightningModule):
+class NestedTraining(torch.nn.Module):
     """An adapter (any module with rows in and nested coordinates out) and its nested objective.
 
     objective: "labels", batches (x, class numbers), one head a prefix (`heads`) · "pairs", batches (x, paired x),
-    symmetric InfoNCE · "similarity", batches (x,), every prefix keeps the cosines of x. AdamW with a cosine decay by
-    step. losses: the mean training loss of each epoch.
+    symmetric InfoNCE · "similarity", batches (x,), every prefix keeps the cosines of x.
+    `Trainer.fit(module.objective(…), batches)` trains.
     """
 
     def __init__(
@@ -46,8 +42,6 @@ class NestedTraining(LightningModule):
         num_classes: int = 0,
         efficient: bool = False,
         temperature: float = 0.05,
-        learning_rate: float = 3e-3,
-        weight_decay: float = 1e-4,
         dims_per_step: int | None = None,
     ) -> None:
         super().__init__()
@@ -56,10 +50,8 @@ class NestedTraining(LightningModule):
         if not temperature > 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
         self.adapter: Any = adapter
-        self.objective = objective
+        self.kind = objective
         self.temperature = temperature
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
         self.heads: Any = None
         options: Any = {"weights": weights, "normalize": True, "dims_per_step": dims_per_step}
         if objective == "labels":
@@ -69,8 +61,6 @@ class NestedTraining(LightningModule):
             self.nested_loss = MatryoshkaLoss(self._contrast, dims, embeddings=(0, 1), **options)
         else:
             self.nested_loss = MatryoshkaLoss(similarity_loss, dims, embeddings=(0,), **options)
-        self.losses: list[float] = []
-        self._epoch: list[Tensor] = []
 
     def _contrast(self, x: Tensor, y: Tensor) -> Tensor:
         return info_nce(x, y, temperature=self.temperature, symmetric=True)
@@ -79,27 +69,19 @@ class NestedTraining(LightningModule):
         """Nested coordinates."""
         return self.adapter(x)
 
-    def training_step(self, batch: Sequence[Tensor], batch_index: int = 0) -> Tensor:
+    def training_loss(self, batch: Sequence[Tensor]) -> Float[Tensor, ""]:
         """The nested loss of one batch."""
         z = self.adapter(batch[0])
-        if self.objective == "labels":
-            loss = self.nested_loss(self.heads(z), batch[1])
-        elif self.objective == "pairs":
-            loss = self.nested_loss(z, self.adapter(batch[1]))
-        else:
-            rows = F.normalize(batch[0], dim=-1)
-            loss = self.nested_loss(z, rows @ rows.mT)
-        self._epoch.append(loss.detach())
-        return finite_loss(loss, self.global_step)
+        if self.kind == "labels":
+            return self.nested_loss(self.heads(z), batch[1])
+        if self.kind == "pairs":
+            return self.nested_loss(z, self.adapter(batch[1]))
+        rows = F.normalize(batch[0], dim=-1)
+        return self.nested_loss(z, rows @ rows.mT)
 
-    def on_train_epoch_end(self) -> None:
-        """Keep the epoch's mean loss."""
-        self.losses.append(float(torch.stack(self._epoch).mean()))
-        self._epoch.clear()
+    def objective(self, *, learning_rate: float = 3e-3, weight_decay: float = 1e-4) -> Objective:
+        """For a Trainer (extra: train): AdamW; the learning rate falls to zero along a cosine."""
+        from subspan.nn import Objective
 
-    def configure_optimizers(self) -> Any:
-        """AdamW; the learning rate falls to zero along a cosine."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        options = {"learning_rate": learning_rate, "weight_decay": weight_decay, "schedule": "cosine"}
+        return Objective(self, NestedTraining.training_loss, **options)

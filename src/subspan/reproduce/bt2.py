@@ -144,9 +144,9 @@ def trained(
     """A module of backbone, head and loss, trained on the data: the same optimiser and schedule for every method."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = BackwardCompatibleModule(*make(), learning_rate=2e-3)
+        model = BackwardCompatibleModule(*make())
         with quiet_trainer(max_epochs=epochs) as trainer:
-            trainer.fit(model, data.loader(128))
+            trainer.fit(model.objective(learning_rate=2e-3), data.loader(128))
     return model.eval()
 
 

@@ -138,16 +138,18 @@ class Trace(NamedTuple):
 
 def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
     """Stages one and two for `setting.unstopped` steps, looked at every so often (without stage three)."""
-    from subspan.cluster.deep_training import ReconstructionModule, SelfExpressionModule, all_items
-    from subspan.nn import ConvAutoencoder
+    from subspan.cluster.deep_training import SelfExpressionModule, all_items, reconstruction_loss
+    from subspan.nn import ConvAutoencoder, Objective
     from subspan.nn.training import quiet_trainer
 
     class Unstopped(SelfExpressionModule):
         stop = _MAX_STEPS
 
-        def end(self) -> None:
+        def watch(self, step: int) -> bool:
             # The rule is asked for; that it says yes is written down and not acted on.
-            self.stop = min(self.stop, len(self.history))
+            if super().watch(step):
+                self.stop = min(self.stop, step)
+            return False
 
     accuracy: list[float] = []
 
@@ -162,7 +164,7 @@ def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
         items = torch.from_numpy(data.x / data.x.max()).unsqueeze(1)
         network = ConvAutoencoder((1, *data.x.shape[1:]), data.encoder["channels"], data.encoder["kernels"])
         with quiet_trainer(max_epochs=1) as trainer:
-            trainer.fit(ReconstructionModule(network), all_items(items, 100))
+            trainer.fit(Objective(network, reconstruction_loss, optimizer="adam"), all_items(items, 100))
         module = Unstopped(
             len(items),
             fixed=normalize_rows(items.flatten(1)),
@@ -172,7 +174,9 @@ def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
             every=setting.every,
         )
         with quiet_trainer(max_epochs=1) as trainer:
-            trainer.fit(module, all_items(items, setting.unstopped))
+            objective = Objective(module, Unstopped.training_loss, optimizer="adam", after_step=Unstopped.watch)
+            trainer.fit(objective, all_items(items, setting.unstopped))
+        module.restore()
     steps, values = (list(part) for part in zip(*module.looks))
     within = [value if step <= module.stop else -np.inf for step, value in module.looks]
     return Trace(steps, accuracy, values, int(np.argmax(within)))

@@ -183,7 +183,8 @@ def psnr(denoised: Float[Tensor, "n p"], clean: Float[Tensor, "n p"]) -> float:
 
 def trained_mlp(rows: Float[Tensor, "n p"], *, width: int, epochs: int, seed: int) -> nn.Module:
     """A denoising network trained on rows by the EDM loss, with the rows' mean taken out."""
-    from subspan.nn.denoising_training import DenoisingModule
+    from subspan.nn import Objective
+    from subspan.nn.denoising import DenoisingLoss
 
     spread = float((rows - rows.mean(0)).square().mean().sqrt())
     with torch.random.fork_rng(devices=[]):
@@ -192,7 +193,7 @@ def trained_mlp(rows: Float[Tensor, "n p"], *, width: int, epochs: int, seed: in
         data = TensorDataset(rows.float())
         loader = DataLoader(data, 128, shuffle=True, generator=torch.Generator().manual_seed(seed))
         with quiet_trainer(max_epochs=epochs) as trainer:
-            trainer.fit(DenoisingModule(denoiser, sigma_data=spread), loader)
+            trainer.fit(Objective(denoiser, DenoisingLoss(spread), optimizer="adam", schedule="cosine"), loader)
     return denoiser.eval().requires_grad_(False)
 
 

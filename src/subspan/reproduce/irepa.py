@@ -184,14 +184,15 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
         projector = PatchProjector(recipe.width, d, kind, hidden=PatchProjector.hidden_for(size, recipe.width, d))
         norm = SpatialNorm() if normalised else None
         alignment = RepresentationAlignment(denoiser, TAP, None, projector, norm, weight=recipe.weight)
-    model = FlowMatching(denoiser, alignment=alignment, learning_rate=recipe.learning_rate, warmup=20, ema_decay=0.99)
+    model = FlowMatching(denoiser, alignment=alignment, ema_decay=0.99)
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(data.image), generator=generator) for _ in range(_epochs(data, recipe))])
     batches = order[: recipe.steps * recipe.batch].split(recipe.batch)
     rows: Any = [{"image": data.image[i], "label": data.label[i], "teacher": data.teacher[i]} for i in batches]
     torch.manual_seed(seed)
     with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
-        trainer.fit(model, torch.utils.data.DataLoader(rows, batch_size=None))
+        objective = model.objective(learning_rate=recipe.learning_rate, warmup=20)
+        trainer.fit(objective, torch.utils.data.DataLoader(rows, batch_size=None))
     return model.eval()
 
 

@@ -189,16 +189,14 @@ def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = PointContrast(keep=128)
-        key = fingerprint(
-            {"clouds": clouds, "steps": steps, "batch": BATCH, "start": model, "views": model.hparams["keep"]}
-        )
+        key = fingerprint({"clouds": clouds, "steps": steps, "batch": BATCH, "start": model, "views": model.keep})
         folder = entry_folder("point-network", key)
         with whole_folder(folder) as unfinished:
             if unfinished is not None:
                 data: Any = torch.from_numpy(clouds)
                 loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True)
                 with quiet_trainer(max_steps=steps, max_epochs=-1) as trainer:
-                    trainer.fit(model, loader)
+                    trainer.fit(model.objective(), loader)
                 save_arrays(unfinished / "network.safetensors", "point-contrast", model.state_dict())
     with saved_object(folder / "network.safetensors", "point-contrast", {"*": Shaped[Tensor, "..."]}) as (state, _):
         set_state(model, state)

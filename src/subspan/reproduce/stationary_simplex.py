@@ -119,17 +119,19 @@ class Stream:
         return TensorDataset(self.x[rows], labels)
 
 
-def train(module: StationaryModule, data: TensorDataset, labels: Tensor, epochs: int, seed: int) -> None:
+def train(
+    module: StationaryModule, data: TensorDataset, labels: Tensor, *, epochs: int, rate: float, seed: int
+) -> None:
     """One task of training."""
     with torch.random.fork_rng(devices=[]), quiet_trainer(max_epochs=epochs) as trainer:
         warnings.filterwarnings("ignore", message=".*no negatives")
         torch.manual_seed(seed)
-        trainer.fit(module, module.loader(data, labels))
+        trainer.fit(module.objective(learning_rate=rate), module.loader(data, labels))
 
 
-def module_of(backbone: nn.Module, head: SimplexClassifier, lam: float, rate: float, seed: int) -> StationaryModule:
+def module_of(backbone: nn.Module, head: SimplexClassifier, lam: float, seed: int) -> StationaryModule:
     """The recipe that all arms share."""
-    return StationaryModule(backbone, head, lam=lam, learning_rate=rate, batch_size=_BATCH, seed=seed)
+    return StationaryModule(backbone, head, lam=lam, batch_size=_BATCH, seed=seed)
 
 
 def pretrained(stream: Stream, fixed: bool, epochs: int, rate: float, seed: int) -> list[nn.Module]:
@@ -142,9 +144,9 @@ def pretrained(stream: Stream, fixed: bool, epochs: int, rate: float, seed: int)
             torch.manual_seed(100 * seed + model)
             backbone = Backbone(model, stream.x.shape[1] // len(MODELS), VERTICES - 1)
             head = _head(fixed, len(stream.plan.elsewhere), "front")
-        module = module_of(backbone, head, 1.0, rate, seed)
+        module = module_of(backbone, head, 1.0, seed)
         module.start_task(len(stream.plan.elsewhere))
-        train(module, data, labels, epochs, seed)
+        train(module, data, labels, epochs=epochs, rate=rate, seed=seed)
         found.append(module.backbone)
     return found
 
@@ -173,7 +175,7 @@ def run_tasks(
     roles = stream.plan
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = module_of(backbones[0], _head(fixed, len(roles.tasks[0]), "back"), lam, rate, seed)
+        module = module_of(backbones[0], _head(fixed, len(roles.tasks[0]), "back"), lam, seed)
     gallery, queries = (stream.select(roles.unseen, part) for part in ("train", "test"))
     history = History([], [], [], 0.0, module)
     seen = 0
@@ -191,7 +193,7 @@ def run_tasks(
         labels = place + seen - len(classes)
         data = stream.dataset(rows, labels)
         deployed = before
-        train(module, data, labels, epochs, seed + number)
+        train(module, data, labels, epochs=epochs, rate=rate, seed=seed + number)
         module.end_task(data, labels)
         module.eval()
         with torch.no_grad():

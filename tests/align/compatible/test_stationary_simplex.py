@@ -1,7 +1,5 @@
 """Tasks, memory and replacement of models under the fixed simplex."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -30,12 +28,12 @@ def backbone(seed=0, width=15):
         return torch.nn.Sequential(torch.nn.Linear(10, 32), torch.nn.ReLU(), torch.nn.Linear(32, width))
 
 
-def fit(module, data, labels, epochs=30):
+def fit(module, data, labels, epochs=30, learning_rate=0.02):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", enable_model_summary=False, **quiet)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        trainer.fit(module, module.loader(data, labels))
+        trainer.fit(module.objective(learning_rate=learning_rate), module.loader(data, labels))
 
 
 def test_balanced_batches_are_half_memory_and_cover_what_is_new():
@@ -75,11 +73,11 @@ def test_the_memory_keeps_so_many_of_every_class_once():
 
 
 def test_the_teacher_is_the_model_that_the_task_starts_from():
-    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16, learning_rate=0.05)
+    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16)
     data, labels = task([0, 1, 2, 3])
     module.start_task(4)
     assert module.teacher is None
-    fit(module, data, labels, epochs=2)
+    fit(module, data, labels, epochs=2, learning_rate=0.05)
     module.end_task(data, labels)
     module.start_task(5)
     start = {name: value.clone() for name, value in module.backbone.state_dict().items()}
@@ -100,7 +98,7 @@ def test_the_teacher_is_the_model_that_the_task_starts_from():
 
 def test_an_untrained_start_teaches_nothing():
     """The published share of cross entropy would hold the first task to where its random weights put the classes."""
-    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16, learning_rate=0.02)
+    module = StationaryModule(backbone(), SimplexClassifier(4, preallocated=16), batch_size=16)
     module.start_task(4)
     fit(module, *task([0, 1, 2, 3]), epochs=20)
     data, labels = task([0, 1, 2, 3], seed=9)
@@ -123,42 +121,17 @@ def test_embeddings_of_a_model_in_training_are_those_that_it_will_be_searched_by
     assert torch.equal(network[0].running_mean, statistics)
 
 
-def test_the_recipe_is_the_published_one(monkeypatch):
-    module = StationaryModule(backbone(), SimplexClassifier(3, 15, preallocated=32), lam=0.3, mu=7.0)
-    monkeypatch.setattr(StationaryModule, "trainer", SimpleNamespace(estimated_stepping_batches=100))
-    options = module.configure_optimizers()
-    optimizer, schedule = options["optimizer"], options["lr_scheduler"]["scheduler"]
-    assert isinstance(optimizer, torch.optim.SGD)
-    assert options["lr_scheduler"]["interval"] == "step"
-    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    learnt = [*module.backbone.parameters(), *module.head.parameters()]
-    assert len(learnt) == 5
-    assert [decays[id(p)] for p in learnt] == [5e-4 if p.ndim > 1 else 0.0 for p in learnt]
-    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
-    rates = [optimizer.param_groups[0]["lr"]]
-    for _ in range(100):
-        optimizer.step()
-        schedule.step()
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates[0] == 1e-3
-    assert rates[50] == pytest.approx((1e-3 + 1e-5) / 2)
-    assert rates[100] == pytest.approx(1e-5)
-    assert (module.loss.lam, module.loss.hoc.mu, module.rehearsal.per_class) == (0.3, 7.0, 20)
-
-
 def test_replaced_models_of_another_width_stay_comparable():
     with torch.random.fork_rng():
         torch.manual_seed(3)
         # A head of another width has a layer to learn, which is drawn here.
         head = SimplexClassifier(4, 6, preallocated=16, index="back")
-    elsewhere = StationaryModule(backbone(3, width=6), head, batch_size=16, learning_rate=0.02)
+    elsewhere = StationaryModule(backbone(3, width=6), head, batch_size=16)
     elsewhere.loss.lam = 1.0
     data, labels = task([0, 1, 2, 3], seed=3)
     elsewhere.start_task(4)
     fit(elsewhere, data, labels, epochs=60)
-    here = StationaryModule(
-        backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=16, learning_rate=0.02
-    )
+    here = StationaryModule(backbone(4), SimplexClassifier(4, preallocated=16, index="back"), lam=1.0, batch_size=16)
     here.start_task(4)
     fit(here, data, labels, epochs=60)
     old = here(data.tensors[0]).detach()

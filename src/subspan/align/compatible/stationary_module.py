@@ -1,4 +1,4 @@
-"""Training against the fixed simplex, task after task and model after model (Biondi et al., 2024; extra: train)."""
+"""Training against the fixed simplex, task after task and model after model (Biondi et al., 2024)."""
 
 from __future__ import annotations
 
@@ -12,29 +12,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from subspan.base import require
 from subspan.base.modules import evaluation, release
 from subspan.nn import CompatibleCE, HOCLoss, SimplexClassifier
-from subspan.nn.training import finite_loss
 
 from .stationary_simplex import BalancedBatches, Rehearsal
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from subspan.nn import Objective
 
 _SMALLEST_RATE = 1e-5
 
 
-class StationaryModule(LightningModule):
+class StationaryModule(nn.Module):
     """A backbone and a `SimplexClassifier`, trained one task at a time; embeddings of all times can be compared.
 
     backbone: items → features (n, head.in_features). lam: share of cross entropy beside the HOC loss (1: cross entropy
     alone; more than the published 0.1 where classes of later tasks are not learnt); mu: its inverse temperature.
-    memory: items kept of every class. SGD with momentum, weight decay on matrices only, and a cosine decay to 1e-5 over
-    the steps of a task.
-    A task: `start_task`, then `Trainer.fit(module, module.loader(data, labels))`, then `end_task(data, labels)`.
+    memory: items kept of every class.
+    A task: `start_task`, then `Trainer.fit(module.objective(), module.loader(data, labels))`, then `end_task(data,
+    labels)`.
     """
 
     def __init__(
@@ -46,9 +42,6 @@ class StationaryModule(LightningModule):
         mu: float = 10.0,
         memory: int = 20,
         batch_size: int = 128,
-        learning_rate: float = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -58,9 +51,6 @@ class StationaryModule(LightningModule):
         self.loss = CompatibleCE(lam, hoc=HOCLoss(mu))
         self.rehearsal = Rehearsal(memory, seed=seed)
         self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
         self.seed = seed
         self.tasks = 0
 
@@ -118,7 +108,7 @@ class StationaryModule(LightningModule):
         with evaluation(self):
             return F.normalize(self.embed(x), dim=-1)
 
-    def training_step(self, batch: Sequence[Any], batch_index: int = 0) -> Float[Tensor, ""]:
+    def training_loss(self, batch: Sequence[Any]) -> Float[Tensor, ""]:
         """The loss of a batch (x, labels)."""
         x, labels = batch
         z = self.embed(x)
@@ -128,16 +118,20 @@ class StationaryModule(LightningModule):
             with torch.no_grad():
                 head: Any = self.teacher["head"]
                 old = head.embed(self.teacher["backbone"](x))
-        return finite_loss(self.loss(self.head.logits(z), vertices, z, old), self.global_step)
+        return self.loss(self.head.logits(z), vertices, z, old)
 
-    def configure_optimizers(self) -> Any:
-        """SGD; vectors (biases, norms) are not decayed."""
-        learnt = [p for part in (self.backbone, self.head) for p in part.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in learnt if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in learnt if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = torch.optim.SGD(groups, lr=self.learning_rate, momentum=self.momentum)
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=_SMALLEST_RATE)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def objective(self, *, learning_rate: float = 1e-3, momentum: float = 0.9, weight_decay: float = 5e-4) -> Objective:
+        """Of one task, for a Trainer (extra: train): SGD, no decay of vectors, a cosine fall of the rate to 1e-5."""
+        from subspan.nn import Objective
+
+        return Objective(
+            self,
+            StationaryModule.training_loss,
+            optimizer="sgd",
+            learning_rate=learning_rate,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            decay_vectors=False,
+            schedule="cosine",
+            final_rate=_SMALLEST_RATE / learning_rate,
+        )

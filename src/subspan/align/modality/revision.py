@@ -18,15 +18,13 @@ from subspan.models.splice import IGNORED, PLACEHOLDER, Spliced, splice_embeddin
 from .modality_map import ModalityMap
 
 if TYPE_CHECKING:
-    from lightning import LightningModule
-else:
-    LightningModule = require("lightning", extra="train").LightningModule
+    from subspan.nn import Objective
 
 _LEARNING_RATE = {1: 5e-4, 2: 1e-5}
 _PROJECTORS = ("mlp2x_gelu", "linear")
 
 
-class ReVision(LightningModule):
+class ReVision(nn.Module):
     """A causal language model with an adapter for embeddings of a shared space, trained in two stages.
 
     Stage 1 (modality substitution): text embeddings, mapped into the image distribution by `aligner`, are the picture
@@ -36,8 +34,7 @@ class ReVision(LightningModule):
     llm: a transformers causal language model. aligner: a fitted `ReAlign` (or other map), a module, or None for no
     alignment. n_tokens: how often the one adapted embedding is repeated in the input; the authors repeat it 576 times,
     which adds no content. projector: "mlp2x_gelu" (linear, GELU, linear) or "linear". d: dimension of the embeddings,
-    read from a `ModalityMap`. learning_rate: by default 5e-4 in stage 1 and 1e-5 in stage 2, cosine with `warmup`.
-    Batches are those of `RevisionCollator`. Checkpoints of stage 1 leave the frozen language model out.
+    read from a `ModalityMap`. `Trainer.fit(model.objective(), batches)` trains, on batches of `RevisionCollator`.
     """
 
     def __init__(
@@ -49,9 +46,6 @@ class ReVision(LightningModule):
         n_tokens: int = 8,
         projector: str = "mlp2x_gelu",
         stage: int = 1,
-        learning_rate: float | None = None,
-        weight_decay: float = 0.0,
-        warmup: float = 0.03,
     ) -> None:
         super().__init__()
         if projector not in _PROJECTORS:
@@ -69,13 +63,8 @@ class ReVision(LightningModule):
         first = nn.Linear(d, width)
         self.projector = first if projector == "linear" else nn.Sequential(first, nn.GELU(), nn.Linear(width, width))
         self.n_tokens = n_tokens
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.warmup = warmup
         parameters = list(self.llm.parameters())
         self._free = [each for each in parameters if each.requires_grad] or parameters
-        # A stage-1 checkpoint holds no language model.
-        self.strict_loading = False
         self.set_stage(stage)
 
     def set_stage(self, stage: int) -> None:
@@ -105,7 +94,7 @@ class ReVision(LightningModule):
             self.llm, self.adapt(embeddings), batch["input_ids"], batch.get("attention_mask"), batch.get("labels")
         )
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_index: int = 0) -> Tensor:
+    def training_loss(self, batch: Mapping[str, Tensor]) -> Float[Tensor, ""]:
         """Mean negative log likelihood of the labelled tokens."""
         embeddings = batch["embedding"]
         if self.stage == 1:
@@ -146,21 +135,23 @@ class ReVision(LightningModule):
         spliced = self._spliced(image_embeddings, batch)
         return self.llm.generate(inputs_embeds=spliced.inputs_embeds, attention_mask=spliced.attention_mask, **options)
 
-    def configure_optimizers(self) -> Any:
-        """AdamW on what the stage trains, warm-up and cosine by step."""
-        rate = self.learning_rate or _LEARNING_RATE[self.stage]
-        learnt = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learnt, lr=rate, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        transformers = require("transformers", extra="llm")
-        schedule = transformers.get_cosine_schedule_with_warmup(optimizer, round(self.warmup * steps), steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def objective(
+        self, *, learning_rate: float | None = None, weight_decay: float = 0.0, warmup: float = 0.03
+    ) -> Objective:
+        """Of the stage, for a Trainer (extra: train): AdamW, warm-up and cosine by step.
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen language model out of stage-1 checkpoints."""
-        if self.stage == 1:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("llm.")}
+        learning_rate: by default 5e-4 in stage 1 and 1e-5 in stage 2. What the stage does not train (the language model
+        of stage 1) is left out of checkpoints.
+        """
+        from subspan.nn import Objective
+
+        def schedule(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+            transformers = require("transformers", extra="llm")
+            return transformers.get_cosine_schedule_with_warmup(optimizer, round(warmup * steps), steps)
+
+        rate = _LEARNING_RATE[self.stage] if learning_rate is None else learning_rate
+        options = {"learning_rate": rate, "weight_decay": weight_decay, "save_frozen": False}
+        return Objective(self, ReVision.training_loss, schedule=schedule, **options)
 
     def save_projector(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter to a safetensors file, whole or not at all."""

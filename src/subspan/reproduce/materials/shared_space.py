@@ -177,8 +177,6 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
         dropout=recipe.dropout,
         temperature=recipe.temperature,
         learn_temperature=recipe.learn_temperature,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
     )
     say("training the heads", len(recipe.sources) / (len(recipe.sources) + 1))
     pairs = [parts["train"] for parts in splits.values()]
@@ -283,4 +281,5 @@ def _fit_heads(heads: DualEncoder, columns: dict[str, Tensor], recipe: Recipe) -
         index: Any = range(len(columns["group"]))
         loader = torch.utils.data.DataLoader(index, recipe.batch_size, shuffle=True, drop_last=True, collate_fn=rows)
         with quiet_trainer(max_epochs=recipe.epochs) as trainer:
-            trainer.fit(heads, loader)
+            options = {"learning_rate": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+            trainer.fit(heads.objective(**options), loader)
