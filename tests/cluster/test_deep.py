@@ -124,6 +124,7 @@ def test_the_look_with_the_largest_modularity_is_kept_without_labels():
     # The last steps are looked at, whole looks or not.
     few = SelfExpressionModule(20, fixed=x, look=lambda c: float(len(seen)), every=4)
     model._train(few, x, 6)
+    few.restore()
     assert [step for step, _ in few.looks] == [4, 6]
 
 
