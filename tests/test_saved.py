@@ -23,7 +23,15 @@ from subspan.align.upgrade.adapter import EmbeddingAdapter
 from subspan.base.saved import fits
 from subspan.detect import RandomRotations, SubspaceAD, SubspaceDetector
 from subspan.geometry import AffineMap, Subspace
-from subspan.models import SiteMoments, SubspaceMap, collect_moments
+from subspan.models import (
+    LowRankLinear,
+    SiteMoments,
+    SparseDictLinear,
+    SubspaceMap,
+    collect_moments,
+    load_factored,
+    save_factored,
+)
 from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.select.shards import RepresentationShards, Shard
 from subspan.statistics import Moments
@@ -63,6 +71,12 @@ def site_moments(path: Path) -> Load:
 def subspaces_by_name(path: Path) -> Load:
     SubspaceMap({"a": Subspace.fit(X, rank=3), "b": Subspace.fit(Y, rank=2)}).save(path)
     return SubspaceMap.load
+
+
+def factored_layers(path: Path) -> Load:
+    sparse = SparseDictLinear(Y[:6, :4], torch.tensor([[0, 3], [1, 2], [3, 0]]), Y[:3, :2], Y[0, :3])
+    save_factored(nn.Sequential(sparse, LowRankLinear(X[:5, :2], X[:2, :3], X[0, :5])), path)
+    return lambda path: load_factored(nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 5)), path)
 
 
 def projected_affine(path: Path) -> Load:
@@ -161,7 +175,7 @@ def representation_shard(path: Path) -> Load:
 
 
 MAKERS = (
-    subspace, affine_map, moments, site_moments, subspaces_by_name, projected_affine, subspace_aligner,
+    subspace, affine_map, moments, site_moments, subspaces_by_name, factored_layers, projected_affine, subspace_aligner,
     embedding_adapter, upgrade_map,
     lambda_orthogonal_adapter, detector, image_detector, matryoshka, matryoshka_with_heads, matryoshka_index,
     matryoshka_cascade, backward_compatible, revision_projector, representation_shard,
@@ -175,6 +189,7 @@ OPTIONAL = {
     "subspaces_by_name": {
         f"{name}{part}" for name in "ab" for part in ("", ":center", ":variances", ":residual_variance", ":spectrum")
     },
+    "factored_layers": {"0:bias", "1:bias", "0", "1"},
     "moments": {"rows", "batch_size", "source", "seen"},
     "subspace_aligner": {"correlations", "held_out", "subspace"},
     "upgrade_map": {"inverse.bias", "recall", "unpaired", "alpha", "rank", "k", "candidates"},

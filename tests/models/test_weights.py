@@ -94,6 +94,7 @@ def test_masks_and_magnitudes_leave_what_they_say(delta):
             delta.masked(wrong)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_subspaces_are_spans_of_singular_vectors(delta, side):
     spaces = delta.subspaces(2, side=side)

@@ -1,9 +1,11 @@
 from .attention import attended_representation, attended_tokens, block_attention
 from .capture import Capture, capture, iterate_representations, pool_states
 from .encoders import ImageEncoder, SentenceEncoder
+from .factored import LowRankLinear, SparseDictLinear, load_factored, save_factored
 from .features import FeatureGrid, token_grid
 from .intervene import intervene
-from .layers import find_blocks, layer_names, linear_names
+from .layers import find_blocks, layer_names, linear_names, linear_weight
+from .low_rank import LowRankChange, LowRankEdit, add_low_rank
 from .moments import SiteMoments, collect_moments
 from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
@@ -17,14 +19,19 @@ __all__ = [
     "FeatureGrid",
     "ImageEncoder",
     "ImagePreprocessing",
+    "LowRankChange",
+    "LowRankEdit",
+    "LowRankLinear",
     "SentenceEncoder",
     "Site",
     "SiteMoments",
+    "SparseDictLinear",
     "StateDelta",
     "StoredWeights",
     "SubspaceMap",
     "Surgery",
     "TokenRoles",
+    "add_low_rank",
     "attended_representation",
     "attended_tokens",
     "block_attention",
@@ -36,10 +43,13 @@ __all__ = [
     "iterate_representations",
     "layer_names",
     "linear_names",
+    "linear_weight",
+    "load_factored",
     "multiply_adds",
     "permute_units",
     "pool_states",
     "replace",
+    "save_factored",
     "token_grid",
     "weights_of",
     "write_weights",

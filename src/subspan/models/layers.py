@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -85,6 +86,20 @@ def linear_names(model: nn.Module, inside: Layers | None = None) -> list[str]:
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' `Conv1D`, a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_weight(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (d_out, d_in), bias or None) of a linear layer, of transformers' `Conv1D` too: no copies.
+
+    Raises ValueError for other layers, and for weights that are not floating-point (quantised).
+    """
+    weight = getattr(module, "weight", None)
+    if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, torch.Tensor):
+        raise ValueError(f"layer: a linear one is needed, got {type(module).__name__}")
+    if not weight.is_floating_point():
+        raise ValueError(f"layer: its weight is {str(weight.dtype).removeprefix('torch.')}, floating point is needed")
+    bias: Any = module.bias
+    return (weight.mT if is_conv1d(module) else weight), bias
 
 
 def is_single(layers: Layers) -> bool:

@@ -223,8 +223,10 @@ def _site(
 
 def _adapt(new: nn.Module, half: torch.dtype | None, length: int | None) -> list[Callable[[], Any]]:
     """Hooks that give a float32 layer what a caller in half precision has, or that put its output into a tuple."""
-    own = next((p.dtype for p in new.parameters() if p.is_floating_point()), None)
-    if half is None or own in (None, half):
+    types = [p.dtype for p in new.parameters() if p.is_floating_point()]
+    own = next(iter(types), None)
+    # One that has a part in half precision, as wrappers of the old module do, sees to the rest itself.
+    if half is None or own is None or half in types:
         half = own = None
     if half is None and length is None:
         return []

@@ -323,6 +323,8 @@ def _main_subspace(value: Tensor, rank: Any, side: str) -> Subspace | None:
     rows = matrix.mT if side == "left" else matrix
     if not bool(rows.any()):
         return None
+    if isinstance(rank, int):
+        rank = min(rank, *rows.shape)
     found = Subspace.from_factor(rows, count=float(len(rows)), rank=rank)
     assert found.spectrum is not None
     sizes = found.spectrum.sqrt()
