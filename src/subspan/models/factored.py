@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Float, Inexact, Int, Int32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -193,7 +193,7 @@ _SCHEMAS: dict[str, Any] = {
     },
     "sparse dictionary": {
         "dictionary": Inexact[Tensor, "d_in k"],
-        "indices": Int[Tensor, "d_out s"],
+        "indices": Int32[Tensor, "d_out s"],
         "values": Inexact[Tensor, "d_out s"],
         "bias": optional(Inexact[Tensor, " d_out"]),
     },
