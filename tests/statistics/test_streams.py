@@ -243,7 +243,7 @@ def test_stopped_and_resumed_every_source_gives_the_same_bits(tmp_path, monkeypa
 def _reduce(rank, port, path):
     import torch.distributed as dist
 
-    from subspan.statistics import GroupedMoments
+    from subspan.statistics import CrossMoments, GroupedMoments
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -253,6 +253,8 @@ def _reduce(rank, port, path):
     labels = ["a"] * 130 if rank == 0 else ["b"] * 800 + ["a"] * 70
     grouped = GroupedMoments(7).update(mine, labels).all_reduce()
     grouped.pooled().save(os.path.join(path, f"g{rank}.safetensors"))
+    cross = CrossMoments(3, 4).update(mine[:, :3], mine[:, 3:]).all_reduce()
+    np.save(os.path.join(path, f"c{rank}.npy"), cross.covariance().numpy())
     dist.destroy_process_group()
 
 
@@ -274,6 +276,8 @@ def test_all_reduce_over_two_processes(tmp_path, rows):
     for name in ("m0", "m1", "g0", "g1"):
         found = Moments.load(tmp_path / f"{name}.safetensors").covariance().numpy()
         np.testing.assert_allclose(found, exact, rtol=1e-6)
+    for rank in range(2):
+        np.testing.assert_allclose(np.load(tmp_path / f"c{rank}.npy"), exact[:3, 3:], rtol=1e-6, atol=1e-9)
 
 
 def _slow_block(block, path):

@@ -3,7 +3,8 @@ from .angles import expected_overlap, principal_angles, principal_vectors, subsp
 from .canonical import CanonicalCorrelation, cca, linear_cka
 from .closed_forms import gaussian_transport, procrustes, ridge, translation
 from .coordinates import Blocks, CoordinateSubspace, SoftSubspace
-from .covariance import inverse_sqrt, oas_shrinkage, shrink_covariance, whitening
+from .covariance import Whitener, inverse_sqrt, oas_shrinkage, shrink_covariance, signed_spectrum, whitening
+from .frames import Frame, dft_dictionary, response_bounds
 from .prefixes import (
     blocks_between,
     halving_sizes,
@@ -37,18 +38,21 @@ __all__ = [
     "Elbow",
     "EnergyRank",
     "FixedRank",
+    "Frame",
     "GavishDonoho",
     "LowRankMap",
     "MarchenkoPastur",
     "RankRule",
     "SoftSubspace",
     "Subspace",
+    "Whitener",
     "blocks_between",
     "cca",
     "coding_rate",
     "compressed_coding_rate",
     "compression_gradient",
     "compression_rate",
+    "dft_dictionary",
     "effective_rank",
     "expected_overlap",
     "explained_ratio",
@@ -68,8 +72,10 @@ __all__ = [
     "procrustes",
     "rank_rule",
     "rate_reduction",
+    "response_bounds",
     "ridge",
     "shrink_covariance",
+    "signed_spectrum",
     "smallest_sufficient",
     "subspace_distance",
     "subspace_overlap",

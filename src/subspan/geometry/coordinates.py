@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Inexact, Int
 from torch import Tensor
 
 from subspan.base import as_tensor, like
@@ -114,6 +114,11 @@ class CoordinateSubspace:
         """Rows x (…, d) with zeros in the set: x - project(x); in the kind of x."""
         rows = _rows(x, self.ambient_dim)
         return like(torch.where(self.mask.to(rows.device), torch.zeros_like(rows), rows), x)
+
+    def captured_energy(self, covariance: Inexact[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
+        """Share of the trace of a covariance or second moment that the coordinates of the set have, in [0, 1]."""
+        variances = covariance.diagonal(dim1=-2, dim2=-1).real
+        return variances[..., self.indices.to(variances.device)].sum(-1) / variances.sum(-1)
 
     def complement(self) -> CoordinateSubspace:
         """All other coordinates. Raises ValueError when there is none."""

@@ -1,6 +1,8 @@
-"""Covariances: shrinkage, roots, and maps to unit covariance."""
+"""Covariances: shrinkage, roots, maps to unit covariance, and the spectrum of a difference."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -67,3 +69,114 @@ def whitening(
     else:
         raise ValueError(f"method: expected 'zca', 'pca' or 'cholesky', got {method!r}")
     return AffineMap.through(matrix, mean, None if mean is None else mean.new_zeros(matrix.shape[0]))
+
+
+@dataclass(frozen=True, eq=False)
+class Whitener:
+    """Rows to unit covariance and back, and weights on rows to weights on white rows and back, without an inverse.
+
+    With covariance = factor factor' every direction is a triangular solve or product. A linear map W of rows is
+    `weigh(W)` of white rows, so that |X (W - V)'|_F = sqrt(n) |weigh(W) - weigh(V)|_F for n rows of this second moment:
+    what approximates `weigh(W)` in the plain norm approximates W on the data. For weights that act from the left of a
+    column of features (d_in, d_out), transpose before and after.
+
+    Parameters
+    ----------
+    factor : (d, d) lower triangular with a positive diagonal.
+    mean : (d,) taken from rows first, or None.
+    shift : what was added to the diagonal of the covariance, 0 for nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import Whitener
+    >>> white = Whitener.of(torch.tensor([[4.0, 0.0], [0.0, 0.25]]))
+    >>> white.whiten(torch.tensor([[2.0, 1.0]])), white.weigh(torch.tensor([[1.0, 1.0]]))
+    (tensor([[1., 2.]]), tensor([[2.0000, 0.5000]]))
+    """
+
+    factor: Float[Tensor, "d d"]
+    mean: Float[Tensor, " d"] | None = None
+    shift: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        covariance: Float[Tensor, "d d"],
+        mean: Float[Tensor, " d"] | None = None,
+        *,
+        shift: float | None = None,
+        tolerance: float | None = None,
+    ) -> Whitener:
+        """Whitener of a covariance or second moment, differentiable in it.
+
+        Parameters
+        ----------
+        covariance : (d, d) symmetric; its lower triangle is read.
+        mean : (d,) or None.
+        shift : added to the diagonal; None: nothing where the matrix is positive definite, else what lifts its least
+            eigenvalue to `tolerance` times the largest.
+        tolerance : least ratio of eigenvalues that a shift leaves, by default d times the precision of the dtype.
+
+        Raises
+        ------
+        ValueError
+            For NaN, a matrix without a positive eigenvalue, or one that `shift` does not make positive definite.
+        """
+        d = len(covariance)
+        if not bool(torch.isfinite(covariance).all()):
+            raise ValueError("covariance: contains NaN or infinity")
+        least = d * torch.finfo(covariance.dtype).eps if tolerance is None else tolerance
+        added = shift or 0.0
+        factor = cls._factor(covariance, added, least)
+        if factor is None and shift is None:
+            values = torch.linalg.eigvalsh(covariance.detach())
+            if not float(values[-1]) > 0:
+                raise ValueError("covariance: has no positive eigenvalue; the rows are constant")
+            added = max(0.0, -float(values[0])) + 4 * least * float(values[-1])
+            factor = cls._factor(covariance, added, least)
+        if factor is None:
+            raise ValueError(f"shift: {added:g} on the diagonal leaves the covariance singular; give a larger one")
+        return cls(factor, mean, added)
+
+    @staticmethod
+    def _factor(covariance: Tensor, shift: float, least: float) -> Tensor | None:
+        eye = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        factor, failed = torch.linalg.cholesky_ex(covariance + shift * eye)
+        pivots = factor.detach().diagonal().square()
+        # A pivot that is only rounding would blow noise up to unit variance.
+        return None if int(failed) or not float(pivots.min()) > least * float(pivots.max()) else factor
+
+    def whiten(self, x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Rows x with unit covariance (and zero mean, where there is a mean)."""
+        rows = x if self.mean is None else x - self.mean.to(x)
+        return torch.linalg.solve_triangular(self.factor.to(x).mT, rows, upper=True, left=False)
+
+    def unwhiten(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Rows x with whiten(x) = z."""
+        rows = z @ self.factor.to(z).mT
+        return rows if self.mean is None else rows + self.mean.to(z)
+
+    def weigh(self, weight: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Weights (…, d_out, d) of rows as weights of white rows: whiten(x) @ weigh(w)' = (x - mean) @ w'."""
+        return weight @ self.factor.to(weight)
+
+    def unweigh(self, weight: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Weights w with weigh(w) = weight."""
+        return torch.linalg.solve_triangular(self.factor.to(weight), weight, upper=False, left=False)
+
+
+def signed_spectrum(
+    plus: Float[Tensor, "n d"], minus: Float[Tensor, "m e"]
+) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
+    """Eigenvalues, descending, and eigenvectors of plus' plus - minus' minus in the space of the n + m rows.
+
+    Without a d x d matrix: r = min(n + m, d). What is orthogonal to all rows has eigenvalue 0 and is not listed.
+    """
+    if plus.shape[1] != minus.shape[1]:
+        raise ValueError(f"minus: expected {plus.shape[1]} columns, got {minus.shape[1]}")
+    rows = torch.cat([plus, minus])
+    signs = torch.cat([plus.new_ones(len(plus)), -plus.new_ones(len(minus))])
+    basis, triangle = torch.linalg.qr(rows.mT)
+    values, turn = torch.linalg.eigh((triangle * signs) @ triangle.mT)
+    return values.flip(-1), basis @ turn.flip(-1)

@@ -60,7 +60,7 @@ class Subspace:
         defect = self.basis.mH @ self.basis - torch.eye(k, dtype=self.basis.dtype, device=self.basis.device)
         # `not <=` also catches NaN, which compares false with everything.
         tolerance = 100 * torch.finfo(self.basis.dtype).eps * max(1.0, k**0.5)
-        if not float(defect.abs().max()) <= tolerance:
+        if not float(defect.detach().abs().max()) <= tolerance:
             raise ValueError("basis: the columns are not orthonormal; use Subspace.span to orthonormalise vectors")
 
     # ------------------------------------------------------------------ construction
@@ -355,6 +355,15 @@ class Subspace:
     def leverage(self, x: Any) -> Float[Tensor, "*b n"]:
         """Statistical leverage sum_i z_i^2 / s_i^2 of rows, equal to Mahalanobis over the degrees of freedom."""
         return self.mahalanobis(x) / self.degrees_of_freedom
+
+    def captured_energy(self, covariance: Inexact[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
+        """Share tr(U' R U) / tr(R) of a covariance or second moment R inside the directions U, in [0, 1].
+
+        Leading dimensions are broadcast against those of the subspace; differentiable. NaN where R is zero.
+        """
+        basis = self.basis.to(covariance)
+        inside = (basis.conj() * (covariance @ basis)).sum((-2, -1)).real
+        return inside / covariance.diagonal(dim1=-2, dim2=-1).sum(-1).real
 
     # ------------------------------------------------------------------ algebra
 

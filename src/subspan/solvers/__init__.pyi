@@ -1,4 +1,5 @@
 from .assignment import assign
+from .eigenspaces import leading_eigenspace
 from .graph_filters import (
     FilteredOperator,
     PolynomialFilter,
@@ -34,6 +35,7 @@ __all__ = [
     "jacobian_subspace",
     "ksvd_step",
     "largest_product",
+    "leading_eigenspace",
     "mod_step",
     "nearest",
     "nearest_code",
