@@ -1,6 +1,8 @@
 from .anomaly_maps import aupro, auroc
+from .disentanglement import DCI, dci_score, factor_vae_score
 from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
+from .kernels import RandomFeatures, gaussian_kernel, median_bandwidth, squared_distances
 from .mutual_information import mutual_information
 from .neighbours import knn_overlap, neighbour_purity, recall_at_k
 from .neural_collapse import NeuralCollapse, neural_collapse
@@ -14,6 +16,7 @@ from .partitions import (
     modularity,
     pairwise_f1,
 )
+from .probes import CodeLength, ProbeScore, leakage, make_probe, online_code_length, probe_score
 from .retrieval import (
     BackfillCurve,
     RetrievalScores,
@@ -30,7 +33,11 @@ from .spatial import gram_agreement, spatial_structure
 
 __all__ = [
     "BackfillCurve",
+    "CodeLength",
+    "DCI",
     "NeuralCollapse",
+    "ProbeScore",
+    "RandomFeatures",
     "RetrievalScores",
     "attribute_modularity",
     "aupro",
@@ -43,23 +50,32 @@ __all__ = [
     "compatibility_matrix",
     "conductance",
     "connectivity",
+    "dci_score",
     "expected_calibration_error",
+    "factor_vae_score",
     "feature_detection_error",
+    "gaussian_kernel",
     "gram_agreement",
     "gram_matrix",
     "jackknife",
     "kernel_cka",
     "knn_overlap",
+    "leakage",
     "local_kernel_cka",
+    "make_probe",
+    "median_bandwidth",
     "modularity",
     "mutual_information",
     "neighbour_purity",
     "neural_collapse",
+    "online_code_length",
     "paired_bootstrap",
     "pairwise_f1",
     "prefix_retrieval_scores",
+    "probe_score",
     "recall_at_k",
     "retrieval_scores",
     "spatial_structure",
+    "squared_distances",
     "template_gallery",
 ]

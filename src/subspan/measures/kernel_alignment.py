@@ -13,20 +13,11 @@ from torch import Tensor
 
 from subspan.base import check_matrix
 
+from .kernels import gaussian_kernel
+
 _BLOCK_BYTES = 1 << 28
 MOST_KERNEL_ROWS = 5000
 """Rows up to which local alignment is computed through kernels: beyond, one kernel takes over 200 MB for each query."""
-
-
-def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.mT).clamp_min(0)
-
-
-def _gaussian(squared: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    apart = squared[squared > 0]
-    if not len(apart):
-        return torch.ones_like(squared)
-    return torch.exp(-squared / (2 * apart.median()))
 
 
 def gram_matrix(rows: Any, kernel: str = "linear") -> Float[Tensor, "n n"]:
@@ -36,7 +27,7 @@ def gram_matrix(rows: Any, kernel: str = "linear") -> Float[Tensor, "n n"]:
         return x @ x.mT
     if kernel != "rbf":
         raise ValueError(f"kernel: expected 'linear' or 'rbf', got {kernel!r}")
-    return _gaussian(_squared_distances(x - x.mean(0), x - x.mean(0)).fill_diagonal_(0))
+    return gaussian_kernel(x)
 
 
 def _unit_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
