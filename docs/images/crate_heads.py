@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from drawing import panels, save
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
 
 from subspan.reproduce import crate
 from subspan.reproduce.materials.image_features import labelled_images
@@ -24,10 +23,8 @@ def main() -> None:
     """Write the picture beside this file."""
     name, patch, images, labels = crate.pictures(quick=False)
     classes = labelled_images(name).classes
-    data = TensorDataset(images["train"], torch.from_numpy(labels["train"].astype(np.int64)))
-    torch.manual_seed(0)
-    model = crate.ARMS["CRATE"](images["train"].shape[-1], patch, len(classes), crate.DEPTH)
-    crate.train(model, lambda batch: F.cross_entropy(model(batch[0]), batch[1]), data, crate.EPOCHS, 0)
+    y, sizes = torch.from_numpy(labels["train"].astype(np.int64)), (images["train"].shape[-1], patch, len(classes))
+    _, model = crate.classifier("CRATE", sizes, images["train"], y, crate.EPOCHS, 0)
     print(f"accuracy {100 * accuracy(model, images['test'], labels['test']):.1f} %")
     chosen = [int(np.flatnonzero(labels["test"] == classes.index(each))[0]) for each in CLASSES]
     shown = images["test"][chosen]

@@ -30,12 +30,12 @@ def main() -> None:
     features = data.features().float()
     x = {"train": features[data.train], "test": features[data.test]}
     labels = {part: torch.from_numpy(data.labels[rows]) for part, rows in (("train", data.train), ("test", data.test))}
-    measured, module = gcr.run("GCR", lambda d, c: GrassmannHead(d, c, RANK), x, labels, labels, gcr.EPOCHS, 0)
+    network = gcr.trained(lambda d, c: GrassmannHead(d, c, RANK), x, labels, gcr.EPOCHS, 0)
     with torch.no_grad():
-        unit = torch.nn.functional.normalize(module.adapter(x["train"]), dim=-1)
+        unit = torch.nn.functional.normalize(network[0](x["train"]), dim=-1)
     principal = GrassmannHead(gcr.WIDTH, len(data.classes), RANK)
     principal.init_from(GroupedMoments(gcr.WIDTH).update(unit, labels["train"]))
-    learnt, own = (angles(head.subspaces().basis.double()) for head in (module.head, principal))
+    learnt, own = (angles(head.subspaces().basis.double()) for head in (network[1], principal))
     chance = angles(Subspace.random(gcr.WIDTH, RANK, batch=(64,), generator=torch.Generator().manual_seed(0)).basis)
     chance = chance[np.triu_indices(64, 1)].mean(0)
 
@@ -61,7 +61,7 @@ def main() -> None:
     below.legend(loc=(0.03, 0.23))
     save(figure, Path(__file__))
     off = np.triu_indices(len(learnt), 1)
-    print(measured, "learnt", learnt[off].mean(0).round(1), "own", own[off].mean(0).round(1), "chance", chance.round(1))
+    print("learnt", learnt[off].mean(0).round(1), "own", own[off].mean(0).round(1), "chance", chance.round(1))
 
 
 if __name__ == "__main__":

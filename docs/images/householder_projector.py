@@ -34,7 +34,7 @@ def main() -> None:
     base = protocol.base_model(data, distance, protocol.BASE_STEPS, 0)
     ours = protocol.projected(base, protocol.RANK, cold=False, seed=0)
     images = data.train[protocol.N_CHECK :]
-    protocol.train(ours, images, distance, protocol.TUNED_STEPS, 0, rate=protocol.TUNED_RATE)
+    protocol.tuned(ours, images, distance, protocol.TUNED_STEPS, 0)
     blocks = [
         block(model, data.test, protocol.found_directions(model, data.test, method, 0))
         for model, method in ((base, "sefa"), (ours, "jacobian"))

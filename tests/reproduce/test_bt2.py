@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("lightning", reason="compatible models train with Lightning (extra: train)")
 
 from subspan.datasets import is_installed
-from subspan.reproduce import bt2, lambda_orthogonality
+from subspan.reproduce import Trials, bt2, lambda_orthogonality
 from subspan.reproduce.materials import image_features
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
@@ -54,15 +54,17 @@ def test_bt2_on_planted_models(planted, tmp_path):
     setting = bt2.Setting(inputs=12, d=8, k=4, epochs=8, seeds=1)
     data = bt2.load(setting, 0, bt2.MODELS)
     assert int(data.seen.sum()) == int((data.train_labels < 4).sum())
-    reports = [bt2.one_seed(data, setting, 0, tmp_path, lambda message: None)]
-    (tmp_path / "chain").mkdir()
-    steps = bt2.chain(data, setting, 0, tmp_path / "chain")
+    study = bt2.Study(data, setting, 0, tmp_path)
+    methods = bt2.arms(setting)
+    trials = Trials(methods, [0], lambda arm, seed: study.scores(methods[arm](study)))
+    steps = study.chain()
     assert steps.shape == (3, 3)
-    outcome = bt2._outcome(data, setting, reports, steps)
-    found = reports[0]
-    assert found["BT², k = 4"].cross > found["independent"].cross + 0.2
-    assert outcome.ours == found["BT², k = 4"].cross
-    assert outcome.holds is (found["BT², k = 4"].cross > found["old"].own)
+    outcome = bt2.outcome(data, setting, trials, steps)
+    cross = "new/old top-1"
+    assert trials.gap("BT², k = 4", "independent", cross) > 0.2
+    assert outcome.ours == trials.mean("BT², k = 4", cross)
+    assert outcome.holds is (trials.gap("BT², k = 4", "old", cross) > 0)
+    assert trials.mean("old", cross) == trials.mean("old", "new/new top-1")
     assert {len(table.rows) for table in outcome.tables} == {5 + 3, 3}
 
 

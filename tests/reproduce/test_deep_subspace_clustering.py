@@ -5,6 +5,7 @@ import pytest
 
 pytest.importorskip("lightning", reason="deep clusterers train with Lightning (extra: train)")
 
+from subspan.reproduce import Trials
 from subspan.reproduce import deep_subspace_clustering as protocol
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -27,11 +28,10 @@ def test_without_data_digits_take_their_place(monkeypatch):
 
 
 def test_every_classic_gets_the_same_post_processing():
-    data = planted()
-    found = protocol.classics(data, range(2))
-    assert set(found) == {"k-means", *protocol._CLASSICS, protocol._ORACLE}
-    assert np.median(found[protocol._ORACLE]) >= max(np.median(found["LSR"]), 0.9)
-    assert all(len(values) == 2 for values in found.values())
+    arms = protocol.classics(planted(), range(2))
+    assert set(arms) == {"k-means", *protocol._CLASSICS, protocol._ORACLE}
+    found = Trials(arms, range(2), lambda arm, seed: arms[arm](seed)).means(of=np.median)
+    assert found[protocol._ORACLE] >= max(found["LSR"], 0.9)
 
 
 def test_the_unstopped_training_says_which_look_is_kept():
@@ -43,11 +43,10 @@ def test_the_unstopped_training_says_which_look_is_kept():
 
 @pytest.mark.parametrize("better", [True, False])
 def test_bars_hold_and_fail(better):
-    data = planted()
-    scores = {name: [0.8] for name in (*protocol._CLASSICS, "k-means", protocol._ORACLE)}
-    scores[protocol._DEEP] = [0.85 if better else 0.7]
+    scores = dict.fromkeys((*protocol._CLASSICS, "k-means", protocol._ORACLE), 0.8)
+    scores[protocol._DEEP] = 0.85 if better else 0.7
+    trials = Trials(scores, [0], lambda arm, seed: scores[arm])
     trace = protocol.Trace([50, 100], [0.8, 0.7] if better else [0.7, 0.8], [0.6, 0.5], 0)
-    outcome = protocol._outcome([data], protocol.Setting(), {"planted": scores}, {"planted": [50]}, trace)
+    outcome = protocol.outcome([planted()], protocol.Setting(), {"planted": trials}, [], trace)
     assert outcome.holds is better
     assert [check.holds for check in outcome.checks] == [better] * 3
-    assert outcome.all_hold is better

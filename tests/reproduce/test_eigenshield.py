@@ -8,7 +8,7 @@ from subspan.datasets import is_installed, load_model
 from subspan.edit import SpikeFilter
 from subspan.models.intervene import intervene
 from subspan.reproduce import eigenshield
-from subspan.reproduce.eigenshield import Defence, ImageFeatures, Size
+from subspan.reproduce.eigenshield import Defence, ImageFeatures, Laboratory, Size
 
 TINY = Size(32, 24, 40, 16, 12, 2, (1 / 255, 2 / 255), (1 / 2040,), 40, 12)
 
@@ -41,42 +41,42 @@ def test_folded_batch_norms_change_nothing(features):
 
 @pytest.mark.usefixtures("without_data")
 def test_parts_do_not_overlap():
-    pictures = eigenshield._pictures(TINY, seed=0)
-    rows = {part: {image.tobytes() for image in images} for part, images in pictures.images.items()}
-    assert {part: len(images) for part, images in pictures.images.items()} == {
+    _, images, labels = eigenshield.parts(TINY, seed=0)
+    rows = {part: {image.tobytes() for image in each} for part, each in images.items()}
+    assert {part: len(each) for part, each in images.items()} == {
         "head": 24,
         "other": 24,
         "spectrum": 40,
         "pairs": 16,
         "tests": 12,
     }
+    assert all(len(labels[part]) == len(each) for part, each in images.items())
     names = list(rows)
     assert all(not rows[a] & rows[b] for i, a in enumerate(names) for b in names[:i])
-    again = eigenshield._pictures(TINY, seed=0)
-    np.testing.assert_array_equal(again.images["pairs"], pictures.images["pairs"])
+    np.testing.assert_array_equal(eigenshield.parts(TINY, seed=0)[1]["pairs"], images["pairs"])
 
 
 @needs_network
 @pytest.mark.usefixtures("own_cache", "without_data")
 def test_hook_and_features_agree_and_attacks_get_through(features):
-    pictures = eigenshield._pictures(TINY, seed=0)
+    _, images, classes = eigenshield.parts(TINY, seed=0)
+    lab = Laboratory(features, TINY)
     # So few pictures need not show every class, and a head has a row only for those it has seen.
-    images, labels = pictures.images["tests"], torch.unique(pictures.labels["tests"], return_inverse=True)[1]
-    clean = eigenshield._features(features, images, TINY)
-    head = eigenshield._head(clean, labels)
+    tests, labels = images["tests"], torch.unique(classes["tests"], return_inverse=True)[1]
+    clean = lab.clean(tests)
+    head = eigenshield.head(clean, labels)
     basis = torch.linalg.qr(torch.randn(1280, 6, generator=torch.Generator().manual_seed(0))).Q
-    defence = Defence("random", 6, head, filter=SpikeFilter(basis, clean.mean(0)))
+    defence = Defence(head, filter=SpikeFilter(basis, clean.mean(0)))
     model = torch.nn.Sequential(features, head)
     with torch.no_grad(), intervene(model, "0", defence.filter):
-        torch.testing.assert_close(
-            model(eigenshield._pixels(images, TINY)), defence.logits(clean), rtol=1e-3, atol=1e-3
-        )
-    undefended = Defence("none", None, head)
-    attacked = eigenshield._attacked(features, head, images, labels, 8 / 255, TINY, seed=0)
+        torch.testing.assert_close(model(lab.pixels(tests)), defence.logits(clean), rtol=1e-3, atol=1e-3)
+    seen, attacked = lab.seen(tests), lab.attacked(head, tests, labels, 8 / 255, seed=0)
     assert attacked.shape == (12, 3, 1280)
-    assert undefended.right(clean, labels).float().mean() == 1
-    assert undefended.right(attacked[:, 0], labels).float().mean() < 0.7
-    torch.testing.assert_close(eigenshield._seen(features, images, TINY)[:, 0], clean, rtol=1e-3, atol=1e-4)
+    before, after, success = Defence(head).success(seen, [attacked], labels)
+    assert before == 1
+    assert after < 0.7
+    assert success == pytest.approx(1 - after)
+    torch.testing.assert_close(seen[:, 0], clean, rtol=1e-3, atol=1e-4)
 
 
 @needs_network

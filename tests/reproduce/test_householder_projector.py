@@ -59,7 +59,7 @@ def test_projectors_start_where_the_layers_were_and_recovery_is_timed():
     values = iter([3.0, 2.0, 0.9, 0.8])
     watch = protocol.Recovery.__new__(protocol.Recovery)
     watch.goal, watch.least, watch.steps, watch.now = 1.0, 40, None, lambda: next(values)
-    assert [watch(10), watch(20), watch(30), watch(40)] == [False, False, False, True]
+    assert [watch(warm, step) for step in (10, 15, 20, 30, 40)] == [False, False, False, False, True]
     assert watch.steps == 30
     found = {m: protocol.found_directions(warm, images, m, 0, 3) for m in ("householder", "jacobian", "random")}
     for directions in found.values():

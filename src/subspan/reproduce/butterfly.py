@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,13 @@ from jaxtyping import Float, Inexact
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.datasets import is_available, load
 from subspan.nn import Butterfly, butterfly_factorize
 from subspan.nn.butterfly import recover_convolution, recover_dct
-from subspan.nn.training import quiet_trainer
 
+from .materials import labelled_images, parameter_count
 from .protocol import Check, Outcome, Progress, Table
+from .training import cosine, train
+from .trials import Trials, spread
 
 SIZES = (8, 64, 512, 1024)
 LEARNED = (8, 16)
@@ -66,25 +68,15 @@ def learn(matrix: Inexact[Tensor, "n n"], permutation: str, steps: int, seed: in
 
     Each start is one stack of the layer, so their gradients do not meet.
     """
-    n = len(matrix)
+    n, eye = len(matrix), torch.eye(len(matrix))
     target = matrix.to(torch.complex64).mT.repeat(1, RESTARTS)
-    layer = Butterfly(
-        n,
-        n * RESTARTS,
-        bias=False,
-        complex=True,
-        tied=True,
-        permutation=permutation,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    optimizer = torch.optim.Adam(layer.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    eye = torch.eye(n)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (layer(eye) - target).abs().square().sum().div(n * n).backward()
-        optimizer.step()
-        schedule.step()
+    options: Any = {"permutation": permutation, "generator": torch.Generator().manual_seed(seed)}
+    layer = Butterfly(n, n * RESTARTS, bias=False, complex=True, tied=True, **options)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - target).abs().square().sum().div(n * n)
+
+    train(layer, loss, [eye] * steps, learning_rate=LEARNING_RATE, schedule=cosine)
     with torch.no_grad():
         return (layer(eye) - target).abs().square().unflatten(1, (RESTARTS, n)).mean((0, 2)).sqrt()
 
@@ -105,124 +97,112 @@ class Circulant(nn.Module):
 
 def layers(n: int) -> dict[str, Callable[[], nn.Module]]:
     """The hidden layer of every arm; the low-rank one has the parameters of the complex butterfly or a few more."""
-    options: dict[str, Any] = {"blocks": 2, "permutation": "bit-reversal", "tied": True}
-    complex_options = {**options, "complex": True, "real_part": True}
-    budget = sum(p.numel() for p in Butterfly(n, n, **complex_options).parameters())
-    rank = math.ceil((budget - n) / (2 * n))
+    real = partial(Butterfly, n, n, blocks=2, permutation="bit-reversal", tied=True)
+    both = partial(real, complex=True, real_part=True)
+    rank = math.ceil((parameter_count(both()) - n) / (2 * n))
     return {
         "dense": lambda: nn.Linear(n, n),
-        "butterfly, complex BPBP": lambda: Butterfly(n, n, **complex_options),
-        "butterfly, real BPBP": lambda: Butterfly(n, n, **options),
+        "butterfly, complex BPBP": both,
+        "butterfly, real BPBP": real,
         "low rank": lambda: nn.Sequential(nn.Linear(n, rank, bias=False), nn.Linear(rank, n)),
         "circulant": lambda: Circulant(n),
     }
 
 
-def grey_images() -> tuple[str, Any]:
+def grey_images() -> tuple[str, dict[str, Float[Tensor, "n p"]], dict[str, Tensor]]:
     """Standardised grey pictures of 32 × 32 pixels with labels: CIFAR-10, or scikit-learn's digits enlarged."""
-    if is_available("cifar10"):
-        data = load("cifar10")
-        x = {part: torch.from_numpy(data[f"x_{part}"]).float().mean(-1).flatten(1) for part in ("train", "test")}
-        y = {part: torch.from_numpy(data[f"y_{part}"].astype(np.int64)) for part in ("train", "test")}
-        name = "CIFAR-10, grey"
+    data = labelled_images("cifar10")
+    x = {part: torch.from_numpy(np.asarray(rows)).float() for part, rows in data.split(data.images).items()}
+    if data.name == "digits":
+        x = {part: rows.repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1) for part, rows in x.items()}
     else:
-        digits = load("digits")
-        pixels = torch.from_numpy(np.asarray(digits["x"], dtype=np.float32)).reshape(-1, 8, 8)
-        rows = pixels.repeat_interleave(4, 1).repeat_interleave(4, 2).flatten(1)
-        labels = torch.from_numpy(np.asarray(digits["y"]).astype(np.int64))
-        x, y = {"train": rows[:1400], "test": rows[1400:]}, {"train": labels[:1400], "test": labels[1400:]}
-        name = "digits, enlarged"
+        x = {part: rows.mean(-1).flatten(1) for part, rows in x.items()}
     mean, deviation = x["train"].mean(), x["train"].std()
-    return name, ({part: (rows - mean) / deviation for part, rows in x.items()}, y)
-
-
-def network(layer: nn.Module) -> Any:
-    """One hidden layer as a Lightning module."""
-    import lightning
-
-    class Network(lightning.LightningModule):
-        """Cross entropy."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(layer, nn.ReLU(), nn.Linear(PIXELS, 10))
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss of a batch."""
-            return F.cross_entropy(self.layers(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            """Adam, one rate for all arms."""
-            return torch.optim.Adam(self.parameters(), lr=RATE)
-
-    return Network()
+    y = data.split(torch.from_numpy(np.asarray(data.labels, np.int64)))
+    name = "digits, enlarged" if data.name == "digits" else "CIFAR-10, grey"
+    return name, {part: (rows - mean) / deviation for part, rows in x.items()}, y
 
 
 def accuracy(make: Callable[[], nn.Module], x: Any, y: Any, epochs: int, seed: int) -> float:
     """Test accuracy, percent, after training; batches are the same for every arm of a seed."""
     torch.manual_seed(seed)
-    model = network(make())
+    network = nn.Sequential(make(), nn.ReLU(), nn.Linear(PIXELS, 10))
     generator = torch.Generator().manual_seed(seed)
-    order = [torch.randperm(len(x["train"]), generator=generator).split(BATCH) for _ in range(epochs)]
-    batches: Any = [(x["train"][rows], y["train"][rows]) for epoch in order for rows in epoch]
-    with quiet_trainer(max_epochs=1) as trainer:
-        trainer.fit(model, torch.utils.data.DataLoader(batches, batch_size=None))
+    order = [rows for _ in range(epochs) for rows in torch.randperm(len(y["train"]), generator=generator).split(BATCH)]
+    train(
+        network,
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        order,
+        collate=lambda rows: (x["train"][rows], y["train"][rows]),
+        learning_rate=RATE,
+    )
     with torch.no_grad():
-        return 100 * float((model.layers(x["test"]).argmax(1) == y["test"]).double().mean())
+        return 100 * float((network(x["test"]).argmax(1) == y["test"]).double().mean())
+
+
+def in_closed_form(sizes: tuple[int, ...], seed: int) -> list[list[Any]]:
+    """Transform, N, relative error of its recovery, that of the best low rank, and seconds of the processor."""
+    rows = []
+    for n in sizes:
+        for name, matrix in transforms(n, seed).items():
+            started = time.process_time()
+            error = peel(name, matrix)
+            rows.append([name, n, error, low_rank_error(matrix), round(time.process_time() - started, 3)])
+    return rows
+
+
+def by_gradients(sizes: tuple[int, ...], steps: int, seed: int) -> list[list[Any]]:
+    """Transform, N, best and median error of the starts, and how many of them reach the precision of the machine."""
+    rows = []
+    for n in sizes:
+        for name, permutation in (("DFT", "bit-reversal"), ("Hadamard", "identity")):
+            errors = learn(transforms(n, seed)[name], permutation, steps, seed)
+            reached = int((errors < MACHINE_PRECISION).sum())
+            rows.append([name, n, float(errors.min()), float(errors.median()), reached])
+    return rows
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Recovery by peeling and by gradients, then one hidden layer of five kinds."""
-    recovered, learned = [], []
-    exact = 0.0
-    for n in SIZES[:3] if quick else SIZES:
-        progress(f"peeling at N = {n}", 0.0)
-        for name, matrix in transforms(n, seed).items():
-            started = time.process_time()
-            error = peel(name, matrix)
-            seconds = round(time.process_time() - started, 3)
-            recovered.append([name, n, error, low_rank_error(matrix), seconds])
-            exact = exact if name == "Gaussian" else max(exact, error)
-    steps = 300 if quick else LEARNING_STEPS
-    for n in LEARNED[:1] if quick else LEARNED:
-        progress(f"learning at N = {n}", 0.1)
-        for name, permutation in (("DFT", "bit-reversal"), ("Hadamard", "identity")):
-            errors = learn(transforms(n, seed)[name], permutation, steps, seed)
-            learned.append(
-                [name, n, float(errors.min()), float(errors.median()), int((errors < MACHINE_PRECISION).sum())]
-            )
-    source, (x, y) = grey_images()
-    seeds = range(seed, seed + (1 if quick else 3))
+    steps, epochs, seeds = (300, 1, 1) if quick else (LEARNING_STEPS, EPOCHS, 3)
+    progress("peeling", 0.0)
+    recovered = in_closed_form(SIZES[:3] if quick else SIZES, seed)
+    progress("learning", 0.1)
+    learned = by_gradients(LEARNED[:1] if quick else LEARNED, steps, seed)
+    source, x, y = grey_images()
     if quick:
         x, y = ({part: rows[:1000] for part, rows in parts.items()} for parts in (x, y))
     arms = layers(PIXELS)
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    for done, (each, name) in enumerate((each, name) for each in seeds for name in arms):
-        progress(f"{name}, seed {each}", 0.2 + 0.8 * done / (len(seeds) * len(arms)))
-        found[name].append(accuracy(arms[name], x, y, 1 if quick else EPOCHS, each))
-    mean = {name: float(np.mean(values)) for name, values in found.items()}
-    sizes = {name: sum(p.numel() for p in make().parameters()) for name, make in arms.items()}
-    ours = mean["butterfly, complex BPBP"]
-    over_dense, over_rank = ours - mean["dense"], ours - mean["low rank"]
-    smaller = sizes["dense"] / sizes["butterfly, complex BPBP"]
-    best = min(row[2] for row in learned if row[0] == "DFT" and row[1] == max(r[1] for r in learned))
+    trials = Trials(
+        arms,
+        range(seed, seed + seeds),
+        lambda arm, number: accuracy(arms[arm], x, y, epochs, number),
+        progress=progress,
+        span=(0.2, 1),
+    )
+    sizes = {name: parameter_count(make()) for name, make in arms.items()}
+    ours = "butterfly, complex BPBP"
+    exact = max(row[2] for row in recovered if row[0] != "Gaussian")
+    best = [row[2] for row in learned if row[0] == "DFT"][-1]
     return Outcome(
         claim="Fast algorithms are learnt from a transform's matrix as butterfly factors to machine precision up to "
         "N = 1024; as a hidden layer on grey CIFAR-10 complex BPBP reaches 49.93 where a dense layer reaches 46.03, "
         "with 39.4 times fewer parameters.",
         data=f"matrices of transforms; {source}: {len(x['train'])} training and {len(x['test'])} test pictures",
-        model=f"one hidden layer of {PIXELS}, {1 if quick else EPOCHS} epochs of Adam, rate {RATE}",
+        model=f"one hidden layer of {PIXELS}, {epochs} epochs of Adam, rate {RATE}",
         metric="largest relative error of the transforms that are recovered in closed form",
         ours=exact,
         baselines={"best low rank of equal size": min(row[3] for row in recovered if row[0] != "convolution")},
-        bar="< 1e-10 for DFT, Hartley, Hadamard, DCT and convolution at every N",
-        holds=exact < 1e-10,
+        main=Check.below(
+            "DFT, Hartley, Hadamard, DCT and convolution are found",
+            "largest relative error of the transforms that are recovered in closed form", exact, 1e-10, quick=True),
         checks=[
-            Check("the DFT is learnt too", f"best root mean squared error of {RESTARTS} starts at the largest N learnt",
-                  best, "< 1e-4", best < MACHINE_PRECISION),
-            Check("BPBP over dense", "points, mean of seeds", over_dense, ">= 1", over_dense >= 1),
-            Check("BPBP over low rank", "points, mean of seeds", over_rank, ">= 8", over_rank >= 8),
-            Check("and is smaller", "parameters of dense over those of BPBP", smaller, ">= 35", smaller >= 35),
+            Check.below("the DFT is learnt too", f"best root mean squared error of {RESTARTS} starts at the largest N "
+                        "learnt", best, MACHINE_PRECISION, quick=True),
+            Check.at_least("BPBP over dense", "points, mean of seeds", trials.gap(ours, "dense"), 1),
+            Check.at_least("BPBP over low rank", "points, mean of seeds", trials.gap(ours, "low rank"), 8),
+            Check.at_least("and is smaller", "parameters of dense over those of BPBP", sizes["dense"] / sizes[ours], 35,
+                           quick=True),
         ],
         tables=[
             Table("closed form", ["transform", "N", "relative error", "low rank of equal size", "seconds"], recovered),
@@ -231,14 +211,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 ["transform", "N", "best RMSE", "median RMSE", "starts below 1e-4"],
                 learned,
             ),
-            Table(
-                "one hidden layer",
-                ["layer", "parameters of the layer", "accuracy", "lowest", "highest"],
-                [
-                    [name, sizes[name], round(mean[name], 2), round(min(v), 2), round(max(v), 2)]
-                    for name, v in found.items()
-                ],
-            ),
+            trials.table("one hidden layer", "layer", {"parameters of the layer": sizes, **spread(mean="accuracy")}),
         ],
         notes=[
             "Seconds are of the processor.",

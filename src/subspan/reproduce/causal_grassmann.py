@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from subspan.datasets import is_available, load
 from subspan.nn import GrassmannLanguageModel, GrassmannMixing, GrassmannPairHead
 from subspan.nn.grassmann_pair_head import paired_means
-from subspan.nn.training import quiet_trainer
 
-from .materials.sentence_pairs import SentencePairs, TokenStates, labelled_pairs
-from .protocol import Check, Outcome, Progress, Table
+from .materials import SentencePairs, TokenStates, labelled_pairs, parameter_count
+from .protocol import Check, Outcome, Progress
+from .training import one_cycle, train
+from .trials import Column, Trials, spread
 
 D, RANK, LAYERS, CONTEXT, BATCH, STEPS, RATE = 96, 16, 2, 128, 12, 120, 3e-3
 OFFSETS = (1, 2, 4, 8, 12, 16)
@@ -170,154 +171,120 @@ def _bytes(lines: Any) -> Int[Tensor, " n"]:
     return torch.from_numpy(np.frombuffer(joined.encode()[:4_000_000], dtype=np.uint8).astype(np.int64))
 
 
-def learner(loss: Callable[[nn.Module, Any], Tensor], model: nn.Module, steps: int, rate: float) -> Any:
-    """A loss of a model and a batch as a Lightning module."""
-    import lightning
-
-    class Learner(lightning.LightningModule):
-        """AdamW, one cycle of the rate."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss of a batch."""
-            return loss(self.model, batch)
-
-        def configure_optimizers(self) -> Any:
-            """The same for every model."""
-            optimizer = torch.optim.AdamW(self.parameters(), lr=rate, weight_decay=0.01)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    return Learner()
-
-
 def next_byte_loss(model: nn.Module, windows: Int[Tensor, "n w"]) -> Tensor:
     """Cross entropy of every byte of the windows but the first."""
     return F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
 
 
-def trained(make: Callable[[], nn.Module], train: Tensor, steps: int, seed: int) -> GrassmannLanguageModel:
+def fit(model: nn.Module, loss: Any, batches: Any, rate: float, **options: Any) -> None:
+    """AdamW, one cycle of the rate: the same for every model."""
+    options |= {"optimizer": "adamw", "weight_decay": 0.01, "schedule": one_cycle(0.1), "clip": 1.0}
+    train(model, loss, batches, learning_rate=rate, **options)
+
+
+def trained(make: Callable[[], nn.Module], text: Tensor, steps: int, seed: int) -> GrassmannLanguageModel:
     """A language model with one way of mixing after training; one seed, one order of text."""
     torch.manual_seed(seed)
     model = GrassmannLanguageModel(256, [make() for _ in range(LAYERS)], d_model=D, context=CONTEXT, dropout=0.0)
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(train) - CONTEXT - 1, (steps, BATCH, 1), generator=generator)
-    batches: Any = [train[each + torch.arange(CONTEXT + 1)] for each in starts]
-    with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
-        trainer.fit(learner(next_byte_loss, model, steps, RATE), torch.utils.data.DataLoader(batches, batch_size=None))
-    return model.eval()
+    starts = torch.randint(len(text) - CONTEXT - 1, (steps, BATCH, 1), generator=generator)
+    fit(model, next_byte_loss, [text[each + torch.arange(CONTEXT + 1)] for each in starts], RATE)
+    return model
 
 
-def perplexity(make: Callable[[], nn.Module], train: Tensor, held: Tensor, steps: int, seed: int) -> tuple[float, int]:
-    """Perplexity a byte on held-out text after training, and the number of parameters."""
-    model = trained(make, train, steps, seed)
+@torch.no_grad()
+def perplexity(model: nn.Module, held: Tensor) -> float:
+    """Perplexity a byte on held-out text."""
     windows = held[: len(held) // (CONTEXT + 1) * (CONTEXT + 1)].unflatten(0, (-1, CONTEXT + 1))
     windows = windows[:: max(1, len(windows) // 128)]
-    with torch.no_grad():
-        losses = [next_byte_loss(model, w) * len(w) for w in windows.split(64)]
-    return math.exp(float(torch.stack(losses).sum()) / len(windows)), sum(p.numel() for p in model.parameters())
+    losses = [next_byte_loss(model, w) * len(w) for w in windows.split(64)]
+    return math.exp(float(torch.stack(losses).sum()) / len(windows))
 
 
 def head_accuracy(
-    make: Callable[[int, int], nn.Module], states: TokenStates, train: SentencePairs, test: SentencePairs, seed: int
-) -> tuple[float, int]:
+    make: Callable[[int, int], nn.Module], states: TokenStates, pairs: SentencePairs, test: SentencePairs, seed: int
+) -> dict[str, float]:
     """Percent of test pairs that a head trained on the others classifies rightly, and its number of parameters."""
     torch.manual_seed(seed)
-    head = make(states.rows.shape[1], len(train.classes))
-    orders = (states.batches(train, HEAD_BATCH, seed + 1000 * epoch) for epoch in range(HEAD_EPOCHS))
-    batches: Any = [each for order in orders for each in order]
-    task = learner(lambda model, given: F.cross_entropy(model(*given[0]), given[1]), head, len(batches), HEAD_RATE)
+    head = make(states.rows.shape[1], len(pairs.classes))
+    orders = [states.batches(pairs, HEAD_BATCH, seed + 1000 * epoch) for epoch in range(HEAD_EPOCHS)]
 
-    def drawn(rows: Any) -> tuple[tuple[Tensor, ...], Tensor]:
-        return states.batch(train, rows)
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(*batch[0]), batch[1])
 
-    with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
-        trainer.fit(task, torch.utils.data.DataLoader(batches, batch_size=None, collate_fn=drawn))
-    head.eval()
+    rows = [each for order in orders for each in order]
+    fit(head, loss, rows, HEAD_RATE, collate=lambda rows: states.batch(pairs, rows))
     right = 0
     with torch.no_grad():
         for each in states.batches(test, 256, 0):
             given, labels = states.batch(test, each)
             right += int((head(*given).argmax(1) == labels).sum())
-    return 100 * right / len(test), sum(p.numel() for p in head.parameters())
+    return {"accuracy": 100 * right / len(test), "parameters": parameter_count(head)}
 
 
-def compare_heads(seeds: range, progress: Progress) -> tuple[Check, Table, str]:
-    """The Grassmann head's lead on the Transformer head, all heads' accuracies, and what they were measured on."""
-    source, train, test = labelled_pairs(HEAD_TRAIN, HEAD_TEST)
-    states = TokenStates(sorted({*train.premises, *train.hypotheses, *test.premises, *test.hypotheses}))
-    found: dict[str, list[float]] = {name: [] for name in HEADS}
-    sizes: dict[str, int] = {}
-    for done, (seed, name) in enumerate((seed, name) for seed in seeds for name in HEADS):
-        progress(f"{name} head, seed {seed}", done / (len(seeds) * len(HEADS)))
-        value, sizes[name] = head_accuracy(HEADS[name], states, train, test, seed)
-        found[name].append(value)
-    lead = float(np.mean(found["Grassmann"]) - np.mean(found["Transformer"]))
-    check = Check("the pair head over a Transformer head", "points of accuracy", lead, ">= -1", lead >= -1)
-    rows = [
-        [name, sizes[name], *(round(float(of(v)), 2) for of in (np.mean, np.min, np.max))] for name, v in found.items()
-    ]
-    table = Table(
-        "sentence pairs, percent right", ["head on frozen tokens", "parameters", "mean", "lowest", "highest"], rows
+def compare_heads(seeds: range, progress: Progress) -> tuple[Trials[str], str]:
+    """All heads on the same pairs, and what they were measured on."""
+    source, pairs, test = labelled_pairs(HEAD_TRAIN, HEAD_TEST)
+    states = TokenStates(sorted({*pairs.premises, *pairs.hypotheses, *test.premises, *test.hypotheses}))
+    trials = Trials(
+        HEADS,
+        seeds,
+        lambda arm, number: head_accuracy(HEADS[arm], states, pairs, test, number),
+        progress=lambda message, part: progress(f"head: {message}", part),
+        span=(0.6, 1),
     )
     note = (
-        f"Heads: {source}, {len(train):,} pairs to train on and {len(test):,} held out, {HEAD_EPOCHS} epochs on the "
-        f"token states of MiniLM, each sentence encoded alone; chance is {100 / len(train.classes):.0f} %."
+        f"Heads: {source}, {len(pairs):,} pairs to train on and {len(test):,} held out, {HEAD_EPOCHS} epochs on the "
+        f"token states of MiniLM, each sentence encoded alone; chance is {100 / len(pairs.classes):.0f} %."
     )
-    return check, table, note
+    return trials, note
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """The same model, text, steps and rate for every way of mixing; in full, the same for heads of sentence pairs."""
-    source, train, held = text()
+    source, given, held = text()
     steps, seeds = (25, range(seed, seed + 1)) if quick else (STEPS, range(seed, seed + 3))
-    found: dict[str, list[float]] = {name: [] for name in MIXINGS}
-    sizes: dict[str, int] = {}
-    for done, (each, name) in enumerate((each, name) for each in seeds for name in MIXINGS):
-        progress(f"{name}, seed {each}", done / (len(seeds) * len(MIXINGS)) * (1 if quick else 0.6))
-        value, sizes[name] = perplexity(MIXINGS[name], train, held, steps, each)
-        found[name].append(value)
-    checks, tables, notes = [], [], ["The heads of sentence pairs are compared in the full run alone."]
+
+    def run(arm: str, number: int) -> dict[str, float]:
+        model = trained(MIXINGS[arm], given, steps, number)
+        return {"perplexity": perplexity(model, held), "parameters": parameter_count(model)}
+
+    trials = Trials(MIXINGS, seeds, run, progress=progress, span=(0, 1 if quick else 0.6))
+    mean = trials.means("perplexity")
+    over = {arm: mean["Grassmann"] / value for arm, value in mean.items()}
+    ratio = "ratio of perplexities"
+    columns = {"parameters": Column("parameters", max), **spread("perplexity")}
+    tables = [trials.table("perplexity a byte", "mixing", columns, digits=3)]
+    checks = [
+        Check.at_most("the paper's gap to the Transformer", "percent above it", 100 * (over["Transformer"] - 1), 15),
+        Check.below("the wedge over a map of the same pairs", ratio, over["the same pairs, no wedge"], 1,
+                    required=False),
+        Check.below("and over a convolution", ratio, over["convolution on the offsets"], 1, required=False),
+    ]  # fmt: skip
+    note = "The heads of sentence pairs are compared in the full run alone."
     if not quick:
-        check, table, note = compare_heads(seeds, lambda message, part: progress(message, 0.6 + 0.4 * part))
-        checks, tables, notes = [check], [table], [note]
-    mean = {name: float(np.mean(values)) for name, values in found.items()}
-    ours = mean["Grassmann"]
-    gap = 100 * (ours / mean["Transformer"] - 1)
-    alone = ours / mean["no mixing"]
-    wedge, convolution = (ours / mean[name] for name in ("the same pairs, no wedge", "convolution on the offsets"))
+        found, note = compare_heads(seeds, progress)
+        lead = found.gap("Grassmann", "Transformer", "accuracy")
+        checks.append(Check.at_least("the pair head over a Transformer head", "points of accuracy", lead, -1))
+        columns = {"parameters": Column("parameters", max), **spread("accuracy")}
+        tables.append(found.table("sentence pairs, percent right", "head on frozen tokens", columns))
     return Outcome(
         claim="Mixing by Plücker coordinates of token pairs in place of attention comes within 10 to 15 % of a "
         "Transformer's perplexity on WikiText-2 (275.7 against 248.4); two independent repetitions found 22 to 45 %. "
         "A head on frozen tokens is as good as a Transformer head on SNLI (85.4 against 85.1 %).",
-        data=f"{source}: {len(train):,} to train on, every model the same {steps * BATCH * CONTEXT:,}",
+        data=f"{source}: {len(given):,} to train on, every model the same {steps * BATCH * CONTEXT:,}",
         model=f"{LAYERS} layers of width {D}, rank {RANK}, offsets {OFFSETS}, context {CONTEXT}",
         metric="perplexity a byte on held-out text, mean of seeds",
-        ours=ours,
-        baselines={name: value for name, value in mean.items() if name != "Grassmann"},
-        bar="at least 10 % below the model without mixing",
-        holds=alone <= 0.9,
-        checks=[
-            Check("the paper's gap to the Transformer", "percent above it", gap, "<= 15", gap <= 15),
-            Check("the wedge over a map of the same pairs", "ratio of perplexities", wedge, "< 1", wedge < 1, False),
-            Check("and over a convolution", "ratio of perplexities", convolution, "< 1", convolution < 1, False),
-            *checks,
-        ],
-        tables=[
-            Table(
-                "perplexity a byte",
-                ["mixing", "parameters", "mean", "lowest", "highest"],
-                [[n, sizes[n], round(mean[n], 3), round(min(v), 3), round(max(v), 3)] for n, v in found.items()],
-            ),
-            *tables,
-        ],
+        ours=mean["Grassmann"],
+        baselines=trials.means("perplexity", but="Grassmann"),
+        main=Check.at_most("planes of pairs are a way of mixing", "perplexity over that of the model without mixing",
+                           over["no mixing"], 0.9),
+        checks=checks,
+        tables=tables,
         notes=[
             "The paper's text pairs a token with those after it, which would leak; pairs are with the past.",
             "Bytes and a short run stand in for 30 epochs of word pieces at 13 to 18 million parameters; gaps between "
             "perplexities a byte are smaller than gaps a word.",
-            *notes,
+            note,
         ],
-    )
+    )  # fmt: skip

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,16 +13,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from subspan.geometry import Subspace, expected_overlap, principal_angles
 from subspan.nn import CRATE, CRATEAutoencoder, CRATELayer
-from subspan.nn.training import quiet_trainer
 from subspan.probe import LayerRate, rate_profile
 
-from .materials.image_features import labelled_images
-from .materials.small_networks import accuracy, pixels
+from .materials import accuracy, labelled_images, parameter_count, pixels
 from .protocol import Check, Outcome, Progress, Table
+from .training import one_cycle, shuffled, train
+from .trials import Column, Trials, spread
 
 WIDTH, HEADS, DEPTH, EPOCHS = 96, 6, 6, 4
 BATCH, RATE, DECAY = 32, 1e-3, 0.05
@@ -46,57 +47,48 @@ class ViTLayer(nn.Module):
         return z + self.mlp(self.mlp_norm(z))
 
 
-Maker = Callable[[int, int, int, int], CRATE]
-ARMS: dict[str, Maker] = {
-    "CRATE": lambda size, patch, classes, depth: CRATE(size, patch, classes, WIDTH, HEADS, depth, channels=1),
-    "ViT, equal parameters": lambda size, patch, classes, depth: CRATE(
-        size, patch, classes, WIDTH // 2, HEADS // 2, depth, channels=1, layer=lambda: ViTLayer(WIDTH // 2, HEADS // 2)
+def model(size: int, patch: int, classes: int, *, width: int = WIDTH, heads: int = HEADS, **options: Any) -> CRATE:
+    """A classifier of grey pictures."""
+    return CRATE(size, patch, classes, width, heads, DEPTH, channels=1, **options)
+
+
+ARMS: dict[str, Callable[[int, int, int], CRATE]] = {
+    "CRATE": model,
+    "ViT, equal parameters": partial(
+        model, width=WIDTH // 2, heads=HEADS // 2, layer=lambda: ViTLayer(WIDTH // 2, HEADS // 2)
     ),
-    "ViT, equal width": lambda size, patch, classes, depth: CRATE(
-        size, patch, classes, WIDTH, HEADS, depth, channels=1, layer=lambda: ViTLayer(WIDTH, HEADS)
-    ),
-    "CRATE, strict (our experiment)": lambda size, patch, classes, depth: CRATE(
-        size, patch, classes, WIDTH, HEADS, depth, channels=1, strict="gradient"
-    ),
+    "ViT, equal width": partial(model, layer=lambda: ViTLayer(WIDTH, HEADS)),
+    "CRATE, strict (our experiment)": partial(model, strict="gradient"),
 }
 
 
-def train(network: nn.Module, loss: Callable[[Any], Tensor], data: TensorDataset, epochs: int, seed: int) -> nn.Module:
+def trained(network: Any, loss: Callable[[Any, Any], Tensor], *columns: Tensor, epochs: int, seed: int) -> Any:
     """AdamW under one cycle of the rate; batches follow the seed alone."""
-    import lightning
-
-    class Module(lightning.LightningModule):
-        """The loss of a batch."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss."""
-            return loss(batch)
-
-        def configure_optimizers(self) -> Any:
-            """The rate rises over a fifth of the steps and falls to zero."""
-            optimizer = torch.optim.AdamW(self.parameters(), RATE, weight_decay=DECAY)
-            steps = int(self.trainer.estimated_stepping_batches)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    loader = DataLoader(data, BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    batches = shuffled(*columns, batch_size=BATCH, seed=seed)
     torch.manual_seed(seed + 1000)
-    with quiet_trainer(max_epochs=epochs, gradient_clip_val=1.0) as trainer:
-        trainer.fit(Module(), loader)
-    return network.eval()
+    options: Any = {"optimizer": "adamw", "learning_rate": RATE, "weight_decay": DECAY, "schedule": one_cycle(0.2)}
+    return train(network, loss, batches, epochs=epochs, clip=1.0, **options)
 
 
-def profile(model: CRATE, images: Float[Tensor, "n c h w"]) -> list[LayerRate]:
+def classifier(arm: str, sizes: tuple[int, int, int], x: Tensor, y: Tensor, epochs: int, seed: int) -> tuple[Any, Any]:
+    """A classifier as it starts, and after training."""
+    torch.manual_seed(seed)
+    start = ARMS[arm](*sizes)
+    made = copy.deepcopy(start)
+
+    def loss(network: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+    return start, trained(made, loss, x, y, epochs=epochs, seed=seed)
+
+
+def profile(network: CRATE, images: Float[Tensor, "n c h w"]) -> list[LayerRate]:
     """The layers' rates: of W = LN(z) U for CRATE, of the heads' values for a ViT."""
-    first: Any = model.layers[0]
+    first: Any = network.layers[0]
     batches = images.split(250)
     if isinstance(first, CRATELayer):
-        return rate_profile(model, batches)
-    return rate_profile(model, batches, "layers.*.qkv", heads=first.heads, fused=True)
+        return rate_profile(network, batches)
+    return rate_profile(network, batches, "layers.*.qkv", heads=first.heads, fused=True)
 
 
 def thirds(values: list[float]) -> tuple[float, float]:
@@ -154,7 +146,7 @@ def completion(
     torch.manual_seed(seed)
     model = CRATEAutoencoder(images["train"].shape[-1], patch, WIDTH, HEADS, depth, channels=1)
     generator = torch.Generator().manual_seed(seed)
-    train(model, lambda batch: model.loss(batch[0], generator), TensorDataset(images["train"]), epochs, seed)
+    trained(model, lambda net, batch: net.loss(batch[0], generator), images["train"], epochs=epochs, seed=seed)
     generator = torch.Generator().manual_seed(seed + 1)
     hidden = model.draw_mask(len(images["test"]), generator)
     rows = {part: model.patches(x).flatten(1) for part, x in images.items()}
@@ -196,51 +188,51 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Train every arm, profile its layers on held-out images, and fill in masked patches."""
     progress("data", 0.0)
     name, patch, images, labels = pictures(quick)
-    seeds, epochs = (range(seed, seed + 1), 1) if quick else (range(seed, seed + 2), EPOCHS)
-    size, classes = images["train"].shape[-1], int(labels["train"].max()) + 1
-    data = TensorDataset(images["train"], torch.from_numpy(labels["train"].astype(np.int64)))
-    held_out = images["test"][:N_PROFILE]
+    seeds, epochs, depth, masked_epochs = (1, 1, 1, 1) if quick else (2, EPOCHS, MASKED_DEPTH, MASKED_EPOCHS)
+    sizes = images["train"].shape[-1], patch, int(labels["train"].max()) + 1
+    held_out, y = images["test"][:N_PROFILE], torch.from_numpy(labels["train"].astype(np.int64))
+    before: dict[str, list[list[LayerRate]]] = {}
+    after: dict[str, list[list[LayerRate]]] = {}
+
+    def run(arm: str, number: int) -> dict[str, float]:
+        start, network = classifier(arm, sizes, images["train"], y, epochs, number)
+        before.setdefault(arm, []).append(profile(start, held_out))
+        after.setdefault(arm, []).append(profile(network, held_out))
+        score = 100 * accuracy(network, images["test"], labels["test"])
+        angle = dict(zip(("angle", "overlap"), head_angles(network.subspaces()))) if "CRATE" in arm else {}
+        return {"accuracy": score, "parameters": parameter_count(network), **angle}
+
     # The experiment has no published number to meet, and gets one seed.
-    arms = {arm: make for arm, make in ARMS.items() if not (quick and "strict" in arm)}
-    plan = [(each, arm) for each in seeds for arm in arms if "strict" not in arm or each == seed]
-    scores: dict[str, list[float]] = {arm: [] for arm in arms}
-    before: dict[str, list[list[LayerRate]]] = {arm: [] for arm in arms}
-    after: dict[str, list[list[LayerRate]]] = {arm: [] for arm in arms}
-    sizes: dict[str, int] = {}
-    angles: dict[str, list[tuple[float, float]]] = {arm: [] for arm in arms}
-    for done, (each, arm) in enumerate(plan):
-        progress(f"{arm}, seed {each}", 0.02 + 0.8 * done / len(plan))
-        torch.manual_seed(each)
-        model = arms[arm](size, patch, classes, DEPTH)
-        sizes[arm] = sum(p.numel() for p in model.parameters())
-        before[arm].append(profile(model, held_out))
-        train(model, lambda batch, model=model: F.cross_entropy(model(batch[0]), batch[1]), data, epochs, each)
-        after[arm].append(profile(model, held_out))
-        scores[arm].append(100 * accuracy(model, images["test"], labels["test"]))
-        if "CRATE" in arm:
-            angles[arm].append(head_angles(model.subspaces()))
+    trials = Trials(
+        ARMS,
+        range(seed, seed + seeds),
+        run,
+        where=lambda arm, number: "strict" not in arm or (number == seed and not quick),
+        progress=progress,
+        span=(0.02, 0.82),
+    )
     progress("masked autoencoding", 0.84)
     parts = {"train": images["masked"], "test": images["test"]}
-    depth, masked_epochs = (1, 1) if quick else (MASKED_DEPTH, MASKED_EPOCHS)
     errors = completion(parts, patch, masked_epochs, depth, seed)
+    ours, *others = errors.values()
 
-    mean = {arm: float(np.mean(values)) for arm, values in scores.items()}
-    rate = {
-        arm: [np.mean([[r.compression for r in run] for run in runs], 0).tolist() for runs in (before[arm], after[arm])]
-        for arm in arms
-    }
-    zero_rows = [
-        np.mean([[r.zeros or 0.0 for r in run] for run in runs], 0) for runs in (before["CRATE"], after["CRATE"])
-    ]
-    zeros = [float(rows.mean()) for rows in zero_rows]
+    def layers(arm: str, fact: str) -> list[list[float]]:
+        """Of a fact, layer by layer, the mean over seeds, before and after training."""
+        return [np.mean([[getattr(r, fact) or 0.0 for r in one] for one in runs[arm]], 0).tolist()
+                for runs in (before, after)]  # fmt: skip
+
+    rate = {arm: layers(arm, "compression") for arm in trials.arms}
+    zeros, stability = layers("CRATE", "zeros"), layers("CRATE", "stability")
     first, last = thirds(rate["CRATE"][1])
-    last_at_start = thirds(rate["CRATE"][0])[1]
-    chance, _ = head_angles(random_planes(seed))
-    largest = float(np.mean([angle for angle, _ in angles["CRATE"]]))
-    gap = mean["CRATE"] - mean["ViT, equal parameters"]
-    others = {key: value for key, value in errors.items() if key != "CRATE-MAE"}
-    mean_patch, linear = others.values()
-    layers = range(DEPTH)
+    learnt = last - thirds(rate["CRATE"][0])[1]
+    sparser = float(np.mean(zeros[1])) - float(np.mean(zeros[0]))
+    incoherent = trials.mean("CRATE", "angle") - head_angles(random_planes(seed))[0]
+    columns = {
+        "parameters": Column("parameters", max),
+        **spread("accuracy"),
+        "largest angle of heads, degrees": "angle",
+        "overlap of heads over chance": Column("overlap", digits=3),
+    }
     return Outcome(
         claim="Every layer is a step of compression onto subspaces and one of sparsification: through depth R^c falls "
         "and sparsity rises, on held-out data. ImageNet: 66.7 at 6.1 M parameters and 70.8 at 22.8 M, where ViTs have "
@@ -248,68 +240,38 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         data=f"{name}: {len(labels['train'])} training and {len(labels['test'])} test pictures, patches of {patch} "
         f"pixels; profiles on {len(held_out)} test pictures; {len(images['masked'])} for masked autoencoding",
         model=f"CRATE {WIDTH}/{HEADS}/{DEPTH} (width, heads, layers), {epochs} epochs of AdamW in batches of {BATCH}; "
-        f"{len(seeds)} seeds; autoencoder of {depth} + {depth} layers, 75 % masked, {masked_epochs} epochs",
+        f"{seeds} seeds; autoencoder of {depth} + {depth} layers, 75 % masked, {masked_epochs} epochs",
         metric="test accuracy (percent), mean of seeds",
-        ours=mean["CRATE"],
-        baselines={arm: value for arm, value in mean.items() if arm != "CRATE"},
-        bar="at least the ViT of equal parameters less 2 points",
-        holds=gap >= -2,
+        ours=trials.mean("CRATE", "accuracy"),
+        baselines=trials.means("accuracy", but="CRATE"),
+        main=Check.at_least("beside the ViT of equal parameters", "difference of accuracies, points",
+                            trials.gap("CRATE", "ViT, equal parameters", "accuracy"), -2),
         checks=[
-            Check("R^c falls through depth", "last third less first third, nats", last - first, "< 0", last < first),
-            Check(
-                "R^c falls by training",
-                "last third, trained less untrained, nats",
-                last - last_at_start,
-                "< 0",
-                last < last_at_start,
-            ),
-            Check("sparser by training", "share of zeros, trained less untrained", zeros[1] - zeros[0], "> 0",
-                  zeros[1] > zeros[0]),
-            Check("heads are incoherent", "mean largest angle less that of random planes, degrees", largest - chance,
-                  ">= -5", largest >= chance - 5),
-            Check("masked patches beside the mean patch", "error over error", errors["CRATE-MAE"] / mean_patch, "< 1",
-                  errors["CRATE-MAE"] < mean_patch),
-            Check("masked patches beside PCA", "error over error", errors["CRATE-MAE"] / linear, "< 1",
-                  errors["CRATE-MAE"] < linear),
+            Check.below("R^c falls through depth", "last third less first third, nats", last - first, 0, quick=True),
+            Check.below("R^c falls by training", "last third, trained less untrained, nats", learnt, 0, quick=True),
+            Check.above("sparser by training", "share of zeros, trained less untrained", sparser, 0),
+            Check.at_least("heads are incoherent", "mean largest angle less that of random planes, degrees", incoherent,
+                           -5, quick=True),
+            Check.below("masked patches beside the mean patch", "error over error", ours / others[0], 1),
+            Check.below("masked patches beside PCA", "error over error", ours / others[1], 1),
         ],
         tables=[
-            Table(
-                "accuracy",
-                ["arm", "parameters", "mean", "lowest", "highest", "largest angle of heads, degrees",
-                 "overlap of heads over chance"],
-                [
-                    [
-                        arm,
-                        sizes[arm],
-                        round(mean[arm], 2),
-                        round(min(values), 2),
-                        round(max(values), 2),
-                        round(float(np.mean([a for a, _ in angles[arm]])), 2) if angles[arm] else None,
-                        round(float(np.mean([o for _, o in angles[arm]])), 3) if angles[arm] else None,
-                    ]
-                    for arm, values in scores.items()
-                ],
-            ),
+            trials.table("accuracy", "arm", columns),
             Table(
                 "CRATE, layer by layer on held-out pictures, before and after training",
                 ["layer", "R^c before", "R^c after", "zeros before", "zeros after", "η σ² before", "η σ² after"],
                 [
-                    [
-                        k + 1,
-                        *(round(rate["CRATE"][t][k], 2) for t in range(2)),
-                        *(round(float(zero_rows[t][k]), 4) for t in range(2)),
-                        *(round(float(np.mean([run[k].stability or 0.0 for run in runs])), 3)
-                          for runs in (before["CRATE"], after["CRATE"])),
-                    ]
-                    for k in layers
+                    [k + 1, *(round(values[t][k], digits)
+                              for values, digits in ((rate["CRATE"], 2), (zeros, 4), (stability, 3)) for t in range(2))]
+                    for k in range(DEPTH)
                 ],
             ),
             Table(
                 "R^c of the other arms (a ViT's heads: their values)",
-                ["layer", *(f"{arm}, {when}" for arm in arms if arm != "CRATE" for when in ("before", "after"))],
+                ["layer", *(f"{arm}, {when}" for arm in rate if arm != "CRATE" for when in ("before", "after"))],
                 [
-                    [k + 1, *(round(rate[arm][t][k], 2) for arm in arms if arm != "CRATE" for t in range(2))]
-                    for k in layers
+                    [k + 1, *(round(rate[arm][t][k], 2) for arm in rate if arm != "CRATE" for t in range(2))]
+                    for k in range(DEPTH)
                 ],
             ),
             Table(

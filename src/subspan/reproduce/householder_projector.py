@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 from subspan.base import save_arrays, saved_object
+from subspan.base.modules import evaluation
 from subspan.base.saved import set_state
 from subspan.datasets import fingerprint, is_available, is_installed, load, load_sentence_encoder, stdlib_docstrings
 from subspan.datasets.cache import entry_folder, whole_folder
@@ -23,11 +24,11 @@ from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.models import SentenceEncoder, replace
 from subspan.nn import HouseholderProjector
-from subspan.nn.training import quiet_trainer
 
-from .materials.image_features import labelled_images
-from .materials.style_generator import FeatureDistance, Pictures, StyleAutoencoder
+from .materials import FeatureDistance, StyleAutoencoder, labelled_images
+from .materials.style_generator import Pictures
 from .protocol import Check, Outcome, Progress, Table
+from .training import one_cycle, shuffled, train
 
 LATENT, RANK, BATCH, BETA, STEP = 64, 10, 32, 1e-3, 0.1
 BASE_STEPS, TUNED_STEPS, COLD_STEPS, SPRITE_STEPS = 1500, 150, 600, 1000
@@ -37,6 +38,9 @@ TARGETS = "generator.first.*.style"
 # A direction counts where a step as long as a latent's own deviation changes this share of what two pictures differ by.
 PERCEPTIBLE = 0.05
 TEXT_RANKS = (32, 64, 128, 256)
+# Ways to find directions: of a plain layer, and of one with a projector.
+OF_LAYERS = {"SeFa": "sefa", "canonical axes in SeFa's plane": "jacobian", "PCA of w": "pca", "random": "random"}
+OF_PROJECTORS = {"columns of V": "householder", "canonical axes": "jacobian"}
 
 
 def pictures() -> Pictures:
@@ -70,49 +74,16 @@ def _at_32(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
     return F.pad(x, (margin,) * 4, value=-1.0)
 
 
-def train(
-    model: StyleAutoencoder,
-    images: Tensor,
-    distance: FeatureDistance,
-    steps: int,
-    seed: int,
-    *,
-    rate: float,
-    cycle: bool = False,
-    watch: Callable[[int], bool] | None = None,
+def tuned(
+    model: StyleAutoencoder, images: Tensor, distance: FeatureDistance, steps: int, seed: int, **options: Any
 ) -> StyleAutoencoder:
-    """Adam on all weights with the unchanged loss; watch(step), every `EVERY` steps, may end it."""
-    import lightning
-
-    class Module(lightning.LightningModule):
-        """The loss of a batch."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss."""
-            return model.loss(batch[0], distance, beta=BETA)
-
-        def on_train_batch_end(self, *_: Any) -> None:
-            """Look at the model, at times."""
-            if watch is not None and self.global_step % EVERY == 0:
-                self.trainer.should_stop = watch(self.global_step)
-
-        def configure_optimizers(self) -> Any:
-            """One rate, or one cycle of it."""
-            optimizer = torch.optim.Adam(self.parameters(), rate, betas=(0.9, 0.99))
-            if not cycle:
-                return optimizer
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    loader = DataLoader(TensorDataset(images), BATCH, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    """Adam on all weights with the unchanged loss."""
+    batches = shuffled(images, batch_size=BATCH, seed=seed)
     torch.manual_seed(seed + 1000)
-    with quiet_trainer(max_steps=steps, gradient_clip_val=1.0) as trainer:
-        trainer.fit(Module(), loader)
-    return model.eval()
+    options = {"learning_rate": TUNED_RATE, "betas": (0.9, 0.99), "clip": 1.0, **options}
+    return train(
+        model, lambda net, batch: net.loss(batch[0], distance, beta=BETA), batches, epochs=None, steps=steps, **options
+    )
 
 
 def base_model(data: Pictures, distance: FeatureDistance, steps: int, seed: int) -> StyleAutoencoder:
@@ -124,7 +95,7 @@ def base_model(data: Pictures, distance: FeatureDistance, steps: int, seed: int)
     folder = entry_folder("style-generators", fingerprint({**options, "distance": distance.name}))
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
-            train(model, images, distance, steps, seed, rate=BASE_RATE, cycle=True)
+            tuned(model, images, distance, steps, seed, learning_rate=BASE_RATE, schedule=one_cycle(0.1))
             save_arrays(unfinished / "model.safetensors", "style-autoencoder", model.state_dict())
     with saved_object(folder / "model.safetensors", "style-autoencoder", {"*": Shaped[Tensor, "..."]}) as (state, _):
         set_state(model, state)
@@ -152,25 +123,26 @@ def error(model: StyleAutoencoder, images: Tensor, distance: FeatureDistance) ->
     return float(far.mean()), float(F.mse_loss(made, images))
 
 
+@dataclass
 class Recovery:
-    """Held-out feature distance in the course of training; ends it, where asked, once it is back at `goal`."""
+    """Held-out feature distance in the course of training; ends it after `least` steps once it is back at `goal`."""
 
-    def __init__(
-        self, model: StyleAutoencoder, images: Tensor, distance: FeatureDistance, goal: float, least: int
-    ) -> None:
-        self.model, self.images, self.distance, self.goal, self.least = model, images, distance, goal, least
-        self.steps: int | None = 0 if self.now() <= goal else None
+    model: StyleAutoencoder
+    images: Tensor
+    distance: FeatureDistance
+    goal: float
+    least: int
+    steps: int | None = None
 
     def now(self) -> float:
         """The distance as it stands."""
-        modes = [(part, part.training) for part in self.model.modules()]
-        found = error(self.model.eval(), self.images, self.distance)[0]
-        for part, mode in modes:
-            part.training = mode
-        return found
+        with evaluation(self.model):
+            return error(self.model, self.images, self.distance)[0]
 
-    def __call__(self, step: int) -> bool:
+    def __call__(self, model: nn.Module, step: int) -> bool:
         """Whether to stop."""
+        if step % EVERY:
+            return False
         if self.steps is None and self.now() <= self.goal:
             self.steps = step
         return self.steps is not None and step >= self.least
@@ -272,36 +244,17 @@ class FactorNetwork(nn.Module):
 
 def factor_network(data: Pictures, epochs: int, seed: int) -> tuple[FactorNetwork, float]:
     """The network, and its mean held-out accuracy."""
-    import lightning
-
     assert data.factors is not None
-    known = data.factors
     torch.manual_seed(seed)
-    network = FactorNetwork(data.train.shape[1], known["sizes"])
+    network = FactorNetwork(data.train.shape[1], data.factors["sizes"])
 
-    class Module(lightning.LightningModule):
-        """Sum of cross entropies."""
+    def loss(model: Any, batch: Any) -> Tensor:
+        return torch.stack([F.cross_entropy(z, y) for z, y in zip(model(batch[0]), batch[1].T)]).sum()
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss."""
-            return torch.stack([F.cross_entropy(z, y) for z, y in zip(network(batch[0]), batch[1].T)]).sum()
-
-        def configure_optimizers(self) -> Any:
-            """Adam."""
-            return torch.optim.Adam(self.parameters(), 2e-3)
-
-    loader = DataLoader(
-        TensorDataset(data.train, known["train"]), 64, shuffle=True, generator=torch.Generator().manual_seed(seed)
-    )
-    with quiet_trainer(max_epochs=epochs) as trainer:
-        trainer.fit(Module(), loader)
-    network.eval()
+    batches = shuffled(data.train, data.factors["train"], batch_size=64, seed=seed)
+    train(network, loss, batches, epochs=epochs, learning_rate=2e-3)
     with torch.no_grad():
-        right = [(z.argmax(1) == y).float().mean() for z, y in zip(network(data.test), known["test"].T)]
+        right = [(z.argmax(1) == y).float().mean() for z, y in zip(network(data.test), data.factors["test"].T)]
     return network, float(torch.stack(right).mean())
 
 
@@ -327,6 +280,15 @@ def purity(
     return float(np.mean(shares))
 
 
+def truncated(layer: Any, rank: int) -> nn.Linear:
+    """A linear map cut to its leading singular directions."""
+    u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    made = copy.deepcopy(layer)
+    with torch.no_grad():
+        made.weight.copy_(u[:, :rank] * s[:rank] @ vh[:rank])
+    return made
+
+
 def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
     """Cosine of MiniLM's sentence vectors, before and after the 384 → 384 maps of layer 3 are replaced at a rank."""
     if is_available("stsb"):
@@ -336,29 +298,18 @@ def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
     texts = list(dict.fromkeys(texts))[:count]
     model, tokenizer = load_sentence_encoder()
     encoder = SentenceEncoder(model, tokenizer, max_length=64)
-    before = torch.from_numpy(encoder.encode(texts))
+    before = encoder.encode(texts)
     names = [n for n, part in model.named_modules() if isinstance(part, nn.Linear) and ".layer.3.attention" in n]
 
-    def truncated(layer: Any, rank: int) -> nn.Linear:
-        u, s, vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
-        made = copy.deepcopy(layer)
-        with torch.no_grad():
-            made.weight.copy_(u[:, :rank] * s[:rank] @ vh[:rank])
-        return made
+    def cosine_with(make: Callable[..., nn.Module], rank: int) -> float:
+        surgery = replace(model, dict.fromkeys(names, lambda layer: make(layer, rank)))
+        after = encoder.encode(texts)
+        surgery.undo()
+        return round(float((before * after).sum(1).mean()), 4)
 
-    rows = []
-    for rank in ranks:
-        cosines = []
-        for make in (
-            lambda layer, rank=rank: HouseholderProjector.from_linear(layer, rank),
-            lambda layer, rank=rank: truncated(layer, rank),
-        ):
-            surgery = replace(model, dict.fromkeys(names, make))
-            after = torch.from_numpy(encoder.encode(texts))
-            surgery.undo()
-            cosines.append(round(float((before * after).sum(1).mean()), 4))
-        rows.append([rank, *cosines])
-    return rows
+    return [
+        [rank, *(cosine_with(make, rank) for make in (HouseholderProjector.from_linear, truncated))] for rank in ranks
+    ]
 
 
 def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
@@ -366,24 +317,15 @@ def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
     data = sprites()
     network, right = factor_network(data, 3, seed)
     base = base_model(data, distance, SPRITE_STEPS, seed)
-    ours = projected(base, RANK, cold=False, seed=seed)
-    train(ours, data.train[N_CHECK:], distance, TUNED_STEPS, seed, rate=TUNED_RATE)
-    rows = [
-        ["untouched", name, round(purity(base, data.test, found_directions(base, data.test, method, seed), network), 3)]
-        for name, method in (
-            ("SeFa", "sefa"),
-            ("canonical axes in SeFa's plane", "jacobian"),
-            ("PCA of w", "pca"),
-            ("random", "random"),
-        )
-    ]
-    for name, method in (("columns of V", "householder"), ("canonical axes", "jacobian")):
-        found = found_directions(ours, data.test, method, seed)
-        rows.append([f"projector, k = {RANK}", name, round(purity(ours, data.test, found, network), 3)])
-    errors = [round(error(model, data.test, distance)[0], 4) for model in (base, ours)]
+    ours = tuned(projected(base, RANK, cold=False, seed=seed), data.train[N_CHECK:], distance, TUNED_STEPS, seed)
+    rows = []
+    for generator, model, methods in (("untouched", base, OF_LAYERS), (f"projector, k = {RANK}", ours, OF_PROJECTORS)):
+        for name, method in methods.items():
+            found = found_directions(model, data.test, method, seed)
+            rows.append([generator, name, round(purity(model, data.test, found, network), 3)])
+    far = {name: error(model, data.test, distance)[0] for name, model in (("untouched", base), ("ours", ours))}
     rows.append(["accuracy of the factor network", "", round(right, 3)])
-    rows += [["feature distance of reconstructions", name, value] for name, value in zip(("untouched", "ours"), errors)]
-    return rows
+    return rows + [["feature distance of reconstructions", name, round(value, 4)] for name, value in far.items()]
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
@@ -395,95 +337,64 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     progress("generator", 0.02)
     base = base_model(data, distance, base_steps, seed)
     goal = 1.05 * error(base, check, distance)[0]
+    ours, small, cold = f"projector, k = {RANK}, warm", "projector, k = 4, warm", f"projector, k = {RANK}, cold"
     arms = {
         "untouched": base,
         "tuned without projectors": copy.deepcopy(base),
-        f"projector, k = {RANK}, warm": projected(base, RANK, cold=False, seed=seed),
-        "projector, k = 4, warm": projected(base, 4, cold=False, seed=seed),
-        f"projector, k = {RANK}, cold": projected(base, RANK, cold=True, seed=seed),
+        ours: projected(base, RANK, cold=False, seed=seed),
+        small: projected(base, 4, cold=False, seed=seed),
+        cold: projected(base, RANK, cold=True, seed=seed),
     }
-    ours, small, cold = list(arms)[2:]
-    errors: dict[str, tuple[float, float]] = {}
-    start: dict[str, float] = {}
+    start = {arm: error(model, test, distance)[0] for arm, model in arms.items()}
     back: dict[str, int | None] = {}
-    for done, (arm, model) in enumerate(arms.items()):
-        progress(arm, 0.35 + 0.08 * done)
-        start[arm] = error(model, test, distance)[0]
-        if arm != "untouched":
-            watch = Recovery(model, check, distance, goal, tuned_steps)
-            most = cold_steps if arm == cold else tuned_steps
-            train(model, images, distance, most, seed, rate=TUNED_RATE, watch=watch)
-            back[arm] = watch.steps
-        errors[arm] = error(model, test, distance)
+    for done, (arm, model) in enumerate(list(arms.items())[1:]):
+        progress(arm, 0.43 + 0.08 * done)
+        watch = Recovery(model, check, distance, goal, tuned_steps)
+        watch.steps = 0 if watch.now() <= goal else None
+        tuned(model, images, distance, cold_steps if arm == cold else tuned_steps, seed, after_step=watch)
+        back[arm] = watch.steps
+    errors = {arm: error(model, test, distance) for arm, model in arms.items()}
     progress("directions", 0.75)
+    wanted = {"untouched": OF_LAYERS, "tuned without projectors": {"SeFa": "sefa"}, ours: OF_PROJECTORS,
+              small: OF_PROJECTORS, cold: {"columns of V": "householder"}}  # fmt: skip
     found: dict[tuple[str, str], Edits] = {}
-    for arm, name, method in [
-        ("untouched", "SeFa", "sefa"),
-        ("untouched", "canonical axes in SeFa's plane", "jacobian"),
-        ("untouched", "PCA of w", "pca"),
-        ("untouched", "random", "random"),
-        ("tuned without projectors", "SeFa", "sefa"),
-        (ours, "columns of V", "householder"),
-        (ours, "canonical axes", "jacobian"),
-        (small, "columns of V", "householder"),
-        (small, "canonical axes", "jacobian"),
-        (cold, "columns of V", "householder"),
-    ]:
-        rank = 4 if arm == small else RANK
-        directions = found_directions(arms[arm], test, method, seed, rank)
-        found[arm, name] = measure(arms[arm], test, directions, distance, seed)
+    for arm, methods in wanted.items():
+        for name, method in methods.items():
+            directions = found_directions(arms[arm], test, method, seed, 4 if arm == small else RANK)
+            found[arm, name] = measure(arms[arm], test, directions, distance, seed)
     with torch.no_grad():
         ppl = {
             arm: path_length(model.generator, model.latents(test), distance=distance, eps=STEP,
                              random=torch.Generator().manual_seed(seed))
             for arm, model in arms.items()
         }  # fmt: skip
+    steps = {arm: "not reached" if taken is None else taken for arm, taken in back.items()} | {"untouched": ""}
     tables = [
         Table(
             "generators: feature distance and squared error of held-out reconstructions, and steps until the distance "
             "is within 5 % of the untouched one's",
             ["generator", "before tuning", "after", "squared error", "PPL", "steps"],
-            [
-                [arm, round(start[arm], 4), *(round(value, 4) for value in errors[arm]), round(ppl[arm], 4),
-                 "" if arm == "untouched" else "not reached" if back[arm] is None else back[arm]]
-                for arm in arms
-            ],
+            [[arm, *(round(value, 4) for value in (start[arm], *errors[arm], ppl[arm])), steps[arm]] for arm in arms],
         ),
         Table(
             "directions, 10 (or 4) in each of three layers",
             ["generator", "directions", "PIPL", "mean |cos|", "perceptible", "effect of a typical step"],
             [[arm, name, *(round(value, 4) for value in edits)] for (arm, name), edits in found.items()],
         ),
-    ]  # fmt: skip
-    notes = [
-        "Directions of one layer move that layer's latent alone. A typical step is as long as the latents' deviation; "
-        "its effect is the feature distance that it makes over that of two pictures; above 5 % it counts as "
-        "perceptible.",
-        "A small PIPL is no merit by itself: random directions have one because they change little.",
-        "Neither the Hessian penalty nor the orthogonal Jacobian regulariser was run.",
     ]
     if is_available("lpc_sprites") and not quick:
         progress("sprites", 0.8)
-        rows = factor_rows(distance, seed)
-        tables.append(Table("sprites: share of the most changed factor, a mean over directions",
-                            ["generator", "directions", "value"], rows))  # fmt: skip
+        title = "sprites: share of the most changed factor, a mean over directions"
+        tables.append(Table(title, ["generator", "directions", "value"], factor_rows(distance, seed)))
     if is_installed("minilm"):
         progress("sentences", 0.95)
-        tables.append(
-            Table(
-                "MiniLM, the four 384 → 384 maps of layer 3 at rank k: cosine with the sentence vectors before",
-                ["k", "projector, equal gains", "truncated SVD"],
-                sentence_rows(*((16, TEXT_RANKS[:1]) if quick else (128, TEXT_RANKS))),
-            )
-        )
-    edits, sefa = found[ours, "columns of V"], found["untouched", "SeFa"]
-    canonical = found[ours, "canonical axes"]
+        title = "MiniLM, the four 384 → 384 maps of layer 3 at rank k: cosine with the sentence vectors before"
+        rows = sentence_rows(*((16, TEXT_RANKS[:1]) if quick else (128, TEXT_RANKS)))
+        tables.append(Table(title, ["k", "projector, equal gains", "truncated SVD"], rows))
+    edits, sefa, canonical = found[ours, "columns of V"], found["untouched", "SeFa"], found[ours, "canonical axes"]
     turned = found["untouched", "canonical axes in SeFa's plane"]
-    kept = errors[ours][0] / errors["untouched"][0]
-    # A start that never came back is given all the steps it had.
-    needed = {arm: cold_steps if steps is None else max(1, steps) for arm, steps in back.items()}
-    share = needed[ours] / needed[cold]
-    ratio = edits.pipl / sefa.pipl
+    # A start that never came back is given all the steps that the cold one had.
+    needed = {arm: cold_steps if taken is None else max(1, taken) for arm, taken in back.items()}
     return Outcome(
         claim="Projections U S V' with orthonormal factors and k equal gains, put into a trained generator and tuned "
         "for about 1 % of its training, give k directions that change more of one attribute each, at no loss of "
@@ -499,20 +410,25 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "random": found["untouched", "random"].pipl,
             "projector, k = 4": found[small, "columns of V"].pipl,
         },
-        bar="at least 10 % below SeFa's",
-        holds=ratio <= 0.9,
+        main=Check.at_most("steps are smoother than SeFa's", "PIPL over SeFa's", edits.pipl / sefa.pipl, 0.9),
         checks=[
-            Check("directions mix less", "mean |cos| of displacements, ours less SeFa's", edits.mixing - sefa.mixing,
-                  "< 0", edits.mixing < sefa.mixing),
-            Check("fidelity is kept", "feature distance of reconstructions, tuned over untouched", kept, "<= 1.05",
-                  kept <= 1.05),
-            Check("a warm start is sooner back", "steps over those of the cold start", share, "<= 0.333",
-                  back[ours] is not None and share <= 1 / 3),
-            Check("canonical axes mix less", "mean |cos|, canonical less SeFa's", canonical.mixing - sefa.mixing,
-                  "< 0", canonical.mixing < sefa.mixing, required=False),
-            Check("and less than in SeFa's plane", "mean |cos|, canonical axes of ours less those of the untouched",
-                  canonical.mixing - turned.mixing, "< 0", canonical.mixing < turned.mixing, required=False),
+            Check.below("directions mix less", "mean |cos| of displacements, ours less SeFa's",
+                        edits.mixing - sefa.mixing, 0),
+            Check.at_most("fidelity is kept", "feature distance of reconstructions, tuned over untouched",
+                          errors[ours][0] / errors["untouched"][0], 1.05),
+            Check.at_most("a warm start is sooner back", "steps over those of the cold start",
+                          needed[ours] / needed[cold], 1 / 3),
+            Check.below("canonical axes mix less", "mean |cos|, canonical less SeFa's",
+                        canonical.mixing - sefa.mixing, 0, required=False),
+            Check.below("and less than in SeFa's plane", "mean |cos|, canonical axes of ours less those of the "
+                        "untouched", canonical.mixing - turned.mixing, 0, required=False),
         ],
         tables=tables,
-        notes=notes,
+        notes=[
+            "Directions of one layer move that layer's latent alone. A typical step is as long as the latents' "
+            "deviation; its effect is the feature distance that it makes over that of two pictures; above 5 % it "
+            "counts as perceptible.",
+            "A small PIPL is no merit by itself: random directions have one because they change little.",
+            "Neither the Hessian penalty nor the orthogonal Jacobian regulariser was run.",
+        ],
     )  # fmt: skip

@@ -56,6 +56,10 @@ class LabelledImages:
             self, images=self.images[rows], labels=self.labels[rows], train=index[:count], test=index[count:]
         )
 
+    def split(self, values: Any) -> dict[str, Any]:
+        """Values a picture (features, labels, …) as those of the training and of the test pictures."""
+        return {"train": values[self.train], "test": values[self.test]}
+
     def features(self, model: str = "efficientnet-lite0", size: int = 128) -> Float[Tensor, "n p"]:
         """Pooled features (n, 1280) by an installed network, cached."""
         return pooled_features(self.images, image_encoder(size, model), size)

@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
-from subspan.base import require, save_arrays, saved_object
+from subspan.base import save_arrays, saved_object
 from subspan.base.saved import set_state
 from subspan.datasets import fingerprint
 from subspan.datasets.cache import entry_folder, whole_folder
-from subspan.nn.training import quiet_trainer
+
+from ..training import one_cycle, shuffled, train
 
 _BATCH, _RATE = 128, 2e-3
 
@@ -64,43 +64,23 @@ def trained_network(images: Float[Tensor, "n c h w"], labels: np.ndarray, *, see
     folder = entry_folder("small-networks", key)
     with whole_folder(folder) as unfinished:
         if unfinished is not None:
-            _train(network, images, torch.from_numpy(labels.astype(np.int64)), seed, epochs)
+            # The format is faster on a processor.
+            last: Any = torch.channels_last
+            network.to(memory_format=last)  # pyright: ignore[reportCallIssue]
+            targets = torch.from_numpy(labels.astype(np.int64))
+            train(
+                network,
+                lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+                shuffled(images.contiguous(memory_format=last), targets, batch_size=_BATCH, seed=seed),
+                epochs=epochs,
+                learning_rate=_RATE,
+                schedule=one_cycle(),
+            )
+            network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
             save_arrays(unfinished / "network.safetensors", "small-network", network.state_dict())
     with saved_object(folder / "network.safetensors", "small-network", {"*": Shaped[Tensor, "..."]}) as (state, _):
         set_state(network, state)
     return network.eval().requires_grad_(False)
-
-
-def _train(network: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: int) -> None:
-    lightning: Any = require("lightning", extra="train")
-
-    class Classifier(lightning.LightningModule):
-        """Cross entropy of the network's logits."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def training_step(self, batch: Any, batch_index: int = 0) -> Tensor:
-            return F.cross_entropy(self.network(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.Adam(self.network.parameters(), _RATE)
-            steps = int(self.trainer.estimated_stepping_batches)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=steps)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # Faster on a processor.
-    network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    loader = DataLoader(
-        TensorDataset(images.contiguous(memory_format=torch.channels_last), labels),
-        _BATCH,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    with quiet_trainer(max_epochs=epochs) as trainer:
-        trainer.fit(Classifier(), loader)
-    network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
 
 @torch.no_grad()
