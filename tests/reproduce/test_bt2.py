@@ -6,7 +6,6 @@ import torch
 
 pytest.importorskip("lightning", reason="compatible models train with Lightning (extra: train)")
 
-from subspan.datasets import is_installed
 from subspan.reproduce import Trials, bt2, lambda_orthogonality
 from subspan.reproduce.materials import image_features
 
@@ -87,12 +86,3 @@ def test_lambda_orthogonality_on_planted_models(planted):
     soft = methods["soft, weight 1"](data)
     free = methods["affine"](data)
     assert soft.defect < free.defect
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", [bt2, lambda_orthogonality])
-def test_the_quick_protocols_run(module):
-    if not is_installed("efficientnet-lite2"):
-        pytest.skip("efficientnet-lite2 is not installed")
-    outcome = module.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.checks

@@ -77,20 +77,3 @@ def test_hook_and_features_agree_and_attacks_get_through(features):
     assert after < 0.7
     assert success == pytest.approx(1 - after)
     torch.testing.assert_close(seen[:, 0], clean, rtol=1e-3, atol=1e-4)
-
-
-@needs_network
-@pytest.mark.slow
-@pytest.mark.skipif(not is_installed("minilm"), reason="the sentence encoder is not installed")
-def test_quick_protocol_measures_every_row(own_cache):
-    said = []
-    outcome = eigenshield.protocol(quick=True, seed=0, progress=lambda message, fraction: said.append(fraction))
-    names = [row[0] for row in outcome.tables[0].rows]
-    assert names[0] == "no defence"
-    assert "EigenShield" in names
-    assert len(names) == 8
-    assert all(0 <= cell <= 1 for row in outcome.tables[0].rows for cell in row[2:])
-    same = [row[1] for row in outcome.tables[0].rows if "same k" in row[0] or row[0] == "EigenShield"]
-    assert len(set(same)) == 1
-    assert outcome.holds == (outcome.baselines["no defence"] - outcome.ours >= 0.15)
-    assert said == sorted(said)

@@ -1,3 +1,4 @@
+import ast
 import json
 import subprocess
 import sys
@@ -8,6 +9,12 @@ import pytest
 from subspan.reproduce import SYSTEMS, Check, Outcome, find, listing, recorded, run
 
 ROOT = Path(__file__).resolve().parents[2]
+WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm")
+# Protocols that are still to be written in the shared words.
+OLDER = {
+    "irepa", "lambda_orthogonality", "matryoshka", "mlc", "plato_3d_text", "realign", "s2cag", "scalselect", "simvq",
+    "stationary_simplex", "sts", "subspace_clustering", "subspacead", "ulsam", "diffusion_subspace_clustering",
+}  # fmt: skip
 
 
 def outcome():
@@ -58,6 +65,35 @@ def test_every_system_has_its_protocol_its_page_and_its_public_name():
         page = (ROOT / "docs" / "systems" / f"{system.name}.md").read_text(encoding="utf-8")
         assert f"<!-- results: {system.name} -->" in page or f"subspan reproduce {system.name}" in page
     assert [entry["name"] for entry in listing()] == [system.name for system in SYSTEMS]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_a_quick_run_measures_everything_and_what_it_judges_holds(system):
+    pytest.importorskip("lightning", reason="protocols train with Lightning (extra: train)")
+    from subspan.datasets import is_installed
+
+    if missing := [name for name in WEIGHTS if not is_installed(name)]:
+        pytest.skip(f"{missing} are not installed")
+    said = []
+    record = run(system, quick=True, progress=lambda message, fraction: said.append(fraction))
+    assert record["tables"]
+    assert all(0 <= fraction <= 1 for fraction in said)
+    assert all((check["holds"] is None) != check["judged"] for check in record["checks"])
+    assert all(check["holds"] for check in record["checks"] if check["judged"] and check["required"])
+
+
+def test_every_bar_comes_from_a_bound_and_training_from_one_module():
+    """`Check(…)` spells out text and verdict, and could state another bar than it tests."""
+    for path in sorted((ROOT / "src" / "subspan" / "reproduce").rglob("*.py")):
+        if path.stem in OLDER or path.stem == "protocol":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            assert called != "Check", f"{path.name}:{node.lineno} spells a check out"
+            assert not any("LightningModule" in base for base in bases), f"{path.name}:{node.lineno} trains by itself"
 
 
 def test_recorded_runs_are_full_and_agree_with_their_bars():
