@@ -13,7 +13,7 @@ WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "mi
 # Protocols that are still to be written in the shared words.
 OLDER = {
     "irepa", "lambda_orthogonality", "matryoshka", "mlc", "plato_3d_text", "realign", "s2cag", "scalselect", "simvq",
-    "stationary_simplex", "sts", "subspace_clustering", "subspacead", "ulsam", "diffusion_subspace_clustering",
+    "stationary_simplex", "sts", "subspace_clustering", "subspacead", "ulsam",
 }  # fmt: skip
 
 

@@ -23,10 +23,12 @@ from subspan.cluster import (
 )
 from subspan.datasets import data_folder, load
 from subspan.measures import clustering_accuracy, modularity
+from subspan.nn import ConvAutoencoder
 from subspan.solvers.self_expression import ridge_self_expression
 from subspan.solvers.spectral import retained_affinity, spectral_labels
 
 from .protocol import Check, Outcome, Progress, Table
+from .training import train
 from .trials import Column, Trials
 
 _ALPHAS = (1e-3, 1e-2, 0.1, 1.0, 10.0)
@@ -147,19 +149,9 @@ class Trace(NamedTuple):
 def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
     """Stages one and two for `setting.unstopped` steps, looked at every so often (without stage three)."""
     from subspan.cluster.deep_training import SelfExpressionModule, all_items, reconstruction_loss
-    from subspan.nn import ConvAutoencoder, Objective
-    from subspan.nn.training import quiet_trainer
-
-    class Unstopped(SelfExpressionModule):
-        stop = _MAX_STEPS
-
-        def watch(self, step: int) -> bool:
-            # The rule is asked for; that it says yes is written down and not acted on.
-            if super().watch(step):
-                self.stop = min(self.stop, step)
-            return False
 
     accuracy: list[float] = []
+    ends = [_MAX_STEPS]
 
     def look(c: torch.Tensor) -> float:
         affinity = retained_affinity(c.numpy(), data.retain)
@@ -167,13 +159,18 @@ def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
         accuracy.append(clustering_accuracy(data.y, labels))
         return modularity(affinity, labels)
 
+    def watch(module: Any, step: int) -> bool:
+        # The rule is asked for; that it says yes is written down and not acted on.
+        if module.watch(step):
+            ends.append(step)
+        return False
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         items = torch.from_numpy(data.x / data.x.max()).unsqueeze(1)
         network = ConvAutoencoder((1, *data.x.shape[1:]), data.encoder["channels"], data.encoder["kernels"])
-        with quiet_trainer(max_epochs=1) as trainer:
-            trainer.fit(Objective(network, reconstruction_loss, optimizer="adam"), all_items(items, 100))
-        module = Unstopped(
+        train(network, reconstruction_loss, all_items(items, 100), learning_rate=1e-3)
+        module = SelfExpressionModule(
             len(items),
             fixed=normalize_rows(items.flatten(1)),
             autoencoder=network,
@@ -181,12 +178,11 @@ def unstopped(data: Pictures, setting: Setting, seed: int) -> Trace:
             look=look,
             every=setting.every,
         )
-        with quiet_trainer(max_epochs=1) as trainer:
-            objective = Objective(module, Unstopped.training_loss, optimizer="adam", after_step=Unstopped.watch)
-            trainer.fit(objective, all_items(items, setting.unstopped))
+        loss, batches = SelfExpressionModule.training_loss, all_items(items, setting.unstopped)
+        train(module, loss, batches, learning_rate=1e-3, after_step=watch)
         module.restore()
     steps, values = (list(part) for part in zip(*module.looks))
-    within = [value if step <= module.stop else -np.inf for step, value in module.looks]
+    within = [value if step <= min(ends) else -np.inf for step, value in module.looks]
     return Trace(steps, accuracy, values, int(np.argmax(within)))
 
 
