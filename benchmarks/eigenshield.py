@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from record import Record, parser, timed
 from subspan.edit import RobustSpikes, SpikeFilter, jpeg
 from subspan.geometry import Subspace
-from subspan.reproduce.eigenshield import ImageFeatures
+from subspan.reproduce.materials import PooledFeatures
 
 D, ROWS, BLOCK, SPIKES = 1280, 5120, 1024, 200
 
@@ -56,7 +56,7 @@ def main() -> None:
     module = SpikeFilter(subspace.basis.float())
     dense = subspace.projector.float()
     images = torch.rand(16, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-    encoder = ImageFeatures().eval()
+    encoder = PooledFeatures().eval()
     with torch.no_grad():
         batch = encoder(images)
         encode = seconds(lambda: encoder(images), 3)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from subspan.reproduce import householder_projector as protocol
-from subspan.reproduce.materials.style_generator import FeatureDistance
+from subspan.reproduce.materials.style_generator import FeatureDistance, garments
 
 ROWS, STEPS, SCALE, GAP, PICTURE, LAYER = 5, (-2.0, -1.0, 0.0, 1.0, 2.0), 2, 12, 4, 0
 
@@ -30,7 +30,7 @@ def block(model, images, directions) -> np.ndarray:
 
 def main() -> None:
     """Write the picture beside this file."""
-    data, distance = protocol.pictures(), FeatureDistance()
+    data, distance = garments(protocol.N_TRAIN, protocol.N_TEST), FeatureDistance()
     base = protocol.base_model(data, distance, protocol.BASE_STEPS, 0)
     ours = protocol.projected(base, protocol.RANK, cold=False, seed=0)
     images = data.train[protocol.N_CHECK :]

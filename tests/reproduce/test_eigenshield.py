@@ -8,7 +8,8 @@ from subspan.datasets import is_installed, load_model
 from subspan.edit import SpikeFilter
 from subspan.models.intervene import intervene
 from subspan.reproduce import eigenshield
-from subspan.reproduce.eigenshield import Defence, ImageFeatures, Laboratory, Size
+from subspan.reproduce.eigenshield import Defence, Laboratory, Size
+from subspan.reproduce.materials import PooledFeatures
 
 TINY = Size(32, 24, 40, 16, 12, 2, (1 / 255, 2 / 255), (1 / 2040,), 40, 12)
 
@@ -17,7 +18,7 @@ needs_network = pytest.mark.skipif(not is_installed("efficientnet-lite0"), reaso
 
 @pytest.fixture(scope="module")
 def features():
-    return ImageFeatures().eval()
+    return PooledFeatures().eval()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from subspan.reproduce import Check, Outcome, Table
@@ -54,6 +55,8 @@ def test_numbers_must_be_finite_and_tables_rectangular() -> None:
         Check.at_least("effect", "gap", math.inf, 0)
     with pytest.raises(ValueError, match="expected 2 cells"):
         Table("t", ["a", "b"], [[1]])
+    assert Table.rounded("t", "ab", {"x": 1.23456}.items(), 2).rows == [["x", 1.23]]
+    assert Table.rounded("t", "abc", [[7, None, np.float64(0.00015)]]).rows == [[7, None, 0.0001]]
 
 
 def test_a_bar_says_of_what_it_is() -> None:

@@ -1,7 +1,7 @@
 from . import materials
 from .protocol import Check, Outcome, Progress, System, Table
 from .runner import SYSTEMS, find, listing, recorded, run
-from .training import cosine, one_cycle, shuffled, train
+from .training import cosine, kept, one_cycle, shuffled, train
 from .trials import Column, Trials, spread
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Trials",
     "cosine",
     "find",
+    "kept",
     "listing",
     "materials",
     "one_cycle",

@@ -279,12 +279,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
 def outcome(data: Data, setting: Setting, trials: Trials[str], steps: np.ndarray | None) -> Outcome:
     """The bars, on what was measured."""
-    ours, naive, old, new = (
-        f"BT², k = {setting.k}",
-        f"BCT + {setting.k} free dimensions",
-        "new/old top-1",
-        "new/new top-1",
-    )
+    ours, naive = f"BT², k = {setting.k}", f"BCT + {setting.k} free dimensions"
+    old, new = "new/old top-1", "new/new top-1"
     swept = [f"BT², k = {k}" for k in setting.sweep]
     own = [trials.mean(name, new) for name in swept]
     cross = [trials.mean(f"BT², k = {k}", old) for k in setting.sweep if k <= setting.k]

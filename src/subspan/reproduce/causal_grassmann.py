@@ -113,19 +113,11 @@ class TransformerPairHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(4 * d, classes)
 
-    def forward(
-        self,
-        premise: Float[Tensor, "n p f"],
-        hypothesis: Float[Tensor, "n q f"],
-        premise_mask: Bool[Tensor, "n p"],
-        hypothesis_mask: Bool[Tensor, "n q"],
-    ) -> Float[Tensor, "n c"]:
-        """Logits."""
-        parts = [self.embed(part) + vector for part, vector in zip((premise, hypothesis), self.sentence)]
-        padding = ~torch.cat([premise_mask, hypothesis_mask], 1)
-        states = self.blocks(torch.cat(parts, 1), src_key_padding_mask=padding)
-        a, b = states.split([premise.shape[1], hypothesis.shape[1]], 1)
-        return self.classifier(self.dropout(paired_means(a, b, premise_mask, hypothesis_mask)))
+    def forward(self, a: Float[Tensor, "n p f"], b: Float[Tensor, "n q f"], *masks: Bool[Tensor, "n _"]) -> Tensor:
+        """Logits (n, classes) of premises and hypotheses."""
+        parts = [self.embed(part) + vector for part, vector in zip((a, b), self.sentence)]
+        states = self.blocks(torch.cat(parts, 1), src_key_padding_mask=~torch.cat(masks, 1))
+        return self.classifier(self.dropout(paired_means(*states.split([a.shape[1], b.shape[1]], 1), *masks)))
 
 
 class MeanPairHead(nn.Module):
@@ -137,15 +129,9 @@ class MeanPairHead(nn.Module):
             nn.Linear(4 * in_features, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
         )
 
-    def forward(
-        self,
-        premise: Float[Tensor, "n p f"],
-        hypothesis: Float[Tensor, "n q f"],
-        premise_mask: Bool[Tensor, "n p"],
-        hypothesis_mask: Bool[Tensor, "n q"],
-    ) -> Float[Tensor, "n c"]:
-        """Logits."""
-        return self.layers(paired_means(premise, hypothesis, premise_mask, hypothesis_mask))
+    def forward(self, a: Float[Tensor, "n p f"], b: Float[Tensor, "n q f"], *masks: Bool[Tensor, "n _"]) -> Tensor:
+        """Logits (n, classes) of premises and hypotheses."""
+        return self.layers(paired_means(a, b, *masks))
 
 
 HEADS: dict[str, Callable[[int, int], nn.Module]] = {

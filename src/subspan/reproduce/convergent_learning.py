@@ -179,7 +179,7 @@ def stitched_accuracy(front: Any, back: Any, layer: str, units: AffineMap, image
     return accuracy(nn.Sequential(front[:cut], MappedUnits(units), back[cut:]), images, labels)
 
 
-def stitches(world: World, layers: dict[str, list[Layer]]) -> tuple[list[list[Any]], dict[str, float]]:
+def stitches(world: World, layers: dict[str, list[Layer]]) -> tuple[list[tuple[Any, ...]], dict[str, float]]:
     """Accuracy of the first network's front with the second one's back, by how the units in between are mapped."""
     found: dict[str, list[float]] = {}
     for name in LAYERS:
@@ -193,8 +193,7 @@ def stitches(world: World, layers: dict[str, list[Layer]]) -> tuple[list[list[An
             front, back = world.trained[:2]
             score = stitched_accuracy(front, back, name, units, world.held, world.held_labels)
             found.setdefault(way, []).append(score)
-    rows = [[name, *(round(score, 4) for score in scores)] for name, *scores in zip(LAYERS, *found.values())]
-    return rows, {way: float(np.mean(scores)) for way, scores in found.items()}
+    return list(zip(LAYERS, *found.values())), {way: float(np.mean(scores)) for way, scores in found.items()}
 
 
 @torch.no_grad()
@@ -311,13 +310,14 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             ["layer", "units", *COLUMNS],
             [[name, *cells(*found)] for name, found in layers.items()],
         ),
-        Table(
+        Table.rounded(
             f"mean matched correlation (trained, first layer, first pair: {estimate:.3f}, standard error {error:.3f} "
             "by pictures)",
             ["networks", *LAYERS],
-            [[kind, *(round(value, 3) for value in values)] for kind, values in correlations.items()],
+            [[kind, *values] for kind, values in correlations.items()],
+            3,
         ),
-        Table(
+        Table.rounded(
             "accuracy of the first network's front joined to the second's back",
             ["cut after", "units as numbered", "one partner", "few partners", "all units"],
             stitched_rows,

@@ -266,19 +266,14 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                     for k in range(DEPTH)
                 ],
             ),
-            Table(
+            Table.rounded(
                 "R^c of the other arms (a ViT's heads: their values)",
                 ["layer", *(f"{arm}, {when}" for arm in rate if arm != "CRATE" for when in ("before", "after"))],
-                [
-                    [k + 1, *(round(rate[arm][t][k], 2) for arm in rate if arm != "CRATE" for t in range(2))]
-                    for k in range(DEPTH)
-                ],
+                [[k + 1, *(rate[arm][t][k] for arm in rate if arm != "CRATE" for t in range(2))] for k in range(DEPTH)],
+                2,
             ),
-            Table(
-                "hidden patches filled in, mean squared error (pixels of unit variance)",
-                ["method", "error"],
-                [[key, round(value, 4)] for key, value in errors.items()],
-            ),
+            Table.rounded("hidden patches filled in, mean squared error (pixels of unit variance)", ["method", "error"],
+                          errors.items()),
         ],
         notes=[
             "The strict arm (orthonormal tied U, exact gradient step) is an experiment of ours, one seed; no such "

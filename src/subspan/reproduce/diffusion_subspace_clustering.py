@@ -284,11 +284,11 @@ def face_clusters(
         for part, truth, labels in (("fitted", data.fit_labels, fitted), ("held out", data.held_labels, held)):
             accuracies.append(clustering_accuracy(truth, labels))
             information = float(normalized_mutual_info_score(truth, labels))
-            rows.append([name, part, round(accuracies[-1], 4), round(information, 4)])
+            rows.append([name, part, accuracies[-1], information])
     chance = float(np.median(random))
-    rows.append([f"K-subspaces, random starts, median of {len(random)}", "fitted", round(chance, 4), None])
+    rows.append([f"K-subspaces, random starts, median of {len(random)}", "fitted", chance, None])
     title, columns = "clustering of the faces", ["model", "pictures", "accuracy", "mutual information"]
-    return Table(title, columns, rows), accuracies[0] - chance
+    return Table.rounded(title, columns, rows), accuracies[0] - chance
 
 
 def fashion_ranks(setting: Setting, seed: int) -> tuple[dict[float, float], int]:
@@ -387,10 +387,11 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     moved = edits(data, models, setting.edits, seed)
     tables = [
         planted_table,
-        Table(
+        Table.rounded(
             f"PSNR (dB) on {len(data.held)} held-out pictures by noise",
             ["denoiser", *(f"sigma {sigma:g}" for sigma in NOISE)],
-            [[name, *(round(value, 2) for value in row.values())] for name, row in quality.items()],
+            [[name, *row.values()] for name, row in quality.items()],
+            2,
         ),
         clusters,
         Table(
@@ -398,7 +399,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             ["noise", "rank"],
             [list(row) for row in ranks.items()],
         ),
-        Table("edits of held-out faces", ["quantity", "value"], [[k, round(v, 4)] for k, v in moved.items()]),
+        Table.rounded("edits of held-out faces", ["quantity", "value"], moved.items()),
     ]
     ours, single, labelled = (quality[name] for name in ("mixture", "one Gaussian", "mixture from true labels"))
     gain = {name: row[0.4] - single[0.4] for name, row in quality.items()}

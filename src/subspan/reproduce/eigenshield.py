@@ -6,10 +6,8 @@ same number of directions, so that only the choice of directions is compared.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -19,23 +17,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from subspan.datasets import (
-    cached_features,
-    image_preprocessing,
-    is_available,
-    load,
-    load_model,
-    load_sentence_encoder,
-    stdlib_docstrings,
-)
+from subspan.datasets import cached_features, load_sentence_encoder
 from subspan.edit import NoSpikesError, RobustSpikes, SpikeFilter, conformal_quantile, gaussian_blur, jpeg, pgd, typos
 from subspan.geometry import Subspace
 from subspan.measures import paired_bootstrap
 from subspan.models import SentenceEncoder, intervene
 
-from .materials import labelled_images, text_features
+from .materials import PooledFeatures, labelled_images, labelled_texts, text_features
 from .protocol import Check, Outcome, Progress, Table
 from .trials import Trials
 
@@ -48,7 +37,6 @@ _SATURATED = (
     "The attack succeeds on nearly every image, defended or not, so the comparisons with PCA and with all spikes are "
     "met by saturation and say little; see the table by radius."
 )
-_CLASSES = 10
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "jpeg": lambda x: jpeg(x, quality=_JPEG_QUALITY),
@@ -109,34 +97,11 @@ class Defence:
         return _mean(right), _mean(left), 1 - _mean(left[:, right])
 
 
-class ImageFeatures(nn.Module):
-    """Pixel values in [0, 1] (b, 3, h, w) → pooled features (b, 1280) of EfficientNet-Lite0, weights frozen.
-
-    Batch norms are folded into the convolutions before them: the same function, several times faster to differentiate.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.network: Any = load_model("efficientnet-lite0").requires_grad_(False)
-        for module in list(self.network.modules()):
-            for (name, convolution), (follower, norm) in pairwise(list(module.named_children())):
-                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    setattr(module, name, fuse_conv_bn_eval(convolution, norm))
-                    setattr(module, follower, nn.Identity())
-        self.network.to(memory_format=torch.channels_last)
-        self.normalization = image_preprocessing("efficientnet-lite0")
-
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """Normalise, run the convolutions, average over positions."""
-        x = (x - self.normalization["mean"]) / self.normalization["std"]
-        return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))
-
-
 @dataclass(frozen=True)
 class Laboratory:
     """The encoder on images as they are and attacked; what it gives is kept in the cache folder."""
 
-    features: ImageFeatures
+    features: PooledFeatures
     size: Size
 
     def pixels(self, images: np.ndarray) -> Float[Tensor, "b 3 h w"]:
@@ -386,43 +351,23 @@ def image_study(lab: Laboratory, images: Any, labels: Any, seed: int, progress: 
             digits=4,
         ),
         trials.table("Images: attack success by radius in 8-bit steps", "defence", {"k": k, **curve}),
-        Table(
+        Table.rounded(
             "Images: the level alpha",
             ["alpha", "k", "clean", "attack success", "PCA, same k", "random, same k"],
-            _rounded(swept(spikes, linear, attempt, seed)),
+            swept(spikes, linear, attempt, seed),
         ),
-        Table(
+        Table.rounded(
             "Images: other scores at alpha = 0.2",
             ["score", "k", "clean", "attack success"],
-            _rounded(other_scores(clean, attacked, linear, attempt, seed)),
+            other_scores(clean, attacked, linear, attempt, seed),
         ),
     ]
     return ImageStudy(trials, tables, float(alarm), spikes)
 
 
-def texts(size: Size, seed: int) -> tuple[str, tuple[list[str], Tensor], tuple[list[str], Tensor]]:
-    """AG News, else docstrings of the standard library by top-level module: texts and classes to fit and to test."""
-    if is_available("icl_text"):
-        data, name = load("icl_text/agnews"), "AG News"
-        records = [(record["text"], record["label"]) for part in ("train", "test") for record in data[part]]
-    else:
-        entries, name = stdlib_docstrings(), "docstrings of the standard library by module"
-        counts = Counter(entry.label for entry in entries)
-        largest = sorted(counts, key=lambda label: (-counts[label], label))[:_CLASSES]
-        records = [(entry.text, entry.label) for entry in entries if entry.label in largest]
-    chosen = [records[i] for i in np.random.default_rng(seed).permutation(len(records))]
-    classes = sorted({label for _, label in records})
-    cut = min(size.texts, len(chosen) * 3 // 4)
-    fit, test = (
-        ([text for text, _ in part], torch.tensor([classes.index(label) for _, label in part]))
-        for part in (chosen[:cut], chosen[cut : cut + size.text_tests])
-    )
-    return name, fit, test
-
-
 def text_study(size: Size, seed: int) -> tuple[Table, tuple[float, float, float]]:
     """Typing errors, some kinds for calibration and others for the test: the table, the filter's gain, its interval."""
-    name, (fit, labels), (tests, truth) = texts(size, seed)
+    name, (fit, labels), (tests, truth) = labelled_texts(size.texts, size.text_tests, seed)
     rng, third = np.random.default_rng(seed), len(fit) // 3
     mistyped = [typos(text, kinds=CALIBRATION_TYPOS, generator=rng) for text in fit[:third]]
     unseen = [typos(text, kinds=HELD_OUT_TYPOS, generator=rng) for text in tests]
@@ -456,7 +401,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Measure the defences on images and on texts, sweep the level, and test the filter's own weak points."""
     size = QUICK if quick else FULL
     name, images, labels = parts(size, seed)
-    study = image_study(Laboratory(ImageFeatures().eval(), size), images, labels, seed, progress)
+    study = image_study(Laboratory(PooledFeatures().eval(), size), images, labels, seed, progress)
     progress("texts", 0.9)
     text_table, (text_gain, text_low, text_high) = text_study(size, seed)
     trials, asr, spikes = study.trials, study.trials.means("attack success"), study.spikes
@@ -506,7 +451,3 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
 def _mean(values: Bool[Tensor, "*b"]) -> float:
     return float(values.float().mean())
-
-
-def _rounded(rows: list[list[Any]]) -> list[list[Any]]:
-    return [[round(cell, 4) if isinstance(cell, float) else cell for cell in row] for row in rows]

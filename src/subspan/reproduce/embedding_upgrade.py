@@ -308,22 +308,16 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 for one in found
             ],
         ),
-        Table(
-            "confidence beside the recall of held-out queries",
-            ["upgrade", *telling],
-            [[one.name, *(round(one.facts[fact], 3) for fact in telling)] for one in found],
-        ),
-        Table(f"top-1 by label, {cases[0].name}", ["query/index", "top-1"], _rows(accuracy)),
-        Table(
+        Table.rounded("confidence beside the recall of held-out queries", ["upgrade", *telling],
+                      [[one.name, *(one.facts[fact] for fact in telling)] for one in found], 3),
+        Table.rounded(f"top-1 by label, {cases[0].name}", ["query/index", "top-1"], accuracy.items()),
+        Table.rounded(
             "backfill: area under recall@10 of new queries in migrated vectors, against the new encoder's neighbours",
             ["upgrade", *next(iter(filled.values()))],
-            [[name, *(round(v, 4) for v in by_order.values())] for name, by_order in filled.items()],
+            [[name, *by_order.values()] for name, by_order in filled.items()],
         ),
-        Table(
-            f"backfill: area under top-1 by label of mapped queries in the old space, {cases[0].name}",
-            ["order", "area"],
-            _rows(areas),
-        ),
+        Table.rounded(f"backfill: area under top-1 by label of mapped queries in the old space, {cases[0].name}",
+                      ["order", "area"], areas.items()),
         Table(
             "without pairs",
             ["case", "agreement of two starts", "chance", "recall@10 of pairs", "chance of that", "says it worked"],
@@ -368,7 +362,3 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "The residual network is left out here: it is trained once a fold, and the protocol compares closed forms.",
         ],
     )  # fmt: skip
-
-
-def _rows(values: dict[str, float]) -> list[list[Any]]:
-    return [[name, round(value, 4)] for name, value in values.items()]

@@ -10,25 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base import save_arrays, saved_object
 from subspan.base.modules import evaluation
-from subspan.base.saved import set_state
-from subspan.datasets import fingerprint, is_available, is_installed, load, load_sentence_encoder, stdlib_docstrings
-from subspan.datasets.cache import entry_folder, whole_folder
+from subspan.datasets import is_available, is_installed, load, load_sentence_encoder, stdlib_docstrings
 from subspan.edit import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.models import SentenceEncoder, replace
 from subspan.nn import HouseholderProjector
 
-from .materials import FeatureDistance, StyleAutoencoder, labelled_images
-from .materials.style_generator import Pictures
+from .materials import FeatureDistance, StyleAutoencoder
+from .materials.style_generator import FactorNetwork, Pictures, factor_network, garments, sprites
 from .protocol import Check, Outcome, Progress, Table
-from .training import one_cycle, shuffled, train
+from .training import kept, one_cycle, shuffled, train
 
 LATENT, RANK, BATCH, BETA, STEP = 64, 10, 32, 1e-3, 0.1
 BASE_STEPS, TUNED_STEPS, COLD_STEPS, SPRITE_STEPS = 1500, 150, 600, 1000
@@ -41,37 +38,6 @@ TEXT_RANKS = (32, 64, 128, 256)
 # Ways to find directions: of a plain layer, and of one with a projector.
 OF_LAYERS = {"SeFa": "sefa", "canonical axes in SeFa's plane": "jacobian", "PCA of w": "pca", "random": "random"}
 OF_PROJECTORS = {"columns of V": "householder", "canonical axes": "jacobian"}
-
-
-def pictures() -> Pictures:
-    """Fashion-MNIST, or handwritten digits where the data folder lacks it."""
-    data = labelled_images("fashion_mnist")
-    order = np.random.default_rng(0).permutation(data.train)[:N_TRAIN]
-    parts = [np.asarray(data.images[index]) for index in (order, data.test[:N_TEST])]
-    train, test = (_at_32(torch.from_numpy(part)[:, None].float()) for part in parts)
-    return Pictures(data.name, train, test, None)
-
-
-def sprites() -> Pictures:
-    """Game characters with seven known factors."""
-    data = load("lpc_sprites")
-    order = np.random.default_rng(0).permutation(len(data["x"]))
-    x = _at_32(torch.from_numpy(data["x"][order]).movedim(-1, 1).float())
-    factors = torch.from_numpy(data["factors"][order].astype(np.int64))
-    n = len(x) - N_TEST
-    known = {"sizes": data["factor_sizes"].tolist(), "train": factors[:n], "test": factors[n:]}
-    return Pictures("lpc_sprites", x[:n], x[n:], known)
-
-
-def _at_32(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
-    """Bytes as -1 to 1 at 32 pixels: cut in half, or framed by black."""
-    x = x / 127.5 - 1
-    if x.shape[-1] > 32:
-        return F.avg_pool2d(x, x.shape[-1] // 32)
-    if x.shape[-1] < 16:
-        x = F.interpolate(x, scale_factor=32 // x.shape[-1])
-    margin = (32 - x.shape[-1]) // 2
-    return F.pad(x, (margin,) * 4, value=-1.0)
 
 
 def tuned(
@@ -91,15 +57,11 @@ def base_model(data: Pictures, distance: FeatureDistance, steps: int, seed: int)
     torch.manual_seed(seed)
     model = StyleAutoencoder(data.train.shape[1], LATENT)
     images = data.train[N_CHECK:]
-    options = {"start": model, "images": images, "steps": steps, "seed": seed, "rate": BASE_RATE, "beta": BETA}
-    folder = entry_folder("style-generators", fingerprint({**options, "distance": distance.name}))
-    with whole_folder(folder) as unfinished:
-        if unfinished is not None:
-            tuned(model, images, distance, steps, seed, learning_rate=BASE_RATE, schedule=one_cycle(0.1))
-            save_arrays(unfinished / "model.safetensors", "style-autoencoder", model.state_dict())
-    with saved_object(folder / "model.safetensors", "style-autoencoder", {"*": Shaped[Tensor, "..."]}) as (state, _):
-        set_state(model, state)
-    return model.eval()
+    key = {"start": model, "images": images, "steps": steps, "seed": seed, "rate": BASE_RATE, "beta": BETA}
+    cycle: Any = {"learning_rate": BASE_RATE, "schedule": one_cycle(0.1)}
+    key |= {"distance": distance.name}
+    made = kept(model, "style-generators", key, lambda: tuned(model, images, distance, steps, seed, **cycle))
+    return made.requires_grad_(True)
 
 
 def projected(base: StyleAutoencoder, rank: int, *, cold: bool, seed: int) -> StyleAutoencoder:
@@ -226,38 +188,6 @@ def found_directions(
     return torch.stack(made)
 
 
-class FactorNetwork(nn.Module):
-    """Predicts every factor of a sprite."""
-
-    def __init__(self, channels: int, sizes: list[int]) -> None:
-        super().__init__()
-        self.sizes = sizes
-        parts: list[nn.Module] = []
-        for a, b in zip((channels, 24, 48), (24, 48, 64)):
-            parts += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]
-        self.layers = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * 16, sum(sizes)))
-
-    def forward(self, images: Float[Tensor, "n c h w"]) -> tuple[Tensor, ...]:
-        """Logits, one tensor a factor."""
-        return self.layers(images).split(self.sizes, 1)
-
-
-def factor_network(data: Pictures, epochs: int, seed: int) -> tuple[FactorNetwork, float]:
-    """The network, and its mean held-out accuracy."""
-    assert data.factors is not None
-    torch.manual_seed(seed)
-    network = FactorNetwork(data.train.shape[1], data.factors["sizes"])
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        return torch.stack([F.cross_entropy(z, y) for z, y in zip(model(batch[0]), batch[1].T)]).sum()
-
-    batches = shuffled(data.train, data.factors["train"], batch_size=64, seed=seed)
-    train(network, loss, batches, epochs=epochs, learning_rate=2e-3)
-    with torch.no_grad():
-        right = [(z.argmax(1) == y).float().mean() for z, y in zip(network(data.test), data.factors["test"].T)]
-    return network, float(torch.stack(right).mean())
-
-
 @torch.no_grad()
 def purity(
     model: StyleAutoencoder, images: Tensor, directions: Float[Tensor, "r l k"], network: FactorNetwork
@@ -314,7 +244,7 @@ def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
 
 def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
     """Purity of directions on sprites: untouched generator, and one tuned with projectors."""
-    data = sprites()
+    data = sprites(N_TEST)
     network, right = factor_network(data, 3, seed)
     base = base_model(data, distance, SPRITE_STEPS, seed)
     ours = tuned(projected(base, RANK, cold=False, seed=seed), data.train[N_CHECK:], distance, TUNED_STEPS, seed)
@@ -331,7 +261,7 @@ def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Train a generator, put projectors into it warm and cold, and measure what each method's directions do."""
     progress("data", 0.0)
-    data, distance = pictures(), FeatureDistance()
+    data, distance = garments(N_TRAIN, N_TEST), FeatureDistance()
     base_steps, tuned_steps, cold_steps = (20, 10, 10) if quick else (BASE_STEPS, TUNED_STEPS, COLD_STEPS)
     images, check, test = data.train[N_CHECK:], data.train[:N_CHECK], data.test[: 40 if quick else N_TEST]
     progress("generator", 0.02)
@@ -370,16 +300,16 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         }  # fmt: skip
     steps = {arm: "not reached" if taken is None else taken for arm, taken in back.items()} | {"untouched": ""}
     tables = [
-        Table(
+        Table.rounded(
             "generators: feature distance and squared error of held-out reconstructions, and steps until the distance "
             "is within 5 % of the untouched one's",
             ["generator", "before tuning", "after", "squared error", "PPL", "steps"],
-            [[arm, *(round(value, 4) for value in (start[arm], *errors[arm], ppl[arm])), steps[arm]] for arm in arms],
+            [[arm, start[arm], *errors[arm], ppl[arm], steps[arm]] for arm in arms],
         ),
-        Table(
+        Table.rounded(
             "directions, 10 (or 4) in each of three layers",
             ["generator", "directions", "PIPL", "mean |cos|", "perceptible", "effect of a typical step"],
-            [[arm, name, *(round(value, 4) for value in edits)] for (arm, name), edits in found.items()],
+            [[arm, name, *edits] for (arm, name), edits in found.items()],
         ),
     ]
     if is_available("lpc_sprites") and not quick:

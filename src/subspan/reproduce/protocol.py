@@ -15,10 +15,12 @@ entry in `systems.toml`. It says what is particular to the system; the rest is t
       trials.mean("ours", "accuracy"); trials.gap("ours", "plain", "accuracy"); trials.means("accuracy", but="ours")
       trials.table("means over seeds", "arm", {"accuracy": "accuracy", "lowest": Column("accuracy", min)})
 
+- `Table.rounded(title, columns, rows, digits)` is any other table; rows may be `facts.items()`.
 - `train(model, loss, batches, epochs=…, learning_rate=…, schedule=one_cycle(0.1))` trains an `Objective`: loss(model,
-  batch); `shuffled(x, y, batch_size=…, seed=…)` are its batches. No protocol has a training module of its own.
+  batch); `shuffled(x, y, batch_size=…, seed=…)` are its batches; `kept(model, kind, key, fit)` keeps the weights in the
+  cache folder. No protocol has a training module of its own.
 - `materials`: `labelled_images(source)` (real pictures, or digits where the data folder lacks them) with `features()`,
-  `text_features`, sentence pairs, small networks, a shared image-text space, a small generator.
+  `text_features`, `labelled_texts`, sentence pairs, small networks, a shared image-text space, a small generator.
 
 Sizes that a quick run changes stand in one NamedTuple with its `QUICK` values, or beside each other:
 `epochs, seeds = (1, 1) if quick else (10, 3)`. What is drawn is drawn from `seed`.
@@ -27,7 +29,7 @@ Sizes that a quick run changes stand in one NamedTuple with its `QUICK` values, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,6 +123,12 @@ class Table:
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"rows: expected {len(self.columns)} cells in {self.title!r}, got {len(row)}")
+
+    @classmethod
+    def rounded(cls, title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], digits: int = 4) -> Table:
+        """A table whose numbers are rounded, but for whole ones."""
+        cells = ([round(float(c), digits) if isinstance(c, float) else c for c in row] for row in rows)
+        return cls(title, list(columns), list(cells))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,34 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
+from subspan.base import save_arrays, saved_object
+from subspan.base.saved import set_state
+from subspan.datasets import fingerprint
+from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.nn.training import quiet_trainer
 
 Model = TypeVar("Model", bound=nn.Module)
+
+
+def kept(model: Model, kind: str, key: Any, train: Callable[[], object]) -> Model:
+    """The model with the weights that `train` gives it, from the cache folder where it was trained before.
+
+    kind: name of the folder, and of the sort of file. key: all that the weights depend on, the model as it starts with
+    it. The model comes back in evaluation mode and frozen.
+    """
+    path = entry_folder(kind, fingerprint(key)) / "model.safetensors"
+    with whole_folder(path.parent) as unfinished:
+        if unfinished is not None:
+            train()
+            save_arrays(unfinished / path.name, kind, model.state_dict())
+    with saved_object(path, kind, {"*": Shaped[Tensor, "..."]}) as (state, _):
+        set_state(model, state)
+    return model.eval().requires_grad_(False)
 
 
 def shuffled(*columns: Tensor, batch_size: int, seed: int) -> DataLoader[Any]:

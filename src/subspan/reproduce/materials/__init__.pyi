@@ -1,6 +1,6 @@
-from .image_features import LabelledImages, image_encoder, labelled_images, pooled_features
+from .image_features import LabelledImages, PooledFeatures, image_encoder, labelled_images, pooled_features
 from .sentence_pairs import SentencePairs, TokenStates, docstring_pairs, labelled_pairs
-from .sentences import text_features
+from .sentences import labelled_texts, text_features
 from .shared_space import TEMPLATES, Pairs, Recipe, SharedSpace, dual_encoder
 from .small_networks import accuracy, parameter_count, pixels, small_network, trained_network
 from .style_generator import FeatureDistance, ModulatedConv, StyleAutoencoder, StyleGenerator
@@ -11,6 +11,7 @@ __all__ = [
     "LabelledImages",
     "ModulatedConv",
     "Pairs",
+    "PooledFeatures",
     "Recipe",
     "SentencePairs",
     "SharedSpace",
@@ -23,6 +24,7 @@ __all__ = [
     "image_encoder",
     "labelled_images",
     "labelled_pairs",
+    "labelled_texts",
     "parameter_count",
     "pixels",
     "pooled_features",

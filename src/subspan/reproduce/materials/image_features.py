@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
 from subspan.models import ImageEncoder, ImagePreprocessing
@@ -92,3 +94,26 @@ def labelled_images(source: str = "cifar100") -> LabelledImages:
         np.arange(count, total),
         tuple(str(name) for name in data["classes"]),
     )
+
+
+class PooledFeatures(nn.Module):
+    """Pixels in [0, 1] (b, 3, h, w) → pooled features (b, 1280) of EfficientNet-Lite0, frozen: a map with a gradient.
+
+    Batch norms are folded into the convolutions before them: the same function, several times faster to differentiate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network: Any = load_model("efficientnet-lite0").requires_grad_(False)
+        for module in list(self.network.modules()):
+            for (name, convolution), (follower, norm) in pairwise(list(module.named_children())):
+                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                    setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                    setattr(module, follower, nn.Identity())
+        self.network.to(memory_format=torch.channels_last)
+        self.normalization = image_preprocessing("efficientnet-lite0")
+
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Normalise, run the convolutions, average over positions."""
+        x = (x - self.normalization["mean"]) / self.normalization["std"]
+        return self.network.extract_features(x.contiguous(memory_format=torch.channels_last)).mean((2, 3))

@@ -7,24 +7,22 @@ heads on two cores the first time, afterwards everything comes from the cache fo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from subspan.base import save_arrays, saved_object
-from subspan.base.saved import set_state
-from subspan.datasets import fingerprint, is_available, load, load_sentence_encoder
-from subspan.datasets.cache import entry_folder, whole_folder
+from subspan.datasets import is_available, load, load_sentence_encoder
 from subspan.models import ImageEncoder, SentenceEncoder
 from subspan.nn.dual_encoder import DualEncoder
 from subspan.nn.training import quiet_trainer
 
 from ..protocol import Progress
+from ..training import kept
 from .image_features import image_encoder, pooled_features
 from .sentences import text_features
 
@@ -183,16 +181,10 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SharedSpace:
     columns = {side: torch.cat([getattr(part, side) for part in pairs]) for side in ("image", "text")}
     starts = np.cumsum([0, *(int(part.group.max()) + 1 for part in pairs)]).tolist()
     columns["group"] = torch.cat([part.group + start for part, start in zip(pairs, starts)])
-    folder = entry_folder("dual-encoder", fingerprint({"recipe": recipe, "pairs": columns}))
-    with whole_folder(folder) as unfinished:
-        if unfinished is not None:
-            _fit_heads(heads, columns, recipe)
-            save_arrays(unfinished / "heads.safetensors", "dual-encoder", heads.state_dict(), **asdict(recipe))
-    with saved_object(
-        folder / "heads.safetensors", "dual-encoder", {"*": Shaped[Tensor, "..."]}, get_type_hints(Recipe)
-    ) as (state, _):
-        set_state(heads, state)
-    return SharedSpace(recipe, heads.eval().requires_grad_(False), splits)
+    heads = kept(
+        heads, "dual-encoder", {"recipe": recipe, "pairs": columns}, lambda: _fit_heads(heads, columns, recipe)
+    )
+    return SharedSpace(recipe, heads, splits)
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base import save_arrays, saved_object
-from subspan.base.saved import set_state
-from subspan.datasets import fingerprint
-from subspan.datasets.cache import entry_folder, whole_folder
-
-from ..training import one_cycle, shuffled, train
+from ..training import kept, one_cycle, shuffled, train
 
 _BATCH, _RATE = 128, 2e-3
 
@@ -58,29 +53,20 @@ def pixels(images: np.ndarray) -> Float[Tensor, "n c h w"]:
 
 def trained_network(images: Float[Tensor, "n c h w"], labels: np.ndarray, *, seed: int, epochs: int) -> nn.Module:
     """A `small_network` trained from `seed` (start and order of batches) by Adam, one cycle of the rate; cached."""
-    classes = int(labels.max()) + 1
-    network = small_network(images.shape[1], classes, seed)
-    key = fingerprint({"start": network, "images": images, "labels": labels, "seed": seed, "epochs": epochs})
-    folder = entry_folder("small-networks", key)
-    with whole_folder(folder) as unfinished:
-        if unfinished is not None:
-            # The format is faster on a processor.
-            last: Any = torch.channels_last
-            network.to(memory_format=last)  # pyright: ignore[reportCallIssue]
-            targets = torch.from_numpy(labels.astype(np.int64))
-            train(
-                network,
-                lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
-                shuffled(images.contiguous(memory_format=last), targets, batch_size=_BATCH, seed=seed),
-                epochs=epochs,
-                learning_rate=_RATE,
-                schedule=one_cycle(),
-            )
-            network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
-            save_arrays(unfinished / "network.safetensors", "small-network", network.state_dict())
-    with saved_object(folder / "network.safetensors", "small-network", {"*": Shaped[Tensor, "..."]}) as (state, _):
-        set_state(network, state)
-    return network.eval().requires_grad_(False)
+    network = small_network(images.shape[1], int(labels.max()) + 1, seed)
+    # The format is faster on a processor.
+    last: Any = torch.channels_last
+    targets = torch.from_numpy(labels.astype(np.int64))
+
+    def fit() -> None:
+        network.to(memory_format=last)  # pyright: ignore[reportCallIssue]
+        batches = shuffled(images.contiguous(memory_format=last), targets, batch_size=_BATCH, seed=seed)
+        options: Any = {"epochs": epochs, "learning_rate": _RATE, "schedule": one_cycle()}
+        train(network, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batches, **options)
+        network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+
+    key = {"start": network, "images": images, "labels": labels, "seed": seed, "epochs": epochs}
+    return kept(network, "small-networks", key, fit)
 
 
 @torch.no_grad()

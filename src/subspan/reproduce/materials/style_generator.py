@@ -1,16 +1,20 @@
-"""A small style-modulated generator with its encoder, and distances of pictures by an installed network's features."""
+"""A small style-modulated generator with its encoder, pictures for it, and distances by an installed network."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.datasets import is_installed, load_model
+from subspan.datasets import is_installed, load, load_model
+
+from ..training import shuffled, train
+from .image_features import labelled_images
 
 WIDTHS = (64, 48, 32, 16)
 """Channels at 4, 8, 16 and 32 pixels."""
@@ -149,3 +153,65 @@ class Pictures(NamedTuple):
     train: Tensor
     test: Tensor
     factors: dict[str, Any] | None
+
+
+def garments(train: int, test: int) -> Pictures:
+    """Fashion-MNIST, or handwritten digits where the data folder lacks it."""
+    data = labelled_images("fashion_mnist")
+    order = np.random.default_rng(0).permutation(data.train)[:train]
+    parts = [np.asarray(data.images[index]) for index in (order, data.test[:test])]
+    return Pictures(data.name, *(_at_32(torch.from_numpy(part)[:, None].float()) for part in parts), None)
+
+
+def sprites(test: int) -> Pictures:
+    """Game characters with seven known factors."""
+    data = load("lpc_sprites")
+    order = np.random.default_rng(0).permutation(len(data["x"]))
+    x = _at_32(torch.from_numpy(data["x"][order]).movedim(-1, 1).float())
+    factors = torch.from_numpy(data["factors"][order].astype(np.int64))
+    n = len(x) - test
+    known = {"sizes": data["factor_sizes"].tolist(), "train": factors[:n], "test": factors[n:]}
+    return Pictures("lpc_sprites", x[:n], x[n:], known)
+
+
+def _at_32(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
+    """Bytes as -1 to 1 at 32 pixels: cut in half, or framed by black."""
+    x = x / 127.5 - 1
+    if x.shape[-1] > 32:
+        return F.avg_pool2d(x, x.shape[-1] // 32)
+    if x.shape[-1] < 16:
+        x = F.interpolate(x, scale_factor=32 // x.shape[-1])
+    margin = (32 - x.shape[-1]) // 2
+    return F.pad(x, (margin,) * 4, value=-1.0)
+
+
+class FactorNetwork(nn.Module):
+    """Predicts every factor of a sprite."""
+
+    def __init__(self, channels: int, sizes: list[int]) -> None:
+        super().__init__()
+        self.sizes = sizes
+        parts: list[nn.Module] = []
+        for a, b in zip((channels, 24, 48), (24, 48, 64)):
+            parts += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(*parts, nn.Flatten(), nn.Linear(64 * 16, sum(sizes)))
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> tuple[Tensor, ...]:
+        """Logits, one tensor a factor."""
+        return self.layers(images).split(self.sizes, 1)
+
+
+def factor_network(data: Pictures, epochs: int, seed: int) -> tuple[FactorNetwork, float]:
+    """The network, and its mean held-out accuracy."""
+    assert data.factors is not None
+    torch.manual_seed(seed)
+    network = FactorNetwork(data.train.shape[1], data.factors["sizes"])
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return torch.stack([F.cross_entropy(z, y) for z, y in zip(model(batch[0]), batch[1].T)]).sum()
+
+    batches = shuffled(data.train, data.factors["train"], batch_size=64, seed=seed)
+    train(network, loss, batches, epochs=epochs, learning_rate=2e-3)
+    with torch.no_grad():
+        right = [(z.argmax(1) == y).float().mean() for z, y in zip(network(data.test), data.factors["test"].T)]
+    return network, float(torch.stack(right).mean())
