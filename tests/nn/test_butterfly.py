@@ -6,7 +6,7 @@ import scipy.fft
 import scipy.linalg
 import torch
 
-from subspan.nn import Butterfly, butterfly
+from subspan.nn import Butterfly, butterfly_products
 from subspan.nn.butterfly import (
     bit_reversal,
     butterfly_factorize,
@@ -54,7 +54,7 @@ def test_levels_are_the_product_of_sparse_matrices_and_their_gradients_are_right
 def test_levels_multiplied_out_to_blocks_are_the_same_map_with_the_same_gradients(
     increasing, dtype, levels, most, monkeypatch
 ):
-    monkeypatch.setattr(butterfly, "_MOST_LEVELS", most)
+    monkeypatch.setattr(butterfly_products, "_MOST_LEVELS", most)
     n = 1 << levels
     twiddle, x = gaussian(2, levels, n // 2, 2, 2, dtype=dtype), gaussian(3, 11, 2, n, seed=1, dtype=dtype)
     dense = torch.stack([dense_product(each, increasing) for each in twiddle])
@@ -62,7 +62,7 @@ def test_levels_multiplied_out_to_blocks_are_the_same_map_with_the_same_gradient
     found = butterfly_multiply(*inputs, increasing=increasing)
     torch.testing.assert_close(found, (dense @ x.unsqueeze(-1)).squeeze(-1))
     weight = gaussian(*x.shape, seed=2, dtype=dtype)
-    monkeypatch.setattr(butterfly, "_MANY_ROWS", 100)
+    monkeypatch.setattr(butterfly_products, "_MANY_ROWS", 100)
     gradients = [
         torch.autograd.grad((result * weight).abs().square().sum(), inputs)
         for result in (found, butterfly_multiply(*inputs, increasing=increasing))
@@ -70,7 +70,7 @@ def test_levels_multiplied_out_to_blocks_are_the_same_map_with_the_same_gradient
     for blocks, each in zip(*gradients, strict=True):
         torch.testing.assert_close(blocks, each, rtol=1e-10, atol=1e-10 * float(each.abs().max()))
     # Of frozen twiddles, and of rows that are data.
-    monkeypatch.setattr(butterfly, "_MANY_ROWS", 1)
+    monkeypatch.setattr(butterfly_products, "_MANY_ROWS", 1)
     for i in range(2):
         alone = [each if i == j else each.detach() for j, each in enumerate(inputs)]
         loss = (butterfly_multiply(*alone, increasing=increasing) * weight).abs().square().sum()

@@ -1,6 +1,7 @@
 from .autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
 from .blocks import MLP, ConvBlock, ResidualConvBlock
-from .butterfly import Butterfly, ButterflyFactors, butterfly_factorize, butterfly_multiply
+from .butterfly import Butterfly, ButterflyFactors, butterfly_factorize
+from .butterfly_products import butterfly_multiply
 from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
 from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
