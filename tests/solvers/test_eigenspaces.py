@@ -29,6 +29,7 @@ def test_a_cluster_is_not_cut_and_that_is_said():
             assert leading_eigenspace(matrix, 2, cut=cut).dim == dim
     assert leading_eigenspace(matrix, 2, cut="exact").dim == 2
     assert leading_eigenspace(matrix, 5).dim == 5
+    assert leading_eigenspace(matrix, 4, cut="narrow").dim == 4
     assert leading_eigenspace(matrix, 1, tolerance=0.1).dim == 1
     with pytest.warns(UserWarning, match="equal to 0.3"):
         assert leading_eigenspace(matrix, 1, tolerance=0.3).dim == 4
@@ -57,6 +58,7 @@ def test_the_derivative_of_the_span_is_that_of_differences_also_among_equals(val
     given = matrix.clone().requires_grad_()
     loss = lambda m: (leading_eigenspace(m, 2).projector * target.conj()).sum().real  # noqa: E731
     loss(given).backward()
+    torch.testing.assert_close(given.grad, given.grad.mH)
     slope = (given.grad.conj() * step).sum().real
     with torch.no_grad():
         measured = (loss(matrix + 1e-5 * step) - loss(matrix - 1e-5 * step)) / 2e-5

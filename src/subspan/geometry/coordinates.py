@@ -103,7 +103,9 @@ class CoordinateSubspace:
     def embed(self, z: Any) -> Any:
         """Rows (…, d) with coordinates z (…, k) and zeros elsewhere; in the kind of z."""
         inner = _rows(z, self.dim, "z")
-        return like(inner.new_zeros(*inner.shape[:-1], self.ambient_dim).index_copy(-1, self.indices, inner), z)
+        return like(
+            inner.new_zeros(*inner.shape[:-1], self.ambient_dim).index_copy(-1, self.indices.to(inner.device), inner), z
+        )
 
     def project(self, x: Any) -> Any:
         """Rows x (…, d) with zeros outside the set; in the kind of x."""
