@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base import check_finite, like, normalize_rows
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator, in_numpy, validate_data
 from subspan.base.modules import evaluation
+from subspan.base.parameters import Bounds, Count, NonNegative, Positive, Seed, Whole
+from subspan.geometry.rank import Rank
 from subspan.measures import modularity
 from subspan.models import Capture, layer_names
 from subspan.nn import ConvAutoencoder, LinearAutoencoder
@@ -33,37 +36,31 @@ STAGES = ("pretrain", "express", "structure")
 _BATCH = 256
 
 
-class _DeepClusterer(ClusterMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class _DeepClusterer(ClusterMixin, Estimator):
     """Items in, through an encoder, to coefficients and clusters; unseen items by the subspaces of the layers."""
 
-    n_clusters: Any
-    encoder: Any
-    layers: Any = "last"
-    affine: Any = False
-    look_every: Any = 1
-    channels: Any
-    kernels: Any
-    hidden: Any
-    pretrain_steps: Any
-    max_steps: Any
-    learning_rate: Any
-    rank: Any
-    n_init: Any
-    device: Any
-    random_state: Any
-    encoder_: Any
-    subspaces_: Any
-    _random: Any
+    n_clusters: Count = 8
+    _: KW_ONLY
+    encoder: Literal["conv", "linear"] | nn.Module = "conv"
+    channels: Sequence[Count] = (3, 3, 5)
+    kernels: Sequence[Count] = (3, 3, 3)
+    hidden: Sequence[Count] = (64, 32)
+    max_steps: Count = 700
+    pretrain_steps: Whole = 100
+    learning_rate: Positive = 1e-3
+    rank: Rank = 0.9
+    n_init: Count = 20
+    device: str | torch.device = "cpu"
+    random_state: Seed = None
 
     # ------------------------------------------------------------------ at the door
 
     def _items(self, X: Any, *, reset: bool) -> Tensor:
         """Finite float32 items (n, …) on the CPU; for the auto-encoders divided by their largest absolute value."""
-        if isinstance(X, Tensor):
-            X = X.detach().cpu().float().numpy()
         images = isinstance(self.encoder, nn.Module) or self.encoder == "conv"
         given: Any = validate_data(
-            self, X, reset=reset, dtype=np.float32, allow_nd=images, ensure_min_samples=2 if reset else 1
+            self, in_numpy(X), reset=reset, dtype=np.float32, allow_nd=images, ensure_min_samples=2 if reset else 1
         )
         items = torch.from_numpy(np.array(given))
         if self.encoder == "conv":
@@ -88,16 +85,6 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         elif tuple(items.shape[1:]) != self._shape:
             raise ValueError(f"X: expected items of shape {self._shape}, as in fit, got {tuple(items.shape[1:])}")
         return items / self._largest
-
-    def _check_parameters(self, n: int) -> None:
-        for name, least in (("pretrain_steps", 0), ("max_steps", 1), ("look_every", 1), ("n_init", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        if not isinstance(self.encoder, nn.Module) and self.encoder not in ("conv", "linear"):
-            raise ValueError(f"encoder: expected 'conv', 'linear' or a torch.nn.Module, got {self.encoder!r}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate: must be > 0, got {self.learning_rate!r}")
 
     def _autoencoder(self) -> Autoencoder | None:
         """An untrained auto-encoder of the items, None for a network that is given."""
@@ -184,6 +171,7 @@ class _DeepClusterer(ClusterMixin, BaseEstimator):
         return like(labels, X)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DeepSubspaceClustering(_DeepClusterer):
     """Cluster items by one self-expression C of all layers of an encoder, trained with it, without labels or tuning.
 
@@ -207,54 +195,22 @@ class DeepSubspaceClustering(_DeepClusterer):
     of layers are ours.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        encoder: Any = "conv",
-        layers: Any = "all",
-        stages: Any = STAGES,
-        channels: Any = (3, 3, 5),
-        kernels: Any = (3, 3, 3),
-        hidden: Any = (64, 32),
-        retain: Any = 9,
-        affine: Any = False,
-        look_every: Any = 50,
-        max_steps: Any = 700,
-        pretrain_steps: Any = 100,
-        structure_steps: Any = 100,
-        learning_rate: Any = 1e-3,
-        rank: Any = 0.9,
-        n_init: Any = 20,
-        device: Any = "cpu",
-        random_state: Any = None,
-    ):
-        self.n_clusters = n_clusters
-        self.encoder = encoder
-        self.layers = layers
-        self.stages = stages
-        self.channels = channels
-        self.kernels = kernels
-        self.hidden = hidden
-        self.retain = retain
-        self.affine = affine
-        self.look_every = look_every
-        self.max_steps = max_steps
-        self.pretrain_steps = pretrain_steps
-        self.structure_steps = structure_steps
-        self.learning_rate = learning_rate
-        self.rank = rank
-        self.n_init = n_init
-        self.device = device
-        self.random_state = random_state
+    layers: str | Sequence[str | int] = "all"
+    stages: Sequence[Literal["pretrain", "express", "structure"]] = STAGES
+    retain: Count | None = 9
+    affine: bool = False
+    look_every: Count = 50
+    structure_steps: Whole = 100
 
     def fit(self, X: Any, y: Any = None) -> DeepSubspaceClustering:
         """Cluster items X; y is not looked at.
 
         Raises ValueError for NaN, items of zeros, more clusters than items, retain >= n. Warns of repeated items.
         """
+        self._check_parameters()
         items = self._items(X, reset=True)
-        self._check_parameters(len(items))
+        if self.retain is not None and self.retain >= len(items):
+            raise ValueError(f"retain: must be below n_samples = {len(items)}, got {self.retain}")
         if not self.affine:
             check_rows(items.flatten(1))
         warn_of_copies(self._points(items))
@@ -270,16 +226,11 @@ class DeepSubspaceClustering(_DeepClusterer):
         self._keep(X, items, labels)
         return self
 
-    def _check_parameters(self, n: int) -> None:
-        super()._check_parameters(n)
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
         stages = tuple(self.stages)
         if "express" not in stages or list(stages) != [stage for stage in STAGES if stage in stages]:
             raise ValueError(f"stages: some of {STAGES} in this order, 'express' among them, got {self.stages!r}")
-        if self.retain is not None:
-            if isinstance(self.retain, bool) or not isinstance(self.retain, int | np.integer) or self.retain < 1:
-                raise ValueError(f"retain: expected an integer >= 1 or None, got {self.retain!r}")
-            if self.retain >= n:
-                raise ValueError(f"retain: must be below n_samples = {n}, got {self.retain}")
         if not isinstance(self.encoder, nn.Module) and self.layers not in ("all", "last"):
             raise ValueError(f"layers: 'all' or 'last' with encoder={self.encoder!r}, got {self.layers!r}")
 
@@ -352,6 +303,7 @@ class DeepSubspaceClustering(_DeepClusterer):
         return cluster
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DSCNetClustering(_DeepClusterer):
     """Cluster items by the self-expression of an auto-encoder's code: DSC-Net, with its post-processing.
 
@@ -364,52 +316,21 @@ class DSCNetClustering(_DeepClusterer):
     are those of the code. Source: Ji et al., Deep subspace clustering networks, NeurIPS 2017.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        encoder: Any = "conv",
-        channels: Any = (3, 3, 5),
-        kernels: Any = (3, 3, 3),
-        hidden: Any = (64, 32),
-        coefficient_weight: Any = 1.0,
-        expression_weight: Any = 0.2,
-        fraction: Any = 0.2,
-        dim: Any = 3,
-        power: Any = 1.0,
-        max_steps: Any = 700,
-        pretrain_steps: Any = 100,
-        learning_rate: Any = 1e-3,
-        rank: Any = 0.9,
-        n_init: Any = 20,
-        device: Any = "cpu",
-        random_state: Any = None,
-    ):
-        self.n_clusters = n_clusters
-        self.encoder = encoder
-        self.channels = channels
-        self.kernels = kernels
-        self.hidden = hidden
-        self.coefficient_weight = coefficient_weight
-        self.expression_weight = expression_weight
-        self.fraction = fraction
-        self.dim = dim
-        self.power = power
-        self.max_steps = max_steps
-        self.pretrain_steps = pretrain_steps
-        self.learning_rate = learning_rate
-        self.rank = rank
-        self.n_init = n_init
-        self.device = device
-        self.random_state = random_state
+    coefficient_weight: NonNegative = 1.0
+    expression_weight: NonNegative = 0.2
+    fraction: Annotated[float, Bounds(above=0, most=1)] = 0.2
+    dim: Count = 3
+    power: Positive = 1.0
+    layers: ClassVar[str] = "last"
+    affine: ClassVar[bool] = False
 
     def fit(self, X: Any, y: Any = None) -> DSCNetClustering:
         """Cluster items X; y is not looked at. Raises and warns as `DeepSubspaceClustering`.
 
         Items of zeros are let through, since the code of one need not be zero.
         """
+        self._check_parameters()
         items = self._items(X, reset=True)
-        self._check_parameters(len(items))
         warn_of_copies(self._points(items))
         self._random = check_random_state(self.random_state)
         from .deep_training import DSCNetModule, reconstruction_loss

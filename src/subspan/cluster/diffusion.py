@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import ClusterMixin
 from sklearn.cluster import SpectralClustering
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import check_matrix, like, normalize_rows
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Count, NonNegative, Seed
 from subspan.geometry import Subspace
 from subspan.geometry.grassmann import orthonormalize
 from subspan.nn.low_rank_mixture import LowRankMixtureDenoiser
 from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
 from subspan.solvers.spectral import affinity_from_representation, spectral_labels
 
-_METHODS = ("em", "hard", "diffusion")
-_COVARIANCES = ("spectrum", "identity")
-_INITS = ("shape-interaction", "lsr", "random")
 # Responsibilities below this move no estimate in double precision.
 _NEGLIGIBLE = 1e-9
 
 
-class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class LowRankMixtureDiffusion(ClusterMixin, Estimator):
     """Mixture of n_components Gaussians, each of `rank` directions and an isotropic rest, fitted to rows (n, d).
 
     As a clusterer it gives labels and one subspace a component; as a diffusion model its denoiser and score are known
@@ -48,34 +49,19 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
     Source: Wang et al. (2024), arXiv 2409.02426; Tipping & Bishop (1999) for the mixture of PCAs.
     """
 
-    def __init__(
-        self,
-        n_components: Any = 2,
-        rank: Any = 4,
-        *,
-        method: Any = "em",
-        covariance: Any = "spectrum",
-        center: Any = True,
-        floor: Any = "residual",
-        init: Any = "shape-interaction",
-        n_init: Any = 5,
-        max_iter: Any = 100,
-        tolerance: Any = 1e-5,
-        epochs: Any = 60,
-        random_state: Any = None,
-    ) -> None:
-        self.n_components = n_components
-        self.rank = rank
-        self.method = method
-        self.covariance = covariance
-        self.center = center
-        self.floor = floor
-        self.init = init
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.tolerance = tolerance
-        self.epochs = epochs
-        self.random_state = random_state
+    n_components: Count = 2
+    rank: Count = 4
+    _: KW_ONLY
+    method: Literal["em", "hard", "diffusion"] = "em"
+    covariance: Literal["spectrum", "identity"] = "spectrum"
+    center: bool = True
+    floor: Literal["residual"] | NonNegative = "residual"
+    init: Literal["shape-interaction", "lsr", "random"] | Sequence[int] = "shape-interaction"
+    n_init: Count = 5
+    max_iter: Count = 100
+    tolerance: NonNegative = 1e-5
+    epochs: Count = 60
+    random_state: Seed = None
 
     # ------------------------------------------------------------------ fitting
 
@@ -85,8 +71,9 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         Raises ValueError for NaN, constant rows, rank >= d, or more components than rows. Warns where a component has
         no more rows than dimensions, so that its subspace is not determined.
         """
+        self._check_parameters()
         rows = self._rows(X, reset=True).double()
-        self._check_parameters(rows)
+        self._check_sizes(*rows.shape)
         self._random = check_random_state(self.random_state)
         scale = float((rows - rows.mean(0)).square().mean())
         if not scale > 1e-24 * float(rows.square().mean()):
@@ -104,26 +91,15 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         self.n_iter_ = len(self.objective_)
         return self._keep(X, denoiser, rows)
 
-    def _check_parameters(self, rows: Tensor) -> None:
-        n, d = rows.shape
-        for name, known in (("method", _METHODS), ("covariance", _COVARIANCES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
-        for name, most in (("n_components", n), ("rank", max(1, d - 1)), ("n_init", None), ("max_iter", None)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-            if most is not None and value > most:
-                size = f"n_samples = {n}" if name == "n_components" else f"{d} feature(s), and a rest is needed"
-                raise ValueError(f"{name}: at most {most} with {size}, got {value}")
+    def _check_sizes(self, n: int, d: int) -> None:
+        if self.n_components > n:
+            raise ValueError(f"n_components: at most {n} with n_samples = {n}, got {self.n_components}")
         if d < 2:
             raise ValueError(f"X: {d} feature(s) leave no room for a subspace; at least 2 are needed")
-        if not (self.floor == "residual" or (isinstance(self.floor, int | float) and 0 <= self.floor < float("inf"))):
-            raise ValueError(f"floor: expected 'residual' or a number >= 0, got {self.floor!r}")
+        if self.rank >= d:
+            raise ValueError(f"rank: at most {d - 1} with {d} feature(s), and a rest is needed, got {self.rank}")
         if self.method == "em" and self.floor == 0:
             raise ValueError("floor: the likelihood of an exactly low-rank mixture is unbounded; use method='hard'")
-        if isinstance(self.init, str) and self.init not in _INITS:
-            raise ValueError(f"init: expected one of {_INITS} or labels, got {self.init!r}")
 
     def _starts(self, rows: Tensor) -> list[Int[Tensor, " n"]]:
         n, k = len(rows), self.n_components
@@ -271,17 +247,6 @@ class LowRankMixtureDiffusion(ClusterMixin, BaseEstimator):
         return self
 
     # ------------------------------------------------------------------ use
-
-    def _rows(self, X: Any, *, reset: bool = False) -> Tensor:
-        if isinstance(X, Tensor):
-            rows = check_matrix(X, "X", columns=None if reset else self.n_features_in_, min_rows=2 if reset else 1)
-            if reset:
-                self.n_features_in_ = rows.shape[1]
-            return rows
-        found: Any = validate_data(
-            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
-        )
-        return check_matrix(found, "X")
 
     def _labels(self, rows: Tensor) -> Int[Tensor, " n"]:
         if self.method == "em":

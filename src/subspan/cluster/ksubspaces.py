@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -10,19 +11,21 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from subspan.base import like
+from subspan.base.parameters import Count, NonNegative, Seed
 from subspan.geometry import Subspace
 from subspan.solvers import round_embedding
 from subspan.solvers.nearest_subspace import squared_residuals
 from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
 from subspan.solvers.spectral import affinity_from_representation, spectral_embedding
 
-from .self_expressive import _RowClusterer
+from .self_expressive import RowClusterer
 
 _EXACT = 512
 _BLOCK = 1 << 24
 
 
-class KSubspaces(_RowClusterer):
+@dataclass(eq=False, repr=False)
+class KSubspaces(RowClusterer):
     """Cluster rows by k linear (or affine) subspaces of one dimension, minimising their squared residuals.
 
     n_clusters, rank: number and dimension of the subspaces. affine: each goes through the mean of its rows, and rows
@@ -37,35 +40,20 @@ class KSubspaces(_RowClusterer):
     Source: Bradley & Mangasarian, 2000; Tseng, 2000.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        rank: Any = 2,
-        *,
-        affine: Any = False,
-        init: Any = "neighbours",
-        n_init: Any = 10,
-        max_iter: Any = 100,
-        tolerance: Any = 1e-6,
-        random_state: Any = None,
-    ):
-        self.n_clusters = n_clusters
-        self.rank = rank
-        self.affine = affine
-        self.init = init
-        self.n_init = n_init
-        self.max_iter = max_iter
-        self.tolerance = tolerance
-        self.random_state = random_state
+    n_clusters: Count = 8
+    rank: Count = 2
+    _: KW_ONLY
+    affine: bool = False
+    init: Literal["neighbours", "random", "lsr"] = "neighbours"
+    n_init: Count = 10
+    max_iter: Count = 100
+    tolerance: NonNegative = 1e-6
+    random_state: Seed = None
 
     def fit(self, X: Any, y: Any = None) -> KSubspaces:
         """Cluster rows X (n, d). Raises ValueError for NaN, rank >= d, k > n."""
-        if self.init not in ("neighbours", "random", "lsr"):
-            raise ValueError(f"init: expected 'neighbours', 'random' or 'lsr', got {self.init!r}")
-        for name, value in (("rank", self.rank), ("n_init", self.n_init), ("max_iter", self.max_iter)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        rows = self._rows(X, reset=True)
+        self._check_parameters()
+        rows = self._on_cpu(X, reset=True)
         if self.rank >= rows.shape[1] and rows.shape[1] > 1:
             raise ValueError(f"rank: subspaces of dimension {self.rank} fill a space of n_features = {rows.shape[1]}")
         points = self._spanning(rows)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import Tensor
 
 from subspan.base import like
+from subspan.base.parameters import Count, Positive
 from subspan.solvers.self_expression import low_rank_self_expression, mean_energy, robust_low_rank_self_expression
 
 from .self_expressive import SelfExpressiveClustering
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class LowRankRepresentation(SelfExpressiveClustering):
     """Subspace clustering by self-expression of least nuclear norm.
 
@@ -23,37 +26,17 @@ class LowRankRepresentation(SelfExpressiveClustering):
     20 000 rows. Source: Liu et al., TPAMI 2013; Favaro, Vidal & Ravichandran, CVPR 2011.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        alpha: Any = 10.0,
-        noise: Any = "gaussian",
-        affine: Any = False,
-        retain: Any = 9,
-        affinity: Any = "symmetric",
-        rank: Any = 0.9,
-        rounding: Any = "kmeans",
-        n_init: Any = 20,
-        random_state: Any = None,
-    ):
-        super().__init__(
-            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
-            random_state=random_state,
-        )  # fmt: skip
-        self.alpha = alpha
-        self.noise = noise
+    alpha: Positive = 10.0
+    noise: Literal["gaussian", "rows"] = "gaussian"
+    retain: Count | None = 9
 
     def _represent(self, points: Tensor) -> Tensor:
-        if self.noise not in ("gaussian", "rows"):
-            raise ValueError(f"noise: expected 'gaussian' or 'rows', got {self.noise!r}")
         if self.noise == "gaussian":
             return low_rank_self_expression(points, float(self.alpha) / mean_energy(points))
-        found, noise = robust_low_rank_self_expression(points, float(self.alpha))
-        self._noise = noise
+        found, self._noise = robust_low_rank_self_expression(points, float(self.alpha))
         return found
 
-    def fit(self, X: Any, y: Any = None) -> Any:
+    def fit(self, X: Any, y: Any = None) -> LowRankRepresentation:
         """Cluster rows X (n, d), as `SelfExpressiveClustering`."""
         super().fit(X)
         if self.noise == "rows":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from subspan.base.parameters import Count, NonNegative
 from subspan.solvers.self_expression import RIDGE, mean_energy, ridge_self_expression
 
 from .self_expressive import SelfExpressiveClustering
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class LeastSquaresRepresentation(SelfExpressiveClustering):
     """Subspace clustering by ridge self-expression, min |X - CX|_F^2 + alpha s |C|_F^2 with a zero diagonal.
 
@@ -22,26 +24,9 @@ class LeastSquaresRepresentation(SelfExpressiveClustering):
     up to 20 000 rows. Source: Lu et al., Robust and efficient subspace segmentation via LSR, ECCV 2012.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        alpha: Any = RIDGE,
-        zero_diagonal: Any = True,
-        affine: Any = False,
-        retain: Any = 9,
-        affinity: Any = "symmetric",
-        rank: Any = 0.9,
-        rounding: Any = "kmeans",
-        n_init: Any = 20,
-        random_state: Any = None,
-    ):
-        super().__init__(
-            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
-            random_state=random_state,
-        )  # fmt: skip
-        self.alpha = alpha
-        self.zero_diagonal = zero_diagonal
+    alpha: NonNegative = RIDGE
+    zero_diagonal: bool = True
+    retain: Count | None = 9
 
     def _represent(self, points: Tensor) -> Tensor:
         return ridge_self_expression(points, float(self.alpha) * mean_energy(points), zero_diagonal=self.zero_diagonal)

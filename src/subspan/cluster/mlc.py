@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import eigsh
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, ClusterMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import check_matrix, like
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Bounds, Count, Positive, Seed, Whole
 from subspan.geometry import EnergyRank, Subspace, coding_rate, compressed_coding_rate
 from subspan.nn.subspace_cluster_heads import ManifoldLinearizingLoss, SubspaceClusterHeads
 from subspan.solvers import round_embedding
 from subspan.solvers.nearest_subspace import stack_subspaces
 
+from .self_expressive import check_cluster_count
+
 _ROWS = 4096
 
 
-class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Estimator):
     """Cluster features X (n, p) by learning unit vectors Z (n, z_dim) near orthogonal subspaces, one a cluster.
 
     Two heads on a shared trunk are trained without labels: `warmup` steps maximise the coding rate R(Z); the head that
@@ -39,46 +44,28 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     Source: Ding, Tong, Chan, Dai, Ma & Haeffele (2023), arXiv 2301.01805.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 10,
-        *,
-        z_dim: Any = 64,
-        hidden: Any = 1024,
-        eps2: Any = 0.1,
-        eta: Any = 0.175,
-        warmup: Any = 50,
-        epochs: Any = 30,
-        batch_size: Any = 512,
-        learning_rate: Any = 1e-3,
-        rank: Any = 0.95,
-        random_state: Any = None,
-    ) -> None:
-        self.n_clusters = n_clusters
-        self.z_dim = z_dim
-        self.hidden = hidden
-        self.eps2 = eps2
-        self.eta = eta
-        self.warmup = warmup
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.rank = rank
-        self.random_state = random_state
+    n_clusters: Count = 10
+    _: KW_ONLY
+    z_dim: Count = 64
+    hidden: Count = 1024
+    eps2: Positive = 0.1
+    eta: Positive = 0.175
+    warmup: Whole = 50
+    epochs: Count = 30
+    batch_size: Count = 512
+    learning_rate: Positive = 1e-3
+    rank: Annotated[float, Bounds(above=0, most=1)] = 0.95
+    random_state: Seed = None
 
     def fit(self, X: Any, y: Any = None) -> ManifoldLinearizingClustering:
         """Train on rows X (n, p) and cluster them; y is ignored. Raises ValueError for NaN or fewer rows than clusters.
 
         Warns where a batch has fewer rows than z_dim: the coding rate is then bounded by the rows.
         """
-        rows = self._rows(X, reset=True)
+        self._check_parameters()
+        rows = self._rows(X, reset=True).cpu().float()
         n = len(rows)
-        for name in ("n_clusters", "z_dim", "hidden", "epochs", "batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        if self.n_clusters > n:
-            raise ValueError(f"n_clusters: at most the rows, n_samples = {n}, got {self.n_clusters}")
+        check_cluster_count(self.n_clusters, n)
         loss = ManifoldLinearizingLoss(self.eps2, self.eta)
         if min(self.batch_size, n) < self.z_dim:
             warnings.warn(
@@ -91,7 +78,7 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         self._scale = torch.where(deviation > 0, deviation, 1)
         self.heads_ = self._trained((rows - self._mean) / self._scale, loss).double()
         self._n_features_out = self.z_dim
-        z, c = self._represent(rows)
+        z, c = self._represent(X)
         chosen = torch.from_numpy(np.sort(self._random.permutation(n)[: min(n, _ROWS)]))
         self.eps2_, self.eta_ = self.eps2, self.eta
         part = self.spectral_labels(c[chosen])
@@ -153,19 +140,9 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         """The subspace with the least residual."""
         return torch.stack([span.residual_energy(z.double()) for span in self.subspaces_]).argmin(0)
 
-    def _rows(self, X: Any, *, reset: bool = False) -> Tensor:
-        if isinstance(X, Tensor):
-            rows = check_matrix(X, "X", columns=None if reset else self.n_features_in_, min_rows=2 if reset else 1)
-            if reset:
-                self.n_features_in_ = rows.shape[1]
-            return rows.detach().cpu().float()
-        found: Any = validate_data(
-            self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=2 if reset else 1
-        )
-        return check_matrix(found, "X").float()
-
     @torch.no_grad()
-    def _represent(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _represent(self, X: Any) -> tuple[Tensor, Tensor]:
+        rows = self._rows(X).cpu().float()
         # In double precision, so that a row is represented alike in whatever batch it comes.
         parts = [self.heads_(((part - self._mean) / self._scale).double()) for part in rows.split(_ROWS)]
         z, c = (torch.cat(part) for part in zip(*parts))
@@ -175,22 +152,22 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
         """The representation Z (n, z_dim) of rows, of unit length."""
         check_is_fitted(self, "heads_")
         given = X.dtype if isinstance(X, Tensor) else torch.float32 if getattr(X, "dtype", None) == np.float32 else None
-        z = self._represent(self._rows(X))[0]
+        z = self._represent(X)[0]
         return like(z.to(torch.float64 if given is None or not given.is_floating_point else given), X)
 
     def predict(self, X: Any) -> Any:
         """The cluster of each row: that of the subspace nearest to its representation."""
         check_is_fitted(self, "heads_")
-        return like(self._nearest(self._represent(self._rows(X))[0]), X)
+        return like(self._nearest(self._represent(X)[0]), X)
 
     def membership(self, X: Any) -> Any:
         """The doubly stochastic membership (n, n) of rows among themselves; at most 4096 of them."""
         check_is_fitted(self, "heads_")
-        rows = self._rows(X)
-        if len(rows) > _ROWS:
-            raise ValueError(f"X: at most {_ROWS} rows, got {len(rows)}; a membership holds all pairs")
+        c = self._represent(X)[1]
+        if len(c) > _ROWS:
+            raise ValueError(f"X: at most {_ROWS} rows, got {len(c)}; a membership holds all pairs")
         with torch.no_grad():
-            return like(ManifoldLinearizingLoss(self.eps2_, self.eta_).membership(self._represent(rows)[1]), X)
+            return like(ManifoldLinearizingLoss(self.eps2_, self.eta_).membership(c), X)
 
 
 def linearization(Z: Any, labels: Any, *, eps2: float = 0.1, energy: float = 0.95) -> dict[str, float]:

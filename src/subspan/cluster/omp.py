@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from scipy import sparse
 from torch import Tensor
 
+from subspan.base.parameters import Count, NonNegative
 from subspan.solvers.self_expression import omp_self_expression
 
 from .self_expressive import SelfExpressiveClustering
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class OMPSubspaceClustering(SelfExpressiveClustering):
     """Subspace clustering by greedy sparse self-expression, for many rows.
 
@@ -22,26 +24,8 @@ class OMPSubspaceClustering(SelfExpressiveClustering):
     Source: You, Robinson & Vidal, Scalable sparse subspace clustering by OMP, CVPR 2016.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        n_nonzero: Any = 10,
-        tolerance: Any = 1e-6,
-        affine: Any = False,
-        retain: Any = None,
-        affinity: Any = "symmetric",
-        rank: Any = 0.9,
-        rounding: Any = "kmeans",
-        n_init: Any = 20,
-        random_state: Any = None,
-    ):
-        super().__init__(
-            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
-            random_state=random_state,
-        )  # fmt: skip
-        self.n_nonzero = n_nonzero
-        self.tolerance = tolerance
+    n_nonzero: Count = 10
+    tolerance: NonNegative = 1e-6
 
     def _represent(self, points: Tensor) -> sparse.csr_matrix:
         return omp_self_expression(points, min(int(self.n_nonzero), len(points) - 1), tolerance=float(self.tolerance))

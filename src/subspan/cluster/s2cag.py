@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy import sparse
-from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.base import ClusterMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import like
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator, in_numpy, validate_data
+from subspan.base.parameters import Count, NonNegative, Seed, Whole
 from subspan.geometry import Subspace
 from subspan.solvers import (
-    ROUNDINGS,
     FilteredOperator,
     MatrixOperator,
     Operator,
@@ -32,7 +33,7 @@ from subspan.solvers import (
     transition_matrix,
 )
 from subspan.solvers.nearest_subspace import stack_subspaces
-from subspan.solvers.rounding import unit_rows
+from subspan.solvers.rounding import Rounding, unit_rows
 from subspan.statistics import GroupedMoments
 
 _PANEL = 256
@@ -41,7 +42,8 @@ _SPARSE_PRICE = 5
 _N_ITER = {"conductance": 7, "modularity": 50}
 
 
-class S2CAG(ClusterMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class S2CAG(ClusterMixin, Estimator):
     """Cluster the nodes of a graph by their attributes, smoothed along its edges.
 
     Attributes X are weighted (TF-IDF) and scaled by their degrees in the attribute graph XX', X^ = diag(d)^(-1/2) X,
@@ -76,38 +78,21 @@ class S2CAG(ClusterMixin, BaseEstimator):
     O(order m d + n_iter n d k) with Z formed. Source: Lin, Yang, Zheng & Ke, KDD 2025 (arXiv 2411.11074).
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        objective: Any = "conductance",
-        *,
-        order: Any = 10,
-        decay: Any = 0.9,
-        gamma: Any = 1.0,
-        n_iter: Any = None,
-        oversample: Any = 10,
-        features: Any = "tfidf",
-        solver: Any = "auto",
-        rounding: Any = "kmeans+snem",
-        rescale: Any = "rowsum",
-        loops: Any = 2,
-        n_init: Any = 50,
-        random_state: Any = None,
-    ):
-        self.n_clusters = n_clusters
-        self.objective = objective
-        self.order = order
-        self.decay = decay
-        self.gamma = gamma
-        self.n_iter = n_iter
-        self.oversample = oversample
-        self.features = features
-        self.solver = solver
-        self.rounding = rounding
-        self.rescale = rescale
-        self.loops = loops
-        self.n_init = n_init
-        self.random_state = random_state
+    n_clusters: Count = 8
+    objective: Literal["conductance", "modularity"] = "conductance"
+    _: KW_ONLY
+    order: Whole = 10
+    decay: float = 0.9
+    gamma: NonNegative = 1.0
+    n_iter: Whole | None = None
+    oversample: Whole = 10
+    features: Literal["tfidf", "l2"] | None = "tfidf"
+    solver: Literal["auto", "explicit", "implicit"] = "auto"
+    rounding: Rounding = "kmeans+snem"
+    rescale: Literal["rowsum", "degree", "l2"] = "rowsum"
+    loops: Literal[1, 2] = 2
+    n_init: Count = 50
+    random_state: Seed = None
 
     def fit(self, X: Any, y: Any = None, *, adjacency: Any = None) -> S2CAG:
         """Cluster n nodes with attributes X (n, d), dense or sparse, and an undirected graph `adjacency`.
@@ -117,7 +102,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
         rank 1, NaN, and graphs that `solvers.as_adjacency` refuses.
         """
         self._check_parameters()
-        rows = self._rows(X, reset=True)
+        rows = self._attributes_of(X, reset=True)
         n = rows.shape[0]
         if self.n_clusters > n:
             raise ValueError(f"n_clusters: {self.n_clusters} clusters asked for of n_samples = {n} nodes")
@@ -158,7 +143,7 @@ class S2CAG(ClusterMixin, BaseEstimator):
 
     def _embedded(self, X: Any, adjacency: Any, links: Any) -> Float[np.ndarray, "m q"]:
         """Rows of the embedding for unseen nodes."""
-        rows = self._rows(X, reset=False)
+        rows = self._attributes_of(X, reset=False)
         m, n = rows.shape[0], self._attributes.shape[0]
         among = sparse.csr_matrix((m, m)) if adjacency is None else as_adjacency(adjacency, m)
         to_fitted = sparse.csr_matrix((m, n)) if links is None else _links(links, m, n)
@@ -191,14 +176,10 @@ class S2CAG(ClusterMixin, BaseEstimator):
 
     # ------------------------------------------------------------------ attributes
 
-    def _rows(self, X: Any, *, reset: bool) -> Any:
-        if isinstance(X, Tensor):
-            X = X.detach().cpu()
-            X = X.float().numpy() if X.dtype in (torch.float16, torch.bfloat16) else X.numpy()
-        rows: Any = validate_data(
-            self, X, reset=reset, accept_sparse="csr", dtype=[np.float64, np.float32],
-            ensure_min_samples=2 if reset else 1,
-        )  # fmt: skip
+    def _attributes_of(self, X: Any, *, reset: bool) -> Any:
+        """Rows as an array or a CSR matrix: the one estimator that reads sparse ones."""
+        options: Any = {"accept_sparse": "csr", "ensure_min_samples": 2 if reset else 1}
+        rows = validate_data(self, in_numpy(X), reset=reset, dtype=[np.float64, np.float32], **options)
         smallest = rows.data.min(initial=0.0) if sparse.issparse(rows) else rows.min()
         if self.features != "l2" and smallest < 0:
             raise ValueError(
@@ -375,29 +356,6 @@ class S2CAG(ClusterMixin, BaseEstimator):
             return np.argmax(rows @ self._means.T, axis=1)
         distances = (self._means**2).sum(1) - 2 * unit_rows(rows) @ self._means.T
         return np.argmin(distances, axis=1)
-
-    def _check_parameters(self) -> None:
-        for name, value, least in (
-            ("n_clusters", self.n_clusters, 1),
-            ("order", self.order, 0),
-            ("oversample", self.oversample, 0),
-            ("n_init", self.n_init, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        if self.n_iter is not None and (not isinstance(self.n_iter, int | np.integer) or self.n_iter < 0):
-            raise ValueError(f"n_iter: expected an integer >= 0 or None, got {self.n_iter!r}")
-        for name, value, known in (
-            ("objective", self.objective, ("conductance", "modularity")),
-            ("features", self.features, ("tfidf", "l2", None)),
-            ("solver", self.solver, ("auto", "explicit", "implicit")),
-            ("rounding", self.rounding, ROUNDINGS),
-            ("rescale", self.rescale, ("rowsum", "degree", "l2")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-        if not np.isfinite(self.gamma) or self.gamma < 0:
-            raise ValueError(f"gamma: must be a finite number >= 0, got {self.gamma!r}")
 
 
 def _scale_rows(rows: Any, scale: np.ndarray) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 from scipy import sparse
 from torch import Tensor
 
+from subspan.base.parameters import Count, Positive
 from subspan.solvers.self_expression import elastic_net_self_expression
 
 from .self_expressive import SelfExpressiveClustering
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SparseSubspaceClustering(SelfExpressiveClustering):
     """Subspace clustering by l1 self-expression, min |x - cX|^2/2 + alpha |c|_1 with c_i = 0 for row i.
 
@@ -20,28 +22,9 @@ class SparseSubspaceClustering(SelfExpressiveClustering):
     Source: Elhamifar & Vidal, Sparse subspace clustering: algorithm, theory and applications, TPAMI 2013.
     """
 
-    def __init__(
-        self,
-        n_clusters: Any = 8,
-        *,
-        gamma: Any = 50.0,
-        max_support: Any = 50,
-        working_set: Any = 32,
-        affine: Any = False,
-        retain: Any = None,
-        affinity: Any = "symmetric",
-        rank: Any = 0.9,
-        rounding: Any = "kmeans",
-        n_init: Any = 20,
-        random_state: Any = None,
-    ):
-        super().__init__(
-            n_clusters, affine=affine, retain=retain, affinity=affinity, rank=rank, rounding=rounding, n_init=n_init,
-            random_state=random_state,
-        )  # fmt: skip
-        self.gamma = gamma
-        self.max_support = max_support
-        self.working_set = working_set
+    gamma: Positive = 50.0
+    max_support: Count = 50
+    working_set: Count = 32
 
     def _represent(self, points: Tensor) -> sparse.csr_matrix:
         return elastic_net_self_expression(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -179,3 +179,7 @@ def rank_rule(rank: int | float | str | RankRule) -> RankRule:
     if isinstance(rank, RankRule):
         return rank
     raise TypeError(f"rank: expected an int, a float in (0, 1], a name or a rule, got {type(rank).__name__}")
+
+
+Rank = Annotated[int | float | str | RankRule, rank_rule]
+"""The type of a `rank=` parameter."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from subspan.base import as_tensor, check_finite, check_matrix, like, normalize_rows
-from subspan.base.estimators import validate_data
+from subspan.base import as_tensor, like, normalize_rows
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Count, Seed
 from subspan.geometry import Subspace
+from subspan.geometry.rank import Rank
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
 
-class LeverageSelector(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class LeverageSelector(Estimator):
     """Choose the rows that span the dominant subspace of a pool, by their leverage scores.
 
     The leverage of row i is |U_k[i, :]|^2 for the singular value decomposition U S V' of the (centred) pool cut at
@@ -50,26 +53,15 @@ class LeverageSelector(BaseEstimator):
     Source: Wu et al., ScalSelect, 2026 (arXiv 2602.11636); Mahoney & Drineas, CUR decompositions, 2009.
     """
 
-    def __init__(
-        self,
-        n_select: Any = 0.16,
-        *,
-        rank: Any = 0.9,
-        center: Any = True,
-        standardize: Any = False,
-        row_norm: Any = False,
-        strategy: Any = "top",
-        batch_size: Any = 8192,
-        random_state: Any = None,
-    ):
-        self.n_select = n_select
-        self.rank = rank
-        self.center = center
-        self.standardize = standardize
-        self.row_norm = row_norm
-        self.strategy = strategy
-        self.batch_size = batch_size
-        self.random_state = random_state
+    n_select: int | float = 0.16
+    _: KW_ONLY
+    rank: Rank = 0.9
+    center: bool = True
+    standardize: bool = False
+    row_norm: bool = False
+    strategy: Literal["top", "sample"] = "top"
+    batch_size: Count = 8192
+    random_state: Seed = None
 
     def fit(self, X: Any, y: Any = None) -> LeverageSelector:
         """Find the dominant subspace of the pool, score its rows and select.
@@ -115,7 +107,7 @@ class LeverageSelector(BaseEstimator):
 
     def fit_resample(self, X: Any, y: Any = None) -> Any:
         """Fit, and return the selected rows in pool order: (X, y), or X alone where no y is given."""
-        if (is_stream(X) and not hasattr(X, "__array__")) or is_dask(X):
+        if is_stream(X) and not isinstance(X, np.memmap):
             raise ValueError("X: rows of a stream cannot be taken by position; use fit and indices_")
         if y is not None:
             check_consistent_length(X, y)
@@ -203,15 +195,6 @@ class LeverageSelector(BaseEstimator):
 
     # ------------------------------------------------------------------ the door
 
-    def _check_parameters(self) -> None:
-        if self.strategy not in ("top", "sample"):
-            raise ValueError(f"strategy: expected 'top' or 'sample', got {self.strategy!r}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, got {self.batch_size}")
-        for name in ("center", "standardize", "row_norm"):
-            if not isinstance(getattr(self, name), bool | np.bool_):
-                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
-
     def _pool(self, X: Any, *, reset: bool) -> Any:
         """The rows as a tensor, or the stream itself."""
         if is_one_shot(X):
@@ -219,26 +202,14 @@ class LeverageSelector(BaseEstimator):
                 "X: a one-shot iterator is used up by the first of two passes; pass a re-iterable (a list-like of "
                 "batches, a DataLoader, a file), or feed partial_fit and then score_samples"
             )
-        if not is_stream(X) and not is_dask(X):
+        if not is_stream(X):
             return self._rows(X, reset=reset)
         width = X.shape[1] if is_dask(X) else next(iter(batches(X, 1))).shape[1]
         if reset:
-            self.n_features_in_ = width
-            self.__dict__.pop("feature_names_in_", None)
+            self._set_width(width)
         elif width != self.n_features_in_:
             raise ValueError(f"X: has {width} features, but LeverageSelector is expecting {self.n_features_in_}")
         return X.astype(np.float64) if is_dask(X) else X
-
-    def _rows(self, X: Any, *, reset: bool) -> Tensor:
-        if isinstance(X, Tensor):
-            columns = None if reset else self.n_features_in_
-            rows = check_matrix(X, "X", columns=columns, min_rows=2 if reset else 1)
-            self.n_features_in_ = rows.shape[1]
-            return rows
-        array = validate_data(
-            self, X, reset=reset, dtype="numeric", ensure_all_finite=False, ensure_min_samples=2 if reset else 1
-        )
-        return check_finite(as_tensor(array, "X"), "X")
 
 
 def _take(values: Any, indices: np.ndarray) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,7 +12,8 @@ from sklearn.utils import check_random_state
 
 from subspan.base import check_matrix
 
-ROUNDINGS = ("kmeans+snem", "snem", "kmeans", "rotation")
+Rounding = Literal["kmeans+snem", "snem", "kmeans", "rotation"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 _MAX_ROUNDS = 100
 
 

@@ -1,4 +1,4 @@
-"""Rows from anywhere: arrays, memory maps, tables in files, iterables, DataLoaders and Dask arrays, batch by batch."""
+"""Moments of rows from anywhere in one pass: resumable, and by Dask's scheduler where the rows are a Dask array."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,85 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subspan.base import as_tensor, read_table, require
-from subspan.base.array_files import ArrayRows
-from subspan.base.arrays import is_sparse, refuse_sparse
+from subspan.base import require
 from subspan.base.files import remove_unfinished
 from subspan.base.reading import reading
-from subspan.base.rows import stored_blocks
+from subspan.base.streams import batches, is_dask, is_one_shot, is_stream
 
 from .moments import Moments
 
-
-def is_dask(source: Any) -> bool:
-    """Whether `source` is a Dask array (without importing Dask)."""
-    return type(source).__module__.split(".")[0] == "dask" and hasattr(source, "to_delayed")
-
-
-def is_stream(source: Any) -> bool:
-    """Whether `source` must be read batch by batch: it is no array in memory, or it is a list of arrays (n, d).
-
-    Sparse matrices are no streams: whether they are read is up to the door of arrays.
-    """
-    if is_sparse(source):
-        return False
-    if isinstance(source, list | tuple):
-        return bool(source) and getattr(source[0], "ndim", 0) == 2
-    return isinstance(source, np.memmap | str | os.PathLike) or not (
-        isinstance(source, Tensor) or hasattr(source, "__array__")
-    )
-
-
-def is_one_shot(source: Any) -> bool:
-    """Whether `source` can be read only once (a generator or another iterator)."""
-    return isinstance(source, Iterator)
-
-
-def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[Tensor]:
-    """Yield `source` as tensors (n, d), after skipping `skip` rows.
-
-    source: an array or tensor (n, d); a memory map; a path to a table (see `subspan.datasets.read_table`); an iterable
-    (or DataLoader) of batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for
-    other files, TypeError for what holds no rows, such as a graph, and for sparse matrices.
-    """
-    refuse_sparse(source, "source")
-    if batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
-    if skip < 0:
-        raise ValueError(f"skip: must be >= 0, got {skip}")
-    if isinstance(source, str | os.PathLike):
-        source, skip = _opened(Path(source), batch_size, skip)
-    if is_dask(source):
-        source = (np.asarray(block.compute()) for block in source.rechunk({1: -1}).to_delayed().ravel())
-    if isinstance(source, Tensor) or hasattr(source, "__array__"):
-        rows = as_tensor(source, "source", ndim=2)
-        for start in range(skip, rows.shape[0], batch_size):
-            yield rows[start : start + batch_size]
-        return
-    if not isinstance(source, Iterable) or hasattr(source, "adj"):
-        graph = (
-            "; a graph is no table (its adjacency is one: networkx.to_numpy_array)" if hasattr(source, "adj") else ""
-        )
-        raise TypeError(f"source: cannot read rows from a {type(source).__name__}{graph}")
-    for batch in source:
-        first: Any = next(iter(batch.values())) if isinstance(batch, dict) else batch
-        first = first[0] if isinstance(first, tuple | list) and len(first) and not np.isscalar(first[0]) else first
-        rows = as_tensor(first, "batch", ndim=2)
-        if skip >= rows.shape[0]:
-            skip -= rows.shape[0]
-            continue
-        yield rows[skip:]
-        skip = 0
-
-
-def _opened(path: Path, batch_size: int, skip: int) -> tuple[Any, int]:
-    """The rows of a table as they are stored, mapped or in blocks, and how many of them are still to be skipped."""
-    if not path.exists():
-        raise FileNotFoundError(f"source: no file {str(path)!r}")
-    values = read_table(path).values
-    if isinstance(values, ArrayRows):
-        return values.values, skip
-    return stored_blocks(values, batch_size, min(skip, values.shape[0])), 0
+__all__ = ["batches", "fit_moments", "is_dask", "is_one_shot", "is_stream"]
 
 
 def _naming(source: Any) -> contextlib.AbstractContextManager[None]:

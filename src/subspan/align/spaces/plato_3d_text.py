@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
 from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import PairedEstimator
+from subspan.base.parameters import Bounds, Count, Share
 from subspan.base.saved import Schema, optional
 from subspan.geometry import AffineMap, Subspace
 from subspan.measures import local_kernel_cka
 from subspan.measures.kernel_alignment import MOST_KERNEL_ROWS
 from subspan.solvers import assign, nearest
 from subspan.statistics import JointMoments
-from subspan.statistics.pairs import paired_rows
 
 _PARAMETERS: Schema = {
     "n_components": int | str,
@@ -45,9 +45,6 @@ _SAVED: Schema = {
     "correlations": optional(Float[Tensor, " k_x"]),
     "held_out": optional(Float[Tensor, " h"]),
 }
-_METHODS = ("affine", "local_cka", "procrustes", "cosine")
-_SUBSPACES = ("cca", "pca", "svcca", None)
-_DIRECTIONS = ("x->y", "y->x")
 _FOLDS = 5
 _SVCCA_ENERGY = 0.99
 # Standard errors that a held-out correlation must exceed to count as shared.
@@ -68,7 +65,8 @@ class _SharedSpace:
     held_out: Float[Tensor, " m"] | None = None
 
 
-class SubspaceAligner(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class SubspaceAligner(PairedEstimator):
     """Compare rows of two spaces that were never trained together, from paired anchors X (n, p) and Y (n, q).
 
     1. Both spaces are centred at the anchors' means and projected to `n_components` coordinates. subspace: "cca"
@@ -93,25 +91,14 @@ class SubspaceAligner(BaseEstimator):
     Source: Hadgi et al. (2025), arXiv 2503.05283; local CKA from Maniparambil et al. (2024).
     """
 
-    def __init__(
-        self,
-        n_components: Any = 50,
-        method: Any = "affine",
-        subspace: Any = "cca",
-        shrinkage: Any = 0.1,
-        direction: Any = "x->y",
-        kernel: Any = "linear",
-        scale: Any = "whiten",
-        alpha: Any = 0.0,
-    ) -> None:
-        self.n_components = n_components
-        self.method = method
-        self.subspace = subspace
-        self.shrinkage = shrinkage
-        self.direction = direction
-        self.kernel = kernel
-        self.scale = scale
-        self.alpha = alpha
+    n_components: Count | Literal["cv"] = 50
+    method: Literal["affine", "local_cka", "procrustes", "cosine"] = "affine"
+    subspace: Literal["cca", "pca", "svcca"] | None = "cca"
+    shrinkage: Share | Literal["auto"] = 0.1
+    direction: Literal["x->y", "y->x"] = "x->y"
+    kernel: Literal["linear", "rbf"] = "linear"
+    scale: Literal["whiten", "rho"] = "whiten"
+    alpha: Annotated[float, Bounds(least=0, below=math.inf)] = 0.0
 
     # ------------------------------------------------------------------ anchors
 
@@ -134,12 +121,11 @@ class SubspaceAligner(BaseEstimator):
         if hasattr(self, "_shared") and not hasattr(self, "_folds"):
             raise ValueError("X: this aligner was read from a file, which does not keep what more anchors are added to")
         self.__dict__.pop("_shared", None)
-        for x, y in paired_rows(self, X, Y, reset=not hasattr(self, "_folds")):
+        for x, y in self._pairs(X, Y, reset=not hasattr(self, "_folds")):
             if not hasattr(self, "_folds"):
                 number = _FOLDS if self.n_components == "cv" else 2
                 self._folds = [JointMoments(x.shape[1], y.shape[1], device=x.device) for _ in range(number)]
                 self._anchors: list[tuple[Tensor, Tensor]] = []
-                self.n_features_in_ = x.shape[1]
             self._add(x, y)
         return self
 
@@ -161,23 +147,9 @@ class SubspaceAligner(BaseEstimator):
             fold.update(x[chosen].double(), y[chosen].double())
 
     def _check_parameters(self) -> None:
-        for name, values in (("method", _METHODS), ("subspace", _SUBSPACES), ("direction", _DIRECTIONS)):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
-        for name, values in (("kernel", ("linear", "rbf")), ("scale", ("whiten", "rho"))):
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name}: expected one of {values}, got {getattr(self, name)!r}")
-        k, weight = self.n_components, self.shrinkage
-        if k == "cv":
-            if self.subspace not in ("cca", "svcca"):
-                raise ValueError(f"n_components: 'cv' counts canonical pairs; subspace={self.subspace!r} has none")
-        elif isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"n_components: expected an integer >= 1 or 'cv', got {k!r}")
-        number = isinstance(weight, int | float | np.number) and not isinstance(weight, bool)
-        if weight != "auto" and not (number and 0 <= weight <= 1):
-            raise ValueError(f"shrinkage: expected 'auto' or a number in [0, 1], got {weight!r}")
-        if not (isinstance(self.alpha, int | float | np.number) and 0 <= self.alpha < float("inf")):
-            raise ValueError(f"alpha: expected a number >= 0, got {self.alpha!r}")
+        super()._check_parameters()
+        if self.n_components == "cv" and self.subspace not in ("cca", "svcca"):
+            raise ValueError(f"n_components: 'cv' counts canonical pairs; subspace={self.subspace!r} has none")
 
     # ------------------------------------------------------------------ the algorithm
 
@@ -417,19 +389,17 @@ class SubspaceAligner(BaseEstimator):
     def transform_x(self, X: Any) -> Any:
         """Coordinates (m, k) of rows X (m, p); but for local CKA, similarity is their cosine with those of y."""
         self._fitted()
-        return like(self._map_x.map(self._rows(X, "X")), X)
+        return like(self._map_x.map(self._side(X, "X")), X)
 
     def transform_y(self, Y: Any) -> Any:
         """Coordinates (m, k) of rows Y (m, q)."""
         self._fitted()
-        return like(self._map_y.map(self._rows(Y, "Y")), Y)
+        return like(self._map_y.map(self._side(Y, "Y")), Y)
 
-    def _rows(self, rows: Any, name: str) -> Float[Tensor, "m d"]:
-        shared = self._shared
-        columns = (shared.map_x if name == "X" else shared.map_y).matrix.shape[1]
-        if name == "X" and not isinstance(rows, Tensor):
-            rows = validate_data(self, rows, reset=False, dtype=np.float64)
-        return check_matrix(rows, name, columns=columns).to(shared.map_x.matrix)
+    def _side(self, rows: Any, name: str) -> Float[Tensor, "m d"]:
+        wide = self._shared.map_y.matrix
+        found = self._rows(rows) if name == "X" else check_matrix(rows, name, columns=wide.shape[1])
+        return found.to(wide)
 
     def similarity(self, X: Any, Y: Any) -> Any:
         """Scores (m, l) of every row of X (m, p) against every row of Y (l, q); larger is more alike."""
@@ -437,7 +407,7 @@ class SubspaceAligner(BaseEstimator):
 
     def _scores(self, X: Any, Y: Any) -> Float[Tensor, "m l"]:
         shared = self._fitted()
-        x, y = self._rows(X, "X"), self._rows(Y, "Y")
+        x, y = self._side(X, "X"), self._side(Y, "Y")
         if self.method == "local_cka":
             a, b = shared.map_x.map(x), shared.map_y.map(y)
             if self.kernel == "linear":
@@ -464,7 +434,7 @@ class SubspaceAligner(BaseEstimator):
             best, found = scores.topk(k, dim=1)
         else:
             self._check_comparable()
-            x, y = self._map_x.map(self._rows(X, "X")), self._map_y.map(self._rows(Y, "Y"))
+            x, y = self._map_x.map(self._side(X, "X")), self._map_y.map(self._side(Y, "Y"))
             queries, base = (x, y) if forward else (y, x)
             best, found = nearest(queries, base, k, metric="cosine")
         reference = X if forward else Y
@@ -533,12 +503,6 @@ class SubspaceAligner(BaseEstimator):
             new._align()
             return new
 
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags
 
 
 def pair_score(scores: Float[Tensor, "m n"], metric: str) -> float:

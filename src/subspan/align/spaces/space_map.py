@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
 
 from subspan.base import check_matrix, like
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import PairedEstimator
+from subspan.base.parameters import Count, NonNegative, Share
 from subspan.geometry import AffineMap
 from subspan.geometry.affine import check_map_memory
 from subspan.statistics import JointMoments
-from subspan.statistics.pairs import paired_rows
 
-_METHODS = ("translation", "procrustes", "scaled", "ridge", "cca")
-
-
-class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
 
     method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or
@@ -33,17 +29,10 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     Attributes: map_, an `AffineMap`; moments_, the `JointMoments`; canonical_, the canonical directions (method "cca").
     """
 
-    def __init__(
-        self,
-        method: Any = "procrustes",
-        alpha: Any = 1e-3,
-        k: Any = None,
-        shrinkage: Any = "oas",
-    ) -> None:
-        self.method = method
-        self.alpha = alpha
-        self.k = k
-        self.shrinkage = shrinkage
+    method: Literal["translation", "procrustes", "scaled", "ridge", "cca"] = "procrustes"
+    alpha: NonNegative = 1e-3
+    k: Count | None = None
+    shrinkage: Literal["oas"] | Share = "oas"
 
     def fit(self, X: Any, Y: Any) -> SpaceMap:
         """Fit to paired rows. Raises ValueError for NaN, unequal numbers of rows, or fewer than 2."""
@@ -52,14 +41,12 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
 
     def partial_fit(self, X: Any, Y: Any) -> SpaceMap:
         """Add paired rows to the statistics and make the map anew."""
-        if self.method not in _METHODS:
-            raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
+        self._check_parameters()
         reset = not hasattr(self, "moments_")
-        for x, y in paired_rows(self, X, Y, reset=reset):
+        for x, y in self._pairs(X, Y, reset=reset):
             if not hasattr(self, "moments_"):
                 check_map_memory(x.shape[1], y.shape[1])
                 self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
-                self.n_features_in_ = x.shape[1]
             self.moments_.update(x, y)
         if not hasattr(self, "moments_") or self.moments_.count < 2:
             raise ValueError("X, Y: need at least 2 pairs (n_samples = 2)")
@@ -82,26 +69,11 @@ class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
     def transform(self, X: Any) -> Any:
         """Rows X (n, d_x) in the space of Y (n, d_y); numpy or torch as given."""
         check_is_fitted(self, "map_")
-        return like(self.map_.to(_device(X)).map(self._rows(X, self.map_.matrix.shape[1])), X)
+        rows = self._rows(X)
+        return like(self.map_.to(rows.device).map(rows), X)
 
     def inverse_transform(self, X: Any) -> Any:
         """Rows X (n, d_y) of the target space back in the source space, by the (pseudo) inverse of the map."""
         check_is_fitted(self, "map_")
-        rows = check_matrix(np.asarray(X) if not isinstance(X, Tensor) else X, "X", columns=self.map_.matrix.shape[0])
-        return like(self.map_.inverse().to(_device(X)).map(rows), X)
-
-    def _rows(self, X: Any, columns: int) -> Tensor:
-        if not isinstance(X, Tensor):
-            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        return check_matrix(X, "X", columns=columns)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags
-
-
-def _device(rows: Any) -> torch.device:
-    return rows.device if isinstance(rows, Tensor) else torch.device("cpu")
+        rows = check_matrix(X, "X", columns=self.map_.matrix.shape[0])
+        return like(self.map_.inverse().to(rows.device).map(rows), X)

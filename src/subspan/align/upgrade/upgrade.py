@@ -5,23 +5,24 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import PairedEstimator
+from subspan.base.parameters import Bounds, Count, NonNegative, Whole
 from subspan.base.saved import Schema, optional
 from subspan.geometry import AffineMap
 from subspan.geometry.affine import check_map_memory
 from subspan.statistics import JointMoments
-from subspan.statistics.pairs import paired_rows
 
 from .adapter import SAVED_ARRAYS as ADAPTER_ARRAYS
 from .adapter import EmbeddingAdapter
@@ -30,12 +31,14 @@ from .confidence import RetrievalConfidence
 from .held_out import CLOSED_FORMS, CrossValidation, FoldedPairs, HeldOut, closed_forms, complexity, grid
 from .unpaired import UnpairedReport, align_unpaired
 
-_METHODS = ("auto", *CLOSED_FORMS, "mlp")
+Method = Literal["none", "translation", "procrustes", "scaled", "low-rank", "cca", "ridge", "mlp"]
+_METHODS = get_args(Method)
 _FEW_ANCHORS = ("none", "translation", "procrustes", "scaled", "ridge")
 _MLP_PAIRS = 1000
 
 
-class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """Map from one encoder's embeddings, rows X (n, d_x), to another's, the rows Y (n, d_y) that they are paired with.
 
     For an index whose encoder is replaced: X from the new encoder, Y from the old one, both of the same items; mapped
@@ -57,36 +60,20 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     n_pairs_, unpaired_ (an `UnpairedReport` after `fit_unpaired`).
     """
 
-    def __init__(
-        self,
-        method: Any = "auto",
-        *,
-        candidates: Any = None,
-        alpha: Any = None,
-        rank: Any = None,
-        k: Any = None,
-        metric: Any = "cosine",
-        target: Any = "neighbours",
-        n_neighbors: Any = 10,
-        normalize: Any = False,
-        folds: Any = 5,
-        max_queries: Any = 2000,
-        max_gallery: Any = 5000,
-        random_state: Any = 0,
-    ) -> None:
-        self.method = method
-        self.candidates = candidates
-        self.alpha = alpha
-        self.rank = rank
-        self.k = k
-        self.metric = metric
-        self.target = target
-        self.n_neighbors = n_neighbors
-        self.normalize = normalize
-        self.folds = folds
-        self.max_queries = max_queries
-        self.max_gallery = max_gallery
-        self.random_state = random_state
+    method: Literal["auto"] | Method = "auto"
+    _: KW_ONLY
+    candidates: Sequence[Method] | None = None
+    alpha: NonNegative | None = None
+    rank: Count | None = None
+    k: Count | None = None
+    metric: Literal["cosine", "euclidean", "inner"] = "cosine"
+    target: Literal["neighbours", "pair"] = "neighbours"
+    n_neighbors: Count = 10
+    normalize: bool = False
+    folds: Annotated[int, Bounds(least=3)] = 5
+    max_queries: Annotated[int, Bounds(least=10)] = 2000
+    max_gallery: Annotated[int, Bounds(least=20)] = 5000
+    random_state: Whole = 0
 
     # ------------------------------------------------------------------ fitting
 
@@ -96,13 +83,12 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         self._forget()
         generator = torch.Generator().manual_seed(int(self.random_state))
         pairs: FoldedPairs | None = None
-        for x, y in paired_rows(self, X, Y, reset=True):
+        for x, y in self._pairs(X, Y, reset=True):
             if self.normalize and x.shape[1] < 2:
                 raise ValueError("X: 1 feature(s) leave only two unit vectors; normalize=True needs at least 2")
             x, y = (normalize_rows(x), normalize_rows(y)) if self.normalize else (x, y)
             if pairs is None:
                 check_map_memory(x.shape[1], y.shape[1])
-                self.n_features_in_ = x.shape[1]
                 pairs = FoldedPairs(
                     x.shape[1], y.shape[1], folds=self.folds, keep=self.max_gallery, generator=generator
                 )
@@ -150,24 +136,9 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             self.__dict__.pop(name, None)
 
     def _check_parameters(self) -> None:
-        if self.method not in _METHODS:
-            raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
-        unknown = set(self.candidates or ()) - set(_METHODS[1:])
-        if unknown or (self.candidates is not None and not self.candidates):
-            raise ValueError(f"candidates: some of {_METHODS[1:]}, got {self.candidates!r}")
-        if self.metric not in ("cosine", "euclidean", "inner"):
-            raise ValueError(f"metric: expected 'cosine', 'euclidean' or 'inner', got {self.metric!r}")
-        if self.target not in ("neighbours", "pair"):
-            raise ValueError(f"target: expected 'neighbours' or 'pair', got {self.target!r}")
-        whole = (("n_neighbors", 1), ("folds", 3), ("max_queries", 10), ("max_gallery", 20), ("random_state", 0))
-        for name, least in whole:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        for name, least in (("alpha", 0), ("rank", 1), ("k", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name}: must be >= {least}, got {value!r}")
+        super()._check_parameters()
+        if self.candidates is not None and not self.candidates:
+            raise ValueError(f"candidates: some of {_METHODS}, got {self.candidates!r}")
 
     def _choose(self, pairs: FoldedPairs) -> None:
         total = pairs.without()
@@ -182,7 +153,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
                 f"fitted on their span alone, and of the regressions only ridge is tried",
                 stacklevel=3,
             )
-        wanted = tuple(self.candidates or _METHODS[1:]) if self.method == "auto" else ("none", self.method)
+        wanted = tuple(self.candidates or _METHODS) if self.method == "auto" else ("none", self.method)
         candidates = [m for m in CLOSED_FORMS if m in wanted and (m in _FEW_ANCHORS or not few or m == self.method)]
         notes: dict[str, str] = {}
         if "mlp" in wanted:
@@ -309,7 +280,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         error is smaller than that of a matrix inverse.
         """
         check_is_fitted(self, "adapter_")
-        rows = check_matrix(np.asarray(X) if not isinstance(X, Tensor) else X, "X", columns=self._n_features_out)
+        rows = check_matrix(X, "X", columns=self._n_features_out)
         rows = normalize_rows(rows) if self.normalize else rows
         mapped = self.inverse_map_.to(rows.device).map(rows)
         return like(normalize_rows(mapped) if self.normalize else mapped, X)
@@ -342,12 +313,6 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         unit = normalize_rows(rows) if self.normalize else rows
         with torch.no_grad():
             return like(self._confidence(unit, self.adapter_(rows)), X)
-
-    def _rows(self, X: Any) -> Tensor:
-        if not isinstance(X, Tensor):
-            # Finiteness is looked at once, below.
-            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
-        return check_matrix(X, "X", columns=self.n_features_in_)
 
     def to_module(self) -> nn.Module:
         """The map as a torch module."""
@@ -408,7 +373,7 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             )
             model.map_ = AffineMap(model.adapter_.weight, model.adapter_.bias)
             model._inverse = AffineMap(arrays["inverse.matrix"], arrays.get("inverse.bias"))
-            if facts["method"] not in (*_METHODS[1:], "unpaired") or facts["pairs"] < 0:
+            if facts["method"] not in (*_METHODS, "unpaired") or facts["pairs"] < 0:
                 raise ValueError(f"a map by {facts['method']!r} of {facts['pairs']} pairs")
             model.method_, model.parameters_ = facts["method"], facts["chosen"]
             model.scores_, model.n_pairs_ = facts["scores"], facts["pairs"]
@@ -419,13 +384,6 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
             if facts["unpaired"] is not None:
                 model.unpaired_ = UnpairedReport(**facts["unpaired"])
             return model
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags
 
 
 class _Score(TypedDict):
