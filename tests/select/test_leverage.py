@@ -385,9 +385,9 @@ def test_scoring_rows_of_another_width_or_with_nan(pool):
         LeverageSelector().fit(_Again(np.array_split(broken, 9)))
     with pytest.raises(ValueError, match="NaN"):
         selector.score_samples(np.full((2, 30), np.nan))
-    with pytest.raises(TypeError, match="n_select"):
+    with pytest.raises(ValueError, match="n_select"):
         LeverageSelector(True).fit(pool)
-    with pytest.raises(TypeError, match="center"):
+    with pytest.raises(ValueError, match="center"):
         LeverageSelector(center="mean").fit(pool)
 
 

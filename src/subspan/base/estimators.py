@@ -52,7 +52,8 @@ class Estimator(BaseEstimator):
             if reset:
                 self._set_width(rows.shape[1])
             return rows
-        options = {"dtype": _FLOATS, "ensure_min_samples": least, **options}
+        # Finite values are looked at once, in `check_matrix`, which names the row.
+        options = {"dtype": _FLOATS, "ensure_min_samples": least, "ensure_all_finite": False, **options}
         return check_matrix(validate_data(self, X, reset=reset, **options), "X")
 
     def _batches(self, X: Any, *, reset: bool = False, size: int = _BATCH) -> Iterator[Float[Tensor, "n d"]]:

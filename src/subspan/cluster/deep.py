@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,8 +36,18 @@ STAGES = ("pretrain", "express", "structure")
 _BATCH = 256
 
 
+class _EncodingClusterer(ClusterMixin, Estimator):
+    """What the methods of `_DeepClusterer` read beside its parameters."""
+
+    layers: Any = "last"
+    affine: Any = False
+    encoder_: Any
+    subspaces_: Any
+    _random: Any
+
+
 @dataclass(eq=False, repr=False)
-class _DeepClusterer(ClusterMixin, Estimator):
+class _DeepClusterer(_EncodingClusterer):
     """Items in, through an encoder, to coefficients and clusters; unseen items by the subspaces of the layers."""
 
     n_clusters: Count = 8
@@ -321,8 +331,6 @@ class DSCNetClustering(_DeepClusterer):
     fraction: Annotated[float, Bounds(above=0, most=1)] = 0.2
     dim: Count = 3
     power: Positive = 1.0
-    layers: ClassVar[str] = "last"
-    affine: ClassVar[bool] = False
 
     def fit(self, X: Any, y: Any = None) -> DSCNetClustering:
         """Cluster items X; y is not looked at. Raises and warns as `DeepSubspaceClustering`.

@@ -11,20 +11,23 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.stats import norm
-from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.base import OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from subspan.base import as_tensor, check_matrix, like, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base import like, save_arrays, saved_object
+from subspan.base.estimators import Estimator, at_least_single
+from subspan.base.parameters import Bounds, Count, NonNegative, Whole, check_value
 from subspan.base.saved import Schema, optional
 from subspan.geometry import FixedRank, Subspace, rank_rule
+from subspan.geometry.rank import Rank
 from subspan.geometry.subspace import SAVED_ARRAYS
 from subspan.statistics import Moments, batches, fit_moments, is_dask, is_one_shot, is_stream
 
@@ -39,7 +42,8 @@ from .combined import (
     gaussian_null,
 )
 
-DISTANCES = ("combined", "residual", "mahalanobis", "euclidean", "cosine")
+Distance = Literal["combined", "residual", "mahalanobis", "euclidean", "cosine"]
+Contamination = Annotated[float, Bounds(above=0, most=0.5)]
 _CHUNK_BYTES = 16 << 20
 
 
@@ -84,7 +88,8 @@ def subspace_score(
     raise ValueError(f"distance: 'residual', 'mahalanobis', 'cosine' or 'euclidean', got {distance!r}")
 
 
-class SubspaceDetector(OutlierMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class SubspaceDetector(OutlierMixin, Estimator):
     """Outlier detector for rows: how far they lie from the principal subspace of normal rows, and out along it.
 
     rank: explained variance in (0, 1], int, rule name or rule. distance: "combined" = the larger of two distances of
@@ -106,37 +111,27 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     `combined`), offset_ (threshold on `score_samples`), n_features_in_, moments_ (for `partial_fit`).
     """
 
-    def __init__(
-        self,
-        rank: Any = 0.99,
-        *,
-        distance: Any = "combined",
-        drop_k: Any = 0,
-        epsilon: Any = 1e-6,
-        contamination: Any = None,
-        strict: Any = False,
-        batch_size: Any = 8192,
-    ):
-        self.rank = rank
-        self.distance = distance
-        self.drop_k = drop_k
-        self.epsilon = epsilon
-        self.contamination = contamination
-        self.strict = strict
-        self.batch_size = batch_size
+    rank: Rank = 0.99
+    _: KW_ONLY
+    distance: Distance = "combined"
+    drop_k: Whole = 0
+    epsilon: NonNegative = 1e-6
+    contamination: Contamination | Literal["fence"] | None = None
+    strict: bool = False
+    batch_size: Count = 8192
 
     def fit(self, X: Any, y: Any = None) -> SubspaceDetector:
         """Fit to normal rows (n, d), an array or a stream of batches; y is ignored."""
         self._check_parameters()
         self.__dict__.pop("moments_", None)
-        if is_stream(X) and not hasattr(X, "toarray"):
+        if is_stream(X):
             self.moments_, dtype = self._streamed(X)
-            self.n_features_in_ = self.moments_.d
+            self._set_width(self.moments_.d)
             self._fit_moments(dtype)
             if not is_one_shot(X):
                 self._look_again(batches(X, self.batch_size))
             return self
-        rows = self._rows(X, reset=True, minimum=2)
+        rows = at_least_single(self._rows(X, reset=True))
         n, d = rows.shape
         if n < d:
             self._fit_few(rows)
@@ -190,7 +185,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
         first = not hasattr(self, "moments_")
         if first and hasattr(self, "subspace_"):
             raise ValueError("partial_fit: fit on fewer rows than columns keeps no moments; begin with a clone")
-        rows = self._rows(X, reset=first, minimum=2 if first else 1)
+        rows = at_least_single(self._rows(X, reset=first))
         if first:
             self.moments_ = Moments(rows.shape[1], device=rows.device)
         self.moments_.update(rows)
@@ -200,8 +195,8 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     def calibrate(self, X: Any, contamination: Any = 0.01) -> SubspaceDetector:
         """Set the threshold so that the share `contamination` in (0, 0.5] of held-out normal rows exceeds it."""
         check_is_fitted(self, "subspace_")
-        check_contamination(contamination)
-        self._set_offset(self._scores(self._rows(X, reset=False)), contamination)
+        check_value("contamination", contamination, Contamination)
+        self._set_offset(self._scores(self._beside(X)), contamination)
         return self
 
     def _set_offset(self, scores: Tensor, contamination: Any) -> None:
@@ -210,7 +205,7 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
     def anomaly_score(self, X: Any) -> Any:
         """Score of each row (n,), higher = more anomalous."""
         check_is_fitted(self, "subspace_")
-        return like(self._scores(self._rows(X, reset=False)), X)
+        return like(self._scores(self._beside(X)), X)
 
     def score_samples(self, X: Any) -> Any:
         """Minus the anomaly score (n,): higher = more normal."""
@@ -265,33 +260,9 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
             detector.offset_ = facts["offset"]
         return detector
 
-    def _check_parameters(self) -> None:
-        rank_rule(self.rank)
-        if self.distance not in DISTANCES:
-            raise ValueError(f"distance: {', '.join(map(repr, DISTANCES))} are known, got {self.distance!r}")
-        if not isinstance(self.drop_k, int | np.integer) or self.drop_k < 0:
-            raise ValueError(f"drop_k: a number of directions, 0 or more, got {self.drop_k!r}")
-        if not self.epsilon >= 0:
-            raise ValueError(f"epsilon: 0 or more, got {self.epsilon}")
-        if self.contamination is not None and self.contamination != "fence":
-            check_contamination(self.contamination)
-
-    def _rows(self, X: Any, *, reset: bool, minimum: int = 1) -> Tensor:
-        """X as a finite floating matrix, in the subspace's width and on its device."""
-        if isinstance(X, Tensor):
-            rows = check_matrix(X, "X", columns=None if reset else self.n_features_in_, min_rows=minimum)
-            if reset:
-                self.n_features_in_ = rows.shape[1]
-        else:
-            array = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], ensure_min_samples=minimum)
-            rows = as_tensor(array, "X")
-        if rows.dtype in (torch.float16, torch.bfloat16):
-            rows = rows.float()
-        return rows if reset else rows.to(self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        return self.subspace_.basis.device
+    def _beside(self, X: Any) -> Tensor:
+        """Rows to score, on the device of the subspace."""
+        return at_least_single(self._rows(X)).to(self.subspace_.basis.device)
 
     def _streamed(self, source: Any) -> tuple[Moments, torch.dtype]:
         """Moments of a stream and the dtype to score its rows in: theirs, at least float32."""
@@ -350,12 +321,6 @@ class SubspaceDetector(OutlierMixin, BaseEstimator):
 
     def _scored(self, distances: Tensor, dtype: torch.dtype) -> Tensor:
         return distances if self.null_ is None else combined_score(distances, self.null_).to(dtype)
-
-
-def check_contamination(value: Any) -> None:
-    """Raise ValueError for what is no share in (0, 0.5]."""
-    if not isinstance(value, int | float | np.number) or not 0 < value <= 0.5:
-        raise ValueError(f"contamination: a share in (0, 0.5], got {value!r}")
 
 
 def _spans_everything(subspace: Subspace) -> bool:

@@ -6,26 +6,36 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from itertools import chain, islice
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from rich.console import Console
 from rich.progress import track
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base import normalize_rows, saved_object
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Bounds, Count, NonNegative, Whole, check_value
 from subspan.base.saved import Schema
 from subspan.geometry import Subspace
+from subspan.geometry.rank import Rank
 from subspan.models import FeatureGrid, ImagePreprocessing, image_tensor
+from subspan.models.features import Aggregate
 from subspan.models.layers import Layers
 
-from .detector import DETECTOR_ARRAYS, DETECTOR_FACTS, SubspaceDetector, check_contamination, save_detector
+from .detector import (
+    DETECTOR_ARRAYS,
+    DETECTOR_FACTS,
+    Contamination,
+    Distance,
+    SubspaceDetector,
+    save_detector,
+)
 from .foreground import foreground_mask, specular_confidence, suppress_specular
 from .maps import aggregate, smooth, stitch, upsample, window_boxes
 from .rotations import RandomRotations
@@ -72,7 +82,8 @@ class AnomalyResult:
     labels: np.ndarray | None = None
 
 
-class SubspaceAD(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class SubspaceAD(Estimator):
     """Few-shot anomaly detection and localisation in images by the residual of patch features, without training.
 
     backbone: a vision network (with `layers`, `aggregate`, `image_size` or `preprocessing` as in `FeatureGrid`), a
@@ -94,54 +105,29 @@ class SubspaceAD(BaseEstimator):
     Attributes: detector_ (SubspaceDetector), subspace_, threshold_ (after `calibrate`), n_views_ (images fitted on).
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module | FeatureGrid | Callable[[Tensor], Tensor],
-        layers: Layers | None = None,
-        *,
-        aggregate: Any = "mean",
-        normalize: Any = False,
-        image_size: Any = 224,
-        preprocessing: ImagePreprocessing | None = None,
-        augment: RandomRotations | None = RandomRotations(30),  # noqa: B008 - frozen
-        rank: Any = 0.99,
-        distance: Any = "residual",
-        drop_k: Any = 0,
-        mask: Any = None,
-        mask_normals: Any = True,
-        blur: Any = 4.0,
-        image_score: Any = "tail",
-        tail: Any = 0.01,
-        over: Any = "map",
-        window: Any = None,
-        overlap: Any = 0.0,
-        specular: Any = False,
-        batch_size: Any = 16,
-        random_state: Any = 0,
-        progress: Any = False,
-    ):
-        self.backbone = backbone
-        self.layers = layers
-        self.aggregate = aggregate
-        self.normalize = normalize
-        self.image_size = image_size
-        self.preprocessing = preprocessing
-        self.augment = augment
-        self.rank = rank
-        self.distance = distance
-        self.drop_k = drop_k
-        self.mask = mask
-        self.mask_normals = mask_normals
-        self.blur = blur
-        self.image_score = image_score
-        self.tail = tail
-        self.over = over
-        self.window = window
-        self.overlap = overlap
-        self.specular = specular
-        self.batch_size = batch_size
-        self.random_state = random_state
-        self.progress = progress
+    backbone: nn.Module | FeatureGrid | Callable[[Tensor], Tensor]
+    layers: Layers | None = None
+    _: KW_ONLY
+    aggregate: Aggregate = "mean"
+    normalize: bool = False
+    image_size: Count | tuple[int, int] = 224
+    preprocessing: ImagePreprocessing | None = None
+    augment: RandomRotations | None = RandomRotations(30)  # noqa: RUF009 - frozen
+    rank: Rank = 0.99
+    distance: Distance = "residual"
+    drop_k: Whole = 0
+    mask: str | Callable[..., Any] | None = None
+    mask_normals: bool = True
+    blur: NonNegative | Literal["official"] = 4.0
+    image_score: str = "tail"
+    tail: Annotated[float, Bounds(above=0, most=1)] = 0.01
+    over: Literal["map", "patches"] = "map"
+    window: Count | None = None
+    overlap: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    specular: bool = False
+    batch_size: Count = 16
+    random_state: int | None = 0
+    progress: bool = False
 
     def fit(self, images: Any, y: Any = None) -> SubspaceAD:
         """Fit to normal images and their augmented views, one pass over their patches; y is ignored."""
@@ -192,7 +178,7 @@ class SubspaceAD(BaseEstimator):
 
     def calibrate(self, images: Any, contamination: Any = 0.01) -> SubspaceAD:
         """Set threshold_ so that the share `contamination` in (0, 0.5] of held-out normal images exceeds it."""
-        check_contamination(contamination)
+        check_value("contamination", contamination, Contamination)
         self.threshold_ = float(np.quantile(self.predict(images).scores, 1 - contamination))
         return self
 
@@ -264,17 +250,6 @@ class SubspaceAD(BaseEstimator):
                 raise ValueError("mask: the saved model used a function as mask; give it here")
             model.mask = mask
         return model
-
-    def _check_parameters(self) -> None:
-        """Refuse settings that make no sense."""
-        if self.over not in ("map", "patches"):
-            raise ValueError(f"over: 'map' or 'patches', got {self.over!r}")
-        if self.blur != "official" and (isinstance(self.blur, str) or not self.blur >= 0):
-            raise ValueError(f"blur: pixels, 0 or more, or 'official', got {self.blur!r}")
-        if not 0 < self.tail <= 1:
-            raise ValueError(f"tail: a fraction in (0, 1], got {self.tail}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: at least 1, got {self.batch_size}")
 
     def _prepare(self) -> tuple[Callable[[list[Tensor]], Tensor], Any]:
         """How features are taken, and the mask; settings are checked here."""

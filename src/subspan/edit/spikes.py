@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from subspan.base import as_tensor, check_finite, like
 from subspan.base.arrays import centre
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Bounds, Count, Positive, Seed, Share
 from subspan.geometry import MarchenkoPastur, RankRule, Subspace, random_matrix, rank_rule
+from subspan.geometry.rank import Rank
 from subspan.statistics import Moments, batches, is_stream
 
 MIN_ROWS = 8
@@ -74,7 +76,7 @@ def alignment_score(
     return (1 - (perturbed.basis.mT @ spikes.basis).square().sum(0)).clamp(0, 1)
 
 
-NONCONFORMITIES = ("energy", "alignment", "spectral", "bootstrap")
+Nonconformity = Literal["energy", "alignment", "spectral", "bootstrap"]
 UNPAIRED = ("alignment", "spectral")
 
 
@@ -133,7 +135,8 @@ class SpikeFilter(nn.Module):
         return filtered if mask is None else torch.where(mask.bool().unsqueeze(-1), filtered, z)
 
 
-class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, Estimator):
     """Filter rows to the span of their robust spikes (the causal subspace of Darabi et al., 2025).
 
     `fit(X, y)` takes clean rows X (n, d) and as `y` their perturbed versions: (n, d), row by row, or a mapping from the
@@ -155,41 +158,20 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     spikes_ (all), rbns_ (m,), threshold_, kept_ (m,), sigma2_, edge_, report_ (columns by name), filter_ (SpikeFilter).
     """
 
-    # None where on_empty="identity" found nothing that stands out.
-    spikes_: Any
-    subspace_: Any
-    correlational_: Any
-
-    def __init__(
-        self,
-        nonconformity: Any = "energy",
-        *,
-        alpha: Any = 0.2,
-        threshold: Any = "quantile",
-        rank: Any = "marchenko-pastur",
-        center: Any = True,
-        reduce: Any = "mean",
-        space: Any = "robust",
-        strength: Any = 1.0,
-        keep_norm: Any = False,
-        resamples: Any = 10,
-        on_empty: Any = "raise",
-        batch_size: Any = 8192,
-        random_state: Any = None,
-    ) -> None:
-        self.nonconformity = nonconformity
-        self.alpha = alpha
-        self.threshold = threshold
-        self.rank = rank
-        self.center = center
-        self.reduce = reduce
-        self.space = space
-        self.strength = strength
-        self.keep_norm = keep_norm
-        self.resamples = resamples
-        self.on_empty = on_empty
-        self.batch_size = batch_size
-        self.random_state = random_state
+    nonconformity: Nonconformity | Callable[..., Any] = "energy"
+    _: KW_ONLY
+    alpha: Annotated[float, Bounds(above=0, below=1)] = 0.2
+    threshold: Literal["quantile"] | Positive = "quantile"
+    rank: Rank = "marchenko-pastur"
+    center: bool = True
+    reduce: Literal["mean", "max"] = "mean"
+    space: Literal["robust", "spikes"] = "robust"
+    strength: Share = 1.0
+    keep_norm: bool = False
+    resamples: Annotated[int, Bounds(least=2)] = 10
+    on_empty: Literal["raise", "identity"] = "raise"
+    batch_size: Count = 8192
+    random_state: Seed = None
 
     # ------------------------------------------------------------------ fitting
 
@@ -219,33 +201,9 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self._pairs: dict[str, PairedMoments] = {}
         self._draw = check_random_state(self.random_state)
 
-    def _check_parameters(self) -> None:
-        if not (callable(self.nonconformity) or self.nonconformity in NONCONFORMITIES):
-            raise ValueError(
-                f"nonconformity: one of {', '.join(NONCONFORMITIES)} or a function, got {self.nonconformity!r}"
-            )
-        if not 0 < self.alpha < 1:
-            raise ValueError(f"alpha: must lie in (0, 1), got {self.alpha}")
-        if isinstance(self.threshold, str) and self.threshold != "quantile":
-            raise ValueError(f"threshold: 'quantile' or a number, got {self.threshold!r}")
-        if not isinstance(self.threshold, str) and not self.threshold > 0:
-            raise ValueError(f"threshold: a bound on the score must be positive, got {self.threshold}")
-        for name, allowed in (
-            ("reduce", ("mean", "max")),
-            ("space", ("robust", "spikes")),
-            ("on_empty", ("raise", "identity")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        if not 0 <= self.strength <= 1:
-            raise ValueError(f"strength: must lie in [0, 1], got {self.strength}")
-        if self.resamples < 2:
-            raise ValueError(f"resamples: at least 2, got {self.resamples}")
-        rank_rule(self.rank)
-
     def _accumulate(self, X: Any, y: Any, *, reset: bool) -> None:
         """Take rows into the moments; nothing here depends on how they are cut into batches, but for "bootstrap"."""
-        clean = self._batches(X, "X", reset=reset)
+        clean = self._blocks(X, "X", reset=reset)
         if self.nonconformity == "bootstrap":
             for rows in clean:
                 self._add_alone(rows)
@@ -253,7 +211,7 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             return
         kinds = {} if y is None else dict(y) if isinstance(y, Mapping) else {UNNAMED: y}
         streams = {
-            name: self._batches(rows, f"y[{name!r}]" if isinstance(y, Mapping) else "y") for name, rows in kinds.items()
+            name: self._blocks(rows, f"y[{name!r}]" if isinstance(y, Mapping) else "y") for name, rows in kinds.items()
         }
         if not kinds or self.nonconformity in UNPAIRED:
             for rows in clean:
@@ -337,7 +295,8 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             found = rule(eigenvalues, round(n), width)
         if found == 0:
             return self._solve_empty(full)
-        self.spikes_ = full.truncate(found)
+        # None where on_empty="identity" found nothing that stands out.
+        self.spikes_: Any = full.truncate(found)
         self.rbns_ = self._scores(self.spikes_).cpu().numpy()
         scores = torch.from_numpy(self.rbns_)
         self.threshold_ = (
@@ -351,8 +310,8 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
                 f"{self.rbns_.min():.4g}); the filter would be a constant. Raise the threshold or use 'quantile'"
             )
         kept = torch.from_numpy(self.kept_)
-        self.subspace_ = self.spikes_.select(kept)
-        self.correlational_ = None if self.kept_.all() else self.spikes_.select(~kept)
+        self.subspace_: Any = self.spikes_.select(kept)
+        self.correlational_: Any = None if self.kept_.all() else self.spikes_.select(~kept)
         options = {"strength": float(self.strength), "keep_norm": bool(self.keep_norm)}
         if self.space == "robust":
             self.filter_ = SpikeFilter(self.subspace_.basis, self.subspace_.center, **options)
@@ -399,13 +358,13 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> Any:
         """Filtered rows, of the kind, shape (…, d) and dtype of X."""
         check_is_fitted(self, "filter_")
-        rows = self._rows(X, "X", reset=False)
+        rows = self._stacked(X)
         return like(self.filter_(rows), X)
 
     def residual_score(self, X: Any) -> Any:
         """Share of each row's energy outside the robust spikes (…,), in [0, 1]: an alarm for attacks and drift."""
         check_is_fitted(self, "filter_")
-        rows = self._rows(X, "X", reset=False)
+        rows = self._stacked(X)
         if self.subspace_ is None:
             return like(rows.new_zeros(rows.shape[:-1]), X)
         flat = rows.reshape(-1, rows.shape[-1])
@@ -447,29 +406,26 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     # ------------------------------------------------------------------ rows
 
-    def _batches(self, X: Any, name: str, *, reset: bool = False) -> Iterable[Tensor]:
-        source = X if is_stream(X) else self._rows(X, name, reset=reset).flatten(0, -2)
-        for rows in batches(source, self.batch_size):
-            if reset and source is X:
-                self.n_features_in_ = rows.shape[1]
-            reset = False
+    def _blocks(self, X: Any, name: str, *, reset: bool = False) -> Iterator[Float[Tensor, "n d"]]:
+        if name == "X" and getattr(X, "ndim", 2) == 2:
+            yield from self._batches(X, reset=reset, size=self.batch_size)
+            return
+        for rows in batches(X if is_stream(X) else self._stacked(X, name, reset=reset).flatten(0, -2), self.batch_size):
             if rows.shape[1] != self.n_features_in_:
                 raise ValueError(f"{name}: expected {self.n_features_in_} columns, got {rows.shape[1]}")
             yield rows
 
-    def _rows(self, X: Any, name: str, *, reset: bool) -> Float[Tensor, "*b d"]:
-        """A finite tensor (…, d): scikit-learn's checks for tables, ours for tensors and arrays of more dimensions."""
-        if not isinstance(X, Tensor) and getattr(X, "ndim", 2) <= 2:
-            if name != "X":
-                return check_finite(as_tensor(X, name, ndim=2), name)
-            return as_tensor(validate_data(self, X, reset=reset, dtype=[np.float64, np.float32]), name)
+    def _stacked(self, X: Any, name: str = "X", *, reset: bool = False) -> Float[Tensor, "*b d"]:
+        """A finite tensor (…, d): the door of all estimators for tables, and arrays of more dimensions beside it."""
+        if name == "X" and not isinstance(X, Tensor) and getattr(X, "ndim", 2) <= 2:
+            return self._rows(X, reset=reset, min_rows=1)
         rows = as_tensor(X, name)
         if rows.ndim < 2 or rows.is_complex():
             raise ValueError(
                 f"{name}: real vectors of shape (..., d) are needed, got {tuple(rows.shape)}, {rows.dtype}"
             )
         if reset:
-            self.n_features_in_ = rows.shape[-1]
+            self._set_width(rows.shape[-1])
         if rows.shape[-1] != self.n_features_in_:
             raise ValueError(f"{name}: expected {self.n_features_in_} columns, got {rows.shape[-1]}")
         return check_finite(rows, name)

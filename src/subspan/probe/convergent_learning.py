@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.cluster import SpectralClustering
 from sklearn.linear_model import lars_path_gram
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from subspan.base import check_matrix, like
-from subspan.base.estimators import validate_data
+from subspan.base import like
+from subspan.base.estimators import PairedEstimator
+from subspan.base.parameters import Bounds, Count, Positive, check_value
 from subspan.geometry import AffineMap, cca
 from subspan.geometry.grassmann import random_basis
 from subspan.solvers import assign
 from subspan.statistics import JointMoments
-from subspan.statistics.pairs import paired_rows
 
 from .unit_matches import Matching, SparsePrediction, UnitGroup, at_penalty, lasso_path, mean_agreement
 
-_METHODS = ("matching", "semi", "sparse", "rotation", "linear")
-_SIGNS = ("auto", "signed", "absolute")
+Method = Literal["matching", "semi", "sparse", "rotation", "linear"]
 # A unit whose spread is a millionth of its mean is constant to the rounding of float32.
 _CONSTANT = 1e-12
 _RIDGE = 1e-6
@@ -34,7 +34,8 @@ _RIDGE = 1e-6
 _SINGULAR = 1e-12
 
 
-class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """Units of two networks paired one to one, predicted from few, grouped many to many, and compared as subspaces.
 
     Rows are inputs (a feature map: every position of every image), columns are units. All comes from the joint moments
@@ -49,23 +50,13 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
     Source: Li, Yosinski, Clune, Lipson & Hopcroft (2016), arXiv 1511.07543.
     """
 
-    def __init__(
-        self,
-        method: Any = "matching",
-        sign: Any = "auto",
-        n_partners: Any = 5,
-        n_groups: Any = None,
-        power: Any = 2.0,
-        within: Any = True,
-        random_state: Any = 0,
-    ) -> None:
-        self.method = method
-        self.sign = sign
-        self.n_partners = n_partners
-        self.n_groups = n_groups
-        self.power = power
-        self.within = within
-        self.random_state = random_state
+    method: Method = "matching"
+    sign: Literal["auto", "signed", "absolute"] = "auto"
+    n_partners: Count = 5
+    n_groups: Annotated[int, Bounds(least=2)] | None = None
+    power: Positive = 2.0
+    within: bool = True
+    random_state: int | None = 0
 
     # ------------------------------------------------------------------ fitting
 
@@ -82,10 +73,9 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         """Add paired rows to the moments and match anew."""
         self._check_parameters()
         reset = not hasattr(self, "moments_")
-        for x, y in paired_rows(self, X, Y, reset=reset):
+        for x, y in self._pairs(X, Y, reset=reset):
             if not hasattr(self, "moments_"):
                 self.moments_ = JointMoments(x.shape[1], y.shape[1], device=x.device)
-                self.n_features_in_ = x.shape[1]
                 self._negative = False
             self.moments_.update(x, y)
             self._negative = self._negative or bool((x < 0).any()) or bool((y < 0).any())
@@ -99,20 +89,6 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
         model.moments_, model._negative = moments, True
         model.n_features_in_ = moments.d_x
         return model._solve()
-
-    def _check_parameters(self) -> None:
-        if self.method not in _METHODS:
-            raise ValueError(f"method: expected one of {_METHODS}, got {self.method!r}")
-        if self.sign not in _SIGNS:
-            raise ValueError(f"sign: expected one of {_SIGNS}, got {self.sign!r}")
-        for name, least in (("n_partners", 1), ("n_groups", 2)):
-            value = getattr(self, name)
-            if name == "n_groups" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        if not self.power > 0:
-            raise ValueError(f"power: must be positive, got {self.power!r}")
 
     def _solve(self) -> ConvergentLearning:
         moments = getattr(self, "moments_", None)
@@ -168,8 +144,7 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
 
         A unit that is dead or has no partner is predicted by its mean.
         """
-        if method not in _METHODS:
-            raise ValueError(f"method: expected one of {_METHODS}, got {method!r}")
+        check_value("method", method, Method)
         if method == "sparse":
             return self.sparse_prediction().map
         p = self.moments_.d_x
@@ -420,14 +395,5 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Base
     def transform(self, X: Any) -> Any:
         """Units of Y (n, q) predicted from activations X (n, p) by `method`; numpy or torch as given."""
         check_is_fitted(self, "map_")
-        if not isinstance(X, Tensor):
-            X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
-        rows = check_matrix(X, "X", columns=self.n_features_in_)
+        rows = self._rows(X)
         return like(self.map_.to(rows.device).map(rows), X)
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags

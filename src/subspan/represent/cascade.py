@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import as_tensor, check_finite, like, save_arrays, saved_object
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Count
 from subspan.geometry import prefix_sizes
 from subspan.nn import MatryoshkaLinear
 
 
-class MatryoshkaCascade(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class MatryoshkaCascade(Estimator):
     """Thresholds on the largest softmax probability of each prefix's classifier, found on held-out logits.
 
     dims: the sizes of the logits, ascending. grid: thresholds tried, by default 100 from 0.1 to 1. For each size and
@@ -28,15 +31,15 @@ class MatryoshkaCascade(BaseEstimator):
     expected_total_dim_, mean sum of all sizes evaluated on the way, the cost of separate heads.
     """
 
-    def __init__(self, dims: Any, grid: Any = None) -> None:
-        self.dims = dims
-        self.grid = grid
+    dims: Sequence[Count]
+    grid: Sequence[float] | None = None
 
     def fit(self, logits: Any, y: Any) -> MatryoshkaCascade:
         """Find the thresholds on logits (l, n, c), a tensor or one matrix a size, and class numbers y (n,).
 
         Raises ValueError for another number of layers than dims, NaN, or labels outside [0, c). Warns for one class.
         """
+        self._check_parameters()
         layers = self._layers(logits)
         labels = as_tensor(y, "y", ndim=1, floating=False).to(layers.device).long()
         if len(labels) != layers.shape[1]:

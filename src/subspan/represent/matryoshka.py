@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Count, NonNegative, Positive, Seed
 from subspan.base.saved import Schema, optional, set_state
 from subspan.geometry import Subspace, halving_sizes, prefix, prefix_sizes
 from subspan.nn import MatryoshkaAdapter, MatryoshkaLinear, nesting_weights
 from subspan.nn.training import batch_rows, quiet_trainer
 from subspan.statistics import Moments, fit_moments, is_stream
 
-_KINDS = ("pca", "rotation", "linear", "mlp")
 _BLOCK = 8192
 _SAVED: Schema = {"kind": str, "center": bool, "normalize": bool, "efficient": bool, "hidden": int}
 _SAVED_ARRAYS: Schema = {
@@ -37,7 +39,8 @@ _SAVED_ARRAYS: Schema = {
 }
 
 
-class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
     """Map embeddings X (n, d) to coordinates (n, max(dims)) of which the first m serve, for every m in `dims`.
 
     kind: "pca", the principal directions in order (closed form, any stream of rows) · "rotation", a learnt orthogonal
@@ -54,39 +57,21 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
     the nested subspaces; heads_ and classes_, where trained with labels; losses_, the mean loss of each epoch.
     """
 
-    def __init__(
-        self,
-        dims: Any = None,
-        kind: Any = "pca",
-        weights: Any = None,
-        center: Any = False,
-        normalize: Any = True,
-        efficient: Any = False,
-        hidden: Any = 512,
-        temperature: Any = 0.05,
-        epochs: Any = 15,
-        batch_size: Any = None,
-        learning_rate: Any = None,
-        weight_decay: Any = 1e-4,
-        dims_per_step: Any = None,
-        trainer: Any = None,
-        random_state: Any = None,
-    ) -> None:
-        self.dims = dims
-        self.kind = kind
-        self.weights = weights
-        self.center = center
-        self.normalize = normalize
-        self.efficient = efficient
-        self.hidden = hidden
-        self.temperature = temperature
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.dims_per_step = dims_per_step
-        self.trainer = trainer
-        self.random_state = random_state
+    dims: Sequence[Count] | None = None
+    kind: Literal["pca", "rotation", "linear", "mlp"] = "pca"
+    weights: str | Sequence[float] | None = None
+    center: bool = False
+    normalize: bool = True
+    efficient: bool = False
+    hidden: Count = 512
+    temperature: Positive = 0.05
+    epochs: Count = 15
+    batch_size: Count | None = None
+    learning_rate: Positive | None = None
+    weight_decay: NonNegative = 1e-4
+    dims_per_step: Count | None = None
+    trainer: Mapping[str, Any] | None = None
+    random_state: Seed = None
 
     # ------------------------------------------------------------------ fitting
 
@@ -95,16 +80,14 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
         Raises ValueError for NaN, sizes beyond d (except "mlp"), labels of another length, or a single class.
         """
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind: expected one of {_KINDS}, got {self.kind!r}")
+        self._check_parameters()
         for name in ("subspace_", "heads_", "classes_", "losses_"):
             self.__dict__.pop(name, None)
         if self.kind == "pca" and (isinstance(X, Tensor) or is_stream(X)):
             moments = fit_moments(X)
-            self.n_features_in_ = moments.d
-            self.__dict__.pop("feature_names_in_", None)
+            self._set_width(moments.d)
         else:
-            rows = self._validated(X, reset=True)
+            rows = self._rows(X, reset=True)
             moments = self._moments(rows)
         if moments.count < 2:
             raise ValueError(f"X: needs at least 2 rows (n_samples = {moments.count:g})")
@@ -124,15 +107,6 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
         else:
             self._train(rows, y, self._principal(matrix, moments).basis, shift, scale)
         return self
-
-    def _validated(self, X: Any, *, reset: bool) -> Tensor:
-        if isinstance(X, Tensor):
-            columns = None if reset else self.n_features_in_
-            rows = check_matrix(X, "X", columns=columns)
-            self.n_features_in_ = rows.shape[1]
-            return rows
-        options: Any = {"dtype": [np.float64, np.float32], "reset": reset, "ensure_min_samples": 2 if reset else 1}
-        return check_matrix(validate_data(self, X, **options), "X")
 
     def _moments(self, rows: Tensor) -> Moments:
         moments = Moments(rows.shape[1])
@@ -248,7 +222,7 @@ class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimato
 
     @torch.no_grad()
     def _coordinates(self, X: Any, normalize: bool) -> Tensor:
-        rows = self._validated(X, reset=False)
+        rows = self._rows(X)
         adapter = self.adapter_.to(rows.device)
         # An MLP's weights are float32; a linear map is applied in the digits of the rows.
         wide = torch.float32 if self.kind in ("mlp", "linear") else torch.promote_types(rows.dtype, torch.float32)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from subspan.base import as_tensor, check_finite, check_matrix, like, require, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base import like, require, save_arrays, saved_object
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import Count
 from subspan.base.saved import Schema
 from subspan.geometry import blocks_between, halving_sizes, prefix_sizes, prefix_squared_norms
 
-_METRICS = ("cosine", "euclidean")
-_BACKENDS = ("exact", "faiss")
+# What is stored in half precision stays so.
+_DTYPES = (np.float64, np.float32, np.float16)
 _BLOCK = 1 << 24
 _ROWS = 8192
 _SAVED: Schema = {
@@ -32,7 +34,8 @@ _SAVED: Schema = {
 }
 
 
-class MatryoshkaIndex(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class MatryoshkaIndex(Estimator):
     """Nearest neighbours among rows X (n, d) by growing prefixes and shrinking lists; one database serves all sizes.
 
     schedule: [(size, list length), …], the first from the whole database, each next re-ranking the list before it ·
@@ -46,32 +49,20 @@ class MatryoshkaIndex(BaseEstimator):
     shortlists, whose cost is counted); exact_cost_, those of one search by the last size.
     """
 
-    def __init__(
-        self,
-        dims: Any = None,
-        shortlist: Any = 200,
-        schedule: Any = "funnel",
-        metric: Any = "cosine",
-        backend: Any = "exact",
-        factory: Any = "HNSW32",
-    ) -> None:
-        self.dims = dims
-        self.shortlist = shortlist
-        self.schedule = schedule
-        self.metric = metric
-        self.backend = backend
-        self.factory = factory
+    dims: Sequence[Count] | None = None
+    shortlist: Count = 200
+    schedule: Literal["funnel", "two-step"] | Sequence[Any] = "funnel"
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    backend: Literal["exact", "faiss"] = "exact"
+    factory: str = "HNSW32"
 
     def fit(self, X: Any, y: Any = None) -> MatryoshkaIndex:
         """Index the rows X (n, d). Raises ValueError for NaN, sizes beyond d, or lists that grow along the schedule.
 
         Lists longer than the database are cut to it, with a warning.
         """
-        if self.metric not in _METRICS:
-            raise ValueError(f"metric: expected one of {_METRICS}, got {self.metric!r}")
-        if self.backend not in _BACKENDS:
-            raise ValueError(f"backend: expected one of {_BACKENDS}, got {self.backend!r}")
-        rows = self._validated(X, reset=True)
+        self._check_parameters()
+        rows = self._rows(X, reset=True, min_rows=1, dtype=_DTYPES)
         stages = self._stages(rows.shape[1])
         if stages[0][1] > len(rows):
             warnings.warn(
@@ -85,7 +76,7 @@ class MatryoshkaIndex(BaseEstimator):
         head = torch.empty(len(rows), first, dtype=torch.float32, device=rows.device)
         norms = torch.empty(len(rows), len(self._sizes), device=rows.device)
         for start in range(0, len(rows), _ROWS):
-            block = check_finite(rows[start : start + _ROWS], "X").float()
+            block = rows[start : start + _ROWS].float()
             squares = prefix_squared_norms(block, self._sizes)
             norms[start : start + _ROWS] = squares
             part = block[:, :first]
@@ -104,22 +95,9 @@ class MatryoshkaIndex(BaseEstimator):
         self.cost_per_query_ = float("nan") if approximate else float(first * len(rows) + rerank)
         return self
 
-    def _validated(self, X: Any, *, reset: bool) -> Tensor:
-        if not isinstance(X, Tensor):
-            X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32, np.float16])
-        rows = as_tensor(X, "X", ndim=2) if reset else check_matrix(X, "X", columns=self.n_features_in_)
-        if not len(rows):
-            raise ValueError("X: holds no rows")
-        self.n_features_in_ = rows.shape[1]
-        return rows
-
     def _stages(self, d: int) -> list[tuple[int, int]]:
         if isinstance(self.schedule, str):
-            if self.schedule not in ("funnel", "two-step"):
-                raise ValueError(f"schedule: expected 'funnel', 'two-step' or a list of pairs, got {self.schedule!r}")
             sizes = halving_sizes(d) if self.dims is None else prefix_sizes(list(self.dims), d)
-            if isinstance(self.shortlist, bool) or self.shortlist < 1:
-                raise ValueError(f"shortlist: must be at least 1, got {self.shortlist}")
             if self.schedule == "two-step":
                 sizes = (sizes[0], sizes[-1]) if len(sizes) > 1 else sizes
             return [(size, max(1, self.shortlist >> level)) for level, size in enumerate(sizes)]
@@ -151,7 +129,7 @@ class MatryoshkaIndex(BaseEstimator):
         schedule is shorter than k (lists of "funnel" and "two-step" behind the shortlist grow to k by themselves).
         """
         check_is_fitted(self, "schedule_")
-        queries = self._validated(X, reset=False)
+        queries = self._rows(X, dtype=_DTYPES)
         lengths = self._lengths(k)
         counted = 0
         values, indices = [], []
@@ -192,18 +170,18 @@ class MatryoshkaIndex(BaseEstimator):
             found = score.topk(lengths[0], dim=1).indices
         else:
             found, visited = self._faiss_search(head, squares[:, :1], lengths[0])
-        rows = self._rows(found, blocks[0])
+        rows = self._stored(found, blocks[0])
         products = torch.einsum("qm,qkm->qk", head, rows)
         score = self._score(products, squares, found, 0)
         for level, block in enumerate(blocks[1:], start=1):
             # The list of the stage before, best first; a shorter list keeps its head.
             found, products = _best(score, lengths[level - 1], found, products)
-            products = products + torch.einsum("qm,qkm->qk", queries[:, block], self._rows(found, block))
+            products = products + torch.einsum("qm,qkm->qk", queries[:, block], self._stored(found, block))
             score = self._score(products, squares, found, level)
         order = score.argsort(dim=1, descending=True, stable=True)[:, : lengths[-1]]
         return score.gather(1, order), found.gather(1, order), visited
 
-    def _rows(self, found: Int[Tensor, "q k"], block: slice) -> Float[Tensor, "q k m"]:
+    def _stored(self, found: Int[Tensor, "q k"], block: slice) -> Float[Tensor, "q k m"]:
         return self.database_[:, block][found].float()
 
     def _score(self, products: Tensor, squares: Tensor, found: Tensor, level: int) -> Tensor:

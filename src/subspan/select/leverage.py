@@ -136,13 +136,13 @@ class LeverageSelector(Estimator):
 
     def _fit_pool(self, pool: Any) -> None:
         # In float64 throughout, so that a ranking does not depend on how the pool was cut into batches.
-        moments = fit_moments(pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._batches(pool)))
+        moments = fit_moments(pool if is_dask(pool) else (rows.to(torch.float64) for rows in self._parts(pool)))
         self._moments = moments
         if not self.row_norm:
             self._use_moments(moments)
             return
         self._mean_and_scale(moments)
-        normalized = self._moments = fit_moments(self._prepare(rows) for rows in self._batches(pool))
+        normalized = self._moments = fit_moments(self._prepare(rows) for rows in self._parts(pool))
         self._set(normalized.subspace(self.rank, center=False), self.mean_, self.scale_)
 
     def _mean_and_scale(self, moments: Moments) -> None:
@@ -179,10 +179,10 @@ class LeverageSelector(Estimator):
 
     def _score(self, pool: Any) -> Tensor:
         subspace = self.subspace_
-        parts = [subspace.leverage(self._prepare(rows)) for rows in self._batches(pool)]
+        parts = [subspace.leverage(self._prepare(rows)) for rows in self._parts(pool)]
         return torch.cat(parts).to(torch.float64)
 
-    def _batches(self, pool: Any) -> Iterator[Tensor]:
+    def _parts(self, pool: Any) -> Iterator[Tensor]:
         start = 0
         for rows in batches(pool, self.batch_size):
             bad = (~torch.isfinite(rows)).any(1) if not torch.isfinite(rows.sum()) else None

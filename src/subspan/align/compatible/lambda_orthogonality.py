@@ -8,19 +8,22 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
-from subspan.base.estimators import validate_data
+from subspan.base.estimators import PairedEstimator, at_least_single
+from subspan.base.parameters import Bounds, Count, NonNegative, Positive, Seed
 from subspan.base.saved import Schema, set_state
 from subspan.geometry import AffineMap, Subspace, procrustes
 from subspan.measures import retrieval_scores
@@ -29,9 +32,6 @@ from subspan.nn.blocks import MLP
 from subspan.nn.lambda_orthogonality import defect_limit
 from subspan.nn.training import batch_rows, finite_loss
 
-_BACKWARD = ("strict", "lambda", "affine", "none")
-_FORWARD = ("affine", "mlp")
-_STARTS = ("procrustes", "identity")
 _COMPARED_ROWS = 1000
 _KIND = "lambda-orthogonal-adapter"
 # JSON has no infinity.
@@ -58,7 +58,8 @@ _OPTIONS: Schema = {
 }
 
 
-class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+@dataclass(eq=False, repr=False)
+class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """New embeddings X (n, d_new) and old ones Y (n, d_old) of the same items → one space for old, F(old) and B(new).
 
     B: R^d_new → R^d_new brings new embeddings to old coordinates, F: R^d_old → R^d_new lifts old ones to B(new); both
@@ -79,45 +80,24 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
     lam_; singular_values_ of B; history_, the terms of each epoch. Embeddings are best searched by cosine.
     """
 
-    def __init__(
-        self,
-        backward: Any = "lambda",
-        forward: Any = "affine",
-        lam: Any = None,
-        lam_rel: Any = 0.375,
-        alpha: Any = None,
-        penalty: Any = 1.0,
-        weights: Any = (1.0, 1.0, 1.0),
-        temperature: Any = 0.1,
-        symmetric: Any = False,
-        normalize: Any = True,
-        start: Any = "procrustes",
-        determinant: Any = None,
-        safeguard: Any = False,
-        learning_rate: Any = 1e-3,
-        weight_decay: Any = 0.0,
-        batch_size: Any = None,
-        epochs: Any = 30,
-        random_state: Any = None,
-    ) -> None:
-        self.backward = backward
-        self.forward = forward
-        self.lam = lam
-        self.lam_rel = lam_rel
-        self.alpha = alpha
-        self.penalty = penalty
-        self.weights = weights
-        self.temperature = temperature
-        self.symmetric = symmetric
-        self.normalize = normalize
-        self.start = start
-        self.determinant = determinant
-        self.safeguard = safeguard
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.batch_size = batch_size
-        self.epochs = epochs
-        self.random_state = random_state
+    backward: Literal["strict", "lambda", "affine", "none"] = "lambda"
+    forward: Literal["affine", "mlp"] = "affine"
+    lam: NonNegative | None = None
+    lam_rel: NonNegative | None = 0.375
+    alpha: NonNegative | None = None
+    penalty: NonNegative = 1.0
+    weights: Sequence[NonNegative] = (1.0, 1.0, 1.0)
+    temperature: Positive = 0.1
+    symmetric: bool = False
+    normalize: bool = True
+    start: Literal["procrustes", "identity"] = "procrustes"
+    determinant: Literal[1, -1] | None = None
+    safeguard: bool = False
+    learning_rate: Positive = 1e-3
+    weight_decay: NonNegative = 0.0
+    batch_size: Annotated[int, Bounds(least=2)] | None = None
+    epochs: Count = 30
+    random_state: Seed = None
 
     def fit(self, X: Any, Y: Any, labels: Any = None) -> LambdaOrthogonalAdapter:
         """Train B and F on new rows X and old rows Y of the same items; labels (n,), any hashable ids, are optional.
@@ -125,7 +105,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         Raises ValueError for NaN, unequal numbers of rows, fewer than 2, or embeddings that are all equal.
         """
         self._check_parameters()
-        new, old = self._pair(X, Y)
+        new, old = self._training_rows(X, Y)
         groups = _groups(labels, len(new), new.device)
         self._warn(new, old, groups)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -135,8 +115,7 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             backward = self._backward(new, old).to(new.device)
             forward = _forward(self.forward, d_old, d_new).to(new.device)
             self._train(backward, forward, new, old, groups)
-        self._n_features_out = self.n_features_in_ = d_new
-        self.n_features_old_ = d_old
+        self._n_features_out, self.n_features_old_ = d_new, d_old
         self._keep(_linear(backward, d_new), forward)
         if self.backward == "lambda" and self.penalty and self.orthogonality_defect_ > 1.1 * self.lam_:
             warnings.warn(
@@ -147,40 +126,14 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         return self
 
     def _check_parameters(self) -> None:
-        for name, value, known in (
-            ("backward", self.backward, _BACKWARD),
-            ("forward", self.forward, _FORWARD),
-            ("start", self.start, _STARTS),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
-        for name in ("lam", "lam_rel", "alpha", "penalty", "weight_decay"):
-            number: Any = getattr(self, name)
-            absent = number is None and name in ("lam", "lam_rel", "alpha")
-            if not absent and (number is None or not number >= 0):
-                raise ValueError(f"{name}: must be >= 0, got {number}")
-        if len(self.weights) != 3 or not all(value >= 0 for value in self.weights):
+        super()._check_parameters()
+        if len(self.weights) != 3:
             raise ValueError(f"weights: expected three numbers >= 0, got {self.weights!r}")
-        for name in ("temperature", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        if (self.batch_size is not None and self.batch_size < 2) or self.epochs < 1:
-            raise ValueError(f"batch_size, epochs: at least 2 and 1, got {self.batch_size}, {self.epochs}")
-        if self.determinant not in (None, 1, -1):
-            raise ValueError(f"determinant: expected None, 1 or -1, got {self.determinant!r}")
 
-    def _pair(self, X: Any, Y: Any) -> tuple[Float[Tensor, "n d_new"], Float[Tensor, "n d_old"]]:
-        if Y is None:
-            raise ValueError("requires y to be passed, but the target y is None: Y holds the old rows paired with X")
-        if not isinstance(X, Tensor):
-            Y = Y.detach().cpu().numpy() if isinstance(Y, Tensor) else Y
-            options: Any = {"dtype": [np.float64, np.float32], "multi_output": True, "y_numeric": True}
-            X, Y = validate_data(self, X, Y, ensure_min_samples=2, **options)
-            Y = Y.reshape(len(Y), -1).astype(np.result_type(Y, np.float32))
-        x = check_matrix(X, "X", min_rows=2)
-        y = check_matrix(Y, "Y", min_rows=2).to(x.device)
-        if len(x) != len(y):
-            raise ValueError(f"Y: expected {len(x)} rows to pair with X, got {len(y)}")
+    def _training_rows(self, X: Any, Y: Any) -> tuple[Float[Tensor, "n d_new"], Float[Tensor, "n d_old"]]:
+        x, y = (torch.cat(parts) for parts in zip(*self._pairs(X, Y, reset=True)))
+        if len(x) < 2:
+            raise ValueError(f"X, Y: need at least 2 pairs (n_samples = {len(x)})")
         prepared = []
         for name, rows in (("X", x), ("Y", y)):
             rows = self._prepared(rows).float()
@@ -307,28 +260,22 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
 
     def transform(self, X: Any) -> Any:
         """B of new embeddings (n, d_new), in old coordinates; numpy or torch as given."""
-        return self._mapped(X, self.n_features_in_ if hasattr(self, "map_") else 0, old=False)
-
-    def transform_old(self, Y: Any) -> Any:
-        """F of old embeddings (n, d_old) → (n, d_new), beside B(new); numpy or torch as given."""
-        return self._mapped(Y, self.n_features_old_ if hasattr(self, "map_") else 0, old=True)
+        check_is_fitted(self, "map_")
+        x = self._rows(X)
+        mapped = self.map_.to(x.device).map(self._prepared(at_least_single(x)))
+        return like(mapped.to(x.dtype) if isinstance(X, Tensor) else mapped, X)
 
     @torch.no_grad()
-    def _mapped(self, rows: Any, columns: int, *, old: bool) -> Any:
+    def transform_old(self, Y: Any) -> Any:
+        """F of old embeddings (n, d_old) → (n, d_new), beside B(new); numpy or torch as given."""
         check_is_fitted(self, "map_")
-        values = rows
-        if not old and not isinstance(rows, Tensor):
-            values = validate_data(self, rows, reset=False, dtype=[np.float64, np.float32])
-        x = check_matrix(values, "Y" if old else "X", columns=columns)
-        dtype = x.dtype
-        x = self._prepared(x.to(torch.promote_types(dtype, torch.float32)))
-        if not old:
-            mapped = self.map_.to(x.device).map(x)
-        elif isinstance(self.forward_, nn.Linear):
-            mapped = F.linear(x, self.forward_.weight.to(x), self.forward_.bias.to(x))
+        y = check_matrix(Y, "Y", columns=self.n_features_old_)
+        rows = self._prepared(at_least_single(y))
+        if isinstance(self.forward_, nn.Linear):
+            mapped = F.linear(rows, self.forward_.weight.to(rows), self.forward_.bias.to(rows))
         else:
-            mapped = self.forward_.to(x.device)(x.float()).to(x)
-        return like(mapped.to(dtype) if isinstance(rows, Tensor) else mapped, rows)
+            mapped = self.forward_.to(rows.device)(rows.float()).to(rows)
+        return like(mapped.to(y.dtype) if isinstance(Y, Tensor) else mapped, Y)
 
     def departure(self, tolerance: float = 0.1) -> Subspace:
         """Span of the directions in which B departs from a rotation: right singular vectors with |s² - 1| > tolerance.
@@ -378,13 +325,6 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
             model.n_features_old_, model.lam_, model.history_ = d_old, float(facts["lam"]), []
             model._keep(backward, forward)
             return model
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.target_tags.required = True
-        tags.target_tags.multi_output = True
-        tags.target_tags.single_output = False
-        return tags
 
 
 def _forward(kind: str, d_old: int, d_new: int) -> nn.Module:

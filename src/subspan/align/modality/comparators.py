@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,18 +10,20 @@ from jaxtyping import Float
 from sklearn.utils import check_random_state
 from torch import Tensor
 
+from subspan.base.parameters import NonNegative, Seed, Whole
 from subspan.geometry import Subspace, gaussian_transport
+from subspan.geometry.rank import Rank
 from subspan.statistics import Moments
 from subspan.statistics.spread import Spread
 
 from .modality_map import ModalityMap
 
 
+@dataclass(eq=False, repr=False)
 class MeanShift(ModalityMap):
     """Source rows moved by the difference of the means, then to unit length (Unicorn; Yu et al., 2025)."""
 
-    def __init__(self, normalize: Any = True) -> None:
-        self.normalize = normalize
+    normalize: bool = True
 
     def _accumulator(self, d: int) -> Spread:
         return Spread(d)
@@ -29,6 +32,7 @@ class MeanShift(ModalityMap):
         return torch.ones((), dtype=torch.float64, device=self._source.mean.device)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class C3(MeanShift):
     """Mean shift, then isotropic Gaussian noise, then to unit length (connect, collapse, corrupt; Zhang et al., 2024).
 
@@ -36,14 +40,8 @@ class C3(MeanShift):
     at each call.
     """
 
-    def __init__(self, sigma: Any = 0.02, normalize: Any = True, random_state: Any = None) -> None:
-        super().__init__(normalize)
-        self.sigma = sigma
-        self.random_state = random_state
-
-    def _check_parameters(self) -> None:
-        if not self.sigma >= 0:
-            raise ValueError(f"sigma: must be >= 0, got {self.sigma}")
+    sigma: NonNegative = 0.02
+    random_state: Seed = None
 
     def _noise(self) -> float:
         return float(self.sigma)
@@ -58,6 +56,7 @@ class C3(MeanShift):
         return tags
 
 
+@dataclass(eq=False, repr=False)
 class BlockwiseCovariance(ModalityMap):
     """Whitening and colouring of two blocks, the leading subspace U of Σ_x + Σ_y and its complement, then centroid.
 
@@ -68,23 +67,10 @@ class BlockwiseCovariance(ModalityMap):
     Source: the comparison of Yu et al. (2026), arXiv 2602.07026.
     """
 
-    def __init__(
-        self,
-        rank: Any = 0.9,
-        ridge: Any = 1e-6,
-        n_centroid: Any = 1,
-        normalize: Any = True,
-    ) -> None:
-        self.rank = rank
-        self.ridge = ridge
-        self.n_centroid = n_centroid
-        self.normalize = normalize
-
-    def _check_parameters(self) -> None:
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge: must be >= 0, got {self.ridge}")
-        if isinstance(self.n_centroid, bool) or not isinstance(self.n_centroid, int) or self.n_centroid < 0:
-            raise ValueError(f"n_centroid: expected an integer >= 0, got {self.n_centroid!r}")
+    rank: Rank = 0.9
+    ridge: NonNegative = 1e-6
+    n_centroid: Whole = 1
+    normalize: bool = True
 
     def _accumulator(self, d: int) -> Moments:
         return Moments(d)

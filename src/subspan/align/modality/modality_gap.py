@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import as_tensor, check_matrix, normalize_rows
+from subspan.base.estimators import Estimator
+from subspan.base.parameters import NonNegative
 from subspan.geometry import EnergyRank, Subspace, rank_rule, ridge
+from subspan.geometry.rank import Rank
 from subspan.solvers import nearest
 from subspan.statistics import JointMoments
 
 _RESIDUAL_ENERGY = 0.99
 
 
-class ModalityGap(BaseEstimator):
+@dataclass(eq=False, repr=False)
+class ModalityGap(Estimator):
     """Paired gaps e_x - e_y in a fixed frame: stable biases and anisotropic residuals, inside and outside a subspace.
 
     The frame U is the principal subspace of Cov(x) + Cov(y), V its complement. With gap Δ and mean m = E[Δ]:
@@ -33,14 +37,14 @@ class ModalityGap(BaseEstimator):
     Source: Yu et al. (2026), arXiv 2602.07026.
     """
 
-    def __init__(self, rank: Any = 0.9, frame: Any = None, coupling: Any = 1e-3) -> None:
-        self.rank = rank
-        self.frame = frame
-        self.coupling = coupling
+    rank: Rank = 0.9
+    frame: Subspace | None = None
+    coupling: NonNegative = 1e-3
 
     def fit(self, X: Any, Y: Any) -> ModalityGap:
         """Decompose the gap of paired rows X (n, d) - Y (n, d). Raises ValueError for unequal shapes or NaN."""
-        x = check_matrix(X, "X", min_rows=2)
+        self._check_parameters()
+        x = self._rows(X, reset=True)
         y = check_matrix(Y, "Y", columns=x.shape[1])
         d = x.shape[1]
         moments = self.moments_ = JointMoments(d, d, device=x.device).update(x, y)
@@ -48,7 +52,6 @@ class ModalityGap(BaseEstimator):
         if self.frame is not None and self.frame.ambient_dim != d:
             raise ValueError(f"frame: lives in {self.frame.ambient_dim} dimensions, the rows in {d}")
         self.subspace_ = self.frame or Subspace.from_covariance(pooled, count=moments.count, rank=self.rank)
-        self.n_features_in_ = d
         u = self.subspace_.basis.to(pooled)
         mean = moments.mean_x - moments.mean_y
         self.gap_ = float(torch.linalg.vector_norm(mean))

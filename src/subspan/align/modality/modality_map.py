@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.base import OneToOneFeatureMixin, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from torch import Tensor, nn
 
-from subspan.base import check_matrix, like, normalize_rows, save_arrays, saved_object
-from subspan.base.estimators import check_array, validate_data
+from subspan.base import as_tensor, check_matrix, like, normalize_rows, save_arrays, saved_object
+from subspan.base.estimators import Estimator
 from subspan.statistics import Moments, batches, is_one_shot, is_stream
 from subspan.statistics.spread import Spread
 
@@ -101,7 +101,7 @@ class ProjectedAffine(nn.Module):
             return cls(**arrays, **facts)
 
 
-class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
+class ModalityMap(OneToOneFeatureMixin, TransformerMixin, Estimator):
     """Base of the maps from a source modality (rows X) into the distribution of a target modality (rows Y), unpaired.
 
     A subclass gives `_accumulator(d)`, `_weight()` → what multiplies the centred source, from `self._source` and
@@ -131,9 +131,6 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def _noise(self) -> float:
         return 0.0
-
-    def _check_parameters(self) -> None:
-        """Refuse parameters that make no sense; called before any data is read."""
 
     # ------------------------------------------------------------------ fitting
 
@@ -233,23 +230,16 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return None
 
     def _read(self, source: Any, name: str, *, reset: bool) -> Iterator[Tensor]:
-        """Batches of `source` in float64, checked against what was read before; `reset`: its first rows."""
+        """Blocks of `source` in float64, checked against what was read before; `reset`: its first rows."""
         columns = getattr(self, "n_features_in_", None)
-        if isinstance(source, Tensor) or is_stream(source):
-            for batch in batches(source, _BATCH):
-                rows = check_matrix(batch, name, columns=columns)
-                columns = rows.shape[1]
-                for block in rows.split(_BLOCK):
-                    yield block.double()
-            return
         if name == "X":
-            array = validate_data(self, source, reset=reset, dtype=[np.float64, np.float32], ensure_all_finite=False)
+            rows = self._batches(source, reset=reset and columns is None, size=_BATCH)
         else:
-            options: Any = {"dtype": [np.float64, np.float32], "ensure_all_finite": False, "input_name": name}
-            array = check_array(source, **options)
-        rows = check_matrix(array, name, columns=columns)
-        for block in rows.split(_BLOCK):
-            yield block.double()
+            given = source if is_stream(source) else as_tensor(source, name)
+            rows = (check_matrix(batch, name, columns=columns) for batch in batches(given, _BATCH))
+        for batch in rows:
+            for block in batch.split(_BLOCK):
+                yield block.double()
 
     # ------------------------------------------------------------------ use
 
@@ -270,11 +260,7 @@ class ModalityMap(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         modality). Warns for rows not of unit length and for rows of another domain than the map was fitted in.
         """
         self._fitted()
-        if isinstance(X, Tensor):
-            rows = check_matrix(X, "X", columns=self.n_features_in_)
-        else:
-            array = validate_data(self, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False)
-            rows = check_matrix(array, "X", columns=self.n_features_in_)
+        rows = self._rows(X)
         operator = self.to_module(dtype=torch.float64).to(rows.device)
         generator = self._generator(rows.device)
         mapped = torch.empty_like(rows)

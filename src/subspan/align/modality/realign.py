@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subspan.base.parameters import Count
 from subspan.statistics import Moments
 from subspan.statistics.spread import Spread
 
@@ -17,6 +20,7 @@ _STEPS = ("anchor", "trace", "centroid")
 _EPSILON = 1e-10
 
 
+@dataclass(eq=False, repr=False)
 class ReAlign(ModalityMap):
     """Map unit-norm source rows (texts) into the distribution of unit-norm target rows (images), without pairs.
 
@@ -32,24 +36,15 @@ class ReAlign(ModalityMap):
     Source: Yu et al. (2026), arXiv 2602.07026.
     """
 
-    def __init__(
-        self,
-        steps: Any = _STEPS,
-        n_centroid: Any = 1,
-        normalize: Any = True,
-        official: Any = False,
-    ) -> None:
-        self.steps = steps
-        self.n_centroid = n_centroid
-        self.normalize = normalize
-        self.official = official
+    steps: Sequence[Literal["anchor", "trace", "centroid"]] = _STEPS
+    n_centroid: Count = 1
+    normalize: bool = True
+    official: bool = False
 
     def _check_parameters(self) -> None:
-        steps = tuple(self.steps)
-        if not steps or steps != _STEPS[: len(steps)]:
+        super()._check_parameters()
+        if not self.steps or tuple(self.steps) != _STEPS[: len(self.steps)]:
             raise ValueError(f"steps: expected the first one, two or three of {_STEPS}, got {self.steps!r}")
-        if isinstance(self.n_centroid, bool) or not isinstance(self.n_centroid, int) or self.n_centroid < 1:
-            raise ValueError(f"n_centroid: expected an integer >= 1, got {self.n_centroid!r}")
 
     def _accumulator(self, d: int) -> Spread:
         return Spread(d)

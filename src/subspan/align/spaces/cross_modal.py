@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.base import as_tensor, check_matrix, normalize_rows
 from subspan.statistics import JointMoments
 
-from .plato_3d_text import SubspaceAligner, pair_score
+from .plato_3d_text import Direction, SubspaceAligner, pair_score
 
 METHODS = ("none", "affine", "ridge", "local_cka", "relative")
 """Ways to compare: cosine as it is, least squares, ridge, local CKA, relative coordinates."""
@@ -155,7 +155,7 @@ def split_queries(
     return queries, anchors
 
 
-def _models(pairs: tuple[Tensor, Tensor], subspace: str, ks: list[int], shrinkage: Any) -> Iterator[SubspaceAligner]:
+def _models(pairs: tuple[Tensor, Tensor], subspace: Any, ks: list[int], shrinkage: Any) -> Iterator[SubspaceAligner]:
     """One aligner a k, all cut from one fit."""
     with warnings.catch_warnings():
         # The report shows the correlations on the anchors and held out side by side.
@@ -201,7 +201,7 @@ def _scored(
         }
 
 
-def _ridge(model: SubspaceAligner, direction: str, anchors: tuple[Tensor, Tensor]) -> SubspaceAligner:
+def _ridge(model: SubspaceAligner, direction: Direction, anchors: tuple[Tensor, Tensor]) -> SubspaceAligner:
     """The penalty with the best top-5 retrieval on a fifth of the anchors (500 at most), then all anchors."""
     cut = max(5, min(500, len(anchors[0]) // 5))
     sides = [side.map(rows) for side, rows in zip(model.coordinates_, anchors)]

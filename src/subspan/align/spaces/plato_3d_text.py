@@ -45,6 +45,7 @@ _SAVED: Schema = {
     "correlations": optional(Float[Tensor, " k_x"]),
     "held_out": optional(Float[Tensor, " h"]),
 }
+Direction = Literal["x->y", "y->x"]
 _FOLDS = 5
 _SVCCA_ENERGY = 0.99
 # Standard errors that a held-out correlation must exceed to count as shared.
@@ -95,7 +96,7 @@ class SubspaceAligner(PairedEstimator):
     method: Literal["affine", "local_cka", "procrustes", "cosine"] = "affine"
     subspace: Literal["cca", "pca", "svcca"] | None = "cca"
     shrinkage: Share | Literal["auto"] = 0.1
-    direction: Literal["x->y", "y->x"] = "x->y"
+    direction: Direction = "x->y"
     kernel: Literal["linear", "rbf"] = "linear"
     scale: Literal["whiten", "rho"] = "whiten"
     alpha: Annotated[float, Bounds(least=0, below=math.inf)] = 0.0
@@ -502,7 +503,6 @@ class SubspaceAligner(PairedEstimator):
             new.n_features_in_ = map_x.matrix.shape[1]
             new._align()
             return new
-
 
 
 def pair_score(scores: Float[Tensor, "m n"], metric: str) -> float:

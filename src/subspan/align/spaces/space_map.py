@@ -15,6 +15,7 @@ from subspan.geometry import AffineMap
 from subspan.geometry.affine import check_map_memory
 from subspan.statistics import JointMoments
 
+
 @dataclass(eq=False, repr=False)
 class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
