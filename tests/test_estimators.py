@@ -1,4 +1,7 @@
-"""scikit-learn's own checks reach every estimator as it is shipped.
+"""One contract for every estimator, and scikit-learn's own checks, which reach each of them as it is shipped.
+
+The contract: any kind of rows in and the same kind out, streams where a fit takes moments, refusal of NaN, sparse rows
+and other widths, every parameter checked by `fit`, the subspace that was found, and files.
 
 Nothing is left out but what is named here (`EXCUSED`, which take no matrix of rows, and `SUBCLASSED`, which take two)
 and in `subspace_clusters.NO_BLOBS` (one check of one clusterer).
@@ -7,20 +10,199 @@ and in `subspace_clusters.NO_BLOBS` (one check of one clusterer).
 from __future__ import annotations
 
 import ast
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from scipy import sparse
 from sklearn.base import BaseEstimator, clone
 
-from subspace_clusters import NO_BLOBS
-from subspan import cluster
+from subspace_clusters import NO_BLOBS, union_of_subspaces
+from subspan import align, cluster, represent
 from subspan.align import ModalityGap
-from subspan.detect import SubspaceAD
+from subspan.detect import SubspaceAD, SubspaceDetector
+from subspan.edit import RobustSpikes
+from subspan.geometry import Subspace
+from subspan.probe import ConvergentLearning
+from subspan.select import LeverageSelector
+
+DEEP: dict[str, Any] = {"encoder": "linear", "hidden": (8,), "pretrain_steps": 2, "max_steps": 4, "n_init": 1}
+CLUSTERERS = [
+    cluster.LeastSquaresRepresentation(3),
+    cluster.LowRankRepresentation(3, noise="rows", alpha=0.5),
+    cluster.OMPSubspaceClustering(3, n_nonzero=4),
+    cluster.ThresholdingSubspaceClustering(3),
+    cluster.ElasticNetSubspaceClustering(3),
+    cluster.SparseSubspaceClustering(3),
+    cluster.KSubspaces(3, 4, n_init=1),
+    cluster.LowRankMixtureDiffusion(3, 4),
+    cluster.S2CAG(3, features="l2"),
+    cluster.ManifoldLinearizingClustering(3, z_dim=8, hidden=16, epochs=1, batch_size=32),
+    cluster.DeepSubspaceClustering(3, retain=4, structure_steps=2, **DEEP),
+    cluster.DSCNetClustering(3, **DEEP),
+]
+ALONE = [
+    *CLUSTERERS,
+    SubspaceDetector(4),
+    LeverageSelector(0.3, rank=4),
+    represent.Matryoshka((4, 8)),
+    represent.MatryoshkaIndex((4, 8), shortlist=20),
+]
+PAIRED = [
+    align.SpaceMap("ridge"),
+    align.UpgradeMap("ridge", alpha=0.1),
+    align.LambdaOrthogonalAdapter(epochs=1),
+    align.SubspaceAligner(4),
+    align.ReAlign(normalize=False),
+    align.MeanShift(normalize=False),
+    align.C3(normalize=False),
+    align.BlockwiseCovariance(normalize=False),
+    RobustSpikes(rank=4),
+    ConvergentLearning(),
+]
+STREAMED = {
+    *("SubspaceDetector", "LeverageSelector", "Matryoshka", "SpaceMap", "UpgradeMap", "SubspaceAligner", "ReAlign"),
+    *("LambdaOrthogonalAdapter", "MeanShift", "C3", "BlockwiseCovariance", "RobustSpikes", "ConvergentLearning"),
+}
+# No subspace is found here; of `SubspaceAligner` there is one a side.
+WITHOUT_SUBSPACE = {
+    *("SpaceMap", "UpgradeMap", "LambdaOrthogonalAdapter", "SubspaceAligner", "ReAlign", "MeanShift", "C3"),
+    *("ConvergentLearning", "MatryoshkaIndex"),
+}
+ROWS = union_of_subspaces(noise=0.02, n=15)[0]
+every = pytest.mark.parametrize("model", [*ALONE, *PAIRED], ids=lambda model: type(model).__name__)
+quietly = pytest.mark.filterwarnings("ignore")
+
+
+def fitted(model: Any, x: Any, y: Any = None) -> Any:
+    """A fresh fit with a fixed seed; y: the paired rows, by default a shift of x."""
+    if type(model).__name__ in ("ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering"):
+        pytest.importorskip("lightning")
+    again = clone(model)
+    if "random_state" in model.get_params():
+        again.set_params(random_state=0)
+    return again.fit(x) if model in ALONE else again.fit(x, shifted(x) if y is None else y)
+
+
+def shifted(x: Any) -> Any:
+    return [shifted(part) for part in x] if isinstance(x, list) else x * 0.9 + 0.1
+
+
+def answer(model: Any, x: Any) -> Any:
+    for name in ("transform", "transform_x", "score_samples", "predict", "kneighbors"):
+        if hasattr(model, name):
+            found = getattr(model, name)(x)
+            return found[0] if isinstance(found, tuple) else found
+    raise AssertionError(f"{model} answers nothing")
+
+
+@quietly
+@every
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_answers_are_in_the_kind_of_the_rows(model: Any, dtype: Any) -> None:
+    x = ROWS.astype(dtype)
+    plain, tensors = fitted(model, x), fitted(model, torch.from_numpy(x))
+    ours, theirs = answer(plain, x), answer(tensors, torch.from_numpy(x))
+    assert isinstance(ours, np.ndarray)
+    assert isinstance(theirs, torch.Tensor)
+    if hasattr(model, "transform") and ours.shape[-1] > 1:
+        assert ours.dtype == dtype
+        assert theirs.dtype == torch.from_numpy(x).dtype
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=2e-3, atol=2e-3 if dtype is np.float32 else 1e-6)
+    assert answer(plain, torch.from_numpy(x)).shape == theirs.shape
+    assert plain.n_features_in_ == tensors.n_features_in_ == x.shape[1]
+    if hasattr(plain, "labels_"):
+        assert isinstance(plain.labels_, np.ndarray)
+        assert isinstance(tensors.labels_, torch.Tensor)
+
+
+@quietly
+@every
+def test_frames_keep_the_names_of_their_columns(model: Any) -> None:
+    frame = pd.DataFrame(ROWS, columns=[f"column {i}" for i in range(ROWS.shape[1])])
+    found = fitted(model, frame)
+    assert found.feature_names_in_.tolist() == list(frame.columns)
+    with pytest.raises(ValueError, match="feature names"):
+        answer(found, frame.rename(columns={"column 0": "another"}))
+    assert not hasattr(fitted(found, torch.from_numpy(ROWS)), "feature_names_in_")
+
+
+@quietly
+@pytest.mark.parametrize(
+    "model", [m for m in [*ALONE, *PAIRED] if type(m).__name__ in STREAMED], ids=lambda model: type(model).__name__
+)
+def test_a_stream_of_batches_is_fitted_as_its_rows(model: Any) -> None:
+    parts = [ROWS[:20], ROWS[20:]]
+    np.testing.assert_allclose(answer(fitted(model, parts), ROWS), answer(fitted(model, ROWS), ROWS), atol=1e-6)
+    with pytest.raises(ValueError, match=r"column|feature|width|dimension"):
+        fitted(model, [ROWS[:20], ROWS[20:, :9]])
+
+
+@quietly
+@every
+def test_what_holds_no_rows_is_refused(model: Any) -> None:
+    broken = ROWS.copy()
+    broken[3, 4] = np.nan
+    for rows in (broken, torch.from_numpy(broken)):
+        with pytest.raises(ValueError, match="NaN"):
+            fitted(model, rows, ROWS if isinstance(rows, np.ndarray) else torch.from_numpy(ROWS))
+    found = fitted(model, ROWS)
+    for rows in (broken, torch.from_numpy(broken)):
+        with pytest.raises(ValueError, match="NaN"):
+            answer(found, rows)
+    with pytest.raises(ValueError, match="29"):
+        answer(found, ROWS[:, 1:])
+    if not isinstance(model, cluster.S2CAG):
+        for rows in (sparse.csr_matrix(ROWS), torch.from_numpy(ROWS).to_sparse()):
+            with pytest.raises(TypeError, match=r"[Ss]parse"):
+                fitted(model, rows, ROWS)
+
+
+@every
+def test_every_parameter_is_checked_by_fit(model: Any) -> None:
+    for field in dataclasses.fields(model):
+        again = clone(model).set_params(**{field.name: object()})
+        with pytest.raises(ValueError, match=f"^{field.name}: expected .*, got <object"):
+            fitted(again, ROWS) if field.name != "random_state" else again.fit(*[ROWS] * (1 + (model in PAIRED)))
+
+
+@quietly
+@every
+def test_the_subspace_found_is_kept(model: Any) -> None:
+    found = fitted(model, ROWS)
+    if type(model).__name__ in WITHOUT_SUBSPACE:
+        assert not {"subspace_", "subspaces_"} & set(dir(found))
+    elif model in CLUSTERERS:
+        assert len(found.subspaces_) == 3
+        assert all(isinstance(found.subspaces_[i], Subspace) for i in range(3))
+        assert isinstance(found.subspaces_, Subspace | tuple)
+    else:
+        assert isinstance(found.subspace_, Subspace)
+
+
+@quietly
+@every
+def test_what_is_saved_answers_alike(model: Any, tmp_path: Path) -> None:
+    if not hasattr(model, "save"):
+        pytest.skip("is not saved")
+    found = fitted(model, ROWS)
+    found.save(tmp_path / "model.safetensors")
+    again = type(model).load(tmp_path / "model.safetensors")
+    np.testing.assert_allclose(answer(again, ROWS), answer(found, ROWS), atol=1e-5)
+    assert again.n_features_in_ == found.n_features_in_
+
 
 TESTS = Path(__file__).resolve().parent
 CHECKS = {"parametrize_with_checks", "check_estimator", "estimator_checks_generator", "check_estimator_but_clustering"}
 # scikit-learn's checks give an estimator one matrix of rows. These take something else, and say here what.
 EXCUSED = {
+    "Estimator": "the base of all",
+    "PairedEstimator": "the base of those with paired rows",
+    "RowClusterer": "the base of the clusterers of rows",
     "MatryoshkaCascade": "logits (sizes, rows, classes)",
     "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
     "ModalityMap": "the base of the maps between modalities, which are checked",
