@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from subspan.models import TokenRoles
+from subspan.models import SegmentTokens, TokenRoles, predicting_states
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -146,3 +146,48 @@ def test_roles_on_the_packaged_language_model() -> None:
     assert text_of(tokenizer, roles, "assistant", 1) == "grey"
     assert text_of(tokenizer, roles, "context") == "The cat is grey."
     assert torch.equal(roles.attention_mask == 0, roles.pad)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_belong_to_the_piece_that_has_their_last_character(side: str) -> None:
+    words = ["[CLS]", "[PAD]", "great", "Ġfilm", "Ġlabel", ":", "Ġgood", "Ġbad", "bo", "ring", "?"]
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="?"))
+    raw.normalizer = tokenizers.normalizers.Replace(" ", "Ġ")
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"Ġ?[a-zé]+|:"), "isolated")
+    raw.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 0)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="[PAD]")
+    long = [("great film", "text"), (" label:", "prefix"), (" good", "label"), (" film", "text"), (" label:", "prefix")]
+    found = SegmentTokens.from_segments(fast, [long, [("film", "text"), (" label:", "prefix")]], padding_side=side)
+    ids = [[words.index(w) for w in line.split()] for line in
+           ("[CLS] great Ġfilm Ġlabel : Ġgood Ġfilm Ġlabel :", "[CLS] ? Ġlabel :")]  # fmt: skip
+    pad = [1] * 5
+    assert found.input_ids.tolist() == [ids[0], pad + ids[1] if side == "left" else ids[1] + pad]
+    assert found.segment[0].tolist() == [-1, 0, 0, 1, 1, 2, 3, 4, 4]
+    start = 5 if side == "left" else 0
+    assert found.segment[1].tolist()[start : start + 4] == [-1, 0, 1, 1]
+    assert (found.segment[1] == -1).sum() == 6
+    assert found.last("prefix") == [[4, 8], [start + 3]]
+    assert found.mask("label").nonzero().tolist() == [[0, 5]]
+    assert found.last("label") == [[5], []]
+    # The space before a word is the piece's before, the token is not.
+    over = SegmentTokens.from_segments(fast, [[("great ", "text"), ("film", "query")]])
+    assert over.segment.tolist() == [[-1, 0, 1]]
+    with pytest.raises(ValueError, match="role"):
+        found.mask("nothing")
+    with pytest.raises(ValueError, match="no token of its own"):
+        SegmentTokens.from_segments(fast, [[("great", "text"), ("", "label")]]).last("label")
+    with pytest.raises(ValueError, match="no text"):
+        SegmentTokens.from_segments(fast, [[("", "text")]])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_state_that_predicts_a_token_stands_before_it(side: str) -> None:
+    states = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1] if side == "left" else [1, 1, 1, 0, 0]])
+    states[mask == 0] = torch.nan
+    found, valid = predicting_states(states, mask)
+    first = 3 if side == "left" else 1
+    assert valid.nonzero().tolist() == [*[[0, t] for t in range(1, 5)], [1, first], [1, first + 1]]
+    for row, t in valid.nonzero().tolist():
+        assert torch.equal(found[row, t], states[row, t - 1])
+    assert float(found[~valid].abs().sum()) == 0

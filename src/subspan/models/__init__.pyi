@@ -1,4 +1,5 @@
 from .attention import attended_representation, attended_tokens, block_attention
+from .attention_edges import attention_modules, attention_rows, cut_attention, edges_between
 from .capture import Capture, capture, iterate_representations, pool_states
 from .encoders import ImageEncoder, SentenceEncoder
 from .factored import LowRankLinear, SparseDictLinear, load_factored, save_factored
@@ -10,7 +11,7 @@ from .moments import SiteMoments, collect_moments
 from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
 from .surgery import Site, Surgery, multiply_adds, replace
-from .tokens import TokenRoles
+from .tokens import SegmentTokens, TokenRoles, predicting_states
 from .weight_files import StoredWeights, weights_of, write_weights
 from .weights import StateDelta, SubspaceMap
 
@@ -22,6 +23,7 @@ __all__ = [
     "LowRankChange",
     "LowRankEdit",
     "LowRankLinear",
+    "SegmentTokens",
     "SentenceEncoder",
     "Site",
     "SiteMoments",
@@ -34,9 +36,13 @@ __all__ = [
     "add_low_rank",
     "attended_representation",
     "attended_tokens",
+    "attention_modules",
+    "attention_rows",
     "block_attention",
     "capture",
     "collect_moments",
+    "cut_attention",
+    "edges_between",
     "find_blocks",
     "image_tensor",
     "intervene",
@@ -48,6 +54,7 @@ __all__ = [
     "multiply_adds",
     "permute_units",
     "pool_states",
+    "predicting_states",
     "replace",
     "save_factored",
     "token_grid",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 Messages = Sequence[Mapping[str, Any]]
@@ -86,6 +87,137 @@ class TokenRoles:
             query=padded("query", 0, torch.bool),
             context=padded("context", 0, torch.bool),
         )
+
+
+@dataclass(frozen=True)
+class SegmentTokens:
+    """Prompts made of pieces of text with roles, in tokens: which piece each token belongs to.
+
+    Attributes
+    ----------
+    input_ids, attention_mask
+        (b, t).
+    segment
+        (b, t): number of the piece in its prompt, -1 for padding and special tokens.
+    roles
+        Of each prompt, the role of each piece.
+
+    Examples
+    --------
+    `SegmentTokens.from_segments(tokenizer, [[("great film", "text"), (" label:", "prefix"), (" good", "label")]])`;
+    then `.mask("label")` is where labels are, and `.last("prefix")` the positions that predict them.
+    """
+
+    input_ids: Int[Tensor, "b t"]
+    attention_mask: Int[Tensor, "b t"]
+    segment: Int[Tensor, "b t"]
+    roles: tuple[tuple[str, ...], ...]
+
+    @property
+    def batch(self) -> dict[str, Tensor]:
+        """What the model is called with."""
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def mask(self, role: str) -> Bool[Tensor, "b t"]:
+        """Where the tokens of a role are. Raises ValueError for a role that no prompt has."""
+        if not any(role in roles for roles in self.roles):
+            raise ValueError(
+                f"role: no piece is {role!r}; there are {', '.join(sorted({r for o in self.roles for r in o}))}"
+            )
+        found = torch.zeros_like(self.segment, dtype=torch.bool)
+        for row, roles in enumerate(self.roles):
+            for number, own in enumerate(roles):
+                if own == role:
+                    found[row] |= self.segment[row] == number
+        return found
+
+    def last(self, role: str) -> list[list[int]]:
+        """Of each prompt, the position of the last token of each piece of a role, in order.
+
+        Raises ValueError where such a piece has no token.
+        """
+        self.mask(role)
+        found: list[list[int]] = []
+        for row, roles in enumerate(self.roles):
+            found.append([])
+            for number in (place for place, own in enumerate(roles) if own == role):
+                positions = torch.nonzero(self.segment[row] == number).flatten().tolist()
+                if not positions:
+                    raise ValueError(f"role: piece {number} ({role!r}) of prompt {row} has no token of its own")
+                found[-1].append(positions[-1])
+        return found
+
+    @classmethod
+    def from_segments(
+        cls,
+        tokenizer: Any,
+        prompts: Iterable[Sequence[tuple[str, str]]],
+        *,
+        add_special_tokens: bool = True,
+        padding_side: Literal["left", "right"] = "left",
+    ) -> SegmentTokens:
+        """Join the pieces (text, role) of each prompt, tokenise the whole once, and find each token's piece.
+
+        A token belongs to the piece that has its last character, so that a space before a word goes with the word.
+        Needs a fast tokenizer. Raises ValueError otherwise, and for prompts without text.
+        """
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError("tokenizer: a fast one is needed, which says where its tokens are in the text")
+        rows, roles = [], []
+        for number, pieces in enumerate(prompts):
+            text, ends = "", []
+            for piece, _ in pieces:
+                text += piece
+                ends.append(len(text))
+            if not text:
+                raise ValueError(f"prompts: prompt {number} has no text")
+            encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+            owner = [bisect_right(ends, end - 1) if end > start else -1 for start, end in encoded["offset_mapping"]]
+            rows.append((list(encoded["input_ids"]), [1] * len(owner), owner))
+            roles.append(tuple(role for _, role in pieces))
+        if not rows:
+            raise ValueError("prompts: at least one is needed")
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        length = max(len(ids) for ids, _, _ in rows)
+
+        def padded(place: int, fill: int) -> Tensor:
+            fills = [[fill] * (length - len(row[place])) for row in rows]
+            left = padding_side == "left"
+            return torch.tensor([[*f, *row[place]] if left else [*row[place], *f] for f, row in zip(fills, rows)])
+
+        return cls(padded(0, pad), padded(1, 0), padded(2, -1), tuple(roles))
+
+
+def predicting_states(
+    states: Shaped[Tensor, "b t d"], mask: Shaped[Tensor, "b t"]
+) -> tuple[Shaped[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+    """Of each token the state that predicts it, which stands one position before; and for which tokens there is one.
+
+    Parameters
+    ----------
+    states
+        Hidden states (b, t, d) of a causal model.
+    mask
+        (b, t): nonzero = token. Padding may be left or right.
+
+    Returns
+    -------
+    (states, valid)
+        (b, t, d), zero where `valid` (b, t) is false: padding, and the first token of each sequence.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import predicting_states
+    >>> found, valid = predicting_states(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[0, 1, 1]]))
+    >>> found[0, :, 0].tolist(), valid[0].tolist()
+    ([0.0, 0.0, 2.0], [False, False, True])
+    """
+    present = mask != 0
+    valid = torch.zeros_like(present)
+    valid[:, 1:] = present[:, 1:] & present[:, :-1]
+    before = torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1)
+    return torch.where(valid.unsqueeze(-1), before, torch.zeros_like(before)), valid
 
 
 def _roles(
