@@ -17,7 +17,7 @@ from pyod.models.pca import PCA
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_wine
 
 from record import Record, parser
-from subspan.commands import read_embeddings
+from subspan.commands import read_rows
 from subspan.datasets import data_folder, load, load_sentence_encoder
 from subspan.detect import SubspaceDetector
 from subspan.measures import auroc
@@ -118,9 +118,9 @@ def texture_features() -> Labelled:
 
 def docstrings() -> Labelled:
     """Embeddings of the standard library's docstrings, and their modules."""
-    data = read_embeddings(None)
+    data = read_rows(None)
     assert data.labels is not None
-    return np.asarray(data.rows), data.labels
+    return np.asarray(data.array()), data.labels
 
 
 # ---------------------------------------------------------------------- planted rows

@@ -40,8 +40,8 @@ from safetensors.torch import save_file
 
 from subspan.base import read_table
 from subspan.base.reading import read_json
-from subspan.commands.inputs import is_anomaly_layout, read_labels
-from subspan.datasets import image_folder, open_image, original, read_graph, read_texts
+from subspan.commands.inputs import read_labels
+from subspan.datasets import image_folder, is_anomaly_layout, open_image, original, read_graph, read_texts
 from subspan.datasets.index_writing import _recorded_rows
 from subspan.datasets.indexes import open_index, read_ids
 from subspan.detect import SubspaceDetector

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from subspan import cli
+from subspan.cli import options
 from subspan.reproduce import Check, Outcome, System
 from subspan.reproduce import runner as reproductions
 
@@ -108,7 +109,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run: Callable[..., Ran], argume
 
 
 def test_a_defect_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproductions, "listing", lambda: 1 / 0)
     monkeypatch.setattr("subspan.reproduce.listing", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("list")
@@ -117,7 +117,7 @@ def test_a_defect_keeps_its_traceback(run: Callable[..., Ran], monkeypatch: pyte
 @pytest.mark.parametrize(
     "lines",
     [
-        ["--help", "detect --help", "list", "list --json"],
+        ["--help", "detect --help", "list", "list --json", "models list", "cache info"],
         [
             "detect absent.npy",
             "detect code.py",
@@ -139,8 +139,9 @@ def test_what_needs_no_torch_does_not_wait_for_it(lines: list[str], tmp_path: Pa
     code = f"""
 import sys
 from subspan import cli
+from subspan.cli import options
 for line in {lines!r}:
-    assert cli.run(line.split()) == (2 if "help" not in line and "list" not in line else 0), line
+    assert cli.run(line.split()) == (2 if not any(word in line for word in ("help", "list", "info")) else 0), line
     assert "torch" not in sys.modules, line
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120, cwd=tmp_path)
@@ -149,11 +150,11 @@ for line in {lines!r}:
 def test_rules_of_rank_are_those_of_the_library() -> None:
     from subspan.geometry import rank_rule
 
-    for text in (*cli._RANK_RULES, "3", "0.5", "1.0"):
-        rank_rule(cli._rank(text))
+    for text in (*options.RANK_RULES, "3", "0.5", "1.0"):
+        rank_rule(options.parsed_rank(text))
     for text in ("bogus", "0", "1.5", "0.0", "nan"):
         with pytest.raises(ValueError, match="--rank"):
-            cli._rank(text)
+            options.parsed_rank(text)
 
 
 # ---------------------------------------------------------------------- report
@@ -460,7 +461,7 @@ def test_models_are_listed(run: Callable[..., Ran]) -> None:
 
 
 def test_cache_is_shown_and_cleared(run: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from subspan.datasets.cache import cached_features
+    from subspan.datasets import cached_features
 
     monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path / "cache"))
     cached_features(lambda start: [np.ones((100, 100), np.float32)], data="x")
@@ -506,6 +507,7 @@ import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import subspan.commands.description as facts
 from subspan import cli
+from subspan.cli import options
 survey = facts.survey
 def telling(*arguments, **options):
     print("working", flush=True)
@@ -556,6 +558,38 @@ def test_label_errors_are_what_the_report_finds(run: Callable[..., Ran]) -> None
     assert page.code == 0
     assert json.loads(Path("facts.json").read_text(encoding="utf-8"))["labels"]["suspects_found"] == 9
     assert "--label-errors -o labels_to_check.csv" in Path("report.html").read_text(encoding="utf-8")
+
+
+def test_shorten_counts_and_measures_as_the_report_does(run: Callable[..., Ran]) -> None:
+    from subspan.datasets import load
+
+    np.save("digits.npy", load("digits")["x"].reshape(1797, 64)[:900].astype("f4"))
+    facts = json.loads(run("report", "digits.npy", "--json", "-").out)
+    curve = {point["dims"]: point["recall"] for point in facts["shortening"]["curves"]["pca"]}
+    found = json.loads(run("shorten", "digits.npy", "-k", "48", "--json").out)
+    assert [entry["columns"] for entry in found["curve"]] == [size for size in curve if size <= 48]
+    for entry in found["curve"]:
+        assert entry["pca"]["recall"] == pytest.approx(curve[entry["columns"]], abs=2e-3)
+    assert facts["shortening"]["smallest"]["pca"]["95%"] <= 48
+    for rank in ("0.95", "marchenko-pastur"):
+        named = {"0.95": "95% of the variance"}.get(rank, rank)
+        assert (
+            json.loads(run("shorten", "digits.npy", "-k", rank, "--json").out)["kept"]
+            == facts["spectrum"]["ranks"][named]
+        )
+
+
+@pytest.mark.parametrize("verb", ["detect", "detect --rank 2", "select", "shorten", "align --method realign whole.npy"])
+@pytest.mark.parametrize("name", ["one.npy", "constant.npy", "cut.npy"])
+def test_an_error_begins_with_what_the_user_named(run: Callable[..., Ran], table: Path, verb: str, name: str) -> None:
+    np.save("whole.npy", np.load(table))
+    np.save("one.npy", np.load(table)[:1])
+    np.save("constant.npy", np.ones((30, 16), np.float32))
+    Path("cut.npy").write_bytes(table.read_bytes()[:200])
+    ran = run(*verb.split(), name)
+    if (name, verb) != ("constant.npy", "select"):  # any row stands for all
+        assert ran.code == 2
+        assert re.match(rf"subspan: error: ('?{name}'?|--rank)\b", ran.err), ran.err
 
 
 def test_without_arguments_there_is_help_and_no_error(run: Callable[..., Ran]) -> None:

@@ -15,9 +15,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from subspan import cli
 from subspan.cluster import LeastSquaresRepresentation
-from subspan.commands import Embeddings
 from subspan.commands import clustering as clusters
-from subspan.datasets import attributed_block_model, load
+from subspan.datasets import Rows, attributed_block_model, load
 
 GRAPH = attributed_block_model(160, 4, mean_degree=10, inside=0.9, n_attributes=40, words=10, random_state=0)
 
@@ -64,9 +63,9 @@ def test_cells_of_the_affinity_are_means_in_the_order_of_clusters() -> None:
     np.testing.assert_allclose(wide["cells"], np.kron(np.eye(3), np.ones((33, 33))))
 
 
-def digits(n: int = 400) -> Embeddings:
+def digits(n: int = 400) -> Rows:
     found = load("digits")
-    return Embeddings(found["x"][:n].reshape(n, -1).astype(np.float32), "digits", labels=found["y"][:n].astype(str))
+    return Rows(found["x"][:n].reshape(n, -1).astype(np.float32), "digits", labels=found["y"][:n].astype(str))
 
 
 def test_clusters_that_touch_are_not_counted_with_trust() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from subspan import cli
 from subspan.base.outputs import Output, Outputs
+from subspan.commands import columns
 
 FILES = {
     "x.npy": np.arange(24.0).reshape(8, 3), "good.npy": np.arange(15.0).reshape(5, 3), "labels.npy": np.arange(8),
@@ -124,12 +125,12 @@ def fail(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "last"),
     [
-        ("report x.npy -o old.html --json old.json", "subspan.cli.write_text"),
-        ("detect x.npy -o old.csv", "subspan.cli.write_rows"),
-        ("select x.npy -o old.npy", "subspan.cli.write_array"),
+        ("report x.npy -o old.html --json old.json", "subspan.cli.describing.write_text"),
+        ("detect x.npy -o old.csv", "subspan.commands.columns.write_rows"),
+        ("select x.npy -o old.npy", "subspan.commands.columns.write_array"),
         ("cluster x.npy -c 2 -o old.csv --report old.html", "subspan.report.render_clusters"),
         ("shorten x.npy --rank 2 -o old.npy --map old.safetensors", "subspan.datasets.index_writing.verify"),
-        ("align x.npy x.npy -o old.safetensors --apply old.npy", "subspan.cli.write_array"),
+        ("align x.npy x.npy -o old.safetensors --apply old.npy", "subspan.cli.mapping.write_array"),
         ("upgrade x.npy x.npy -o old.safetensors --migrate new.npy --backfill-order old.txt --report old.html",
          "subspan.report.render_upgrade"),
     ],
@@ -172,13 +173,13 @@ def test_of_two_runs_with_one_output_the_second_is_refused(
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", ROWS)
     codes: list[int] = []
-    inner: Callable[..., None] = cli.write_rows
+    inner: Callable[..., None] = columns.write_rows
 
     def while_written(*arguments: object) -> None:
         codes.append(cli.run(["detect", "x.npy", "-o", "y.csv"]))
         inner(*arguments)
 
-    monkeypatch.setattr(cli, "write_rows", while_written)
+    monkeypatch.setattr(columns, "write_rows", while_written)
     assert cli.run(["detect", "x.npy", "-o", "y.csv"]) == 0
     assert codes == [2]
     assert "y.csv' is being written by another process" in capsys.readouterr().err
@@ -200,7 +201,7 @@ def test_asked_to_end_it_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     child = os.fork()
     if child == 0:
         signal.signal(number, signal.SIG_DFL)
-        monkeypatch.setattr(cli, "run", work)
+        monkeypatch.setattr("subspan.cli.running.run", work)
         try:
             cli.main()
         except SystemExit as ended:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.commands.assessment import _share_needed, choose_metric, verdict
-from subspan.datasets.indexes import in_memory
+from subspan.commands.assessment import _share_needed, choose_metric
+from subspan.commands.switching import verdict_of_upgrade
+from subspan.datasets import Rows
 
 
 def facts(share: float | None = None, **values: float) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def facts(share: float | None = None, **values: float) -> dict[str, Any]:
     ],
 )
 def test_the_cheapest_way_that_is_good_enough_is_chosen(given: dict[str, Any], answer: str) -> None:
-    found = verdict(facts(**given))
+    found = verdict_of_upgrade(facts(**given))
     assert found["answer"] == answer
     if answer == "partial backfill":
         assert found["items"] == int(np.ceil(1000 * given["share"]))
@@ -46,7 +47,7 @@ def test_the_cheapest_way_that_is_good_enough_is_chosen(given: dict[str, Any], a
     ("old", "said"), [(0.55, "find no less than today"), (0.6, "cannot be told"), (0.7, "find less than today")]
 )
 def test_what_serves_meanwhile_is_held_against_today(old: float, said: str) -> None:
-    bridge = verdict(facts(mapped=0.5, migrated=0.59, old=old))["bridge"]
+    bridge = verdict_of_upgrade(facts(mapped=0.5, migrated=0.59, old=old))["bridge"]
     assert "migrated vectors" in bridge
     assert said in bridge
 
@@ -63,8 +64,7 @@ def test_the_share_needed_lies_where_the_lower_end_reaches_it() -> None:
 @pytest.mark.parametrize("asked", [None, "inner", "euclidean", "cosine"])
 @pytest.mark.parametrize("lengths", [(1.0, 1.0), (0.985, 1.015), (0.97, 1.0), (1.0, 9.0)])
 def test_a_metric_is_a_way_of_searching(own: Any, asked: Any, lengths: tuple[float, float]) -> None:
-    index = in_memory(np.eye(3, dtype=np.float32), "x")
-    object.__setattr__(index, "metric", own)
+    index = Rows(np.eye(3, dtype=np.float32), "x", metric=own)
     nearly = lengths[0] > 0.98 and lengths[1] < 1.02
     if asked is None:
         assert choose_metric(index, None, lengths) == (own or ("cosine" if nearly else "euclidean"))

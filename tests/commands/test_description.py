@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.commands import Embeddings, describe
+from subspan.base import silent
+from subspan.commands import describe
 from subspan.commands import description as facts
-from subspan.commands.embeddings import silent
 from subspan.commands.survey import first_copies, measure, survey
+from subspan.datasets import Rows
 from subspan.geometry import effective_rank
 
 
-def embeddings(rows: np.ndarray, **known: Any) -> Embeddings:
-    return Embeddings(rows=rows, name="planted", argument="planted.npy", **known)
+def embeddings(rows: np.ndarray, **known: Any) -> Rows:
+    return Rows(rows, name="planted", argument="planted.npy", **known)
 
 
 def planted_rows(n: int = 600, d: int = 24, k: int = 5, noise: float = 0.05, seed: int = 0) -> np.ndarray:
@@ -216,7 +217,7 @@ def test_memory_maps_of_any_float_are_read(tmp_path: Any, dtype: Any) -> None:
 def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = planted_rows(300)
     whole = describe(embeddings(rows))
-    monkeypatch.setattr("subspan.commands.embeddings._BLOCK_BYTES", 24 * 4 * 37)
+    monkeypatch.setattr("subspan.datasets.rows._BLOCK_BYTES", 24 * 4 * 37)
     parts = describe(embeddings(rows))
     assert parts["spectrum"]["variances"] == pytest.approx(whole["spectrum"]["variances"])
     assert parts["outliers"]["scores"] == pytest.approx(whole["outliers"]["scores"])

@@ -107,7 +107,9 @@ def test_the_language_model_is_plain_saveable_and_cached(
     text = tokenizer.decode(cached.generate(**batch, max_new_tokens=8, do_sample=False)[0])
     assert text.startswith("Gravity is a fundamental concept in physics")
     cached.save_pretrained(tmp_path / "saved")
-    monkeypatch.setattr(packages, "_converted_language_model", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(
+        "subspan.datasets.pretrained._converted_language_model", lambda *_: pytest.fail("converted twice")
+    )
     load_language_model()
 
 

@@ -39,6 +39,14 @@ def test_the_folder_is_the_option_or_the_environments(
         data_folder()
 
 
+@pytest.mark.parametrize("name", ["mvtec_screw", "ptb", "python_functions", "scifact", "uci_har"])
+def test_what_lies_in_the_folder_is_known(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    np.savez(folder / name / f"{name}.npz", x=np.eye(2))
+    assert is_available(name)
+    assert load(name)["x"].tolist() == [[1, 0], [0, 1]]
+
+
 def write_jsonl(path: Path, *records: dict) -> None:
     path.parent.mkdir(exist_ok=True)
     with gzip.open(path, "wt") as stream:

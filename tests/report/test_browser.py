@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.commands import Embeddings, describe
+from subspan.commands import describe
+from subspan.datasets import Rows
 from subspan.report import render
 
 pytestmark = pytest.mark.browser
@@ -163,7 +164,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = rng.integers(0, 14, 400)
     rows = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 24)) + centres[kinds] + 0.2 * rng.normal(size=(400, 24))
     long = "a_name_without_any_place_to_break_it_" * 4
-    data = Embeddings(
+    data = Rows(
         rows=rows,
         name=f"A table with a long name, {long}",
         argument=f"{long}.npy",
@@ -171,7 +172,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels=np.array([f"{long}{kind}" for kind in kinds]),
         texts=[f"Text {row}: {'words ' * 60}{long}" for row in range(400)],
     )
-    other = Embeddings(rows=rows @ rng.normal(size=(24, 12)), name="other", argument="other.npy")
+    other = Rows(rows @ rng.normal(size=(24, 12)), name="other", argument="other.npy")
     path = tmp_path_factory.mktemp("page") / "report.html"
     path.write_text(render(describe(data, other), data), encoding="utf-8")
     return path

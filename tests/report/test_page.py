@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from subspan.commands import Embeddings, describe
+from subspan.commands import describe
+from subspan.datasets import Rows
 from subspan.report import render
 from subspan.report.page import _card, _percent
 
@@ -53,7 +54,7 @@ def rendered() -> tuple[str, dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(120, 12))
     rows[4] = rows[3] * 1.0001
-    data = Embeddings(
+    data = Rows(
         rows=rows,
         name=f"table {NASTY}",
         argument="my table.npy",
@@ -64,7 +65,7 @@ def rendered() -> tuple[str, dict[str, Any]]:
         texts=[f"{NASTY} {i}" for i in range(120)],
         ids=[f"{NASTY} {i}" for i in range(120)],
     )
-    other = Embeddings(rows=rows @ rng.normal(size=(12, 12)), name=NASTY, argument="new.npy", ids=data.ids)
+    other = Rows(rows @ rng.normal(size=(12, 12)), name=NASTY, argument="new.npy", ids=data.ids)
     facts = describe(data, other)
     return render(facts, data), facts
 
@@ -87,8 +88,8 @@ def test_each_section_names_a_command(rendered: tuple[str, dict[str, Any]]) -> N
 def test_commands_read_the_same_columns() -> None:
     rows = np.random.default_rng(0).normal(size=(40, 6))
     columns = {"reading": ("--text-column", "the text"), "pairing": ("--id-column", "id")}
-    data = Embeddings(rows=rows, name="texts", argument="x.csv", ids=[str(i) for i in range(40)], dropped=2, **columns)
-    other = Embeddings(rows=rows, name="other", argument="y.csv", ids=data.ids)
+    data = Rows(rows, name="texts", argument="x.csv", ids=[str(i) for i in range(40)], dropped=2, **columns)
+    other = Rows(rows, name="other", argument="y.csv", ids=data.ids)
     page = render(describe(data, other), data)
     assert (
         page.count("subspan align x.csv y.csv --text-column &#x27;the text&#x27; --id-column id --skip-nan --method")
@@ -109,18 +110,18 @@ def test_the_plots_come_compressed_and_from_the_published_file(rendered: tuple[s
 
 def test_labels_stay_where_a_name_contains_them() -> None:
     rows = np.random.default_rng(0).normal(size=(60, 6))
-    data = Embeddings(rows=rows, name="digits", labels=np.array(["1", "2", "3"] * 20))
+    data = Rows(rows, name="digits", labels=np.array(["1", "2", "3"] * 20))
     assert "· 1</small>" in _card(10, "note", dataclasses.replace(data, labels=np.array(["1"] * 60)))
-    pictures = Embeddings(rows=rows, name="photos", labels=np.array(["cat"] * 60), ids=[f"cat/{i}" for i in range(60)])
+    pictures = Rows(rows, name="photos", labels=np.array(["cat"] * 60), ids=[f"cat/{i}" for i in range(60)])
     assert "cat</small>" not in _card(0, "note", pictures)
 
 
 def test_one_is_singular() -> None:
     rows = np.random.default_rng(0).normal(size=(200, 6)) * [9, 8, 7, 0.1, 0.1, 0.1]
     rows[3, 5] = 50
-    facts = describe(Embeddings(rows=rows, name="rows"))
+    facts = describe(Rows(rows, name="rows"))
     facts["outliers"]["beyond_fence"] = 1
-    assert "<strong>1</strong><span>row lies far" in render(facts, Embeddings(rows=rows, name="rows"))
+    assert "<strong>1</strong><span>row lies far" in render(facts, Rows(rows, name="rows"))
 
 
 def test_nothing_is_fetched_from_elsewhere(rendered: tuple[str, dict[str, Any]]) -> None:
@@ -166,7 +167,7 @@ def test_labels_in_figures_are_escaped(rendered: tuple[str, dict[str, Any]]) -> 
 
 
 def test_sections_without_facts_are_left_out() -> None:
-    data = Embeddings(rows=np.random.default_rng(0).normal(size=(40, 6)), name="plain", argument="x.npy")
+    data = Rows(np.random.default_rng(0).normal(size=(40, 6)), name="plain", argument="x.npy")
     page = render(describe(data), data)
     assert 'id="labels"' not in page
     assert 'id="against"' not in page
@@ -174,7 +175,7 @@ def test_sections_without_facts_are_left_out() -> None:
 
 def test_few_rows_are_not_taken_for_a_short_embedding() -> None:
     rng = np.random.default_rng(0)
-    few, many = (Embeddings(rows=rng.normal(size=(n, 64)), name="x", argument="x.npy") for n in (24, 200))
+    few, many = (Rows(rng.normal(size=(n, 64)), name="x", argument="x.npy") for n in (24, 200))
     assert "further rows may need more" in render(describe(few), few)
     assert "further rows may need more" not in render(describe(many), many)
 
@@ -184,7 +185,7 @@ def test_images_are_shown_small() -> None:
     rng = np.random.default_rng(0)
     images = [image_module.fromarray(rng.integers(0, 255, (400, 300, 3), dtype=np.uint8)) for _ in range(30)]
     images[0] = images[0].convert("L")
-    data = Embeddings(rows=rng.normal(size=(30, 6)), name="photos", argument="photos", images=images)
+    data = Rows(rng.normal(size=(30, 6)), name="photos", argument="photos", images=images)
     page = render(describe(data), data)
     shown = [attributes for tag, attributes in Elements(page).elements if tag == "img"]
     assert len(shown) >= 9

@@ -31,11 +31,13 @@ def test_self_is_excluded_and_recall_counts(monkeypatch):
 
     monkeypatch.setattr(module, "_BLOCK", 64)  # forces several chunks
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    _, found = nearest(x, x, 3, exclude_self=True)
+    _, found = nearest(x, x, 3, exclude=torch.arange(len(x)))
     assert not bool((found == torch.arange(40).unsqueeze(-1)).any())
     _, with_self = nearest(x, x, 4)
     torch.testing.assert_close(with_self[:, 0], torch.arange(40))
     torch.testing.assert_close(with_self[:, 1:], found)
+    chosen = torch.tensor([30, 7, 12])
+    torch.testing.assert_close(nearest(x[chosen], x, 3, exclude=chosen)[1], found[chosen])
     truth = torch.tensor([[1, 2], [3, 4]])
     torch.testing.assert_close(
         recall_at_k(torch.tensor([[2, 9, 1], [9, 4, 8]]), truth), torch.tensor([1.0, 0.5], dtype=torch.float64)
@@ -53,7 +55,7 @@ def test_overlap_is_one_under_rotation_and_chance_for_noise():
 def test_errors():
     x = torch.zeros(4, 2)
     with pytest.raises(ValueError, match=r"k: must lie in \[1, 3\], got 4"):
-        nearest(x, x, 4, exclude_self=True)
+        nearest(x, x, 4, exclude=torch.arange(len(x)))
     with pytest.raises(ValueError, match="metric"):
         nearest(x, x, 1, metric="l1")
     with pytest.raises(ValueError, match="base: expected 2 columns"):
@@ -98,5 +100,5 @@ def test_neighbours_over_groups_of_columns_are_those_of_the_sorted_scores(metric
     values, found = nearest(queries, base, 3, metric=metric)
     assert torch.equal(found, expected.indices[:, :3])
     torch.testing.assert_close(values, expected.values[:, :3] * (-1 if metric == "euclidean" else 1))
-    own = nearest(base, base, 3, metric=metric, exclude_self=True)[1]
+    own = nearest(base, base, 3, metric=metric, exclude=torch.arange(len(base)))[1]
     assert not bool((own == torch.arange(n).unsqueeze(1)).any())

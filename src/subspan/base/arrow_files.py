@@ -13,7 +13,7 @@ import numpy as np
 from .columns import Columns, Kind, Progressions, choose_columns
 from .extras import require
 from .reading import check_memory, quoted, reading
-from .rows import Table, as_objects, entry_arrays, known_name, unique_ids, unrepeated
+from .rows import Parts, Table, as_objects, entry_arrays, known_name, unique_ids, unrepeated
 from .text_files import as_vector, is_json_vector
 
 
@@ -86,8 +86,17 @@ class _Arrow:
                 yield table.slice(start, size)
 
 
+def _row_groups(source: Path) -> _Parquet | _Arrow:
+    return _Parquet(source) if source.suffix.lower() == ".parquet" else _Arrow(source)
+
+
+def arrow_kinds(source: Path) -> dict[str, Kind]:
+    """What each column of a file holds."""
+    return {entry.name: _arrow_kind(entry.type) for entry in _row_groups(source).schema}
+
+
 @dataclass(frozen=True)
-class _ArrowColumns:
+class _ArrowColumns(Parts):
     """The column of vectors, or the columns of numbers, of row groups that are read one at a time."""
 
     groups: _Parquet | _Arrow
@@ -110,14 +119,6 @@ class _ArrowColumns:
     def shape(self) -> tuple[int, int]:
         return int(self.starts[-1]), self.width
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        first, last = (int(np.searchsorted(self.starts, place, "right")) - 1 for place in (start, stop - 1))
-        blocks = []
-        for group in range(first, last + 1):
-            offset = int(self.starts[group])
-            blocks.append(self.group(group)[max(0, start - offset) : stop - offset])
-        return np.concatenate(blocks)
-
     def stream(self, size: int, start: int = 0) -> Iterator[np.ndarray]:
         """Blocks of `size` rows from `start` on, in one pass, however large the row groups are."""
         first = int(np.searchsorted(self.starts, start, "right")) - 1
@@ -135,17 +136,9 @@ class _ArrowColumns:
         if len(rest):
             yield rest
 
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        taken = np.empty((len(indices), self.width), self.dtype)
-        groups = np.searchsorted(self.starts, indices, "right") - 1
-        for group in np.unique(groups):
-            here = groups == group
-            taken[here] = self.group(int(group))[indices[here] - self.starts[group]]
-        return taken
-
-    def group(self, index: int) -> np.ndarray:
-        """The matrix of one row group; ValueError naming the first row that is null or of another length."""
-        return self._matrix(self.groups.load(index, list(self.columns)), int(self.starts[index]))
+    def part(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """Rows of one row group; ValueError naming the first that is null or of another length."""
+        return self._matrix(self.groups.load(number, list(self.columns)), int(self.starts[number]))[rows]
 
     def _matrix(self, table: Any, start: int) -> np.ndarray:
         source, name = self.groups.source, self.columns[0]
@@ -185,7 +178,7 @@ def _list_matrix(column: Any, width: int, start: int, name: str, source: Path) -
 
 def open_arrow(source: Path, column: str | None, names: dict[str, str | None]) -> Table:
     """The rows of a Parquet or Arrow file."""
-    groups = _Parquet(source) if source.suffix.lower() == ".parquet" else _Arrow(source)
+    groups = _row_groups(source)
     types = unrepeated([(entry.name, entry.type) for entry in groups.schema], source)
     for name in (column, *names.values()):
         if name is not None:

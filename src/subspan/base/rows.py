@@ -21,7 +21,7 @@ BLOCK_NUMBERS = 2**20
 
 
 @runtime_checkable
-class Rows(Protocol):
+class Matrix(Protocol):
     """Where the numbers are: blocks and single rows of a matrix."""
 
     @property
@@ -52,7 +52,7 @@ class Table:
     """
 
     source: Path
-    values: Rows = field(repr=False)
+    values: Matrix = field(repr=False)
     ids: tuple[str, ...] | None = field(default=None, repr=False)
     labels: tuple[str, ...] | None = field(default=None, repr=False)
     texts: tuple[str, ...] | None = field(default=None, repr=False)
@@ -87,11 +87,10 @@ class Table:
 
     def array(self) -> Float[np.ndarray, "n d"]:
         """All rows, in memory. Raises ValueError where the machine has less than they take."""
-        check_memory(math.prod(self.shape) * self.dtype.itemsize, f"path: {str(self.source)!r}")
-        return np.concatenate(list(self.batches()))
+        return all_rows(self.values, f"path: {str(self.source)!r}")
 
 
-def stored_blocks(values: Rows, size: int, start: int = 0) -> Iterator[np.ndarray]:
+def stored_blocks(values: Matrix, size: int, start: int = 0) -> Iterator[np.ndarray]:
     """The rows from `start` on as they are stored, `size` at a time, in one pass over the file."""
     streamed: Any = getattr(values, "stream", None)
     if streamed is not None:
@@ -100,6 +99,42 @@ def stored_blocks(values: Rows, size: int, start: int = 0) -> Iterator[np.ndarra
     n = values.shape[0]
     for first in range(start, n, size):
         yield values.read(first, min(first + size, n))
+
+
+def all_rows(values: Matrix, where: str) -> np.ndarray:
+    """All rows in memory, as float64 where they are stored so, else float32; ValueError where there is less memory."""
+    dtype = np.dtype(np.float64 if values.dtype == np.float64 else np.float32)
+    check_memory(math.prod(values.shape) * dtype.itemsize, where)
+    return np.concatenate([block.astype(dtype, copy=False) for block in stored_blocks(values, 8192)])
+
+
+class Parts:
+    """Rows that lie one part after the other: part i has those from `starts[i]` to `starts[i + 1]`."""
+
+    starts: np.ndarray
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, dimensions)."""
+        raise NotImplementedError
+
+    def part(self, number: int, rows: np.ndarray) -> np.ndarray:
+        """The rows at these places of one part, counted from its first."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop."""
+        return self.take(np.arange(start, stop))
+
+    def take(self, indices: np.ndarray) -> np.ndarray:
+        """Rows at these places."""
+        taken = np.empty((len(indices), self.shape[1]), self.dtype)
+        owner = np.searchsorted(self.starts, indices, "right") - 1
+        for number in np.unique(owner):
+            here = owner == number
+            taken[here] = self.part(int(number), indices[here] - self.starts[number])
+        return taken
 
 
 class FiniteCheck:

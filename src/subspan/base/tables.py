@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 
 from .array_files import npy_header, npz_headers, open_npy, open_npz, open_safetensors
-from .arrow_files import open_arrow
+from .arrow_files import arrow_kinds, open_arrow
 from .kinds import LINES, SEPARATED, TABLES, check_input, suffix_of
-from .reading import check_memory, reading, regular_file
+from .reading import check_memory, reading, regular_file, separated_rows
 from .rows import Table, entry_texts
 from .text_files import open_json_lines, open_separated
 
@@ -46,6 +48,29 @@ def read_table(
     if 0 in table.shape:
         raise ValueError(f"path: {str(source)!r} is empty: {table.shape[0]} rows of {table.shape[1]} values")
     return table
+
+
+def table_columns(path: str | os.PathLike[str]) -> dict[str, bool]:
+    """Names of the columns or arrays of a file and whether each holds whole numbers, or {} where that cannot be said.
+
+    Of texts, which have no types, none does.
+    """
+    source, suffix = Path(path), suffix_of(path)
+    try:
+        if suffix in (".parquet", ".arrow", ".feather"):
+            return {name: kind == "integer" for name, kind in arrow_kinds(source).items()}
+        if suffix == ".safetensors":
+            with safe_open(source, framework="pt") as archive:
+                return {name: archive.get_slice(name).get_dtype() == "I64" for name in archive.keys()}  # noqa: SIM118
+        if suffix == ".npz":
+            return {name: dtype.kind in "iu" for name, (_, dtype) in npz_headers(source).items()}
+        if suffix in SEPARATED:
+            return dict.fromkeys(next(separated_rows(source, "\t" if suffix == ".tsv" else ","), (0, []))[1], False)
+    except ImportError:
+        raise
+    except Exception:  # the reader of the table says what is wrong with the file
+        return {}
+    return {}
 
 
 def read_arrays(path: str | os.PathLike[str], name: str = "path") -> dict[str, np.ndarray]:

@@ -7,7 +7,6 @@ the new encoder), or items with the label of the query.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,27 +17,18 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from subspan.align import backfill_order
-from subspan.base import normalize_rows
-from subspan.datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
+from subspan.base import Progress, normalize_rows, silent
+from subspan.datasets import Rows
+from subspan.datasets.rows import NEARLY_UNIT, is_unit
 from subspan.measures import recall_at_k
 from subspan.solvers import nearest
 
-from .description import mean_interval
-from .embeddings import Progress, silent
+from .recall import fitted_width, summary
+from .switching import ENOUGH, K, verdict_of_upgrade
 
-K = 10
 FEWEST_PAIRS = 60
-MOST_BACKFILL = 0.8
-"""A larger share than this is embedding everything anew in all but name."""
 MOST_SEARCHED = 10_000
 MOST_QUERIES = 1000
-_ANSWERS = {
-    "map queries": "Map the queries and keep the index as it is.",
-    "migrate vectors": "Migrate: map the stored vectors into the new space.",
-    "partial backfill": "Migrate, and embed a part of the items anew.",
-    "re-embed": "Embed everything anew.",
-    "keep": "Keep the old encoder: on this sample the new one finds no more.",
-}
 Fit = Callable[..., Any]
 _SHARES = tuple(share / 10 for share in range(11))
 
@@ -89,9 +79,7 @@ class Upgrade:
         return _unit(self.vectors.transform(rows), self.unit)
 
 
-def pair(
-    index: StoredVectors, sample: StoredVectors, *, labels: np.ndarray | None = None, most: int = 50_000, seed: int = 0
-) -> Pairs:
+def pair(index: Rows, sample: Rows, *, labels: np.ndarray | None = None, most: int = 50_000, seed: int = 0) -> Pairs:
     """The items of the sample, found in the index by id; by row where neither has ids and both have as many rows.
 
     most: a larger sample is drawn from at random. Items that the index no longer has are left out. Raises ValueError
@@ -127,7 +115,7 @@ def pair(
     )  # fmt: skip
 
 
-def choose_metric(index: StoredVectors, metric: str | None, lengths: tuple[float, float]) -> str:
+def choose_metric(index: Rows, metric: str | None, lengths: tuple[float, float]) -> str:
     """What vectors are ranked by: as the index does, where it says so.
 
     Vectors of nearly unit length are ranked alike by all metrics. Raises ValueError where others are to be ranked by
@@ -152,7 +140,7 @@ def assess(
     metric: str,
     index_metric: str | None = None,
     queries: Queries | None = None,
-    target: float = 0.9,
+    target: float = ENOUGH,
     held_out: float = 0.3,
     seed: int = 0,
     progress: Progress = silent,
@@ -180,12 +168,14 @@ def assess(
     base_old, base_new = bench.old, bench.new
     found: dict[str, Any] = {
         "old/old": None if bench.queries_old is None else bench.recall(bench.queries_old, base_old, index_metric),
-        "new/old unmapped": bench.recall(_fitted_width(bench.queries_new, base_old.shape[1]), base_old, index_metric),
+        "new/old unmapped": bench.recall(
+            fitted_width(torch.from_numpy(bench.queries_new), base_old.shape[1]).numpy(), base_old, index_metric
+        ),
         "new/old mapped": bench.recall(np.asarray(to_old.transform(bench.queries_new)), base_old, index_metric),
         "new/migrated": bench.recall(bench.queries_new, mapped),
         "new/new": bench.recall(bench.queries_new, base_new),
     }
-    retrieval: dict[str, Any] = {name: None if hits is None else _summary(hits, seed) for name, hits in found.items()}
+    retrieval: dict[str, Any] = {name: None if hits is None else summary(hits, seed) for name, hits in found.items()}
     curves = _backfill(bench, mapped, pairs.new[fitted], metric, seed, progress)
     need = target * retrieval["new/new"]["value"]
     shares = {name: _share_needed(curve, need) for name, curve in curves.items()}
@@ -209,44 +199,8 @@ def assess(
         "items": items,
         "migrated_unit_length": unit,
     }
-    facts["verdict"] = verdict(facts)
+    facts["verdict"] = verdict_of_upgrade(facts)
     return Upgrade(whole[0], whole[1], facts, pairs, unit)
-
-
-def verdict(facts: dict[str, Any]) -> dict[str, Any]:
-    """What to do, from the lower ends of the intervals: the cheapest way that keeps the target share of the recall."""
-    retrieval, need, items = facts["retrieval"], facts["backfill"]["need"], facts["items"]
-    low = {name: entry["interval"][0] for name, entry in retrieval.items() if entry is not None}
-    value = {name: entry["value"] for name, entry in retrieval.items() if entry is not None}
-    share = facts["backfill"]["share_needed"]["ordered"]
-    count = None if share is None else math.ceil(share * items)
-    if "old/old" in low and retrieval["new/new"]["interval"][1] < low["old/old"]:
-        answer = "keep"
-    elif low["new/old mapped"] >= need:
-        answer = "map queries"
-    elif low["new/migrated"] >= need:
-        answer = "migrate vectors"
-    elif share is not None and share <= MOST_BACKFILL:
-        answer = "partial backfill"
-    else:
-        answer = "re-embed"
-    text = _ANSWERS[answer]
-    if answer == "partial backfill":
-        text = f"Migrate, and embed {count} of the {items} items ({share:.0%}) anew, in the order given."
-    reason = (
-        f"Embedding everything anew gives recall@{K} {value['new/new']:.3f}; good enough is {facts['target']:.0%} of "
-        f"it, {need:.3f}. Mapped queries reach {value['new/old mapped']:.3f} on the old index, the migrated vectors "
-        f"{value['new/migrated']:.3f}, and unmapped queries {value['new/old unmapped']:.3f}."
-    )
-    bridge = None
-    if "old/old" in value and answer in ("re-embed", "partial backfill"):
-        best = max(("new/old mapped", "new/migrated"), key=lambda name: value[name])
-        way = "mapped queries on the old index" if best == "new/old mapped" else "migrated vectors"
-        holds = "find no less than today" if low[best] >= value["old/old"] else "find less than today"
-        if low[best] < value["old/old"] <= retrieval[best]["interval"][1]:
-            holds = "cannot be told from today"
-        bridge = f"Until that is done, {way} {holds} ({value[best]:.3f} against {value['old/old']:.3f} old/old)."
-    return {"answer": answer, "text": text, "reason": reason, "bridge": bridge, "items": count, "share": share}
 
 
 # ---------------------------------------------------------------------- measuring
@@ -290,12 +244,8 @@ class _Bench:
         """Places of the nearest items, the query itself left out."""
         k = min(K, len(base) - 1)
         q, b = torch.from_numpy(np.ascontiguousarray(queries)), torch.from_numpy(np.ascontiguousarray(base))
-        found = nearest(q, b, min(k + 1, len(base)), metric=metric)[1]
-        if self.own is None:
-            return found[:, :k]
-        own = found == torch.from_numpy(self.own).unsqueeze(1)
-        own[~own.any(1), -1] = True
-        return found[~own].reshape(len(found), -1)
+        own = None if self.own is None else torch.from_numpy(self.own)
+        return nearest(q, b, k, metric=metric, exclude=own)[1]
 
     def recall(self, queries: np.ndarray, base: np.ndarray, metric: str | None = None) -> Float[np.ndarray, " q"]:
         """Recall@10 of each query, by the metric of the new vectors or another."""
@@ -327,7 +277,7 @@ def _backfill(
             base = mapped.copy()
             replaced = order[: round(share * n)]
             base[replaced] = bench.new[replaced]
-            curves[name].append({"share": share, **_summary(bench.recall(bench.queries_new, base), seed)})
+            curves[name].append({"share": share, **summary(bench.recall(bench.queries_new, base), seed)})
             progress("backfilling", 0.5 + 0.2 * (step + share))
     return curves
 
@@ -344,10 +294,6 @@ def _share_needed(curve: list[dict[str, Any]], need: float) -> float | None:
             return before["share"] + part * (point["share"] - before["share"])
         before = point
     return None
-
-
-def _summary(hits: Float[np.ndarray, " q"], seed: int) -> dict[str, Any]:
-    return {"value": float(hits.mean()), "interval": mean_interval(hits, seed)}
 
 
 def _describe(fitted: Any) -> dict[str, Any]:
@@ -372,18 +318,13 @@ def _unit(rows: Any, wanted: bool) -> np.ndarray:
     return normalize_rows(torch.as_tensor(np.asarray(rows))).numpy()
 
 
-def _fitted_width(rows: np.ndarray, width: int) -> np.ndarray:
-    """Rows cut or padded with zeros: what the old index would see if nobody mapped anything."""
-    return np.pad(rows, ((0, 0), (0, max(0, width - rows.shape[1]))))[:, :width]
-
-
 # ---------------------------------------------------------------------- order of re-embedding
 
 
 class _Migrated:
     """The mapped vectors of a collection, as often as they are asked for, a block in memory at a time."""
 
-    def __init__(self, index: StoredVectors, upgrade: Upgrade, progress: Progress) -> None:
+    def __init__(self, index: Rows, upgrade: Upgrade, progress: Progress) -> None:
         self.index, self.upgrade, self.progress = index, upgrade, progress
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -395,7 +336,7 @@ class _Migrated:
 
 
 def order_of_backfill(
-    index: StoredVectors, upgrade: Upgrade, *, seed: int = 0, progress: Progress = silent
+    index: Rows, upgrade: Upgrade, *, seed: int = 0, progress: Progress = silent
 ) -> Int[np.ndarray, " n"]:
     """Positions in the order in which to embed items anew: those first that lie, once mapped, nearest to new vectors.
 

@@ -15,7 +15,7 @@ from sklearn.preprocessing import normalize
 from sklearn.utils import check_random_state
 
 from subspan import __version__
-from subspan.base import normalize_rows
+from subspan.base import Progress, normalize_rows, silent
 from subspan.cluster import (
     S2CAG,
     ElasticNetSubspaceClustering,
@@ -26,7 +26,7 @@ from subspan.cluster import (
     SparseSubspaceClustering,
     ThresholdingSubspaceClustering,
 )
-from subspan.datasets import AttributedGraph
+from subspan.datasets import AttributedGraph, Rows
 from subspan.geometry import Subspace
 from subspan.measures import clustering_accuracy, conductance, modularity
 from subspan.solvers.nearest_subspace import group_subspaces, squared_residuals
@@ -34,7 +34,7 @@ from subspan.solvers.rounding import fill_empty, kmeans_labels
 from subspan.solvers.self_expression import thresholded_similarities
 from subspan.solvers.spectral import affinity_from_representation, count_clusters
 
-from .embeddings import Embeddings, Progress, silent
+from .columns import Found, naming
 
 METHODS = {
     "lsr": LeastSquaresRepresentation,
@@ -65,9 +65,14 @@ class Clustering(NamedTuple):
     residuals: np.ndarray
     facts: dict[str, Any]
 
+    def found(self, data: Rows) -> Found:
+        """The cluster of each row under its name."""
+        columns = {"cluster": self.labels.tolist(), "residual": self.residuals.tolist()}
+        return Found(naming(data, range(len(data))) | columns, self.facts)
+
 
 def cluster_rows(
-    data: Embeddings,
+    data: Rows,
     n_clusters: int | None = None,
     *,
     method: str = "auto",
@@ -84,6 +89,7 @@ def cluster_rows(
     lost 4 points of accuracy on average.
     """
     started = time.perf_counter()
+    _check_clusters(n_clusters, len(data))
     rows = data.take(np.arange(len(data)))
     choose = method == "auto"
     if choose:
@@ -144,6 +150,7 @@ def cluster_graph(
 ) -> Clustering:
     """Cluster the nodes of a graph by S²CAG, with k-means beside; without `n_clusters` by the singular values' gap."""
     started = time.perf_counter()
+    _check_clusters(n_clusters, len(graph))
     negative = graph.attributes.nnz > 0 and graph.attributes.data.min() < 0
     options = {
         "order": order, "decay": decay, "features": "l2" if negative else "tfidf", "random_state": seed,
@@ -171,7 +178,7 @@ def cluster_graph(
     facts = {
         "rows": len(graph),
         "columns": graph.n_attributes,
-        "edges": int((graph.adjacency.nnz + (graph.adjacency.diagonal() != 0).sum()) // 2),
+        "edges": graph.n_edges,
         "method": f"s2cag, {objective}",
         "clusters": n_clusters,
         **({"count": counted} if counted is not None else {}),
@@ -183,6 +190,13 @@ def cluster_graph(
         **_origin(started, seed),
     }
     return Clustering(model.labels_, distances[np.arange(len(graph)), model.labels_], facts)
+
+
+def _check_clusters(clusters: int | None, n: int) -> None:
+    if clusters is not None and clusters > n:
+        raise ValueError(f"--clusters: {clusters} asked for of {n} rows")
+    if n < 4:
+        raise ValueError(f"{n} rows are too few to cluster")
 
 
 def _origin(started: float, seed: int) -> dict[str, Any]:

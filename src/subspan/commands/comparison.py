@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,34 +12,32 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from subspan.align import SpaceMap
-from subspan.base import normalize_rows
+from subspan.base import Progress, normalize_rows
+from subspan.datasets import Rows
 from subspan.geometry import AffineMap, LowRankMap, oas_shrinkage
 from subspan.measures import recall_at_k
 from subspan.solvers import nearest
 from subspan.statistics import JointMoments
 
-from .description import NEIGHBOURS, mean_interval
-from .embeddings import Embeddings, Progress
+from .recall import fitted_width, mean_interval, others, sample, summary
+from .switching import verdict_of_maps
 
-METHODS = {"Procrustes": "procrustes", "affine (ridge)": "ridge", "CCA-projected": "cca"}
 RECALL_AT = (1, 10)
 SHARED = 0.5
-ENOUGH_RECALL, ENOUGH_AGREEMENT = 0.95, 0.8
-BRIDGE_RECALL, BRIDGE_AGREEMENT = 0.8, 0.5
 _QUERIES = 1000
 _MOST_SHRINKAGE = 0.99
 _BASE_ROWS = 50_000
 
 
-def paired(data: Embeddings, other: Embeddings) -> tuple[Embeddings, Embeddings]:
+def paired(data: Rows, other: Rows) -> tuple[Rows, Rows]:
     """The two in one order of rows: matched by ids where both have them, else by position.
 
     Rows that were left out of one of them for NaN or infinity are left out of both. Raises ValueError when the rows of
     the two are not the same otherwise.
     """
-    if data.ids is None or other.ids is None:
+    if data.numbered or other.numbered:
         if data.dropped or other.dropped:
-            data, other = (part if part.dropped else _numbered(part) for part in (data, other))
+            data, other = (part if part.dropped else part.subset(np.arange(len(part))) for part in (data, other))
             return paired(data, other)
         if len(other) != len(data):
             raise ValueError(
@@ -62,18 +60,11 @@ def paired(data: Embeddings, other: Embeddings) -> tuple[Embeddings, Embeddings]
         data = data.subset(np.flatnonzero([name in place for name in wanted]))
     order = np.array([place[name] for name in common])
     if not np.array_equal(order, np.arange(len(other))):
-        other = dataclasses.replace(
-            other, rows=other.rows[order], ids=data.ids, labels=None, texts=data.texts, images=data.images
-        )
+        other = replace(other.subset(order), ids=data.ids, labels=None, texts=data.texts, images=data.images)
     return data, other
 
 
-def _numbered(data: Embeddings) -> Embeddings:
-    """The same with its rows' numbers as their ids."""
-    return dataclasses.replace(data, ids=[data.row_name(row) for row in range(len(data))])
-
-
-def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress: Progress) -> dict[str, Any]:
+def comparison_facts(data: Rows, other: Rows, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Likeness, shared dimensions and maps, fitted on one half of the rows and judged on the other half."""
     train, held_out = _halves(len(data), seed)
     joint = JointMoments(data.dim, other.dim)
@@ -105,13 +96,11 @@ def comparison_facts(data: Embeddings, other: Embeddings, *, seed: int, progress
         "shared_dimensions": {"count": shared, "of": min(data.dim, other.dim), "correlation_above": SHARED},
         "retrieval": retrieval,
         "neighbours_in_common": in_common,
-        "verdict": verdict(retrieval),
+        "verdict": verdict_of_maps(retrieval),
     }
 
 
-def fit_map(
-    data: Embeddings, other: Embeddings, method: str, *, seed: int, progress: Progress
-) -> tuple[SpaceMap, dict[str, Any]]:
+def fit_map(data: Rows, other: Rows, method: str, *, seed: int, progress: Progress) -> tuple[SpaceMap, dict[str, Any]]:
     """The map fitted on all rows, and what a map fitted on one half of them does for the other half.
 
     Raises ValueError for fewer than 4 rows, of which no half can be fitted to.
@@ -140,10 +129,10 @@ def _halves(n: int, seed: int) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, 
     """A mask of the half to fit to, and (at most _BASE_ROWS) rows of the other."""
     train = np.zeros(n, dtype=bool)
     train[np.random.default_rng(seed).permutation(n)[: n // 2]] = True
-    return train, _sample(np.flatnonzero(~train), _BASE_ROWS, seed)
+    return train, sample(np.flatnonzero(~train), _BASE_ROWS, seed)
 
 
-def _shown(data: Embeddings, chosen: Bool[np.ndarray, " n"], progress: Progress) -> Iterator[Float[Tensor, "m d"]]:
+def _shown(data: Rows, chosen: Bool[np.ndarray, " n"], progress: Progress) -> Iterator[Float[Tensor, "m d"]]:
     done = 0
     for batch in data.batches(chosen):
         yield batch
@@ -159,15 +148,15 @@ def _retrievals(
     progress: Progress,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Cross-retrieval without a map and with each, and the share of neighbours that the two have in common anyway."""
-    queries = _sample(np.arange(len(source)), _QUERIES, seed)
-    truth = _others(target, target, queries)
-    ways: dict[str, Callable[[], Tensor]] = {"no map": lambda: _fitted_width(source, target.shape[1])}
+    queries = sample(np.arange(len(source)), _QUERIES, seed)
+    truth = others(target, queries)[1]
+    ways: dict[str, Callable[[], Tensor]] = {"no map": lambda: fitted_width(source, target.shape[1])}
     ways |= {name: (lambda fitted=fitted: fitted.map(source)) for name, fitted in maps.items()}
     retrieval = {}
     for step, (name, mapped) in enumerate(ways.items()):
         retrieval[name] = _retrieval(mapped(), target, queries, truth, seed)
         progress("cross-retrieval", (step + 1) / len(ways))
-    both = recall_at_k(_others(source, source, queries), truth).numpy()
+    both = recall_at_k(others(source, queries)[1], truth).numpy()
     chance = truth.shape[1] / (len(source) - 1)
     return retrieval, {"share": float(both.mean()), "interval": mean_interval(both, seed), "chance": chance}
 
@@ -188,28 +177,6 @@ def _held_out_correlations(x: Float[Tensor, "n k"], y: Float[Tensor, "n k"]) -> 
     return ((x * y).sum(0) / scale.clamp_min(torch.finfo(torch.float64).tiny)).clamp(-1, 1)
 
 
-def _fitted_width(rows: Float[Tensor, "n d"], width: int) -> Float[Tensor, "n w"]:
-    """Rows cut or padded with zeros to `width`: what an index would see if nobody mapped anything."""
-    return torch.nn.functional.pad(rows, (0, max(0, width - rows.shape[1])))[:, :width]
-
-
-def _sample(index: Int[np.ndarray, " n"], size: int, seed: int) -> Int[np.ndarray, " m"]:
-    if len(index) <= size:
-        return index
-    return np.sort(np.random.default_rng(seed).choice(index, size, replace=False))
-
-
-def _others(
-    space: Float[Tensor, "n d"], base: Float[Tensor, "n d"], queries: Int[np.ndarray, " q"]
-) -> Int[Tensor, "q k"]:
-    """Positions of the nearest other rows of the base, by cosine, for queries from `space`."""
-    chosen = torch.from_numpy(queries)
-    found = nearest(space[chosen], base, min(NEIGHBOURS + 1, len(base)), metric="cosine")[1]
-    own = found == chosen.unsqueeze(1)
-    own[~own.any(1), -1] = True
-    return found[~own].reshape(len(queries), -1)
-
-
 def _retrieval(
     mapped: Float[Tensor, "n d"],
     target: Float[Tensor, "n d"],
@@ -224,38 +191,7 @@ def _retrieval(
     facts: dict[str, Any] = {}
     for k in RECALL_AT:
         hit = (found[:, :k] == chosen.unsqueeze(1)).any(1).double().numpy()
-        facts[f"recall@{k}"] = {"value": float(hit.mean()), "interval": mean_interval(hit, seed)}
-    kept = recall_at_k(_others(target, mapped, queries), truth).numpy()
+        facts[f"recall@{k}"] = summary(hit, seed)
+    kept = recall_at_k(others(mapped, queries, asked=target)[1], truth).numpy()
     facts["neighbours_kept"] = {"share": float(kept.mean()), "interval": mean_interval(kept, seed)}
     return facts
-
-
-def verdict(retrieval: dict[str, Any]) -> dict[str, Any]:
-    """The plain answer to "can I switch encoders without re-embedding?", from the lower ends of the intervals."""
-    best = max(
-        (name for name in retrieval if name != "no map"), key=lambda name: retrieval[name]["neighbours_kept"]["share"]
-    )
-    found, kept = retrieval[best]["recall@10"], retrieval[best]["neighbours_kept"]
-    if found["interval"][0] >= ENOUGH_RECALL and kept["interval"][0] >= ENOUGH_AGREEMENT:
-        answer = "yes"
-        text = "Yes: map the stored vectors and search them with the new encoder."
-    elif found["interval"][0] >= BRIDGE_RECALL and kept["interval"][0] >= BRIDGE_AGREEMENT:
-        answer = "as a bridge"
-        text = "As a bridge only: mapped vectors serve while the rows are embedded anew in the background."
-    else:
-        answer = "no"
-        text = "No: a map between the two loses too much; the rows have to be embedded anew."
-    return {
-        "answer": answer,
-        "map": best,
-        "method": METHODS[best],
-        "text": text,
-        "reason": (
-            f"With the best map ({best}), {found['value']:.0%} of the queries find their own row among the first 10, "
-            f"and {kept['share']:.0%} of the 10 neighbours that embedding everything anew would give are found."
-        ),
-        "bars": {
-            "yes": {"recall@10": ENOUGH_RECALL, "neighbours_kept": ENOUGH_AGREEMENT},
-            "as a bridge": {"recall@10": BRIDGE_RECALL, "neighbours_kept": BRIDGE_AGREEMENT},
-        },
-    }

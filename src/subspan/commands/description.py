@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from subspan.base import normalize_rows
+from subspan.base import Progress, normalize_rows, silent
+from subspan.datasets import Rows
 from subspan.detect import SubspaceDetector, counted_votes
 from subspan.geometry import (
     MarchenkoPastur,
@@ -26,18 +27,16 @@ from subspan.geometry import (
     rank_rule,
     subspace_overlap,
 )
-from subspan.measures import recall_at_k
 from subspan.select import rank_rows
 from subspan.select.baselines import NEAR_DUPLICATE, k_center, k_medoids, random_rows
 from subspan.solvers import nearest
 from subspan.statistics import GroupedMoments
 
-from .embeddings import Embeddings, Progress, silent
+from .comparison import comparison_facts, paired
+from .recall import NEIGHBOURS, RESAMPLES, mean_interval, others, recall_curve, sizes_up_to
 from .survey import Measured, Survey, measure, survey
 
-NEIGHBOURS = 10
 KEPT = (0.9, 0.95, 0.99)
-RESAMPLES = 1000
 _CLASSES_SHOWN = 24
 _CLASS_DIM = 8
 _CANDIDATES = 5000
@@ -47,8 +46,8 @@ _RULES = ("marchenko-pastur", "gavish-donoho", "effective", "elbow")
 
 
 def describe(
-    data: Embeddings,
-    other: Embeddings | None = None,
+    data: Rows,
+    other: Rows | None = None,
     *,
     seed: int = 0,
     progress: Progress = silent,
@@ -58,9 +57,6 @@ def describe(
     other: a second embedding of the same rows. Takes two passes over the rows, O(d^2) memory beside a sample of them,
     and samples of rows for all that asks for neighbours. Raises ValueError for NaN, constant rows and unpaired rows.
     """
-    # Imported here, as the comparison shares this module's intervals.
-    from .comparison import comparison_facts, paired
-
     started = time.monotonic()
     pair = None if other is None else paired(data, other)
     stages = ["reading", "measuring", "shortening", "subset"]
@@ -72,7 +68,7 @@ def describe(
     seen = survey(data, seed=seed, progress=stage("reading"))
     measured = measure(data, seen, progress=stage("measuring"))
     facts = {
-        "data": {"name": data.name, "source": data.source, **data.details},
+        "data": {"name": data.name, "source": data.origin},
         "contents": contents_facts(data, seen, seed=seed),
         "spectrum": spectrum_facts(data, measured, seed=seed),
         "shortening": shortening_facts(data, seen, seed=seed, progress=stage("shortening")),
@@ -93,9 +89,9 @@ def describe(
 # ---------------------------------------------------------------------- contents
 
 
-def contents_facts(data: Embeddings, seen: Survey, *, seed: int) -> dict[str, Any]:
+def contents_facts(data: Rows, seen: Survey, *, seed: int) -> dict[str, Any]:
     """What is there: size, repeated and empty rows, norms, anisotropy, and how near the nearest neighbours are."""
-    n, d = data.rows.shape
+    n, d = data.shape
     copies = seen.first_copy != np.arange(n)
     groups = np.bincount(seen.first_copy, minlength=n)
     unit_mean_square = float(seen.unit_mean.square().sum())
@@ -103,23 +99,23 @@ def contents_facts(data: Embeddings, seen: Survey, *, seed: int) -> dict[str, An
     # |sum of unit rows|^2 counts every ordered pair and, with cosine one, every row with itself.
     mean_cosine = ((n * n * unit_mean_square) - with_direction) / (with_direction * (with_direction - 1))
     second_moment = float(np.mean(seen.norms**2))
-    similarity, neighbour = _neighbours(seen, 1)
+    similarity, neighbour = others(seen.base, seen.queries, "inner", k=1)
     similarity, neighbour = similarity[:, 0].numpy(), neighbour[:, 0].numpy()
-    rows, others = seen.base_index[seen.queries], seen.base_index[neighbour]
-    near = (similarity >= NEAR_DUPLICATE) & (seen.first_copy[rows] != seen.first_copy[others])
+    rows, partners = seen.base_index[seen.queries], seen.base_index[neighbour]
+    near = (similarity >= NEAR_DUPLICATE) & (seen.first_copy[rows] != seen.first_copy[partners])
     pairs = []
     for position in np.argsort(-np.where(near, similarity, -np.inf), kind="stable")[: int(near.sum())]:
-        pair = sorted((int(rows[position]), int(others[position])))
+        pair = sorted((int(rows[position]), int(partners[position])))
         if pair not in [entry["rows"] for entry in pairs]:
             pairs.append({"rows": pair, "cosine": float(similarity[position])})
     # Neighbours in the order of the file are often of one kind, so the partners are drawn.
-    partners = np.random.default_rng(seed).permutation(np.flatnonzero(~seen.zero[seen.base_index]))[: len(seen.queries)]
-    random_pairs = seen.base[seen.queries] * seen.base[partners]
+    drawn = np.random.default_rng(seed).permutation(np.flatnonzero(~seen.zero[seen.base_index]))[: len(seen.queries)]
+    random_pairs = seen.base[seen.queries] * seen.base[drawn]
     return {
         "rows": n,
         "columns": d,
-        "dtype": data.stored_dtype or str(data.rows.dtype),
-        "megabytes": data.rows.nbytes / 1e6,
+        "dtype": data.stored_dtype,
+        "megabytes": n * d * data.values.dtype.itemsize / 1e6,
         "rows_with_nan_left_out": data.dropped,
         "zero_rows": int(seen.zero.sum()),
         "duplicate_rows": int(copies.sum()),
@@ -142,23 +138,12 @@ def contents_facts(data: Embeddings, seen: Survey, *, seed: int) -> dict[str, An
     }
 
 
-def _neighbours(seen: Survey, k: int, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and base positions of the k nearest other rows of each query, in `base` (default: the sampled rows)."""
-    base = seen.base if base is None else base
-    queries = torch.from_numpy(seen.queries)
-    similarity, found = nearest(base[queries], base, min(k + 1, len(base)), metric="inner")
-    own = found == queries.unsqueeze(1)
-    # Where copies crowd the row itself out of the list, the last entry is dropped in its place.
-    own[~own.any(1), -1] = True
-    return similarity[~own].reshape(len(queries), -1), found[~own].reshape(len(queries), -1)
-
-
 # ---------------------------------------------------------------------- spectrum
 
 
-def spectrum_facts(data: Embeddings, measured: Measured, *, seed: int) -> dict[str, Any]:
+def spectrum_facts(data: Rows, measured: Measured, *, seed: int) -> dict[str, Any]:
     """Variances along the principal directions, the edge of pure noise, and the rank by each rule."""
-    n, d = data.rows.shape
+    n, d = data.shape
     assert measured.directions.spectrum is not None
     spectrum = measured.directions.spectrum[: min(n - 1, d)]
     values = spectrum.numpy()
@@ -201,27 +186,21 @@ def effective_rank_interval(
 # ---------------------------------------------------------------------- shortening
 
 
-def shortening_facts(data: Embeddings, seen: Survey, *, seed: int, progress: Progress) -> dict[str, Any]:
+def shortening_facts(data: Rows, seen: Survey, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Recall@10 of the neighbours by cosine after PCA and after keeping the first columns, against dimensions."""
-    d = data.dim
-    truth = _neighbours(seen, NEIGHBOURS)[1]
+    d, base = data.dim, seen.base
     # Directions of the uncentred second moment keep inner products, and so cosines, best.
-    basis = seen.moments.subspace(1.0, center=False).basis.to(seen.base.dtype)
-    dims = _dimensions(d, len(data))
-    curves: dict[str, list[dict[str, Any]]] = {"pca": [], "prefix": []}
-    for step, k in enumerate(dims):
-        for name, short in (("pca", lambda k: seen.base @ basis[:, :k]), ("prefix", lambda k: seen.base[:, :k])):
-            if k == d:
-                recall = np.ones(len(truth))
-            else:
-                recall = recall_at_k(_neighbours(seen, NEIGHBOURS, normalize_rows(short(k)))[1], truth).numpy()
-            curves[name].append({"dims": k, "recall": float(recall.mean()), "interval": mean_interval(recall, seed)})
-        progress("shortening", (step + 1) / len(dims))
+    basis = seen.moments.subspace(1.0, center=False).basis.to(base.dtype)
+    ways = {"pca": lambda size: base @ basis[:, :size], "prefix": lambda size: base[:, :size]}
+    sizes = [size for size in sizes_up_to(min(d, len(data) - 1)) if size < d]
+    curves = recall_curve(base, ways, sizes, seen.queries, metric="inner", unit=True, seed=seed, progress=progress)
+    for curve in curves.values():
+        curve.append({"dims": d, "recall": 1.0, "interval": [1.0, 1.0]})
     return {
         "metric": "cosine",
         "k": NEIGHBOURS,
-        "queries": len(truth),
-        "searched_rows": len(seen.base),
+        "queries": len(seen.queries),
+        "searched_rows": len(base),
         "curves": curves,
         "smallest": {
             name: {
@@ -230,24 +209,16 @@ def shortening_facts(data: Embeddings, seen: Survey, *, seed: int, progress: Pro
             }
             for name, curve in curves.items()
         },
-        "bytes_per_row": {"full": d * data.rows.dtype.itemsize, "itemsize": data.rows.dtype.itemsize},
+        "bytes_per_row": {"full": d * data.values.dtype.itemsize, "itemsize": data.values.dtype.itemsize},
     }
-
-
-def _dimensions(d: int, n: int) -> list[int]:
-    """Powers of two and, from 32 on, the numbers half-way between, up to d, and to what n rows can span."""
-    grid = {d, min(d, n - 1)}
-    for exponent in range(14):
-        grid |= {2**exponent, 3 * 2**exponent} if exponent >= 5 else {2**exponent}
-    return sorted(k for k in grid if (k >= 8 or d <= 32) and (k < min(d, n) or k == d))
 
 
 # ---------------------------------------------------------------------- outliers
 
 
-def outlier_facts(data: Embeddings) -> dict[str, Any]:
+def outlier_facts(data: Rows) -> dict[str, Any]:
     """The rows that `subspan detect` scores highest, and how many it calls outliers."""
-    detector = SubspaceDetector(contamination="fence").fit(data.rows)
+    detector = SubspaceDetector(contamination="fence").fit(data.array())
     scores = np.concatenate([detector.anomaly_score(block) for _, block in data.blocks()])
     fence = -detector.offset_
     order = np.argsort(-scores, kind="stable")[:_EXAMPLES]
@@ -265,9 +236,7 @@ def outlier_facts(data: Embeddings) -> dict[str, Any]:
 # ---------------------------------------------------------------------- representative subset
 
 
-def subset_facts(
-    data: Embeddings, seen: Survey, measured: Measured, *, seed: int, progress: Progress
-) -> dict[str, Any]:
+def subset_facts(data: Rows, seen: Survey, measured: Measured, *, seed: int, progress: Progress) -> dict[str, Any]:
     """A few rows chosen in several ways, what they cover, and the way that leaves half of the rows nearest to one."""
     size = int(np.clip(len(data) // 50, 10, 100))
     rng = np.random.default_rng(seed)
@@ -302,14 +271,14 @@ def subset_facts(
     }
 
 
-def _nearest_picks(data: Embeddings, seen: Survey, index: Int[np.ndarray, " k"]) -> tuple[Tensor, Tensor]:
+def _nearest_picks(data: Rows, seen: Survey, index: Int[np.ndarray, " k"]) -> tuple[Tensor, Tensor]:
     """Cosine of each sampled row with the nearest of the rows `index`, and the position of that one."""
     picked = normalize_rows(torch.from_numpy(data.take(index)).to(seen.base.dtype))
     similarity, found = nearest(seen.base, picked, 1, metric="inner")
     return similarity[:, 0], found[:, 0]
 
 
-def _coverage(data: Embeddings, seen: Survey, main: Subspace, draws: list[Int[np.ndarray, " k"]]) -> dict[str, Any]:
+def _coverage(data: Rows, seen: Survey, main: Subspace, draws: list[Int[np.ndarray, " k"]]) -> dict[str, Any]:
     """Mean over the draws of: energy of the main directions kept, cosine distance to the nearest pick, labels met."""
     retained, met, distances = [], [], []
     for index in draws:
@@ -338,7 +307,7 @@ def _retained_energy(rows: Float[Tensor, "m d"], main: Subspace) -> float:
 # ---------------------------------------------------------------------- labels
 
 
-def label_facts(data: Embeddings, seen: Survey, *, seed: int, progress: Progress) -> dict[str, Any]:
+def label_facts(data: Rows, seen: Survey, *, seed: int, progress: Progress) -> dict[str, Any]:
     """Class subspaces and the principal angles between them, and how often neighbours share a label."""
     assert data.labels is not None
     names, counts = np.unique(data.labels, return_counts=True)
@@ -398,10 +367,10 @@ def _every_pair(basis: Float[Tensor, "c d k"]) -> tuple[Float[Tensor, "cc d k"],
     return basis.repeat_interleave(count, 0), basis.repeat(count, 1, 1)
 
 
-def _neighbour_purity(data: Embeddings, seen: Survey, counts: dict[Any, int], seed: int) -> dict[str, Any]:
+def _neighbour_purity(data: Rows, seen: Survey, counts: dict[Any, int], seed: int) -> dict[str, Any]:
     assert data.labels is not None
     labels = data.labels[seen.base_index]
-    found = _neighbours(seen, min(NEIGHBOURS, len(seen.base) - 1))[1].numpy()
+    found = others(seen.base, seen.queries, "inner")[1].numpy()
     asked = seen.base_index[seen.queries]
     votes = counted_votes(labels[found], data.labels[asked])
     suspects = np.flatnonzero(votes.suspect)
@@ -429,13 +398,6 @@ def _neighbour_purity(data: Embeddings, seen: Survey, counts: dict[Any, int], se
 
 
 # ---------------------------------------------------------------------- numbers
-
-
-def mean_interval(values: Float[np.ndarray, " n"], seed: int, resamples: int = RESAMPLES) -> list[float]:
-    """95 % bootstrap interval of the mean."""
-    rng = np.random.default_rng(seed)
-    means = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
-    return np.quantile(means, (0.025, 0.975)).tolist()
 
 
 def _quantiles(values: Float[np.ndarray, " n"]) -> dict[str, float]:

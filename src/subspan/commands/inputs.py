@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from subspan.base import read_table
+from subspan.base import Progress, silent
 from subspan.base.array_files import ArrayRows
 from subspan.base.kinds import ARCHIVES, LINES, SEPARATED, TEXTS, check_input, suffix_of
-from subspan.base.reading import json_records, readable_name, reading
-from subspan.base.rows import text_array
+from subspan.base.reading import json_records, readable_name
+from subspan.base.rows import all_rows, text_array
 from subspan.base.tables import read_entries
 from subspan.datasets import (
+    AttributedGraph,
     ImageCollection,
+    Rows,
     cached_features,
     image_folder,
     image_preprocessing,
     load_model,
     load_sentence_encoder,
+    open_table,
+    read_graph,
     read_texts,
     stdlib_docstrings,
 )
 from subspan.models import ImageEncoder, ImagePreprocessing, SentenceEncoder
-
-from .embeddings import Embeddings, Progress, silent
 
 IMAGE_MODEL = "efficientnet-lite0"
 TEXT_MODEL = "minilm"
 _MODEL_TITLES = {IMAGE_MODEL: "EfficientNet-Lite0", TEXT_MODEL: "all-MiniLM-L6-v2"}
 
 
-def read_embeddings(
+def read_rows(
     argument: str | None,
     *,
     labels: str | None = None,
@@ -45,7 +46,7 @@ def read_embeddings(
     id_column: str | None = None,
     skip_nan: bool = False,
     progress: Progress = silent,
-) -> Embeddings:
+) -> Rows:
     """The rows that `argument` names; None stands for the docstrings of the running Python's standard library.
 
     A table is opened (.npy stays memory-mapped); texts (.txt, .jsonl without vectors, or .csv with `text_column`) go
@@ -64,24 +65,23 @@ def read_embeddings(
         return _docstrings(progress)
     path = Path(argument)
     check_input(argument)
-    suffix = suffix_of(path)
     label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
-    label_column = None if label_file is not None else labels
-    if path.is_dir() or suffix in ARCHIVES:
+    named: dict[str, Any] = {"id_column": id_column, "label_column": None if label_file is not None else labels}
+    if path.is_dir() or suffix_of(path) in ARCHIVES:
         _refuse(argument, "a folder of images", column=column, text_column=text_column, id_column=id_column)
-        data = _images(path, argument, label_column, progress)
-    elif _holds_texts(path, suffix, column, text_column):
+        data = _images(path, argument, named["label_column"], progress)
+    elif _holds_texts(path, column, text_column):
         _refuse(argument, "a file of texts", column=column)
-        data = _texts(path, argument, text_column, id_column, label_column, progress)
+        data = _texts(path, argument, text_column, named, progress)
     else:
-        data = _table(path, argument, column, text_column, id_column, label_column)
+        data = _table(path, column=column, text_column=text_column, **named)
     if label_file is not None:
-        data = dataclasses.replace(data, labels=read_labels(label_file, len(data)), label_name="label")
-    if labels is not None:
-        data = dataclasses.replace(data, label_argument=readable_name(labels))
-    data = dataclasses.replace(
+        data = replace(data, labels=read_labels(label_file, len(data)), label_name="label")
+    data = replace(
         data,
+        source=readable_name(argument),
         argument=readable_name(argument),
+        label_argument="" if labels is None else readable_name(labels),
         reading=_options(column=column, text_column=text_column),
         pairing=_options(id_column=id_column),
     )
@@ -94,20 +94,9 @@ def _options(**columns: str | None) -> tuple[str, ...]:
     return tuple(word for option in given.items() for word in option)
 
 
-def is_anomaly_layout(argument: str) -> bool:
-    """Whether a folder or zip archive has train/good and test, as MVTec AD has."""
-    path = Path(argument)
-    if path.is_dir():
-        return (path / "train" / "good").is_dir() and (path / "test").is_dir()
-    if path.is_file() and zipfile.is_zipfile(path) and path.suffix.lower() == ".zip":
-        with reading(path), zipfile.ZipFile(path) as archive:
-            names = [f"/{name}" for name in archive.namelist()]
-        return any("/train/good/" in name for name in names) and any("/test/" in name for name in names)
-    return False
-
-
-def _holds_texts(path: Path, suffix: str, column: str | None, text_column: str | None) -> bool:
+def _holds_texts(path: Path, column: str | None, text_column: str | None) -> bool:
     """Whether a file holds texts to embed: lines, records of JSON without vectors, or a table with such a column."""
+    suffix = suffix_of(path)
     if suffix in TEXTS:
         return True
     if suffix in SEPARATED:
@@ -128,30 +117,14 @@ def _refuse(argument: str, what: str, **options: str | None) -> None:
 # ---------------------------------------------------------------------- tables
 
 
-def _table(
-    path: Path,
-    argument: str,
-    column: str | None,
-    text_column: str | None,
-    id_column: str | None,
-    label_column: str | None,
-) -> Embeddings:
-    table = read_table(path, column=column, text_column=text_column, id_column=id_column, label_column=label_column)
-    held = table.values.values if isinstance(table.values, ArrayRows) else None
-    rows = held if held is not None and held.dtype.kind == "f" else table.array()
-    n, d = table.shape
-    name = readable_name(path.name)
-    return Embeddings(
-        rows=rows,
-        name=name,
-        argument=argument,
-        source=f"{n} embeddings with {d} dimensions, read from {name}.",
-        labels=None if table.labels is None else text_array(table.labels, f"--labels: of {name}"),
-        label_name=label_column or "label",
-        texts=table.texts,
-        ids=table.ids,
-        stored_dtype=str(table.values.dtype),
-    )
+def _table(path: Path, **columns: str | None) -> Rows:
+    data = open_table(path, **columns)
+    values, name = data.values, readable_name(path.name)
+    if not (isinstance(values, ArrayRows) and values.dtype.kind == "f"):
+        # Read once: everything that follows passes over the rows several times.
+        values = ArrayRows(all_rows(values, f"path: {str(path)!r}"))
+    origin = f"{len(data)} embeddings with {data.dim} dimensions, read from {name}."
+    return replace(data, values=values, name=name, origin=origin, kind="rows", form="rows")
 
 
 def read_labels(path: Path, n: int) -> np.ndarray:
@@ -166,62 +139,77 @@ def read_labels(path: Path, n: int) -> np.ndarray:
     return names
 
 
-def _finite(data: Embeddings, skip: bool) -> Embeddings:
+def read_nodes(
+    table: str, attributes: str | None = None, *, labels: str | None = None, id_column: str | None = None
+) -> tuple[AttributedGraph, Rows]:
+    """A graph, and its nodes as rows that have names and labels alone: the attributes stay sparse."""
+    label_file = Path(labels) if labels is not None and Path(labels).is_file() else None
+    graph = read_graph(table, attributes, id_column=id_column, label_column=None if label_file else labels)
+    if label_file is not None:
+        graph = graph.with_classes(read_labels(label_file, len(graph)).tolist())
+    name = readable_name(Path(table).name)
+    edges, width = graph.n_edges, graph.n_attributes
+    counted = f"{width} attribute{'s' * (width != 1)} and {edges} edge{'s' * (edges != 1)}"
+    return graph, Rows(
+        np.zeros((len(graph), 1), dtype=np.float32), name=name, argument=readable_name(table),
+        origin=f"{len(graph)} nodes with {counted} of {name}.", labels=graph.class_names, ids=graph.names,
+    )  # fmt: skip
+
+
+def _finite(data: Rows, skip: bool) -> Rows:
     """The data when all its rows are finite, or its finite rows where the others may be skipped."""
-    finite = np.concatenate([np.isfinite(block).all(axis=1) for _, block in data.blocks()])
+    finite = data.finite()
     if finite.all():
         return data
-    bad = np.flatnonzero(~finite)
     if not skip:
-        raise ValueError(
-            f"{data.argument}: {len(bad)} of {len(data)} rows contain NaN or infinity (the first is row {bad[0]}); "
-            "impute them, or leave them out with --skip-nan"
-        )
+        raise not_finite(data, finite)
     if not finite.any():
         raise ValueError(f"{data.argument}: all {len(data)} rows contain NaN or infinity")
-    return dataclasses.replace(data.subset(np.flatnonzero(finite)), dropped=len(bad))
+    return replace(data.subset(np.flatnonzero(finite)), dropped=int((~finite).sum()))
+
+
+def not_finite(data: Rows, finite: np.ndarray) -> ValueError:
+    """Why rows that are not all finite are refused."""
+    bad = np.flatnonzero(~finite)
+    return ValueError(
+        f"{data.argument or data.name}: {len(bad)} of {len(data)} rows contain NaN or infinity (the first is row "
+        f"{bad[0]}); impute them, or leave them out with --skip-nan"
+    )
 
 
 # ---------------------------------------------------------------------- texts and images
 
 
-def _docstrings(progress: Progress) -> Embeddings:
+def _docstrings(progress: Progress) -> Rows:
     found = stdlib_docstrings()
     texts = tuple(entry.text for entry in found)
     python = platform.python_version()
-    return Embeddings(
-        rows=_encoded_texts(texts, progress),
+    return Rows(
+        _encoded_texts(texts, progress),
         name=f"Docstrings of Python {python}",
-        source=f"{len(found)} docstrings of the standard library of Python {python}, embedded with "
+        origin=f"{len(found)} docstrings of the standard library of Python {python}, embedded with "
         f"{_MODEL_TITLES[TEXT_MODEL]}; the label is the top-level module.",
         labels=np.array([entry.label for entry in found]),
         label_name="module",
         texts=texts,
-        ids=tuple(entry.name for entry in found),
+        ids=np.array([entry.name for entry in found]),
     )
 
 
-def _texts(
-    path: Path,
-    argument: str,
-    text_column: str | None,
-    id_column: str | None,
-    label_column: str | None,
-    progress: Progress,
-) -> Embeddings:
-    found = read_texts(path, column=text_column, id_column=id_column, label_column=label_column)
+def _texts(path: Path, argument: str, text_column: str | None, named: dict[str, Any], progress: Progress) -> Rows:
+    found = read_texts(path, column=text_column, **named)
     empty = [row for row, text in enumerate(found.texts) if not text.strip()]
     if empty:
         raise ValueError(f"{argument}: {len(empty)} of {len(found)} texts are empty (the first is row {empty[0]})")
-    return Embeddings(
-        rows=_encoded_texts(found.texts, progress),
-        name=readable_name(path.name),
-        argument=argument,
-        source=f"{len(found)} texts of {readable_name(path.name)}, embedded with {_MODEL_TITLES[TEXT_MODEL]}.",
+    name = readable_name(path.name)
+    return Rows(
+        _encoded_texts(found.texts, progress),
+        name=name,
+        origin=f"{len(found)} texts of {name}, embedded with {_MODEL_TITLES[TEXT_MODEL]}.",
         labels=None if found.labels is None else text_array(found.labels, f"--labels: of {path.name!r}"),
-        label_name=label_column or "label",
+        label_name=named["label_column"] or "label",
         texts=found.texts,
-        ids=found.ids,
+        ids=None if found.ids is None else text_array(found.ids, f"the ids of {path.name!r}"),
     )
 
 
@@ -236,7 +224,7 @@ def _encoded_texts(texts: Sequence[str], progress: Progress) -> np.ndarray:
     return cached_features(compute, model=encoder.model, data=list(texts), options=options)
 
 
-def _images(path: Path, argument: str, label_column: str | None, progress: Progress) -> Embeddings:
+def _images(path: Path, argument: str, label_column: str | None, progress: Progress) -> Rows:
     if label_column is not None:
         raise ValueError(
             f"--labels: there is no file {label_column!r}; the images of {argument} are labelled by folder"
@@ -244,16 +232,15 @@ def _images(path: Path, argument: str, label_column: str | None, progress: Progr
     images = image_folder(path)
     named = len(set(images.labels)) > 1
     name = readable_name(path.name or str(path))
-    return Embeddings(
-        rows=_encoded_images(images, progress),
+    return Rows(
+        _encoded_images(images, progress),
         name=name,
-        argument=argument,
-        source=f"{len(images)} images of {name}, embedded with {_MODEL_TITLES[IMAGE_MODEL]}"
+        origin=f"{len(images)} images of {name}, embedded with {_MODEL_TITLES[IMAGE_MODEL]}"
         + ("; the label is the folder." if named else "."),
         labels=np.array(list(map(readable_name, images.labels))) if named else None,
         label_name="folder",
         images=images,
-        ids=tuple(map(readable_name, images.names)),
+        ids=np.array(list(map(readable_name, images.names))),
     )
 
 

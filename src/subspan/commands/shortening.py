@@ -11,21 +11,60 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from subspan.base import normalize_rows
-from subspan.datasets.index_writing import Map, write_unfinished
-from subspan.datasets.indexes import NEARLY_UNIT, StoredVectors, is_unit
+from subspan.base import Progress, normalize_rows, silent
+from subspan.base.outputs import Outputs
+from subspan.datasets import Rows, open_index
+from subspan.datasets.index_writing import Map, check_destination, digest_of, write_unfinished
+from subspan.datasets.indexes import is_stored
+from subspan.datasets.rows import NEARLY_UNIT, is_unit
 from subspan.geometry import Subspace
-from subspan.measures import recall_at_k
 from subspan.represent import Matryoshka
-from subspan.solvers import nearest
 from subspan.statistics import Moments
 
-from .description import NEIGHBOURS, mean_interval
-from .embeddings import Progress, silent
+from .columns import calling, check_rank
+from .inputs import read_rows
+from .recall import recall_curve, sizes_up_to
 
 SEARCHED = 10_000
 _QUERIES = 1000
 _TRAINED_ON = 20_000
+
+
+def read_stored(argument: str | None, *, collection: str | None = None, **reading: Any) -> Rows:
+    """The vectors that `argument` names: a collection, or what `read_rows` reads, under its ids where those are named.
+
+    reading: `column`, `id_column` and, for what is no collection, the other options of `read_rows`.
+    """
+    if argument is not None and is_stored(argument):
+        named = {name: reading.get(name) for name in ("column", "id_column")}
+        return open_index(argument, collection=collection, **named)
+    data = read_rows(argument, **reading)
+    return data.named(None) if reading.get("id_column") is None else data
+
+
+def shorten_to(
+    source: Rows,
+    rank: int | float | str,
+    output: Path,
+    outputs: Outputs,
+    *,
+    method: str = "pca",
+    center: bool = False,
+    subspace: Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Shorten by "pca", "matryoshka" or "prefix" and write the vectors, and the subspace where asked for."""
+    check_destination(source, output, overwrite=True)
+    if method == "pca":
+        head = pca_head(source, rank, center=center, progress=progress)
+    elif method == "matryoshka":
+        head = matryoshka_head(source, rank, seed=seed, progress=progress)
+    else:
+        head = prefix_head(source, rank)
+    drawn = None if subspace is None else outputs[subspace]
+    facts = shorten(source, head, outputs[output], subspace=drawn, seed=seed, progress=progress)
+    return facts | {"output": str(output), **({} if subspace is None else {"map": str(subspace)})}
 
 
 @dataclass(frozen=True)
@@ -41,47 +80,54 @@ class Head:
     subspace: Subspace | None = None
 
 
-def pca_head(source: StoredVectors, rank: int | float | str, *, center: bool, progress: Progress = silent) -> Head:
-    """Coordinates in the leading principal directions, from one pass over the vectors."""
-    most = min(len(source) - 1, source.shape[1])
-    if isinstance(rank, int) and rank > most:
-        shape = f"{len(source)} rows of {source.shape[1]} columns"
-        raise ValueError(f"--rank: {rank} directions asked for, {shape} span at most {most}")
-    moments = Moments(source.shape[1])
+def pca_head(source: Rows, rank: int | float | str, *, center: bool, progress: Progress = silent) -> Head:
+    """Coordinates in the leading principal directions, from one pass over the vectors.
+
+    How many a rule or a share of the variance asks for is counted about the mean, as in the report, with `center` and
+    without: otherwise a mean that is large against the spread would be all of the variance.
+    """
+    check_rank(rank, source)
+    moments = Moments(source.dim)
     for start, rows in source.blocks():
         moments.update(torch.from_numpy(rows))
         progress("reading", 0.3 * (start + len(rows)) / len(source))
-    found = moments.subspace(rank, center=center)
+    with calling(source):
+        found = moments.subspace(rank)
+        if not center:
+            found = moments.subspace(found.dim, center=False)
     return Head("pca", found.dim, lambda rows: found.coordinates(torch.from_numpy(rows)).numpy(), found)
 
 
-def prefix_head(source: StoredVectors, rank: int | float | str) -> Head:
+def prefix_head(source: Rows, rank: int | float | str) -> Head:
     """The first columns as they are: for encoders that were trained to be cut."""
-    if not isinstance(rank, int):
-        raise ValueError(f"--rank: a prefix is a number of columns, got {rank!r}")
-    if not 1 <= rank <= source.shape[1]:
-        raise ValueError(f"--rank: {rank} columns asked for of {source.shape[1]}")
-    return Head("prefix", rank, lambda rows: np.ascontiguousarray(rows[:, :rank]))
+    columns = _columns(source, rank, "a prefix is")
+    return Head("prefix", columns, lambda rows: np.ascontiguousarray(rows[:, :columns]))
 
 
-def matryoshka_head(source: StoredVectors, rank: int | float | str, *, seed: int, progress: Progress = silent) -> Head:
+def matryoshka_head(source: Rows, rank: int | float | str, *, seed: int, progress: Progress = silent) -> Head:
     """A rotation of the leading principal directions, trained so that every prefix keeps the cosines (extra: train).
 
     It is trained on at most 20 000 of the vectors.
     """
-    if not isinstance(rank, int):
-        raise ValueError(f"--rank: --method matryoshka takes a number of columns, got {rank!r}")
-    if not 1 <= rank <= source.shape[1]:
-        raise ValueError(f"--rank: {rank} columns asked for of {source.shape[1]}")
+    columns = _columns(source, rank, "--method matryoshka takes")
     progress("training a rotation", 0.05)
     chosen = np.random.default_rng(seed).choice(len(source), min(len(source), _TRAINED_ON), replace=False)
-    sizes = [*_sizes(rank), rank]
-    model = Matryoshka(sizes, "rotation", normalize=False, random_state=seed).fit(source.take(np.sort(chosen)))
-    return Head("matryoshka", rank, model.transform, model.subspace_)
+    sizes = [2**power for power in range(3, columns.bit_length()) if 2**power < columns]
+    model = Matryoshka([*sizes, columns], "rotation", normalize=False, random_state=seed)
+    model.fit(source.take(np.sort(chosen)))
+    return Head("matryoshka", columns, model.transform, model.subspace_)
+
+
+def _columns(source: Rows, rank: int | float | str, what: str) -> int:
+    if not isinstance(rank, int):
+        raise ValueError(f"--rank: {what} a number of columns, got {rank!r}")
+    if not 1 <= rank <= source.dim:
+        raise ValueError(f"--rank: {rank} columns asked for of {source.dim}")
+    return rank
 
 
 def shorten(
-    source: StoredVectors,
+    source: Rows,
     head: Head,
     unfinished: Path,
     *,
@@ -97,23 +143,23 @@ def shorten(
     """
     metric = source.metric or "cosine"
     unit = is_unit(*source.norms(), tolerance=NEARLY_UNIT)
-    curve = recall_curve(source, head, metric=metric, unit=unit, seed=seed, progress=progress)
+    curve = columns_curve(source, head, metric=metric, unit=unit, seed=seed, progress=progress)
     apply = (lambda rows: _scaled(head.apply(rows))) if unit else head.apply
     if subspace is not None:
         if head.subspace is None:
             raise ValueError("--map: a plain prefix needs no map")
         head.subspace.save(subspace)
-    key = f"{head.name} {head.columns} {_digest(source, apply)}"
+    key = f"{head.name} {head.columns} {digest_of(source, apply)}"
     written = write_unfinished(source, unfinished, apply, head.columns, key=key, metric=metric, progress=progress)
-    facts = {"rows": len(source), "columns": source.shape[1], "kept": head.columns, "method": head.name,
+    facts = {"rows": len(source), "columns": source.dim, "kept": head.columns, "method": head.name,
              "metric": metric, "unit_length": unit}  # fmt: skip
     if head.subspace is not None and head.subspace.spectrum is not None:
         facts["explained"] = float(head.subspace.explained_ratio)
     return {**facts, "form": written["form"], "verified": written["verified"], "curve": curve}
 
 
-def recall_curve(
-    source: StoredVectors,
+def columns_curve(
+    source: Rows,
     head: Head,
     *,
     metric: str = "cosine",
@@ -131,43 +177,19 @@ def recall_curve(
         raise ValueError(f"{source.source}: {n} vectors have no neighbours to keep")
     rows = source.take(np.sort(rng.choice(n, min(n, SEARCHED), replace=False)))
     queries = np.sort(rng.choice(len(rows), min(len(rows), _QUERIES), replace=False))
-    truth = _neighbours(rows, queries, metric)
-    short = head.apply(rows)
-    sizes = [k for k in _sizes(head.columns) if k < head.columns] + [head.columns]
-    curve = []
-    for step, k in enumerate(sizes):
-        entry: dict[str, Any] = {"columns": k, "bytes": 4 * k}
-        ways: dict[str, Callable[[], np.ndarray]] = {head.name: lambda k=k: short[:, :k]}
-        ways |= {} if head.name == "prefix" else {"prefix": lambda k=k: rows[:, :k]}
-        for name, cut in ways.items():
-            found = _neighbours(_scaled(cut()) if unit else cut(), queries, metric)
-            recall = recall_at_k(found, truth).numpy()
-            entry[name] = {"recall": float(recall.mean()), "interval": mean_interval(recall, seed)}
-        curve.append(entry)
-        progress("measuring", 0.3 + 0.2 * (step + 1) / len(sizes))
-    return curve
+    whole, short = torch.from_numpy(rows), torch.from_numpy(np.ascontiguousarray(head.apply(rows)))
+    ways: dict[str, Callable[[int], torch.Tensor]] = {head.name: lambda size: short[:, :size]}
+    ways |= {} if head.name == "prefix" else {"prefix": lambda size: whole[:, :size]}
+    curves = recall_curve(
+        whole, ways, sizes_up_to(head.columns), queries, metric=metric, unit=unit, seed=seed,
+        progress=lambda message, fraction: progress(message, 0.3 + 0.2 * fraction),
+    )  # fmt: skip
+    return [
+        {"columns": points[0]["dims"], "bytes": 4 * points[0]["dims"]}
+        | {name: {"recall": point["recall"], "interval": point["interval"]} for name, point in zip(ways, points)}
+        for points in zip(*curves.values())
+    ]
 
 
 def _scaled(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     return normalize_rows(torch.from_numpy(np.ascontiguousarray(rows))).numpy()
-
-
-def _neighbours(rows: Float[np.ndarray, "n d"], queries: np.ndarray, metric: str) -> torch.Tensor:
-    base = torch.from_numpy(np.ascontiguousarray(rows))
-    chosen = torch.from_numpy(queries)
-    k = min(NEIGHBOURS, len(rows) - 1)
-    found = nearest(base[chosen], base, k + 1, metric=metric)[1]
-    own = found == chosen.unsqueeze(1)
-    own[~own.any(1), -1] = True
-    return found[~own].reshape(len(queries), -1)
-
-
-def _sizes(most: int) -> list[int]:
-    return [2**power for power in range(3, most.bit_length()) if 2**power < most]
-
-
-def _digest(source: StoredVectors, apply: Map) -> str:
-    import hashlib
-
-    rows = apply(source.take(np.arange(min(16, len(source)))))
-    return hashlib.sha256(np.ascontiguousarray(rows, np.float32).tobytes()).hexdigest()

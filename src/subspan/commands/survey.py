@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from subspan.base import normalize_rows
+from subspan.base import Progress, normalize_rows
+from subspan.datasets import Rows
 from subspan.geometry import Subspace
 from subspan.statistics import Moments
 
-from .embeddings import Embeddings, Progress
+from .inputs import not_finite
 
 MINIMUM_ROWS = 20
 QUERIES = 1000
@@ -45,9 +46,9 @@ class Survey:
         return self.norms == 0
 
 
-def survey(data: Embeddings, *, seed: int = 0, progress: Progress) -> Survey:
+def survey(data: Rows, *, seed: int = 0, progress: Progress) -> Survey:
     """Read all rows once. Raises ValueError for too few rows, NaN or infinity, constant rows, or only zero rows."""
-    n, d = data.rows.shape
+    n, d = data.shape
     if n < MINIMUM_ROWS:
         raise ValueError(f"{data.name}: a report needs at least {MINIMUM_ROWS} rows, got {n}")
     if d < 2:
@@ -57,13 +58,14 @@ def survey(data: Embeddings, *, seed: int = 0, progress: Progress) -> Survey:
     moments, unit_sum = Moments(d), torch.zeros(d, dtype=torch.float64)
     norms, digests = np.empty(n), np.empty(n, dtype="V16")
     base = torch.empty(len(base_index), d, dtype=torch.float32)
-    for start, block in data.blocks():
+    for start, block in data.blocks(finite=False):
         stop = start + len(block)
         rows = torch.from_numpy(block)
         try:
             moments.update(rows)
         except ValueError as error:
-            raise _located(data, error) from None
+            finite = data.finite()
+            raise ValueError(f"{data.name}: {error}") if finite.all() else not_finite(data, finite) from None
         digests[start:stop] = _digests(block)
         norms[start:stop] = torch.linalg.vector_norm(rows.double(), dim=1).numpy()
         unit = normalize_rows(rows)
@@ -79,7 +81,7 @@ def survey(data: Embeddings, *, seed: int = 0, progress: Progress) -> Survey:
     return Survey(moments, unit_sum / n, norms, _first_of_equals(digests), base, base_index, queries)
 
 
-def first_copies(data: Embeddings) -> Int[np.ndarray, " n"]:
+def first_copies(data: Rows) -> Int[np.ndarray, " n"]:
     """For each row the number of the first row that equals it."""
     return _first_of_equals(np.concatenate([_digests(block) for _, block in data.blocks()]))
 
@@ -113,7 +115,7 @@ class Measured:
         return self.directions.truncate(self.rank)
 
 
-def measure(data: Embeddings, seen: Survey, *, progress: Progress) -> Measured:
+def measure(data: Rows, seen: Survey, *, progress: Progress) -> Measured:
     """Read all rows a second time, in the coordinates of their principal directions."""
     n = len(data)
     directions = seen.moments.subspace(1.0)
@@ -132,19 +134,3 @@ def measure(data: Embeddings, seen: Survey, *, progress: Progress) -> Measured:
         leverage[start:stop] = (squares[:, :rank] / scale.to(squares.dtype)).sum(1).numpy()
         progress("measuring the directions", stop / n)
     return Measured(directions, rank, leverage, energy.numpy())
-
-
-def _located(data: Embeddings, error: ValueError) -> ValueError:
-    """The error of a block, in row numbers of the whole."""
-    bad, first = 0, None
-    for start, block in data.blocks():
-        rows = np.flatnonzero(~np.isfinite(block).all(axis=1))
-        if rows.size and first is None:
-            first = start + int(rows[0])
-        bad += rows.size
-    if first is None:
-        return ValueError(f"{data.name}: {error}")
-    return ValueError(
-        f"{data.name}: {bad} of {len(data)} rows contain NaN or infinity (the first is row {first}); "
-        "leave them out with --skip-nan, or impute them"
-    )

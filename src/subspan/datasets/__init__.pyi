@@ -1,17 +1,12 @@
 from .bundled import BUNDLED
-from .cache import cache_entries, cache_folder, cached_features, clear_cache, fingerprint
+from .cache import cache_entries, cache_folder, clear_cache
+from .features import cached_features, fingerprint
 from .graphs import GRAPHS, AttributedGraph, attributed_block_model, docstring_graph, load_graph, read_graph
-from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, open_image
-from .packages import (
-    WEIGHT_PACKAGES,
-    image_preprocessing,
-    install,
-    is_installed,
-    load_language_model,
-    load_model,
-    load_sentence_encoder,
-    model_path,
-)
+from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, is_anomaly_layout, open_image
+from .indexes import open_index, open_table
+from .packages import WEIGHT_PACKAGES, image_preprocessing, install, is_installed, model_path
+from .pretrained import load_language_model, load_model, load_sentence_encoder
+from .rows import Rows
 from .shapes import Shapes, procedural_shapes
 from .shared import SHARED, ImageRecords, data_folder, is_available, load
 from .texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
@@ -24,6 +19,7 @@ __all__ = [
     "GRAPHS",
     "ImageCollection",
     "ImageRecords",
+    "Rows",
     "SHARED",
     "Shapes",
     "Texts",
@@ -41,6 +37,7 @@ __all__ = [
     "image_folder",
     "image_preprocessing",
     "install",
+    "is_anomaly_layout",
     "is_available",
     "is_installed",
     "iterate_records",
@@ -51,6 +48,8 @@ __all__ = [
     "load_sentence_encoder",
     "model_path",
     "open_image",
+    "open_index",
+    "open_table",
     "procedural_shapes",
     "read_graph",
     "read_texts",

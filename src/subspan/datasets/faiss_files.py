@@ -19,10 +19,9 @@ import numpy as np
 
 from subspan.base import require
 from subspan.base.files import atomic_write
-from subspan.base.kinds import INDEXES
 from subspan.base.reading import reading, regular_file
+from subspan.base.rows import Parts
 
-FAISS_SUFFIXES = INDEXES
 _METRICS = {0: "inner", 1: "euclidean"}
 # fourcc, d, n, two unused words, is_trained, metric
 _HEADER = struct.Struct("<4siqqq?i")
@@ -32,7 +31,7 @@ _ID_MAPS = {b"IxMp": "IndexIDMap", b"IxM2": "IndexIDMap2"}
 
 
 def open_faiss(path: Path) -> dict[str, Any]:
-    """The fields of `StoredVectors` for an index file. Raises ValueError where it is damaged or of an unread kind."""
+    """The fields of `Rows` for an index file. Raises ValueError where it is damaged or of an unread kind."""
     direct = _open_flat(path)
     if direct is not None:
         return direct
@@ -212,7 +211,7 @@ class _Reconstructed:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class _Lists(Parts):
     """Rows of an inverted file, list by list."""
 
     index: Any = field(repr=False)
@@ -224,25 +223,7 @@ class _Lists:
     def shape(self) -> tuple[int, int]:
         return int(self.starts[-1]), int(self.index.d)
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        first, last = (int(np.searchsorted(self.starts, place, "right")) - 1 for place in (start, stop - 1))
-        blocks = []
-        for number in range(first, last + 1):
-            offset = int(self.starts[number])
-            rows = np.arange(max(0, start - offset), min(stop, int(self.starts[number + 1])) - offset)
-            if len(rows):
-                blocks.append(self._decoded(number, rows))
-        return np.concatenate(blocks)
-
-    def take(self, indices: np.ndarray) -> np.ndarray:
-        taken = np.empty((len(indices), self.shape[1]), np.float32)
-        owner = np.searchsorted(self.starts, indices, "right") - 1
-        for number in np.unique(owner):
-            here = owner == number
-            taken[here] = self._decoded(int(number), indices[here] - self.starts[number])
-        return taken
-
-    def _decoded(self, number: int, rows: np.ndarray) -> np.ndarray:
+    def part(self, number: int, rows: np.ndarray) -> np.ndarray:
         faiss = require("faiss", extra="index")
         if isinstance(self.index, faiss.IndexIVFFastScan):
             return self._unpacked(number, rows)

@@ -49,6 +49,11 @@ class AttributedGraph:
         return int(self.attributes.indptr.size - 1)
 
     @property
+    def n_edges(self) -> int:
+        """Number of edges, each of which joins two nodes or a node to itself."""
+        return int((self.adjacency.nnz + (self.adjacency.diagonal() != 0).sum()) // 2)
+
+    @property
     def n_attributes(self) -> int:
         """Number of attributes."""
         attributes: Any = self.attributes

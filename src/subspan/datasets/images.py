@@ -190,6 +190,18 @@ def _marked(values: np.ndarray, white: float, lossy: bool) -> Bool[np.ndarray, "
     return values > (white / 2 if picture else 0)
 
 
+def is_anomaly_layout(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or zip archive has train/good and test, as MVTec AD has."""
+    root = Path(path)
+    if root.is_dir():
+        return (root / "train" / "good").is_dir() and (root / "test").is_dir()
+    if root.is_file() and zipfile.is_zipfile(root) and root.suffix.lower() == ".zip":
+        with reading(root), zipfile.ZipFile(root) as archive:
+            names = [f"/{name}" for name in archive.namelist()]
+        return any("/train/good/" in name for name in names) and any("/test/" in name for name in names)
+    return False
+
+
 def anomaly_folder(path: str | os.PathLike[str], category: str | None = None) -> AnomalyImages:
     """Read train/good, test/<type>, ground_truth/<type>/<name>_mask.png from a folder or zip archive, images lazily.
 

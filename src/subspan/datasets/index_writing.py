@@ -28,17 +28,19 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from subspan.base import normalize_rows, require
+from subspan.base import Progress, normalize_rows, require, silent
 from subspan.base.files import Target, empty, naming, remove_unfinished, reserve, write_text, written_together
+from subspan.base.kinds import INDEXES
 from subspan.base.reading import read_json
 
-from .faiss_files import FAISS_SUFFIXES, flat_header, flat_tail, read_index, write_faiss
-from .indexes import StoredVectors, open_index
+from .faiss_files import flat_header, flat_tail, read_index, write_faiss
+from .indexes import open_index
 from .qdrant import QdrantRows
 from .qdrant_folder import QdrantFolder
+from .rows import Rows
 
 Map = Callable[[Float[np.ndarray, "b d"]], Float[np.ndarray, "b e"]]
-WRITTEN = (".npy", ".safetensors", ".parquet", *FAISS_SUFFIXES)
+WRITTEN = (".npy", ".safetensors", ".parquet", *INDEXES)
 _CHECKED = 64
 _QUERIED = 16
 _TRAINED_ON = 100_000
@@ -46,7 +48,7 @@ _SEARCHED_BYTES = 1 << 30
 _ROW_GROUP = 65_536
 
 
-def check_destination(source: StoredVectors, destination: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+def check_destination(source: Rows, destination: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
     """The path, or ValueError where it is the source, exists, or is of a kind that cannot hold these vectors."""
     path = Path(destination)
     if str(destination).startswith(("http://", "https://")):
@@ -70,7 +72,7 @@ def check_destination(source: StoredVectors, destination: str | os.PathLike[str]
         raise ValueError(
             f"{str(path)!r}: .npy holds no ids, and these are no row numbers; use .safetensors or .parquet"
         )
-    if suffix in FAISS_SUFFIXES and source.ids.dtype.kind not in "iu":
+    if suffix in INDEXES and source.ids.dtype.kind not in "iu":
         raise ValueError(f"{str(path)!r}: FAISS ids are whole numbers, {source.source} has texts; use .parquet")
     if suffix == ".safetensors" and source.ids.dtype.kind not in "iu":
         raise ValueError(f"{str(path)!r}: .safetensors holds no texts as ids; use .parquet")
@@ -78,7 +80,7 @@ def check_destination(source: StoredVectors, destination: str | os.PathLike[str]
 
 
 def write_index(
-    source: StoredVectors,
+    source: Rows,
     destination: str | os.PathLike[str],
     transform: Map,
     columns: int,
@@ -87,7 +89,7 @@ def write_index(
     metric: str | None = None,
     block: int | None = None,
     overwrite: bool = False,
-    progress: Callable[[str, float], None] = lambda message, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write every vector of `source`, mapped by `transform` to `columns` dimensions, under its own id.
 
@@ -109,7 +111,7 @@ def write_index(
 
 
 def write_unfinished(
-    source: StoredVectors,
+    source: Rows,
     unfinished: Path,
     transform: Map,
     columns: int,
@@ -117,14 +119,14 @@ def write_unfinished(
     key: str,
     metric: str | None = None,
     block: int | None = None,
-    progress: Callable[[str, float], None] = lambda message, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """The work of `write_index` at a path in a resumable temporary folder, which its caller renames.
 
     What an earlier run has left in that folder, of the same source and key, is gone on with.
     """
     metric = metric or source.metric or "inner"
-    if metric == "cosine" and unfinished.suffix.lower() in FAISS_SUFFIXES:
+    if metric == "cosine" and unfinished.suffix.lower() in INDEXES:
         transform = _to_unit(transform)
     kind = _Qdrant if unfinished.suffix == "" else _File
     try:
@@ -145,11 +147,17 @@ def write_unfinished(
     return {"form": target.form, "rows": len(source), "columns": columns, "resumed_at": resumed, "verified": verified}
 
 
+def digest_of(source: Rows, transform: Map) -> str:
+    """What a map does to a few vectors: the same digest, the same map."""
+    rows = transform(source.take(np.arange(min(16, len(source)))))
+    return hashlib.sha256(np.ascontiguousarray(rows, np.float32).tobytes()).hexdigest()
+
+
 def _to_unit(transform: Map) -> Map:
     return lambda rows: normalize_rows(torch.from_numpy(np.ascontiguousarray(transform(rows)))).numpy()
 
 
-def _finite(rows: np.ndarray, columns: int, source: StoredVectors, start: int) -> np.ndarray:
+def _finite(rows: np.ndarray, columns: int, source: Rows, start: int) -> np.ndarray:
     if rows.ndim != 2 or rows.shape[1] != columns:
         raise ValueError(f"transform: expected {columns} columns, got shape {rows.shape}")
     rows = np.ascontiguousarray(rows, "<f4")
@@ -159,12 +167,12 @@ def _finite(rows: np.ndarray, columns: int, source: StoredVectors, start: int) -
     return rows
 
 
-def _origin(source: StoredVectors) -> Path:
+def _origin(source: Rows) -> Path:
     """The file or folder that holds a collection; a path that leads nowhere for what is in memory or on a server."""
     return Path(source.details.get("file", source.source).removesuffix(f" ({source.details.get('collection')})"))
 
 
-def _fingerprint(source: StoredVectors, columns: int, metric: str, key: str, block: int, form: str) -> str:
+def _fingerprint(source: Rows, columns: int, metric: str, key: str, block: int, form: str) -> str:
     """What must be the same for a run to be resumed."""
     digest = hashlib.sha256()
     stamp: list[Any] = [source.source, source.form, *source.shape, str(source.dtype), columns, metric, key, block, form]
@@ -202,7 +210,7 @@ def _recorded_rows(record: Path, key: str) -> int:
 class _File:
     """An unfinished file and the record of its rows."""
 
-    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
+    def __init__(self, source: Rows, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         self.source, self.unfinished, self.columns, self.metric, self.block = source, path, columns, metric, block
         self.suffix = path.suffix.lower()
         self.form, self._header, self._tail = self._layout()
@@ -298,7 +306,7 @@ def _int64(ids: np.ndarray) -> bytes:
     return ids.astype("<i8").tobytes()
 
 
-def _write_parquet(source: StoredVectors, collected: Any, columns: int, target: Path, block: int) -> None:
+def _write_parquet(source: Rows, collected: Any, columns: int, target: Path, block: int) -> None:
     """The rows with their ids or, where the source is a Parquet file, with all its other columns."""
     arrow, parquet = require("pyarrow", extra="tables"), require("pyarrow.parquet", extra="tables")
     kept = _parquet_columns(source)
@@ -323,12 +331,12 @@ def _write_parquet(source: StoredVectors, collected: Any, columns: int, target: 
             writer.close()
 
 
-def _id_columns(source: StoredVectors, arrow: Any, block: int) -> Iterator[Any]:
+def _id_columns(source: Rows, arrow: Any, block: int) -> Iterator[Any]:
     for start in range(0, len(source), max(block, 1)):
         yield arrow.table({"id": arrow.array(source.ids[start : start + max(block, 1)])})
 
 
-def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
+def _parquet_columns(source: Rows) -> Iterator[Any] | None:
     """What a Parquet file has beside its vectors, row group by row group; None where the source is no such file."""
     if (
         source.kind != "table"
@@ -336,19 +344,12 @@ def _parquet_columns(source: StoredVectors) -> Iterator[Any] | None:
         or not (source.numbered or source.details["id_column"])
     ):
         return None
-    parquet = require("pyarrow.parquet", extra="tables")
-
-    def groups() -> Iterator[Any]:
-        with parquet.ParquetFile(source.source) as file:
-            names = [name for name in file.schema_arrow.names if name not in getattr(source.values, "columns", ())]
-            for group in range(file.metadata.num_row_groups):
-                if file.metadata.row_group(group).num_rows:
-                    yield file.read_row_group(group, columns=names)
-
-    return groups()
+    values: Any = source.values
+    names = [name for name in values.groups.schema.names if name not in values.columns]
+    return (values.groups.load(group, names) for group, size in enumerate(values.groups.sizes) if size)
 
 
-def _build_faiss(source: StoredVectors, collected: Any, columns: int, metric: str, target: Path) -> None:
+def _build_faiss(source: Rows, collected: Any, columns: int, metric: str, target: Path) -> None:
     """An IVF or HNSW index like that of the source, trained anew, as the cells of the old space mean nothing now."""
     faiss = require("faiss", extra="index")
     kind = faiss.METRIC_L2 if metric == "euclidean" else faiss.METRIC_INNER_PRODUCT
@@ -396,7 +397,7 @@ class _Qdrant:
     Payloads and all other vectors are copied, and so are points without the vector that is mapped.
     """
 
-    def __init__(self, source: StoredVectors, path: Path, columns: int, metric: str, key: str, block: int) -> None:
+    def __init__(self, source: Rows, path: Path, columns: int, metric: str, key: str, block: int) -> None:
         client = require("qdrant_client", extra="qdrant")
         self._models = require("qdrant_client.models", extra="qdrant")
         self.source, self.unfinished, self.block = source, path, block
@@ -456,11 +457,11 @@ class _Qdrant:
 
 
 def verify(
-    source: StoredVectors,
+    source: Rows,
     written: Path,
     transform: Map,
     metric: str,
-    progress: Callable[[str, float], None] = lambda message, fraction: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Read a written collection back: ids, rows against the mapped originals, and queries against exact search.
 
@@ -515,7 +516,7 @@ def _verify_copied(source: QdrantRows, back: QdrantRows, chosen: np.ndarray) -> 
         raise ValueError(f"collection: {len(source.others)} points without the vector are {len(back.others)} now")
 
 
-def _places(source: StoredVectors, back: StoredVectors) -> np.ndarray:
+def _places(source: Rows, back: Rows) -> np.ndarray:
     """Where each row of the source is in what was written."""
     if back.ids.dtype.kind == source.ids.dtype.kind and np.array_equal(source.ids, back.ids):
         return np.arange(len(source))
@@ -525,7 +526,7 @@ def _places(source: StoredVectors, back: StoredVectors) -> np.ndarray:
         raise ValueError(f"{back.source}: ids were not kept ({error})") from error
 
 
-def _streamed_neighbours(back: StoredVectors, queries: np.ndarray, metric: str, progress: Any) -> np.ndarray:
+def _streamed_neighbours(back: Rows, queries: np.ndarray, metric: str, progress: Any) -> np.ndarray:
     """Ids of the ten nearest of all rows, which pass by in blocks."""
     k = min(10, len(back))
     best = np.full((len(queries), k), -np.inf)

@@ -99,7 +99,7 @@ def _connect(source: Any) -> _Client | QdrantFolder:
 
 
 def open_qdrant(source: Any, collection: str | None, vector: str | None) -> dict[str, Any]:
-    """The fields of `StoredVectors` for a collection and, where it has several, the vector of that name.
+    """The fields of `Rows` for a collection and, where it has several, the vector of that name.
 
     Its rows are the points that have such a vector.
     """

@@ -54,9 +54,10 @@ SHARED: dict[str, SharedDataset] = {
     "orl": SharedDataset("ORL faces", "research use", "https://cam-orl.co.uk/facedatabase.html"),
     "yaleb": SharedDataset("Extended Yale B faces", "research use", "http://vision.ucsd.edu/~leekc/ExtYaleDatabase"),
     "graphs": SharedDataset("Cora, Citeseer, ACM, Wiki", "MIT; not stated", "https://github.com/kimiyoung/planetoid"),
-    "wikitext2": SharedDataset(
-        "WikiText-2, validation and test", "CC BY-SA 3.0", "https://github.com/pytorch/examples"
-    ),
+    "wikitext2": SharedDataset("WikiText-2", "CC BY-SA 3.0", "https://github.com/pytorch/examples"),
+    "ptb": SharedDataset("Penn Treebank by words", "LDC, research use", "https://catalog.ldc.upenn.edu/LDC99T42"),
+    "scifact": SharedDataset("SciFact as in BEIR", "CC BY-NC 2.0", "https://github.com/allenai/scifact"),
+    "python_functions": SharedDataset("HumanEval, MBPP", "MIT; CC BY 4.0", "https://github.com/openai/human-eval"),
     "brown": SharedDataset("Brown corpus", "non-commercial use", "https://www.nltk.org/nltk_data"),
     "snli": SharedDataset("SNLI, validation and test", "CC BY-SA 4.0", "https://nlp.stanford.edu/projects/snli"),
     "stsb": SharedDataset("STS benchmark", "CC BY-SA 4.0", "https://ixa2.si.ehu.eus/stswiki"),
@@ -80,6 +81,12 @@ SHARED: dict[str, SharedDataset] = {
         "https://github.com/abin24/Magnetic-tile-defect-datasets.",
         anomaly_folder,
     ),
+    "mvtec_screw": SharedDataset(
+        "MVTec AD, screws",
+        "CC BY-NC-SA 4.0",
+        "https://www.mvtec.com/company/research/datasets/mvtec-ad",
+        anomaly_folder,
+    ),
     "busi": SharedDataset("breast ultrasound images", "CC BY 4.0", "https://doi.org/10.1016/j.dib.2019.104863"),
     "imagenet1k_sample": SharedDataset(
         "one image for each ImageNet class",
@@ -97,6 +104,7 @@ SHARED: dict[str, SharedDataset] = {
     "lpc_sprites": SharedDataset(
         "Sprites with known factors", "CC BY-SA 3.0, GPL-3.0", "https://github.com/YingzhenLi/Sprites"
     ),
+    "uci_har": SharedDataset("UCI HAR, phone signals", "CC BY 4.0", "https://doi.org/10.24432/C54S4K"),
     "watch_har": SharedDataset("smartwatch signals of exercises", "BSD-3-Clause", "https://github.com/dmbee/seglearn"),
     "troika_hr": SharedDataset(
         "TROIKA wrist PPG and heart rate", "research use", "https://doi.org/10.1109/TBME.2014.2359372"

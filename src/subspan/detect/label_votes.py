@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
 from subspan.solvers import nearest
@@ -64,7 +65,7 @@ def label_votes(x: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> 
     labels = np.asarray(labels)
     if labels.shape != (len(x),):
         raise ValueError(f"labels: expected {len(x)} of them, one a row, got shape {labels.shape}")
-    found = nearest(x, x, k, metric=metric, exclude_self=True)[1].cpu().numpy()
+    found = nearest(x, x, k, metric=metric, exclude=torch.arange(len(x)))[1].cpu().numpy()
     return counted_votes(labels[found], labels)
 
 

@@ -24,8 +24,8 @@ def knn_overlap(a: Any, b: Any, k: int = 10, *, metric: str = "cosine") -> Float
     x, y = check_matrix(a, "a"), check_matrix(b, "b")
     if len(x) != len(y):
         raise ValueError(f"b: expected {len(x)} rows, got {len(y)}")
-    first = nearest(x, x, k, metric=metric, exclude_self=True)[1]
-    second = nearest(y, y, k, metric=metric, exclude_self=True)[1]
+    first = nearest(x, x, k, metric=metric, exclude=torch.arange(len(x)))[1]
+    second = nearest(y, y, k, metric=metric, exclude=torch.arange(len(y)))[1]
     return recall_at_k(second.to(first.device), first)
 
 
@@ -37,5 +37,5 @@ def neighbour_purity(rows: Any, labels: Any, k: int = 10, *, metric: str = "cosi
         raise ValueError(f"labels: expected {len(x)}, got {len(names)}")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     label = torch.tensor([numbers[name] for name in names], device=x.device)
-    found = nearest(x, x, k, metric=metric, exclude_self=True)[1]
+    found = nearest(x, x, k, metric=metric, exclude=torch.arange(len(x)))[1]
     return float((label[found] == label.unsqueeze(1)).double().mean())

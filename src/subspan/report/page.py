@@ -11,8 +11,8 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from subspan.commands import Embeddings
 from subspan.commands.clustering import count_in_words, kmeans_in_words
+from subspan.datasets import Rows
 
 from . import figures
 
@@ -30,9 +30,9 @@ _TITLES = {
 }
 
 
-def render(facts: dict[str, Any], data: Embeddings) -> str:
+def render(facts: dict[str, Any], data: Rows) -> str:
     """The page (HTML) for the facts of `describe`; texts and thumbnails of rows are taken from `data`."""
-    sections: dict[str, Callable[[dict[str, Any], Embeddings], str]] = {
+    sections: dict[str, Callable[[dict[str, Any], Rows], str]] = {
         "contents": _contents,
         "spectrum": _spectrum,
         "shortening": _shortening,
@@ -134,19 +134,19 @@ def _command(what: str, command: str) -> str:
     return f'<p class="command"><span>{what}</span> <code>{escape(command)}</code></p>'
 
 
-def _call(verb: str, data: Embeddings, options: str) -> str:
+def _call(verb: str, data: Rows, options: str) -> str:
     skipping = ["--skip-nan"] if data.dropped else []
     argument = [data.argument] if data.argument else []
     return f"{shlex.join(['subspan', verb, *argument, *data.reading, *skipping])} {options}"
 
 
-def _cards(entries: list[tuple[int, str]], data: Embeddings) -> str:
+def _cards(entries: list[tuple[int, str]], data: Rows) -> str:
     """Rows with a note each, as thumbnails, texts, or names alone."""
     kind = "cards pictures" if data.images is not None else "cards"
     return f'<ul class="{kind}">{"".join(_card(row, note, data) for row, note in entries)}</ul>'
 
 
-def _card(row: int, note: str, data: Embeddings) -> str:
+def _card(row: int, note: str, data: Rows) -> str:
     picture = "" if data.images is None else f'<img alt="" src="{thumbnail(data.images[row])}">'
     name, label = data.row_name(row), "" if data.labels is None else str(data.labels[row])
     # The images of a folder are named by it and labelled by it.
@@ -241,7 +241,7 @@ def _tiles(facts: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- sections
 
 
-def _contents(facts: dict[str, Any], data: Embeddings) -> str:
+def _contents(facts: dict[str, Any], data: Rows) -> str:
     rows, repeated, near = facts["rows"], facts["duplicate_rows"], facts["near_duplicates"]
     cosine = facts["mean_cosine"]
     spread = (
@@ -300,7 +300,7 @@ def _contents(facts: dict[str, Any], data: Embeddings) -> str:
     )
 
 
-def _spectrum(facts: dict[str, Any], data: Embeddings) -> str:
+def _spectrum(facts: dict[str, Any], data: Rows) -> str:
     columns, effective = data.dim, facts["effective_rank"]
     ranks = facts["ranks"]
     above = ranks["marchenko-pastur"]
@@ -338,7 +338,7 @@ def _spectrum(facts: dict[str, Any], data: Embeddings) -> str:
     )
 
 
-def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
+def _shortening(facts: dict[str, Any], data: Rows) -> str:
     full, smallest = data.dim, facts["smallest"]
     dims, prefix = smallest["pca"]["95%"], smallest["prefix"]["95%"]
     if dims < full:
@@ -387,7 +387,7 @@ def _shortening(facts: dict[str, Any], data: Embeddings) -> str:
     )
 
 
-def _outliers(facts: dict[str, Any], data: Embeddings) -> str:
+def _outliers(facts: dict[str, Any], data: Rows) -> str:
     beyond, count = facts["beyond_fence"], len(data)
     lead = (
         f"{_plural(beyond, 'row lies', 'rows lie')} so far from the others that "
@@ -417,7 +417,7 @@ def _outliers(facts: dict[str, Any], data: Embeddings) -> str:
     )
 
 
-def _subset(facts: dict[str, Any], data: Embeddings) -> str:
+def _subset(facts: dict[str, Any], data: Rows) -> str:
     size, methods, best = facts["size"], facts["methods"], facts["best"]
     ours, random = methods[best], methods["random"]
     lead = (
@@ -464,7 +464,7 @@ def _subset(facts: dict[str, Any], data: Embeddings) -> str:
     )
 
 
-def _labels(facts: dict[str, Any], data: Embeddings) -> str:
+def _labels(facts: dict[str, Any], data: Rows) -> str:
     purity = facts["neighbours_with_same_label"]
     low, high = purity["interval"]
     lead = (
@@ -520,7 +520,7 @@ def _labels(facts: dict[str, Any], data: Embeddings) -> str:
     return "".join(parts)
 
 
-def _against(facts: dict[str, Any], data: Embeddings) -> str:
+def _against(facts: dict[str, Any], data: Rows) -> str:
     shared, verdict = facts["shared_dimensions"], facts["verdict"]
     source, target = escape(facts["source"]), escape(facts["target"])
     alike = facts["cka_debiased"]
@@ -692,7 +692,7 @@ def _upgrade_index(facts: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------- clusters
 
 
-def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
+def render_clusters(facts: dict[str, Any], data: Rows) -> str:
     """The page (HTML) for the facts of `subspan cluster`; texts and thumbnails of rows are taken from `data`."""
     sections = {
         "clusters": ("The clusters", _cluster_table(facts)),
@@ -713,7 +713,7 @@ def render_clusters(facts: dict[str, Any], data: Embeddings) -> str:
     tiles += [(f"{facts['silhouette']:.2f}", "silhouette of the subspaces")] if "silhouette" in facts else []
     tiles += [(f"{value:.3f}", f"{name}, against the labels") for name, value in facts.get("scores", {}).items()]
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
-    top = f'<p class="source">{escape(data.source)}</p><ul class="tiles">{items}</ul>'
+    top = f'<p class="source">{escape(data.origin)}</p><ul class="tiles">{items}</ul>'
     return document(data.name, "subspan cluster", top, links, body, facts)
 
 
@@ -747,7 +747,7 @@ def _cluster_angles(facts: dict[str, Any]) -> str:
     return f'<p class="note">{note}</p>' + _table(["", *map(str, range(k))], rows)
 
 
-def _cluster_members(facts: dict[str, Any], data: Embeddings) -> str:
+def _cluster_members(facts: dict[str, Any], data: Rows) -> str:
     parts = []
     for cluster, members in enumerate(facts["representatives"]):
         cards = _cards([(row, f"cluster {cluster}") for row in members], data)

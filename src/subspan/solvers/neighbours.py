@@ -24,18 +24,18 @@ def nearest(
     k: int,
     *,
     metric: str = "euclidean",
-    exclude_self: bool = False,
+    exclude: Int[Tensor, " m"] | None = None,
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
     """The k nearest rows of `base` (n, d) for each row of `queries` (m, d): values and indices (m, k), best first.
 
-    metric: "euclidean" (squared distances, ascending), "cosine" or "inner" (similarities, descending). `exclude_self`
-    drops row i of the base for query i (queries is the base, or its first rows). Exact, O(chunk n) memory.
+    metric: "euclidean" (squared distances, ascending), "cosine" or "inner" (similarities, descending). exclude: for
+    each query the row of the base that is left out (itself, where it is one). Exact, O(chunk n) memory.
     """
     q = check_matrix(queries, "queries")
     b = check_matrix(base, "base", columns=q.shape[1])
     if metric not in ("euclidean", "cosine", "inner"):
         raise ValueError(f"metric: expected 'euclidean', 'cosine' or 'inner', got {metric!r}")
-    available = len(b) - int(exclude_self)
+    available = len(b) - (exclude is not None)
     if not 1 <= k <= available:
         raise ValueError(f"k: must lie in [1, {available}], got {k}")
     dtype = torch.promote_types(torch.float32, torch.promote_types(q.dtype, b.dtype))
@@ -52,9 +52,8 @@ def nearest(
     for start in range(0, len(q), step):
         part = q[start : start + step]
         score = part @ b.mT if half_squares is None else torch.addmm(half_squares, part, b.mT, beta=-1)
-        if exclude_self:
-            rows = torch.arange(len(part), device=q.device)
-            score[rows, rows + start] = -torch.inf
+        if exclude is not None:
+            score.scatter_(1, exclude[start : start + len(part), None].to(q.device), -torch.inf)
         best, found = largest_per_row(score, k)
         if metric == "euclidean":
             best = (part.square().sum(-1, keepdim=True) - 2 * best).clamp_min(0)

@@ -140,7 +140,7 @@ def mixing_rate(X: Any, Y: Any, k: int = 20) -> float:
     y = check_matrix(Y, "Y", columns=x.shape[1]).to(x)
     rows = torch.cat([x, y])
     side = torch.arange(len(rows), device=rows.device) >= len(x)
-    found = nearest(rows, rows, k, metric="cosine", exclude_self=True)[1]
+    found = nearest(rows, rows, k, metric="cosine", exclude=torch.arange(len(rows)))[1]
     return float((side[found] != side[:, None]).double().mean())
 
 

@@ -1,0 +1,3 @@
+from .running import main, run
+
+__all__ = ["main", "run"]
