@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,15 +42,21 @@ class Found(NamedTuple):
 
 @contextlib.contextmanager
 def calling(data: Rows, target: Rows | None = None) -> Iterator[None]:
-    """Errors of the library begin with the name of its argument: here with what the user named in its place."""
+    """Errors and warnings of the library begin with the name of its argument: here with what the user named instead."""
     names = dict.fromkeys(("X", "x", "rows", "moments"), data.source) | {"Y": (target or data).source}
+
+    def said(message: object) -> str:
+        name, colon, reason = str(message).partition(": ")
+        return f"{names[name]}: {reason}" if colon and name in names else str(message)
+
     try:
-        yield
+        with warnings.catch_warnings(record=True) as caught:
+            yield
     except ValueError as error:
-        name, colon, reason = str(error).partition(": ")
-        if not colon or name not in names:
-            raise
-        raise ValueError(f"{names[name]}: {reason}") from error
+        raise ValueError(said(error)) from error
+    finally:
+        for one in caught:
+            warnings.warn(said(one.message), one.category, stacklevel=3)
 
 
 def naming(data: Rows, rows: Iterable[Any]) -> Columns:
