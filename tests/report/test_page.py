@@ -17,7 +17,7 @@ import pytest
 from subspan.commands import describe
 from subspan.datasets import Rows
 from subspan.report import render
-from subspan.report.page import _card, _percent
+from subspan.report.pieces import card_of, percent
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 ☃"
 
@@ -111,9 +111,9 @@ def test_the_plots_come_compressed_and_from_the_published_file(rendered: tuple[s
 def test_labels_stay_where_a_name_contains_them() -> None:
     rows = np.random.default_rng(0).normal(size=(60, 6))
     data = Rows(rows, name="digits", labels=np.array(["1", "2", "3"] * 20))
-    assert "· 1</small>" in _card(10, "note", dataclasses.replace(data, labels=np.array(["1"] * 60)))
+    assert "· 1</small>" in card_of(10, "note", dataclasses.replace(data, labels=np.array(["1"] * 60)))
     pictures = Rows(rows, name="photos", labels=np.array(["cat"] * 60), ids=[f"cat/{i}" for i in range(60)])
-    assert "cat</small>" not in _card(0, "note", pictures)
+    assert "cat</small>" not in card_of(0, "note", pictures)
 
 
 def test_one_is_singular() -> None:
@@ -194,6 +194,6 @@ def test_images_are_shown_small() -> None:
 
 
 def test_less_than_all_is_never_shown_as_all() -> None:
-    assert [_percent(share).replace("\u202f", "") for share in (0, 0.004, 0.5, 0.9996, 1)] == [
+    assert [percent(share).replace("\u202f", "") for share in (0, 0.004, 0.5, 0.9996, 1)] == [
         "0%", "0.4%", "50%", "99.9%", "100%",
     ]  # fmt: skip

@@ -44,7 +44,7 @@ LabelErrors = Annotated[
     bool, typer.Option("--label-errors", help="Ask the ten nearest rows of each for its label; score their dissent.")
 ]
 Top = Annotated[int, typer.Option("--top", min=0, help="How many of the highest scores to print.")]
-Output_ = Annotated[Path | None, typer.Option("-o", "--output", help="Write every score: .csv, .json or .npy.")]
+OutputFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write every score: .csv, .json or .npy.")]
 Shots = Annotated[
     int | None, typer.Option("--shots", min=1, help="Images: fit to so many good ones only, drawn by --seed.")
 ]
@@ -68,7 +68,7 @@ def detect(
     by_label: ByLabel = False,
     label_errors: LabelErrors = False,
     top: Top = 10,
-    output: Output_ = None,
+    output: OutputFile = None,
     shots: Shots = None,
     rotations: Rotations = None,
     column: Column = None,
@@ -104,19 +104,15 @@ def detect(
     from subspan.datasets import anomaly_folder, is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
-    rows_only = bool(fit or labels or by_label or label_errors or distance)
-    if images and rows_only:
-        raise ValueError(
-            "--fit, --labels, --by-label, --label-errors and --distance do not apply to a folder with train/good and "
-            "test"
-        )
-    if not images and (shots is not None or rotations is not None):
-        raise ValueError("--shots and --rotations: for a folder with train/good and test only")
-    if label_errors and (fit is not None or rank is not None or by_label or distance is not None):
+    _check_options(
+        images, rows_only=bool(fit or labels or by_label or label_errors or distance),
+        images_only=shots is not None or rotations is not None,
+    )  # fmt: skip
+    if label_errors and (fit or rank or by_label or distance):
         raise ValueError(
             "--label-errors: asks the neighbours, so --fit, --rank, --distance and --by-label do not apply"
         )
-    if by_label and fit is not None:
+    if by_label and fit:
         raise ValueError("--by-label: fits to the rows of each label, so --fit does not apply")
     from subspan.commands import detect_images, detect_label_errors, detect_rows, read_rows
 
@@ -144,3 +140,13 @@ def detect(
         return
     print_facts(facts, "top")
     print_table(facts["top"])
+
+
+def _check_options(images: bool, *, rows_only: bool, images_only: bool) -> None:
+    if images and rows_only:
+        raise ValueError(
+            "--fit, --labels, --by-label, --label-errors and --distance do not apply to a folder with train/good and "
+            "test"
+        )
+    if not images and images_only:
+        raise ValueError("--shots and --rotations: for a folder with train/good and test only")

@@ -28,16 +28,18 @@ from .printing import print_facts, print_json, print_line, print_table, progress
 
 # ---------------------------------------------------------------------- shorten
 
+Stored = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="TABLE|INDEX|FOLDER",
+        help="What the other verbs read, or a FAISS index, a folder of tables, or Qdrant (see `upgrade`).",
+        show_default=False,
+    ),
+]
+
 
 def shorten(
-    table: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="TABLE|INDEX|FOLDER",
-            help="What the other verbs read, or a FAISS index, a folder of tables, or Qdrant (see `upgrade`).",
-            show_default=False,
-        ),
-    ] = None,
+    table: Stored = None,
     rank: Rank = "0.95",
     method: Annotated[
         Literal["pca", "matryoshka", "prefix"],
