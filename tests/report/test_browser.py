@@ -165,7 +165,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = rng.normal(size=(400, 5)) @ rng.normal(size=(5, 24)) + centres[kinds] + 0.2 * rng.normal(size=(400, 24))
     long = "a_name_without_any_place_to_break_it_" * 4
     data = Rows(
-        rows=rows,
+        rows,
         name=f"A table with a long name, {long}",
         argument=f"{long}.npy",
         source="Rows that were made for this test.",

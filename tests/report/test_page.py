@@ -55,7 +55,7 @@ def rendered() -> tuple[str, dict[str, Any]]:
     rows = rng.normal(size=(120, 12))
     rows[4] = rows[3] * 1.0001
     data = Rows(
-        rows=rows,
+        rows,
         name=f"table {NASTY}",
         argument="my table.npy",
         source=NASTY,

@@ -104,16 +104,10 @@ def detect(
     from subspan.datasets import anomaly_folder, is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
-    _check_options(
-        images, rows_only=bool(fit or labels or by_label or label_errors or distance),
-        images_only=shots is not None or rotations is not None,
-    )  # fmt: skip
-    if label_errors and (fit or rank or by_label or distance):
-        raise ValueError(
-            "--label-errors: asks the neighbours, so --fit, --rank, --distance and --by-label do not apply"
-        )
-    if by_label and fit:
-        raise ValueError("--by-label: fits to the rows of each label, so --fit does not apply")
+    _check_images(
+        images, bool(fit or labels or by_label or label_errors or distance), bool(shots or rotations is not None)
+    )
+    _check_labels(label_errors, bool(fit or rank or by_label or distance), by_label and fit is not None)
     from subspan.commands import detect_images, detect_label_errors, detect_rows, read_rows
 
     reading = {"column": column, "text_column": text_column, "id_column": id_column, "skip_nan": skip_nan}
@@ -142,11 +136,20 @@ def detect(
     print_table(facts["top"])
 
 
-def _check_options(images: bool, *, rows_only: bool, images_only: bool) -> None:
-    if images and rows_only:
+def _check_images(images: bool, for_rows: bool, for_images: bool) -> None:
+    if images and for_rows:
         raise ValueError(
             "--fit, --labels, --by-label, --label-errors and --distance do not apply to a folder with train/good and "
             "test"
         )
-    if not images and images_only:
+    if not images and for_images:
         raise ValueError("--shots and --rotations: for a folder with train/good and test only")
+
+
+def _check_labels(label_errors: bool, for_subspaces: bool, by_label_to_others: bool) -> None:
+    if label_errors and for_subspaces:
+        raise ValueError(
+            "--label-errors: asks the neighbours, so --fit, --rank, --distance and --by-label do not apply"
+        )
+    if by_label_to_others:
+        raise ValueError("--by-label: fits to the rows of each label, so --fit does not apply")
