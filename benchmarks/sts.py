@@ -43,7 +43,8 @@ def prompt_tuning_row(classes: int, views: torch.Tensor) -> float | None:
     """Prompt tuning through MiniLM with invented class names; None where the weights are not installed."""
     from subspan.datasets import is_installed, load_sentence_encoder
     from subspan.models import SentenceEncoder
-    from subspan.reproduce.sts import JointSpace, prompt_tuning
+    from subspan.reproduce.materials import JointSpace
+    from subspan.reproduce.sts import prompt_tuning
 
     if not is_installed("minilm"):
         return None

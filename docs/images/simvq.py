@@ -21,7 +21,7 @@ def main() -> None:
     figure, axes = panels(3.8)
     for name, style in zip(NAMES, STYLES):
         with torch.enable_grad():
-            model = simvq.train(train, simvq.arms(simvq.MANY)[name], simvq.STEPS, 0)
+            model = simvq.trained(train, lambda name=name: simvq.ARMS[name](simvq.MANY), simvq.STEPS, 0)
         codes = model.quantizer(model.encoder(held)).codes
         counts = np.sort(torch.bincount(codes, minlength=simvq.MANY).numpy())[::-1]
         used = counts[counts > 0]

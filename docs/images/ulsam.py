@@ -42,8 +42,7 @@ def reaching(model: Any, images: list[np.ndarray]) -> torch.Tensor:
 
 def main() -> None:
     """Write the picture beside this file."""
-    _, pictures, y = ulsam.pictures()
-    x = {part: ulsam.stage_inputs(rows) for part, rows in pictures.items()}
+    _, x, y = ulsam.material()
     torch.manual_seed(0)
     model = ulsam.tail(10)
     ulsam.operate(model, ulsam.middle_blocks(model, x["test"][:1]), ulsam.ARMS[ARM], x["test"][:1])

@@ -14,6 +14,7 @@ from subspan.measures.partitions import (
     feature_detection_error,
     modularity,
     pairwise_f1,
+    partition_scores,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -38,6 +39,14 @@ def test_pairwise_f1_counts_pairs():
     assert pairwise_f1(truth, labels) == pytest.approx(2 * precision * recall / (precision + recall))
     assert pairwise_f1(truth, truth) == 1
     assert pairwise_f1([0, 1, 2], [0, 1, 2]) == 0
+
+
+def test_the_usual_scores_know_no_names_and_tell_chance():
+    truth = np.repeat(np.arange(3), 8)
+    assert list(partition_scores(truth, (truth + 1) % 3).values()) == pytest.approx([1, 1, 1, 1])
+    one = partition_scores(truth, np.zeros(24, int))
+    assert (one["accuracy"], one["NMI"], one["ARI"]) == pytest.approx((1 / 3, 0, 0))
+    assert one["pairwise F1"] == pairwise_f1(truth, np.zeros(24, int))
 
 
 def test_feature_detection_error_by_a_loop():

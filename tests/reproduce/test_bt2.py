@@ -76,13 +76,13 @@ def test_lambda_orthogonality_on_planted_models(planted):
     assert set(data.labels) == {0, 1, 2, 3}
     assert set(data.elsewhere_labels) == {4, 5, 6, 7}
     torch.testing.assert_close(data.new.norm(dim=1), torch.ones(len(data.new)))
-    methods = lambda_orthogonality.arms(setting, 0)
-    same = lambda_orthogonality.five_ways(data, methods["no map"](data), setting)
+    methods = lambda_orthogonality.arms(setting.epochs)
+    same = lambda_orthogonality.five_ways(data, methods["no map"](data, 0), setting.queries)
     assert same["ZS"] == 0
     assert same["defect"] == 0
-    strict = lambda_orthogonality.five_ways(data, methods["strict"](data), setting)
+    strict = lambda_orthogonality.five_ways(data, methods["strict"](data, 0), setting.queries)
     assert strict["ZS"] == pytest.approx(0, abs=0.02)
     assert strict["B(new)/old"] > same["B(new)/old"]
-    soft = methods["soft, weight 1"](data)
-    free = methods["affine"](data)
+    soft = methods["soft, weight 1"](data, 0)
+    free = methods["affine"](data, 0)
     assert soft.defect < free.defect

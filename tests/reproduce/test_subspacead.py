@@ -11,6 +11,7 @@ pytest.importorskip("skimage", reason="needs scikit-image's bundled photographs"
 
 from subspan.datasets import is_installed, load
 from subspan.reproduce import subspacead
+from subspan.reproduce.materials.pasted_defects import DEFECTS, pasted_defects
 
 needs_weights = pytest.mark.skipif(
     not is_installed(subspacead.MODEL), reason=f"the {subspacead.MODEL} weights are not installed"
@@ -18,7 +19,7 @@ needs_weights = pytest.mark.skipif(
 
 
 def scene(per_kind=4, seed=0, name="brick"):
-    return subspacead.pasted_defects(load("textures"), name, per_kind=per_kind, seed=seed)
+    return pasted_defects(load("textures"), name, per_kind=per_kind, seed=seed)
 
 
 def test_scenes_are_reproducible_and_half_of_the_crops_are_normal():
@@ -35,7 +36,7 @@ def test_masks_are_exactly_the_changed_pixels():
     rng = np.random.default_rng(0)
     image = rng.uniform(60, 200, (256, 256))
     others = list(load("textures").values())
-    for defect in subspacead.DEFECTS:
+    for defect in DEFECTS:
         changed, mask = defect(image, np.array([120, 130]), rng, others)
         assert np.array_equal(changed[~mask], image[~mask])
         assert (changed[mask] != image[mask]).mean() > 0.95
@@ -65,9 +66,9 @@ def test_one_normal_image_is_enough_to_find_defects_in_brick():
 
 
 def test_table_rows_are_near_the_best_detector():
-    found = subspacead._table_rows(range(3))
-    assert found["ours"] > 0.92
-    assert found["ours"] > max(found.values()) - 0.02
+    found = subspacead.table_rows(range(3))
+    assert found.mean("ours") > 0.92
+    assert found.mean("ours") > max(found.means().values()) - 0.02
 
 
 @needs_weights
@@ -75,7 +76,6 @@ def test_table_rows_are_near_the_best_detector():
 def test_the_quick_protocol_measures_everything():
     outcome = subspacead.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
     assert outcome.ours > 0.85
-    assert outcome.holds == (outcome.ours >= 0.90)
     by_name = {check.name: check for check in outcome.checks}
     assert by_name["storage"].value > 10
     assert by_name["beyond pixel PCA"].value > 0.1

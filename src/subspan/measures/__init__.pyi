@@ -15,6 +15,7 @@ from .partitions import (
     feature_detection_error,
     modularity,
     pairwise_f1,
+    partition_scores,
 )
 from .probes import CodeLength, ProbeScore, leakage, make_probe, online_code_length, probe_score
 from .retrieval import (
@@ -71,6 +72,7 @@ __all__ = [
     "online_code_length",
     "paired_bootstrap",
     "pairwise_f1",
+    "partition_scores",
     "prefix_retrieval_scores",
     "probe_score",
     "recall_at_k",

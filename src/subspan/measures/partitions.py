@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
+from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.metrics.cluster import contingency_matrix, pair_confusion_matrix
 
 from subspan.solvers import assign, symmetric_normalized
@@ -27,6 +28,23 @@ def pairwise_f1(truth: Any, labels: Any) -> float:
     (_, wrong), (missed, right) = pair_confusion_matrix(*_two(truth, labels)).astype(np.float64)
     whole = 2 * right + wrong + missed
     return float(2 * right / whole) if whole else 0.0
+
+
+def partition_scores(truth: Any, labels: Any) -> dict[str, float]:
+    """The usual scores of a clustering against true labels: accuracy, NMI, ARI and pairwise F1, each best at 1.
+
+    Examples
+    --------
+    >>> from subspan.measures import partition_scores
+    >>> partition_scores([0, 0, 1, 1], [1, 1, 0, 0])
+    {'accuracy': 1.0, 'NMI': 1.0, 'ARI': 1.0, 'pairwise F1': 1.0}
+    """
+    return {
+        "accuracy": clustering_accuracy(truth, labels),
+        "NMI": float(normalized_mutual_info_score(truth, labels)),
+        "ARI": float(adjusted_rand_score(truth, labels)),
+        "pairwise F1": pairwise_f1(truth, labels),
+    }
 
 
 def feature_detection_error(representation: Any, truth: Any) -> float:

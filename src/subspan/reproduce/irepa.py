@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from subspan.align import RepresentationAlignment
-from subspan.base.modules import evaluation
 from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
 from subspan.measures import gram_agreement, spatial_structure
 from subspan.models import Capture, FeatureGrid, ImagePreprocessing
 from subspan.nn import FlowTransformer, PatchProjector, SpatialNorm
 from subspan.nn.training import quiet_trainer
 
+from .materials.image_features import LabelledImages, cached_maps, labelled_images
 from .protocol import Check, Outcome, Progress, Table
+from .trials import Column, Trials
 
 MODELS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2")
 SIZE, GRID = 160, 10
@@ -33,32 +35,21 @@ TEACHER, TEACHER_LAYER, TEACHER_SIZE = "efficientnet-lite0", "_blocks.10", 128
 N_PHOTOGRAPHS, N_TRAIN, N_TEST = 200, 2000, 1000
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """uint8 images (n, 32, 32, 3) with class labels, to train on and held out."""
-
-    name: str
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_test: np.ndarray
-    y_test: np.ndarray
-
-
 def small_images(n_train: int = N_TRAIN) -> LabelledImages:
     """CIFAR-10 where the data folder has it, else crops of the bundled photographs; their classes, the photographs."""
     if is_available("cifar10"):
-        data = load("cifar10")
-        train, test = (data[f"x_{part}"][:n] for part, n in (("train", n_train), ("test", N_TEST)))
-        return LabelledImages("CIFAR-10", train, data["y_train"][:n_train], test, data["y_test"][:N_TEST])
+        return labelled_images("cifar10").first(n_train, N_TEST)
     generator = np.random.default_rng(0)
-    parts: dict[str, Any] = {"x_train": [], "y_train": [], "x_test": [], "y_test": []}
-    for label, photograph in enumerate(load("photographs").values()):
+    found = load("photographs")
+    parts: dict[str, list[np.ndarray]] = {"train": [], "test": []}
+    for photograph in found.values():
         border = photograph.shape[1] * 3 // 4
-        for part, side, n in (("train", photograph[:, :border], n_train), ("test", photograph[:, border:], N_TEST)):
-            crops = _crops(side, n // 6, 64, 32, generator)
-            parts[f"x_{part}"].append(crops)
-            parts[f"y_{part}"].append(np.full(len(crops), label))
-    return LabelledImages("crops of photographs", **{name: np.concatenate(each) for name, each in parts.items()})
+        parts["train"].append(_crops(photograph[:, :border], n_train // 6, 64, 32, generator))
+        parts["test"].append(_crops(photograph[:, border:], N_TEST // 6, 64, 32, generator))
+    images = np.concatenate(parts["train"] + parts["test"])
+    labels = np.concatenate([np.full(len(crops), label) for each in parts.values() for label, crops in enumerate(each)])
+    index, border = np.arange(len(images)), sum(map(len, parts["train"]))
+    return LabelledImages("crops of photographs", images, labels, index[:border], index[border:], tuple(found))
 
 
 def photographs(n: int = N_PHOTOGRAPHS) -> tuple[str, Any]:
@@ -82,25 +73,13 @@ def block_maps(name: str, images: Any) -> list[Float[Tensor, "n d h w"]]:
     """Output of every block of an EfficientNet on `images`, averaged down to at most a 10 × 10 grid; float16."""
     model = load_model(name)
     prepare = ImagePreprocessing(resize="squash", **{**image_preprocessing(name), "size": SIZE})
-    shapes: list[tuple[int, ...]] = []
 
-    def maps(batch: Tensor) -> Tensor:
-        with torch.no_grad(), evaluation(model), Capture(model, "_blocks.*") as states:
+    def maps(batch: Tensor) -> list[Tensor]:
+        with Capture(model, "_blocks.*") as states:
             states.run(batch)
-            found = [F.adaptive_avg_pool2d(states[each], min(GRID, states[each].shape[-1])) for each in states.names]
-        shapes[:] = [tuple(each.shape[1:]) for each in found]
-        return torch.cat([each.flatten(1) for each in found], 1).half()
+            return [F.adaptive_avg_pool2d(states[each], min(GRID, states[each].shape[-1])) for each in states.names]
 
-    def compute(start: int):
-        for first in range(start, len(images), 8):
-            yield maps(prepare.batch(images[index] for index in range(first, min(first + 8, len(images)))))
-
-    rows = cached_features(
-        compute, model=model, data=images, options={"layers": "blocks", "size": SIZE, "grid": GRID, "dtype": "float16"}
-    )
-    maps(torch.zeros(1, 3, SIZE, SIZE))
-    parts = torch.from_numpy(np.array(rows)).split([int(np.prod(shape)) for shape in shapes], dim=1)
-    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
+    return cached_maps(model, prepare, maps, images, batch=8, about={"layers": "blocks", "grid": GRID})
 
 
 def teacher_maps(images: np.ndarray) -> Float[Tensor, "n d h w"]:
@@ -156,18 +135,12 @@ class Material:
 
 def material(data: LabelledImages, held_out: int) -> Material:
     """The images as tensors, with the teacher's maps from the cache."""
-
-    def pixels(images: np.ndarray) -> Tensor:
-        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    return Material(
-        pixels(data.x_train),
-        torch.from_numpy(data.y_train.astype(np.int64)),
-        teacher_maps(data.x_train).float(),
-        pixels(data.x_test[:held_out]),
-        torch.from_numpy(data.y_test[:held_out].astype(np.int64)),
-        teacher_maps(data.x_test[:held_out]).float(),
-    )
+    parts: list[Tensor] = []
+    for rows in (data.train, data.test[:held_out]):
+        images = data.images[rows]
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        parts += [pixels, torch.from_numpy(data.labels[rows].astype(np.int64)), teacher_maps(images).float()]
+    return Material(*parts)
 
 
 def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: int) -> Any:
@@ -186,7 +159,8 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
         alignment = RepresentationAlignment(denoiser, TAP, None, projector, norm, weight=recipe.weight)
     model = FlowMatching(denoiser, alignment=alignment, ema_decay=0.99)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(data.image), generator=generator) for _ in range(_epochs(data, recipe))])
+    epochs = -(-recipe.steps * recipe.batch // len(data.image))
+    order = torch.cat([torch.randperm(len(data.image), generator=generator) for _ in range(epochs)])
     batches = order[: recipe.steps * recipe.batch].split(recipe.batch)
     rows: Any = [{"image": data.image[i], "label": data.label[i], "teacher": data.teacher[i]} for i in batches]
     torch.manual_seed(seed)
@@ -196,10 +170,7 @@ def train(data: Material, arm: tuple[str, bool] | None, recipe: Recipe, seed: in
     return model.eval()
 
 
-def _epochs(data: Material, recipe: Recipe) -> int:
-    return -(-recipe.steps * recipe.batch // len(data.image))
-
-
+_AGREEMENT = "Gram agreement"
 TIMES = (0.1, 0.3, 0.5, 0.7)
 """Noise levels of the held-out images that representations are compared on."""
 
@@ -219,7 +190,7 @@ def judge(model: Any, data: Material) -> dict[str, float]:
             model.denoiser(x, time, data.held_label)
             tokens = states[TAP]
         measured = {
-            "Gram agreement": gram_agreement(tokens, teacher),
+            _AGREEMENT: gram_agreement(tokens, teacher),
             "with the normalised teacher": gram_agreement(tokens, normalised),
             **spatial_structure(tokens, metrics=("lds", "rmsc")),
             "denoising loss": model.denoising_loss(data.held_image, data.held_label, time, noise),
@@ -279,14 +250,13 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     recipe = Recipe(steps=60) if quick else Recipe()
     arms = [name for name in ARMS if not quick or name in ("none", "REPA", "iREPA")]
     seeds = range(seed, seed + (1 if quick else 3))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for done, (each, name) in enumerate((each, name) for each in seeds for name in arms):
-        progress(f"{name}, seed {each}", 0.4 + 0.6 * done / (len(seeds) * len(arms)))
-        runs[name].append(judge(train(data, ARMS[name], recipe, each), data))
-    agreement = {name: [run["Gram agreement"] for run in each] for name, each in runs.items()}
-    over_repa = min(a - b for a, b in zip(agreement["iREPA"], agreement["REPA"]))
-    over_none = min(a - b for a, b in zip(agreement["REPA"], agreement["none"]))
-    mean = {name: float(np.mean(values)) for name, values in agreement.items()}
+    trials = Trials(
+        arms,
+        seeds,
+        lambda arm, each: judge(train(data, ARMS[arm], recipe, each), data),
+        progress=progress,
+        span=(0.4, 1.0),
+    )
     return Outcome(
         claim="What makes an encoder a good teacher for a diffusion transformer is spatial structure, not global "
         "information; a convolutional projector and spatial normalisation of the teacher's tokens (iREPA) transfer it "
@@ -296,12 +266,24 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         model=f"flow transformer of width {recipe.width} and depth {recipe.depth} on 32 pixels (8 × 8 tokens), "
         f"{recipe.steps} steps of {recipe.batch}, aligned after block 1; teacher {TEACHER} {TEACHER_LAYER}",
         metric="Gram agreement with the teacher on held-out images, at the aligned layer before the projector",
-        ours=mean["iREPA"],
-        baselines={name: value for name, value in mean.items() if name != "iREPA"},
-        bar="iREPA > REPA > none for every seed",
-        holds=over_repa > 0 and over_none > 0,
-        checks=[*_structure_checks(blocks, mixed), *_training_checks(runs, over_repa, over_none)],
-        tables=_tables(blocks, mixed, runs, seeds),
+        ours=trials.mean("iREPA", _AGREEMENT),
+        baselines=trials.means(_AGREEMENT, but="iREPA"),
+        main=_over("iREPA", "REPA", trials),
+        checks=[
+            *_structure_checks(blocks, mixed),
+            _over("REPA", "none", trials),
+            *(
+                Check.at_most(
+                    f"denoising loss of iREPA beside {arm}",
+                    "ratio of held-out losses",
+                    trials.mean("iREPA", "denoising loss") / trials.mean(arm, "denoising loss"),
+                    1,
+                    required=False,
+                )
+                for arm in ("none", "REPA")
+            ),
+        ],
+        tables=_tables(blocks, mixed, trials, seeds),
         notes=[
             "Sample quality is not claimed: no Fréchet distance was measured at this size and length.",
             "Gram agreement is measured against the teacher's tokens as they are, which is what REPA matches; the "
@@ -316,73 +298,44 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     )
 
 
+def _over(arm: str, other: str, trials: Trials[str]) -> Check:
+    gap = trials.gap(arm, other, _AGREEMENT, of=min)
+    return Check.above(f"{arm} over {other}", "least difference in Gram agreement over seeds", gap, 0)
+
+
 def _structure_checks(blocks: list[dict[str, Any]], mixed: list[list[float]]) -> list[Check]:
     late = [row for row in blocks if row["late"]]
-    checks = []
-    for metric in ("lds", "cds", "rmsc"):
-        gain = min(row[f"{metric}, normalised"] - row[metric] for row in late)
-        name = f"normalisation raises {metric.upper()} of late blocks"
-        checks.append(Check(name, "least gain over the stride-32 blocks of every encoder", gain, "> 0", gain > 0))
-    steps = np.diff([row[1] for row in mixed])
     pooled = mixed[-1][2] - mixed[0][2]
     return [
-        *checks,
-        Check(
+        *(
+            Check.above(
+                f"normalisation raises {metric.upper()} of late blocks",
+                "least gain over the stride-32 blocks of every encoder",
+                min(row[f"{metric}, normalised"] - row[metric] for row in late),
+                0,
+                quick=True,
+            )
+            for metric in ("lds", "cds", "rmsc")
+        ),
+        Check.below(
             "mixing in the mean token lowers LDS step by step",
             "largest change of LDS from one α to the next",
-            float(steps.max()),
-            "< 0",
-            bool((steps < 0).all()),
+            np.diff([row[1] for row in mixed]).max(),
+            0,
+            quick=True,
         ),
-        Check("and keeps the pooled probe", "accuracy difference, α = 0.5 and 0", pooled, ">= -0.01", pooled >= -0.01),
+        Check.at_least("and keeps the pooled probe", "accuracy difference, α = 0.5 and 0", pooled, -0.01, quick=True),
     ]
 
 
-def _training_checks(runs: dict[str, list[dict[str, float]]], over_repa: float, over_none: float) -> list[Check]:
-    loss = {name: float(np.mean([run["denoising loss"] for run in each])) for name, each in runs.items()}
-    return [
-        Check("iREPA over REPA", "least difference in Gram agreement over seeds", over_repa, "> 0", over_repa > 0),
-        Check("REPA over none", "least difference in Gram agreement over seeds", over_none, "> 0", over_none > 0),
-        Check(
-            "denoising loss of iREPA beside none",
-            "ratio of held-out losses",
-            loss["iREPA"] / loss["none"],
-            "<= 1",
-            loss["iREPA"] <= loss["none"],
-            required=False,
-        ),
-        Check(
-            "denoising loss of iREPA beside REPA",
-            "ratio of held-out losses",
-            loss["iREPA"] / loss["REPA"],
-            "<= 1",
-            loss["iREPA"] <= loss["REPA"],
-            required=False,
-        ),
-    ]
-
-
-def _tables(
-    blocks: list[dict[str, Any]], mixed: list[list[float]], runs: dict[str, list[dict[str, float]]], seeds: range
-) -> list[Table]:
+def _tables(blocks: list[dict[str, Any]], mixed: list[list[float]], trials: Trials[str], seeds: range) -> list[Table]:
     last = {row["encoder"]: row["block"] for row in blocks}
     shown = [row for row in blocks if row["block"] % 5 == 0 or row["block"] == last[row["encoder"]]]
     columns = [name for name in blocks[0] if name != "late"]
-    names = list(next(iter(runs.values()))[0])
+    by_seed = {f"seed {seed}": Column(_AGREEMENT, itemgetter(place)) for place, seed in enumerate(seeds)}
     return [
-        Table(
-            "training, means over seeds",
-            ["arm", *names],
-            [
-                [arm, *(round(float(np.mean([run[name] for run in each])), 4) for name in names)]
-                for arm, each in runs.items()
-            ],
-        ),
-        Table(
-            "Gram agreement by seed",
-            ["arm", *(f"seed {seed}" for seed in seeds)],
-            [[arm, *(round(run["Gram agreement"], 4) for run in each)] for arm, each in runs.items()],
-        ),
+        trials.table("training, means over seeds", "arm", {name: name for name in trials.runs["none"][0]}, digits=4),
+        trials.table("Gram agreement by seed", "arm", by_seed, digits=4),
         Table(
             "spatial structure of encoders' blocks, before and after normalisation (γ = 0.8)",
             columns,

@@ -6,7 +6,9 @@ MiniLM embeddings of functions and of their docstrings under an adapter trained 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,28 +18,25 @@ from jaxtyping import Float
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 
-from subspan.datasets import cached_features, code_and_docstrings, is_installed, load_sentence_encoder
+from subspan.datasets import code_and_docstrings, is_installed, load_sentence_encoder
 from subspan.geometry import prefix, smallest_sufficient
 from subspan.geometry.grassmann import random_basis
 from subspan.models import SentenceEncoder
 from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.solvers import nearest
 
-from .materials.image_features import labelled_images
+from .materials import labelled_images, text_features
 from .protocol import Check, Outcome, Progress, Table
+from .trials import Trials
 
 DIMS = (4, 8, 16, 32, 64, 128, 256)
 UNSEEN = (6, 12, 24, 48, 96, 192)
+QUICK_DIMS = (8, 16, 64, 256)
 TEXT_DIMS = (12, 24, 48, 96, 192, 384)
+MEASURES = ("linear top-1", "top-1 of a fitted probe", "1-NN", "mAP@10")
+HIDDEN, BATCH, PAIRS = 512, 128, 1600
 
-_PAIRS = 1600
-_TOKENS = 48
-_HIDDEN = 512
-_BATCH = 128
-_QUICK = (8, 16, 64, 256)
-
-Scores = tuple[float, float, float, float]
-"""Linear top-1 (by the head trained with the prefix, where there is one), top-1 of a fitted probe, 1-NN and mAP@10."""
+_FF = "FF, one model a size"
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,10 @@ def code_pairs(count: int, seed: int) -> tuple[Float[Tensor, "n q"], Float[Tenso
     """MiniLM embeddings of functions of Python's standard library and of their docstrings, `count` pairs at random."""
     pairs = code_and_docstrings(max_code=1500)
     chosen = np.random.default_rng(seed).permutation(len(pairs))[:count]
-    encoder = SentenceEncoder(*load_sentence_encoder(), max_length=_TOKENS)
-    sides = []
-    for side in (1, 0):
-        texts = [pairs[row][side] for row in chosen]
-        found = cached_features(
-            lambda start, texts=texts: encoder.iterate(texts[start:], 32),
-            model=encoder.model,
-            data=texts,
-            options={"output": "mean of the last states", "max_length": _TOKENS},
-            shard_rows=512,
-        )
-        sides.append(torch.from_numpy(np.array(found)))
-    return sides[1], sides[0]
+    encoder = SentenceEncoder(*load_sentence_encoder(), max_length=48)
+    options = {"output": "mean of the last states", "max_length": 48}
+    code, text = (text_features([pairs[row][side] for row in chosen], encoder, options=options) for side in (0, 1))
+    return code, text
 
 
 # ---------------------------------------------------------------------- measures
@@ -96,13 +86,6 @@ def neighbour_scores(found: np.ndarray, split: Split) -> tuple[float, float]:
     return float(relevant[:, 0].mean()), float((precision * relevant).mean())
 
 
-def measures(split: Split, z_train: Tensor, z_test: Tensor, own: float | None = None) -> Scores:
-    """The scores of a prefix (neighbours by cosine); own: the accuracy of its trained head, where it has one."""
-    found = nearest(z_test, z_train, 10, metric="cosine")[1].numpy()
-    probe = probe_accuracy(split, z_train, z_test)
-    return probe if own is None else own, probe, *neighbour_scores(found, split)
-
-
 def pair_scores(queries: Tensor, items: Tensor) -> tuple[float, float]:
     """nDCG@10 and recall@10 where item i alone answers query i."""
     similarity = queries @ items.mT
@@ -115,34 +98,68 @@ def pair_scores(queries: Tensor, items: Tensor) -> tuple[float, float]:
 
 
 class Pictures:
-    """All arms of one seed and the scores of each at each size."""
+    """Models of some pictures by seed, the coordinates of every arm, and the scores of their prefixes."""
 
-    def __init__(self, split: Split, seed: int, epochs: int, sizes: tuple[int, ...]) -> None:
-        self.split = split
-        self.seed = seed
-        self.epochs = epochs
-        self.scores: dict[str, dict[int, Scores]] = {}
-        self.sizes = sizes
+    def __init__(self, split: Split, epochs: int, sizes: tuple[int, ...]) -> None:
+        self.split, self.sizes = split, sizes
 
-    def model(self, dims: tuple[int, ...], **options: Any) -> Matryoshka:
-        """A nested network trained with labels; the published recipe differs between arms in the heads alone."""
-        settings: Any = {"kind": "mlp", "hidden": _HIDDEN, "normalize": False} | options
-        settings |= {"epochs": self.epochs, "batch_size": _BATCH}
-        return Matryoshka(dims, random_state=self.seed, **settings).fit(self.split.train, self.split.train_labels)
+        def trained(seed: int, dims: tuple[int, ...], **options: Any) -> Matryoshka:
+            """A nested network trained with labels; the published recipe differs between arms in the heads alone."""
+            settings: Any = {"kind": "mlp", "hidden": HIDDEN, "normalize": False} | options
+            model = Matryoshka(dims, random_state=seed, epochs=epochs, batch_size=BATCH, **settings)
+            return model.fit(split.train, split.train_labels)
 
-    def add(
-        self, name: str, z_train: Tensor, z_test: Tensor, sizes: tuple[int, ...], own: dict[int, float] | None = None
-    ) -> None:
-        """Measure the prefixes of coordinates; own: accuracies of trained heads by size."""
+        self.model: Callable[..., Matryoshka] = cache(trained)
+
+    def scores(self, arm: str, seed: int) -> dict[str, float]:
+        """MEASURES of every prefix of an arm, as "measure, size"."""
+        if arm == _FF:
+            models = {m: self.model(seed, (m,)) for m in self.sizes}
+            return {name: value for m, model in models.items() for name, value in self.of_model(model, (m,)).items()}
+        if arm in MODELS:
+            dims, settings = MODELS[arm]()
+            model = self.model(seed, dims, **settings)
+            between = between_sizes(self.sizes) if arm == "MRL" else ()
+            return self.of_model(model, tuple(sorted({*self.sizes, *between})))
+        if arm.startswith("LDA"):
+            options: Any = {"solver": "eigen", "shrinkage": 0.1}
+            fitted = LinearDiscriminantAnalysis(**options).fit(
+                self.split.train.double().numpy(), self.split.train_labels
+            )
+            rows = (self.split.train, self.split.test)
+            return self.of(*(torch.from_numpy(fitted.transform(x.double().numpy())) for x in rows), self.sizes)
+        plain = self.model(seed, (DIMS[-1],))
+        z_train, z_test = plain.transform(self.split.train), plain.transform(self.split.test)
+        if arm == "plain, first m":
+            return self.of(z_train, z_test, self.sizes, self.head_accuracies(plain))
+        if arm == "plain, PCA":
+            flag = Matryoshka((DIMS[-1],), center=True, normalize=False).fit(z_train)
+            return self.of(flag.transform(z_train), flag.transform(z_test), self.sizes)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(DIMS[-1], generator=generator)
+        if arm == "plain, random m":
+            return self.of(z_train[:, order], z_test[:, order], self.sizes)
+        turn = random_basis(DIMS[-1], DIMS[-1], generator=generator).float()
+        return self.of(z_train @ turn, z_test @ turn, self.sizes)
+
+    def of_model(self, model: Matryoshka, sizes: tuple[int, ...]) -> dict[str, float]:
+        """Scores of the prefixes of a model's coordinates, by its own heads where it has them."""
+        z_train, z_test = model.transform(self.split.train), model.transform(self.split.test)
+        return self.of(z_train, z_test, sizes, self.head_accuracies(model))
+
+    def of(
+        self, z_train: Tensor, z_test: Tensor, sizes: tuple[int, ...], own: dict[int, float] | None = None
+    ) -> dict[str, float]:
+        """Scores of prefixes, neighbours by cosine; own: accuracies of trained heads by size, in a probe's place."""
+        found: dict[str, float] = {}
         for m in sizes:
             if m <= z_train.shape[1]:
                 first, second = (prefix(z, m, normalize=False) for z in (z_train, z_test))
-                self.scores.setdefault(name, {})[m] = measures(self.split, first, second, (own or {}).get(m))
-
-    def add_model(self, name: str, model: Matryoshka, sizes: tuple[int, ...]) -> None:
-        """Measure the prefixes of a model's coordinates."""
-        z_train, z_test = model.transform(self.split.train), model.transform(self.split.test)
-        self.add(name, z_train, z_test, sizes, self.head_accuracies(model))
+                neighbours = nearest(second, first, 10, metric="cosine")[1].numpy()
+                probe = probe_accuracy(self.split, first, second)
+                values = ((own or {}).get(m, probe), probe, *neighbour_scores(neighbours, self.split))
+                found |= {f"{name}, {m}": value for name, value in zip(MEASURES, values)}
+        return found
 
     def head_accuracies(self, model: Matryoshka) -> dict[int, float]:
         """Held-out accuracy of each trained head by its size; none for a model without heads."""
@@ -152,33 +169,17 @@ class Pictures:
         right = model.logits(self.split.test).argmax(-1) == labels
         return dict(zip(model.dims_, right.double().mean(1).tolist()))
 
-    def run(self) -> tuple[Matryoshka, Matryoshka]:
-        """Every arm; returns the nested models with separate heads and with a shared one."""
-        split, sizes = self.split, self.sizes
-        nested = self.model(DIMS)
-        self.add_model("MRL", nested, tuple(sorted({*sizes, *between_sizes(sizes)})))
-        shared = self.model(DIMS, efficient=True)
-        self.add_model("MRL-E", shared, sizes)
-        for m in sizes:
-            self.add_model("FF, one model a size", self.model((m,)), (m,))
-        plain = self.model((DIMS[-1],))
-        z_train, z_test = plain.transform(split.train), plain.transform(split.test)
-        self.add("plain, first m", z_train, z_test, sizes, self.head_accuracies(plain))
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(DIMS[-1], generator=generator)
-        self.add("plain, random m", z_train[:, order], z_test[:, order], sizes)
-        turn = random_basis(DIMS[-1], DIMS[-1], generator=generator).float()
-        self.add("plain, random projection", z_train @ turn, z_test @ turn, sizes)
-        flag = Matryoshka((DIMS[-1],), center=True, normalize=False).fit(z_train)
-        self.add("plain, PCA", flag.transform(z_train), flag.transform(z_test), sizes)
-        for name, kind in (("rotation", "rotation"), ("linear map", "linear")):
-            self.add_model(f"{name} of the frozen features", self.model(DIMS, kind=kind, center=True), sizes)
-        self.add_model("PCA of the frozen features", self.model((DIMS[-1],), kind="pca", center=True), sizes)
-        options: Any = {"solver": "eigen", "shrinkage": 0.1}
-        directions = LinearDiscriminantAnalysis(**options).fit(split.train.double().numpy(), split.train_labels)
-        train, test = (torch.from_numpy(directions.transform(x.double().numpy())) for x in (split.train, split.test))
-        self.add("LDA of the frozen features", train, test, sizes)
-        return nested, shared
+
+# Sizes and options of the model of an arm.
+MODELS: dict[str, Callable[[], tuple[tuple[int, ...], dict[str, Any]]]] = {
+    "MRL": lambda: (DIMS, {}),
+    "MRL-E": lambda: (DIMS, {"efficient": True}),
+    "rotation of the frozen features": lambda: (DIMS, {"kind": "rotation", "center": True}),
+    "linear map of the frozen features": lambda: (DIMS, {"kind": "linear", "center": True}),
+    "PCA of the frozen features": lambda: (DIMS[-1:], {"kind": "pca", "center": True}),
+}
+PLAIN = ("plain, first m", "plain, random m", "plain, random projection", "plain, PCA")
+ARMS = (*list(MODELS)[:2], _FF, *PLAIN, *list(MODELS)[2:], "LDA of the frozen features")
 
 
 def between_sizes(sizes: tuple[int, ...]) -> dict[int, tuple[int, int]]:
@@ -225,26 +226,49 @@ def funnel_rows(model: Matryoshka, split: Split) -> list[list[Any]]:
     return rows
 
 
-def text_table(seeds: range, count: int, epochs: int) -> list[list[Any]]:
-    """[arm, size, nDCG@10, recall@10] of docstrings looking for their functions, three quarters of the pairs to fit."""
+def text_trials(seeds: range, count: int, epochs: int) -> Trials[str]:
+    """nDCG@10 and recall@10 by size of docstrings looking for their functions, three quarters of the pairs to fit."""
     code, text = code_pairs(count, 0)
-    scores: dict[tuple[str, int], list[tuple[float, float]]] = {}
-    for seed in seeds:
+
+    def measure(arm: str, seed: int) -> dict[str, float]:
         order = torch.randperm(len(code), generator=torch.Generator().manual_seed(seed))
         fit, test = order[: 3 * len(order) // 4], order[3 * len(order) // 4 :]
-        options: dict[str, Any] = {"epochs": epochs, "batch_size": _BATCH, "random_state": seed}
-        arms: dict[str, Matryoshka | None] = {"first m of MiniLM": None}
-        arms["PCA"] = Matryoshka(TEXT_DIMS).fit(torch.cat([code[fit], text[fit]]))
-        for kind in ("rotation", "linear", "mlp"):
-            model = Matryoshka(TEXT_DIMS, kind=kind, hidden=_HIDDEN, **options)
-            arms[f"adapter, {kind}"] = model.fit(text[fit], code[fit])
-        for name, model in arms.items():
-            for m in TEXT_DIMS:
-                q, items = (
-                    prefix(rows[test], m) if model is None else model.shorten(rows[test], m) for rows in (text, code)
-                )
-                scores.setdefault((name, m), []).append(pair_scores(q, items))
-    return [[name, m, *np.mean(values, axis=0).round(4).tolist()] for (name, m), values in scores.items()]
+        model = None
+        if arm == "PCA":
+            model = Matryoshka(TEXT_DIMS).fit(torch.cat([code[fit], text[fit]]))
+        elif arm.startswith("adapter"):
+            options: Any = {"kind": arm.removeprefix("adapter, "), "hidden": HIDDEN, "epochs": epochs}
+            model = Matryoshka(TEXT_DIMS, batch_size=BATCH, random_state=seed, **options).fit(text[fit], code[fit])
+        found = {}
+        for m in TEXT_DIMS:
+            q, items = (prefix(x[test], m) if model is None else model.shorten(x[test], m) for x in (text, code))
+            found[f"nDCG@10, {m}"], found[f"recall@10, {m}"] = pair_scores(q, items)
+        return found
+
+    adapters = [f"adapter, {kind}" for kind in ("rotation", "linear", "mlp")]
+    return Trials(["first m of MiniLM", "PCA", *adapters], seeds, measure)
+
+
+def text_checks(trials: Trials[str], m: int) -> list[Check]:
+    """The adapter of the best nDCG at m dimensions against principal components and the first m."""
+    best = max((arm for arm in trials.arms if arm.startswith("adapter")), key=lambda a: trials.mean(a, f"nDCG@10, {m}"))
+    return [
+        Check.above(
+            f"text at {m} dimensions, {metric}",
+            f"best adapter - better of PCA and first {m}",
+            min(trials.gap(best, rival, f"{metric}, {m}") for rival in ("PCA", "first m of MiniLM")),
+            0,
+        )
+        for metric in ("nDCG@10", "recall@10")
+    ]
+
+
+def funnel_checks(funnel: list[list[Any]]) -> list[Check]:
+    """One check, or none where the rows are so few that no schedule is ten times cheaper than exact search."""
+    exact = funnel[0]
+    losses = [exact[2] - row[2] for row in funnel[1:] if exact[3] / row[3] >= 10]
+    metric = "mAP@10 lost at a tenth of the multiply-adds or fewer"
+    return [Check.at_most("funnel", metric, min(losses), 0.005)] if losses else []
 
 
 # ---------------------------------------------------------------------- the protocol
@@ -255,77 +279,65 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     progress("features", 0.0)
     source, split = picture_split(quick=quick)
     seeds = range(seed, seed + (1 if quick else 3))
-    epochs = 7 if quick else 15
-    sizes = tuple(m for m in DIMS if m in _QUICK) if quick else DIMS
-    runs: list[dict[str, dict[int, Scores]]] = []
-    cascades, funnels = [], []
-    for number, one in enumerate(seeds):
-        progress(f"pictures, seed {one}", 0.05 + 0.75 * number / len(seeds))
-        arms = Pictures(split, one, epochs, sizes)
-        nested, _ = arms.run()
-        runs.append(arms.scores)
-        cascades.append(cascade_row(nested, split, one, 5 if quick else 30))
-        funnels.append(funnel_rows(nested, split))
-    score = {name: {m: np.mean([run[name][m] for run in runs], axis=0) for m in runs[0][name]} for name in runs[0]}
-    top, probe = ({name: {m: float(row[m][i]) for m in row} for name, row in score.items()} for i in (0, 1))
-    mrl, ff, first, pca = (top[name] for name in ("MRL", "FF, one model a size", "plain, first m", "plain, PCA"))
-    cascade = np.mean(cascades, axis=0)
+    sizes = tuple(m for m in DIMS if m in QUICK_DIMS) if quick else DIMS
+    arms = Pictures(split, 7 if quick else 15, sizes)
+    trials = Trials(ARMS, seeds, arms.scores, progress=progress, span=(0.05, 0.75))
+    progress("cascade and funnel", 0.75)
+    nested = [arms.model(one, DIMS) for one in seeds]
+    cascade = np.mean([cascade_row(m, split, one, 5 if quick else 30) for m, one in zip(nested, seeds)], axis=0)
+    funnels = [funnel_rows(model, split) for model in nested]
     funnel = [[rows[0][0], *np.mean([row[1:] for row in rows], axis=0).tolist()] for rows in zip(*funnels)]
+    top = {arm: {m: trials.mean(arm, f"linear top-1, {m}") for m in sizes} for arm in ("MRL", _FF, *PLAIN)}
+    probe = {m: trials.mean("MRL", f"top-1 of a fitted probe, {m}") for m in (*sizes, *between_sizes(sizes))}
+    line = {
+        m: probe[low] + (probe[high] - probe[low]) * (m - low) / (high - low)
+        for m, (low, high) in between_sizes(sizes).items()
+    }
+
+    def least_gain(name: str, other: str, most: int) -> tuple[str, str, float]:
+        gain = min(top["MRL"][m] - top[other][m] for m in sizes if m <= most)
+        return name, f"smallest difference of linear top-1 at m <= {most}, MRL - {other}", gain
+
     checks = [
-        Check(
-            "as good as one model a size",
-            "smallest difference of linear top-1 over sizes, MRL - FF",
-            min(mrl[m] - ff[m] for m in sizes),
-            ">= -0.01",
-            all(mrl[m] - ff[m] >= -0.01 for m in sizes),
+        Check.at_least(*least_gain("beyond cutting a plain model", "plain, first m", 8), 0.2),
+        Check.above(*least_gain("beyond principal components", "plain, PCA", 16), 0),
+        Check.at_least(
+            "sizes between the trained ones",
+            "smallest top-1 of a fitted probe above the line",
+            min(probe[m] - expected for m, expected in line.items()),
+            -0.01,
         ),
-        Check(
-            "beyond cutting a plain model",
-            "smallest difference of linear top-1 at m <= 8, MRL - plain first m",
-            min(mrl[m] - first[m] for m in sizes if m <= 8),
-            ">= 0.2",
-            all(mrl[m] - first[m] >= 0.2 for m in sizes if m <= 8),
+        # Of the caps whose accuracy is within half a point of the whole embedding's.
+        Check.at_most(
+            "cascade",
+            f"expected dimensions at the accuracy of {DIMS[-1]} less 0.005",
+            min(float(row[2]) for row in cascade if row[1] >= cascade[-1][1] - 0.005),
+            DIMS[-1] / 4,
         ),
-        Check(
-            "beyond principal components",
-            "smallest difference of linear top-1 at m <= 16, MRL - plain PCA",
-            min(mrl[m] - pca[m] for m in sizes if m <= 16),
-            "> 0",
-            all(mrl[m] > pca[m] for m in sizes if m <= 16),
-        ),
-        _between(probe["MRL"], sizes),
-        _cascade_check(cascade),
-        *_funnel_checks(funnel),
+        *funnel_checks(funnel),
     ]
     tables = [
-        Table(
-            f"{measure}, {source}, {len(seeds)} seeds",
-            ["arm", *(str(m) for m in sizes)],
-            [
-                [name, *(round(float(row[m][place]), 4) if m in row else None for m in sizes)]
-                for name, row in score.items()
-            ],
-        )
-        for place, measure in enumerate(("linear top-1", "top-1 of a fitted probe", "1-NN", "mAP@10"))
-    ]
-    tables += [
+        *(
+            trials.table(
+                f"{name}, {source}, {len(seeds)} seeds",
+                "arm",
+                {str(m): f"{name}, {m}" for m in sizes},
+                digits=4,
+                arms=[arm for arm in ARMS if any(trials.runs[arm])],
+            )
+            for name in MEASURES
+        ),
         Table(
             "MRL at sizes it was not trained for",
             ["size", "top-1 of a fitted probe", "line through its neighbours"],
-            [
-                [m, round(probe["MRL"][m], 4), round(_line(probe["MRL"], m, *around), 4)]
-                for m, around in between_sizes(sizes).items()
-            ],
+            [[m, round(probe[m], 4), round(expected, 4)] for m, expected in line.items()],
         ),
         Table(
             "cascade by cap (thresholds from half of the held-out rows)",
             ["cap", "accuracy", "expected dimension", "with all prefixes summed"],
             [
-                [
-                    int(row[0]) if np.isfinite(row[0]) else "none: the largest head",
-                    *(round(float(v), 4) for v in row[1:]),
-                ]
-                for row in cascade
+                [int(cap) if np.isfinite(cap) else "none: the largest head", *(round(float(v), 4) for v in values)]
+                for cap, *values in cascade
             ],
         ),
         Table(
@@ -334,27 +346,27 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             [[name, round(a, 4), round(b, 4), round(cost)] for name, a, b, cost in funnel],
         ),
     ]
+    enough = {arm: smallest_sufficient(sizes, [top[arm][m] for m in sizes]) for arm in ("MRL", PLAIN[0], PLAIN[-1])}
     notes = [
         "The paper trains ResNet-50 end to end; here the backbone is frozen and a network with one hidden layer of "
-        f"{_HIDDEN} units is its trainable last block. Linear top-1 is by the head that was trained with "
+        f"{HIDDEN} units is its trainable last block. Linear top-1 is by the head that was trained with "
         "a prefix; where there is none (a cut model, directions without training) a shrunk discriminant analysis is "
         "fitted, which all arms have in a table of their own.",
         f"Smallest size within a point of {DIMS[-1]} dimensions: "
-        + ", ".join(
-            f"{name} {smallest_sufficient(sizes, [top[name][m] for m in sizes])}"
-            for name in ("MRL", "plain, first m", "plain, PCA")
-        )
+        + ", ".join(f"{arm} {m}" for arm, m in enough.items())
         + ".",
         "Slimmable networks, a baseline of the paper, were not run.",
     ]
     if is_installed("minilm"):
         progress("text", 0.82)
-        rows = text_table(seeds, 200 if quick else _PAIRS, 10 if quick else 20)
-        tables.append(Table("docstring → function, MiniLM", ["arm", "size", "nDCG@10", "recall@10"], rows))
-        checks.append(_text_check(rows))
+        text = text_trials(seeds, 200 if quick else PAIRS, 10 if quick else 20)
+        checks += text_checks(text, 24)
+        for metric in ("nDCG@10", "recall@10"):
+            columns = {str(m): f"{metric}, {m}" for m in TEXT_DIMS}
+            tables.append(text.table(f"docstring → function, MiniLM: {metric} by size", "arm", columns, digits=4))
     else:
         notes.append("The sentence encoder is not installed; the text part was left out.")
-    baselines = {f"{name} (m = 8)": row[8] for name, row in top.items() if name != "MRL" and 8 in row}
+    fact = "linear top-1, 8"
     return Outcome(
         claim="one embedding whose prefixes are as good as models trained for their size (ResNet-50 on ImageNet-1K: "
         "66.6 % at 8 dimensions, a model of 8 dimensions 65.3 %), where cutting or SVD of a plain model fails",
@@ -362,57 +374,10 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         "of Python's standard library",
         model="EfficientNet-Lite0 and MiniLM, frozen; a network with one hidden layer trained on top",
         metric="linear top-1 of the first 8 coordinates",
-        ours=mrl[8],
-        baselines=baselines,
-        bar="MRL >= FF - 0.01 at every size",
-        holds=checks[0].holds,
+        ours=trials.mean("MRL", fact),
+        baselines={f"{arm} (m = 8)": value for arm, value in trials.means(fact, but="MRL").items()},
+        main=Check.at_least(*least_gain("as good as one model a size", _FF, DIMS[-1]), -0.01),
         checks=checks,
         tables=tables,
         notes=notes,
     )
-
-
-def _line(scores: dict[int, float], m: int, low: int, high: int) -> float:
-    """What linear interpolation between the trained sizes low and high says of m."""
-    return scores[low] + (scores[high] - scores[low]) * (m - low) / (high - low)
-
-
-def _between(mrl: dict[int, float], sizes: tuple[int, ...]) -> Check:
-    worst = min(mrl[m] - _line(mrl, m, *around) for m, around in between_sizes(sizes).items())
-    return Check(
-        "sizes between the trained ones",
-        "smallest top-1 of a fitted probe above the line",
-        worst,
-        ">= -0.01",
-        worst >= -0.01,
-    )
-
-
-def _cascade_check(cascade: np.ndarray) -> Check:
-    """The cap with the fewest expected dimensions whose accuracy is within half a point of the whole embedding's."""
-    enough = [row for row in cascade if row[1] >= cascade[-1][1] - 0.005]
-    fewest = min(float(row[2]) for row in enough)
-    return Check(
-        "cascade",
-        f"expected dimensions at the accuracy of {DIMS[-1]} less 0.005",
-        fewest,
-        f"<= {DIMS[-1] // 4}",
-        fewest <= DIMS[-1] / 4,
-    )
-
-
-def _funnel_checks(funnel: list[list[Any]]) -> list[Check]:
-    """One check, or none where the rows are so few that no schedule is ten times cheaper than exact search."""
-    exact = funnel[0]
-    losses = [exact[2] - row[2] for row in funnel[1:] if exact[3] / row[3] >= 10]
-    name, metric = "funnel", "mAP@10 lost at a tenth of the multiply-adds or fewer"
-    return [Check(name, metric, min(losses), "<= 0.005", min(losses) <= 0.005)] if losses else []
-
-
-def _text_check(rows: list[list[Any]]) -> Check:
-    at = {row[0]: row[2:] for row in rows if row[1] == 24}
-    best = max((values for name, values in at.items() if name.startswith("adapter")), key=lambda values: values[0])
-    rivals = [at["PCA"], at["first m of MiniLM"]]
-    gap = min(best[0] - rival[0] for rival in rivals)
-    holds = all(best[0] > rival[0] and best[1] > rival[1] for rival in rivals)
-    return Check("text at 24 dimensions", "nDCG@10, best adapter - better of PCA and first 24", gap, "> 0", holds)

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
+from subspan.datasets import image_preprocessing, load_model
 from subspan.models import ImagePreprocessing, Surgery, multiply_adds, replace
 from subspan.nn import SubspaceAttention, attention_entropy, shape_preserving_blocks
-from subspan.nn.training import quiet_trainer
 
+from .materials import LabelledImages, cached_maps, labelled_images, parameter_count
 from .protocol import Check, Outcome, Progress, Table
+from .training import one_cycle, train
+from .trials import Column, Trials, spread
 
 MODEL, SIZE, CUT = "efficientnet-lite0", 96, 8
 """The network, its input, and the block that the tail begins with: the first of the stage of 112 channels."""
@@ -40,12 +42,13 @@ class SqueezeExcite(nn.Module):
 
 
 Maker = Callable[[int], nn.Module]
+_WHOLE, _DELETED, _ONE, _FOUR = "the network as it is", "blocks deleted", "ULSAM, 1 group", "ULSAM, 4 groups"
 ARMS: dict[str, Maker | None] = {
-    "the network as it is": None,
-    "blocks deleted": lambda channels: nn.Identity(),
-    "ULSAM, 1 group": lambda channels: SubspaceAttention(channels, 1),
-    "ULSAM, 4 groups": lambda channels: SubspaceAttention(channels, 4),
-    "squeeze and excite": lambda channels: SqueezeExcite(channels),
+    _WHOLE: None,
+    _DELETED: lambda channels: nn.Identity(),
+    _ONE: lambda channels: SubspaceAttention(channels, 1),
+    _FOUR: lambda channels: SubspaceAttention(channels, 4),
+    "squeeze and excite": SqueezeExcite,
 }
 
 
@@ -81,142 +84,111 @@ def stage_inputs(images: np.ndarray) -> Float[Tensor, "n m h w"]:
     """What reaches the tail, for every image; float16 in the cache."""
     model: Any = load_model(MODEL)
     prepare = ImagePreprocessing(**{**image_preprocessing(MODEL), "size": SIZE, "crop_fraction": 1.0})
-    shapes: list[tuple[int, ...]] = []
 
-    @torch.no_grad()
-    def maps(batch: Tensor) -> Tensor:
+    def maps(batch: Tensor) -> list[Tensor]:
         x = model._swish(model._bn0(model._conv_stem(batch)))
         for block in model._blocks[:CUT]:
             x = block(x)
-        shapes[:] = [tuple(x.shape[1:])]
-        return x.flatten(1).half()
+        return [x]
 
-    def compute(start: int):
-        for first in range(start, len(images), 16):
-            yield maps(prepare.batch(images[i] for i in range(first, min(first + 16, len(images)))))
-
-    model.eval()
-    rows = cached_features(
-        compute, model=model, data=images, options={"input of block": CUT, "size": SIZE, "dtype": "float16"}
-    )
-    maps(torch.zeros(1, 3, SIZE, SIZE))
-    return torch.from_numpy(np.array(rows)).float().unflatten(1, shapes[0])
-
-
-def classifier(model: nn.Module, steps: int) -> Any:
-    """A Lightning module that fine-tunes a tail."""
-    import lightning
-
-    class Classifier(lightning.LightningModule):
-        """Cross entropy, AdamW, one cycle of the rate."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def training_step(self, batch: Any, index: int) -> Tensor:
-            """The loss of a batch."""
-            return F.cross_entropy(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> Any:
-            """The rate rises over a tenth of the steps and falls to zero."""
-            optimizer = torch.optim.AdamW(self.parameters(), lr=RATE, weight_decay=1e-2)
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    return Classifier()
+    (found,) = cached_maps(model, prepare, maps, images, batch=16, about={"input of block": CUT})
+    return found.float()
 
 
 def tune(model: nn.Sequential, x: Any, y: Any, epochs: int, seed: int) -> float:
     """Test accuracy, percent, of a fine-tuned tail; all arms of a seed see the same batches."""
     generator = torch.Generator().manual_seed(seed)
     rows = [part for _ in range(epochs) for part in torch.randperm(len(y["train"]), generator=generator).split(BATCH)]
-    batches: Any = [(x["train"][each], y["train"][each]) for each in rows]
+    batches = [(x["train"][each], y["train"][each]) for each in rows]
     torch.manual_seed(seed)
-    with quiet_trainer(max_epochs=1, gradient_clip_val=1.0) as trainer:
-        trainer.fit(classifier(model.train(), len(batches)), torch.utils.data.DataLoader(batches, batch_size=None))
-    model.eval()
+    train(
+        model.train(),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        batches,
+        learning_rate=RATE,
+        optimizer="adamw",
+        weight_decay=1e-2,
+        schedule=one_cycle(0.1),
+        clip=1.0,
+    )
     with torch.no_grad():
         predicted = torch.cat([model(part).argmax(1) for part in x["test"].split(250)])
     return 100 * float((predicted == y["test"]).double().mean())
 
 
-def pictures() -> tuple[str, dict[str, np.ndarray], dict[str, Int[Tensor, " n"]]]:
-    """CIFAR-10, or scikit-learn's digits in three channels where the data folder lacks it."""
-    if is_available("cifar10"):
-        data, name = load("cifar10"), "CIFAR-10"
-        images = {"train": data["x_train"][:N_TRAIN], "test": data["x_test"][:N_TEST]}
-        labels = {"train": data["y_train"][:N_TRAIN], "test": data["y_test"][:N_TEST]}
-    else:
-        digits, name = load("digits"), "digits"
-        x = (np.asarray(digits["x"]).reshape(-1, 8, 8, 1) * 15).astype(np.uint8).repeat(3, -1)
-        images, labels = {"train": x[:700], "test": x[700:]}, {"train": digits["y"][:700], "test": digits["y"][700:]}
-    return name, images, {part: torch.from_numpy(np.asarray(rows).astype(np.int64)) for part, rows in labels.items()}
+def material(most: int | None = None) -> tuple[LabelledImages, dict[str, Tensor], dict[str, Tensor]]:
+    """Pictures, the maps of both parts that reach the tail, and their classes; of at most so many of each part."""
+    data = labelled_images("cifar10").first(N_TRAIN, N_TEST)
+    images = data.images.astype(np.uint8)
+    images = images if images.ndim == 4 else images[..., None].repeat(3, -1)
+    x = {part: stage_inputs(rows)[:most] for part, rows in data.split(images).items()}
+    y = {part: torch.from_numpy(rows[:most]) for part, rows in data.split(data.labels.astype(np.int64)).items()}
+    return data, x, y
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Fine-tune every arm from the same pretrained tail."""
     progress("maps that reach the tail", 0.0)
-    source, images, y = pictures()
-    x = {part: stage_inputs(rows) for part, rows in images.items()}
-    if quick:
-        x, y = ({part: rows[:128] for part, rows in parts.items()} for parts in (x, y))
-    arms = {
-        n: m for n, m in ARMS.items() if not quick or n in ("the network as it is", "blocks deleted", "ULSAM, 4 groups")
-    }
-    seeds, epochs = (range(seed, seed + 1), 1) if quick else (range(seed, seed + 3), EPOCHS)
+    data, x, y = material(128 if quick else None)
+    epochs, seeds = (1, 1) if quick else (EPOCHS, 3)
     names = middle_blocks(tail(10), x["test"][:1])
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    costs: dict[str, tuple[int, int]] = {}
-    entropies: list[list[Any]] = []
-    for done, (each, arm) in enumerate((each, arm) for each in seeds for arm in arms):
-        progress(f"{arm}, seed {each}", 0.05 + 0.95 * done / (len(seeds) * len(arms)))
-        torch.manual_seed(each)
+    entropies: dict[str, list[list[Any]]] = {}
+
+    def measure(arm: str, seed: int) -> dict[str, float]:
+        torch.manual_seed(seed)
         model = tail(10)
-        operate(model, names, arms[arm], x["test"][:1])
-        costs[arm] = sum(p.numel() for p in model.parameters()), multiply_adds(model, x["test"][:1])
-        found[arm].append(tune(model, x, y, epochs, each))
-        if each == seeds[-1]:
-            entropies += [[arm, *row] for row in _entropies(model, x["test"][:250])]
-    mean = {arm: float(np.mean(values)) for arm, values in found.items()}
-    spread = float(np.mean([np.ptp(values) for values in found.values()]))
-    attention = {arm: value for arm, value in mean.items() if arm.startswith("ULSAM")}
-    best = max(attention, key=lambda arm: attention[arm])
-    gain, lost = mean[best] - mean["blocks deleted"], mean[best] - mean["the network as it is"]
-    saved = 1 - costs[best][1] / costs["the network as it is"][1]
+        operate(model, names, ARMS[arm], x["test"][:1])
+        cost = {"parameters": parameter_count(model), "multiply-adds": multiply_adds(model, x["test"][:1])}
+        accuracy = tune(model, x, y, epochs, seed)
+        entropies[arm] = _entropies(model, x["test"][:250])
+        return {"accuracy": accuracy, **cost}
+
+    arms = [_WHOLE, _DELETED, _FOUR] if quick else list(ARMS)
+    trials = Trials(arms, range(seed, seed + seeds), measure, progress=progress, span=(0.05, 1.0))
+    mean = trials.means("accuracy")
+    best = max((arm for arm in arms if arm.startswith("ULSAM")), key=lambda arm: mean[arm])
+    gain = mean[best] - mean[_DELETED]
+    between_seeds = float(np.mean(list(trials.means("accuracy", of=np.ptp).values())))
+    saved = 1 - trials.mean(best, "multiply-adds") / trials.mean(_WHOLE, "multiply-adds")
     checks = [
-        Check("beside the whole network", "points, mean of seeds", lost, ">= -1", lost >= -1),
-        Check("multiply-adds drop", "share of the tail's", saved, "> 0.05", saved > 0.05),
-        Check("beyond the spread of seeds", "gain over deletion less the mean range of seeds, points", gain - spread,
-              "> 0", gain > spread, required=False),
-    ]  # fmt: skip
-    if "ULSAM, 1 group" in mean:
-        several = max(value for arm, value in attention.items() if arm != "ULSAM, 1 group") - mean["ULSAM, 1 group"]
-        checks.append(
-            Check("several groups over one", "points, mean of seeds", several, "> 0", several > 0, required=False)
-        )
+        Check.at_least("beside the whole network", "points, mean of seeds", mean[best] - mean[_WHOLE], -1),
+        Check.above("multiply-adds drop", "share of the tail's", saved, 0.05, quick=True),
+        Check.above(
+            "beyond the spread of seeds",
+            "gain over deletion less the mean range of seeds, points",
+            gain - between_seeds,
+            0,
+            required=False,
+        ),
+    ]
+    if _ONE in mean:
+        gap = trials.gap(_FOUR, _ONE, "accuracy")
+        checks.append(Check.above("several groups over one", "points, mean of seeds", gap, 0, required=False))
     return Outcome(
         claim="Two residual blocks of MobileNet-V2 replaced by spatial attention maps of groups of channels: 71.52 on "
         "ImageNet with 2.96 M parameters and 262 M multiply-adds, against 71.25 with 3.4 M and 300 M.",
-        data=f"{source}, {len(y['train'])} training and {len(y['test'])} test pictures at {SIZE} pixels",
+        data=f"{data.name}, {len(y['train'])} training and {len(y['test'])} test pictures at {SIZE} pixels",
         model=f"{MODEL} from block {CUT} on, pretrained, blocks {' and '.join(str(CUT + int(n)) for n in names)} "
         f"replaced; {epochs} epochs of AdamW",
         metric="test accuracy (percent) of the best number of groups, mean of seeds",
         ours=mean[best],
         baselines={arm: value for arm, value in mean.items() if arm != best},
-        bar="not below the same blocks deleted",
-        holds=gain >= 0,
+        main=Check.at_least("beside the same blocks deleted", "points, mean of seeds", gain, 0),
         checks=checks,
         tables=[
-            Table(
+            trials.table(
                 "fine-tuned tails",
-                ["arm", "accuracy", "lowest", "highest", "parameters", "multiply-adds a picture"],
-                [[a, round(mean[a], 2), round(min(v), 2), round(max(v), 2), *costs[a]] for a, v in found.items()],
+                "arm",
+                {
+                    **spread("accuracy", "accuracy"),
+                    "parameters": Column("parameters", max),
+                    "multiply-adds a picture": Column("multiply-adds", max),
+                },
             ),
             Table(
                 "entropy of the maps over that of a uniform one, after training, last seed",
                 ["arm", "block", "lowest group", "highest group"],
-                entropies,
+                [[arm, *row] for arm, rows in entropies.items() for row in rows],
             ),
         ],
         notes=[

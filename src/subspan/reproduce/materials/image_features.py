@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from subspan.base.modules import evaluation
 from subspan.datasets import cached_features, image_preprocessing, is_available, load, load_model
 from subspan.models import ImageEncoder, ImagePreprocessing
 
@@ -36,6 +38,33 @@ def pooled_features(images: Any, encoder: ImageEncoder, size: int) -> Float[Tens
         options={"output": "mean of the last feature map", "size": size, "crop_fraction": 1.0},
     )
     return torch.from_numpy(np.array(found))
+
+
+def cached_maps(
+    model: Any,
+    prepare: ImagePreprocessing,
+    maps: Callable[[Tensor], Sequence[Tensor]],
+    images: Any,
+    *,
+    batch: int,
+    about: dict[str, Any],
+) -> list[Tensor]:
+    """Maps (n, d, h, w) that a function makes of prepared batches of images, in half precision, from the cache.
+
+    about: what they depend on beside the model, the images and their size.
+    """
+
+    def compute(start: int) -> Iterator[Tensor]:
+        for first in range(start, len(images), batch):
+            prepared = prepare.batch(images[row] for row in range(first, min(first + batch, len(images))))
+            yield torch.cat([each.flatten(1) for each in maps(prepared)], 1).half()
+
+    options = {**about, "size": prepare.size, "dtype": "float16"}
+    with torch.no_grad(), evaluation(model):
+        rows = cached_features(compute, model=model, data=images, options=options)
+        shapes = [each.shape[1:] for each in maps(torch.zeros(1, 3, *prepare.height_width))]
+    parts = torch.from_numpy(np.array(rows)).split([shape.numel() for shape in shapes], dim=1)
+    return [part.unflatten(1, shape) for part, shape in zip(parts, shapes)]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ TEMPLATES = (
 )
 """Caption templates for class names; training draws one a picture."""
 
+DIGIT_NAMES = tuple(
+    f"handwritten digit {word}"
+    for word in ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -222,8 +227,7 @@ def _read(source: str, limit: int | None) -> _Source:
         )
     if source == "digits":
         data = load(source)
-        words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-        names = [f"handwritten digit {words[label]}" for label in data["y"]]
+        names = [DIGIT_NAMES[label] for label in data["y"]]
         images, labels = data["x"] * 15, data["y"].tolist()
         parts = [("train", "fit", "test")[(i % 10 > 4) + (i % 10 > 7)] for i in range(len(names))]
     else:

@@ -1,0 +1,165 @@
+"""Protocols run whole, on planted data that is small enough for a test."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("lightning", reason="protocols train with Lightning (extra: train)")
+
+from subspan.datasets import attributed_block_model
+from subspan.models import SentenceEncoder
+from subspan.reproduce import Table
+from subspan.reproduce.materials import JointSpace, LabelledImages, Views
+from subspan.select import LeverageSelector
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+EMPTY = Table("planted", ["a"], [])
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def subspaces(n: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of three planes of three dimensions, and which."""
+    random = np.random.default_rng(seed)
+    parts = [random.normal(size=(n // 3, 3)) @ np.linalg.qr(random.normal(size=(d, 3)))[0].T for _ in range(3)]
+    return np.concatenate(parts), np.repeat(np.arange(3), n // 3)
+
+
+def simvq(module: Any, patch: Any) -> None:
+    x = normal(512, 3) @ normal(3, 192, seed=1)
+    patch(module, "material", lambda: ("planted", x, x[:256]))
+    for name, size in {"BATCH": 64, "MANY": 64, "FEW": 8, "HIDDEN": 16}.items():
+        patch(module, name, size)
+
+
+def ulsam(module: Any, patch: Any) -> None:
+    def tail(classes: int) -> nn.Sequential:
+        blocks = [nn.Sequential(nn.Conv2d(112, 112, 3, padding=1), nn.ReLU()) for _ in range(2)]
+        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, classes))
+
+    rows = np.arange(96)
+    data = LabelledImages("planted", None, rows % 2, rows[:64], rows[64:], ("a", "b"))
+    y = {part: torch.from_numpy(each) for part, each in data.split(data.labels).items()}
+    x = {part: normal(len(each), 112, 2, 2) + each[:, None, None, None] for part, each in y.items()}
+    patch(module, "material", lambda most: (data, x, y))
+    patch(module, "tail", tail)
+
+
+def lambda_orthogonality(module: Any, patch: Any) -> None:
+    rows = np.arange(480)
+    centers = normal(8, 12)[rows % 8]
+
+    class Planted(LabelledImages):
+        def features(self, model: str = "", size: int = 128) -> torch.Tensor:
+            newer = model == module.NEW
+            return (centers + (0.6 if newer else 1.2) * normal(480, 12, seed=newer + 1)) @ normal(
+                12, 20, seed=newer + 3
+            )
+
+    data = Planted("planted", None, rows % 8, rows[:320], rows[320:], tuple("abcdefgh"))
+    load = module.load
+    patch(module, "labelled_images", lambda source: data)
+    patch(module, "is_available", lambda name: False)
+    patch(module, "load", lambda setting, seed, quick: load(setting, seed))
+    patch(module, "QUICK", module.Setting(12, 6, 120, 160, 80, 80, 1, 1))
+
+
+def s2cag(module: Any, patch: Any) -> None:
+    graph = attributed_block_model(150, 3, mean_degree=10, n_attributes=120, words=8, random_state=0)
+    patch(module, "data_folder", lambda: "planted")
+    patch(module, "load_graph", lambda name: graph)
+    patch(module, "_scaling", lambda sizes, seed: (EMPTY, 2.0))
+
+
+def subspace_clustering(module: Any, patch: Any) -> None:
+    patch(module, "data_folder", lambda: "planted")
+    patch(module, "pictures", lambda name, most, seed: module.Pictures(name, *subspaces(75, 15), 3))
+
+
+def scalselect(module: Any, patch: Any) -> None:
+    rows = np.random.default_rng(0).permutation(subspaces(300, 20)[0].astype(np.float32) + 20)
+    chosen = LeverageSelector().fit(rows)
+    records = [{"text": "on Monday " * (i % 3) + "1 " * (i % 11) + "word", "label": "ab"[i % 2]} for i in range(450)]
+    found = SimpleNamespace(scores_=chosen.scores_, k_=chosen.k_, ranking_=chosen.ranking_)
+    found.select = lambda count: chosen.ranking_[: count if count > 1 else round(300 * count)]
+    deep = normal(450, 8).numpy()
+    model = (SimpleNamespace(), lambda text: {"input_ids": text.split()})
+    patch(module, "load_language_model", lambda *_, **__: model)
+    patch(module, "_records", lambda *_: ("planted", records[:300], records[300:], module.NEWS))
+    patch(module, "_represent", lambda *_: (found, rows))
+    patch(module, "_deep", lambda *_: (deep, deep[::-1].copy(), deep[:, 0]))
+    patch(module, "_scaling", lambda *_: (EMPTY, 1.0, 0.0))
+
+
+def subspacead(module: Any, patch: Any) -> None:
+    facts = {f"{arm} {kind}": 0.9 for arm in module.METHODS for kind in ("pixel", "image", "aupro")}
+    facts |= {f"{arm} {what}": 1.0 for arm in ("ours", "bank") for what in ("seconds", "storage")}
+    load = module.load
+    patch(module, "load", lambda name: dict.fromkeys(("brick", "grass")) if name == "textures" else load(name))
+    patch(module, "_grid", lambda *_: None)
+    patch(module, "pasted_defects", lambda *_, **__: None)
+    patch(module, "texture_trial", lambda *_: {**facts, "rank": 3, "forest image": 0.5})
+
+
+def sts(module: Any, patch: Any) -> None:
+    prototypes, names = normal(10, 20) + 0.5, [f"thing {number}" for number in range(10)]
+
+    class Encoder(SentenceEncoder):
+        def __init__(self, *_: Any) -> None: ...
+
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return np.stack([prototypes[int("".join(filter(str.isdigit, text)))].numpy() for text in texts])
+
+    def views(draw: Any, say: Callable[[float], None]) -> Views:
+        y = torch.arange(draw.images) % 10
+        noise = normal(draw.images, draw.views, 20, seed=len(draw.shift))
+        return Views((prototypes[y][:, None] + (0.1 if draw.shift == "clean" else 1.5) * noise).half(), y)
+
+    patch(module, "load_sentence_encoder", tuple)
+    patch(module, "SentenceEncoder", Encoder)
+    patch(module, "is_available", lambda name: True)
+    patch(module, "_cifar_linear", lambda *_: JointSpace("planted", lambda x: x, lambda x: x, 20.0))
+    patch(module, "drawn_views", views)
+    patch(module, "named_pictures", lambda *_: (None, None, names))
+    patch(module, "cost", lambda *_: (EMPTY, 0.1, 50.0))
+
+
+# Checks that hold on the planted data, whatever the seed.
+PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
+    simvq: {"more codes reconstruct better"},
+    ulsam: {"multiply-adds drop"},
+    lambda_orthogonality: {"a rotation changes nothing of the new model"},
+    s2cag: {"unseen nodes are clustered like seen ones"},
+    subspace_clustering: {"orl: a self-expressive method beats k-means"},
+    scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
+    subspacead: set(),
+    sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.__name__)
+def test_a_protocol_runs_whole_on_planted_data(
+    planted: Callable[[Any, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"subspan.reproduce.{planted.__name__}")
+    planted(module, monkeypatch.setattr)
+    said: list[float] = []
+    outcome = module.protocol(quick=True, seed=0, progress=lambda message, fraction: said.append(fraction))
+    assert said[0] >= 0
+    assert said == sorted(said)
+    assert said[-1] <= 1
+    assert len({(check.name, check.metric) for check in outcome.checks}) == len(outcome.checks)
+    judged = [check for check in [outcome.main, *outcome.checks] if check.quick]
+    assert judged
+    assert {check.name for check in outcome.checks if check.holds} >= PLANTED[planted]
