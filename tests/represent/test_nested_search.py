@@ -137,8 +137,8 @@ def test_zero_prefixes_and_half_precision():
         ({"metric": "dot"}, 1, "metric"),
         ({"backend": "gpu"}, 1, "backend"),
         ({"shortlist": 20}, 0, "k: must"),
-        ({"shortlist": 0}, 1, "shortlist: must"),
-        ({"shortlist": True}, 1, "shortlist: must"),
+        ({"shortlist": 0}, 1, "shortlist: expected"),
+        ({"shortlist": True}, 1, "shortlist: expected"),
     ],
 )
 def test_bad_search_input_is_named(options, k, message):

@@ -30,7 +30,7 @@ class Bounds:
 
     def __contains__(self, value: float) -> bool:
         strict = (self.above == -math.inf or value > self.above) and (self.below == math.inf or value < self.below)
-        return strict and self.least <= value <= self.most
+        return bool(strict and self.least <= value <= self.most)
 
     def __str__(self) -> str:
         low, high = max(self.least, self.above), min(self.most, self.below)
@@ -76,10 +76,10 @@ def _is(value: Any, kind: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(_is(value, one) for one in inner)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in inner)
+        return any(type(value) is type(one) and bool(value == one) for one in inner)
     if kind in (bool, int, float):
         wanted = {bool: bool | np.bool_, int: numbers.Integral, float: numbers.Real}[kind]
-        return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)) and value == value
+        return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)) and bool(value == value)
     if origin is collections.abc.Sequence:
         listed = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str)
         return listed and all(_is(one, inner[0]) for one in value)

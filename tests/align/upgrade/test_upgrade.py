@@ -657,7 +657,7 @@ def test_bad_rows_are_named(tmp_path):
         (lambda: quick().fit(x, y[:-1]), "Y: expected 100 rows"),
         (lambda: quick().fit(x, y * float("nan")), "NaN"),
         (lambda: quick().fit(x, torch.ones_like(y)), "constant"),
-        (lambda: quick().fit([x[:50], x[50:, :5]], [y[:50], y[50:]]), "follows batches"),
+        (lambda: quick().fit([x[:50], x[50:, :5]], [y[:50], y[50:]]), "expected 12 columns"),
         (lambda: quick("ridge").fit(x, y).transform(x[:, :3]), "expected 12 columns"),
         (lambda: quick().fit_unpaired(x[:5], y), "X: needs at least 20"),
         (lambda: quick().fit_unpaired(x, y[:, :1] * 0), "constant|variance"),

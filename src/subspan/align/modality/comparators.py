@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .modality_map import ModalityMap
 class MeanShift(ModalityMap):
     """Source rows moved by the difference of the means, then to unit length (Unicorn; Yu et al., 2025)."""
 
+    _: KW_ONLY
     normalize: bool = True
 
     def _accumulator(self, d: int) -> Spread:
@@ -32,7 +33,7 @@ class MeanShift(ModalityMap):
         return torch.ones((), dtype=torch.float64, device=self._source.mean.device)
 
 
-@dataclass(eq=False, repr=False, kw_only=True)
+@dataclass(eq=False, repr=False)
 class C3(MeanShift):
     """Mean shift, then isotropic Gaussian noise, then to unit length (connect, collapse, corrupt; Zhang et al., 2024).
 
@@ -41,6 +42,7 @@ class C3(MeanShift):
     """
 
     sigma: NonNegative = 0.02
+    _: KW_ONLY
     random_state: Seed = None
 
     def _noise(self) -> float:
