@@ -21,6 +21,7 @@ def test_the_kernel_is_its_formula_also_far_from_the_origin():
     torch.testing.assert_close(gaussian_kernel(x), gaussian_kernel(x, x, bandwidth=float(width)))
     assert torch.equal(gram_matrix(x, "rbf"), gaussian_kernel(x))
     assert torch.equal(gaussian_kernel(torch.ones(3, 2)), torch.ones(3, 3))
+    assert (gaussian_kernel(draw(9, 300).float(), bandwidth=1e-3).diagonal() == 1).all()
     for wrong in (0.0, "mean"):
         with pytest.raises(ValueError, match="bandwidth"):
             gaussian_kernel(x, bandwidth=wrong)
