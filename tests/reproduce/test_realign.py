@@ -8,7 +8,6 @@ pytest.importorskip("lightning", reason="the dual encoder trains with Lightning 
 pytest.importorskip("transformers", reason="the sentence encoder is a transformers model (extra: text)")
 
 from subspan.base import normalize_rows
-from subspan.datasets import is_available, is_installed
 from subspan.reproduce import realign
 from subspan.reproduce.materials import shared_space as recipe
 from subspan.reproduce.materials.shared_space import TEMPLATES, Pairs, Recipe, SharedSpace
@@ -194,14 +193,3 @@ def test_without_the_shared_data_the_digits_take_their_place(without_networks, m
     recipe.dual_encoder(quick=True)
     recipe.dual_encoder()
     assert [options.sources for options in seen] == [("digits",)] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (is_installed("minilm") and is_installed("efficientnet-lite0")), reason="needs the packaged encoders"
-)
-def test_the_quick_protocol_on_real_data():
-    if not is_available("cifar100"):
-        pytest.skip("SUBSPAN_DATA is not set: the shared data sets are not on this machine")
-    outcome = realign.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.facts(quick=True)["holds"]

@@ -10,11 +10,6 @@ from subspan.reproduce import SYSTEMS, Check, Outcome, find, listing, recorded, 
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "minilm")
-# Protocols that are still to be written in the shared words.
-OLDER = {
-    "irepa", "lambda_orthogonality", "matryoshka", "mlc", "plato_3d_text", "realign", "s2cag", "scalselect", "simvq",
-    "stationary_simplex", "sts", "subspace_clustering", "subspacead", "ulsam",
-}  # fmt: skip
 
 
 def outcome():
@@ -87,7 +82,7 @@ def test_a_quick_run_measures_everything_and_what_it_judges_holds(system):
 def test_every_bar_comes_from_a_bound_and_training_from_one_module():
     """`Check(…)` spells out text and verdict, and could state another bar than it tests."""
     for path in sorted((ROOT / "src" / "subspan" / "reproduce").rglob("*.py")):
-        if path.stem in OLDER or path.stem == "protocol":
+        if path.stem == "protocol":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""

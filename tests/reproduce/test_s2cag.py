@@ -1,7 +1,6 @@
 """The parts of S²CAG's protocol, and the protocol in small."""
 
 import numpy as np
-import pytest
 
 from subspan.datasets import attributed_block_model
 from subspan.reproduce import s2cag
@@ -43,9 +42,3 @@ def test_held_out_nodes_are_scored_on_both_sides():
     apart, together = s2cag._unseen(GRAPH, {"order": 3}, 0)
     assert 0.5 < apart <= 1
     assert 0.5 < together <= 1
-
-
-@pytest.mark.slow
-def test_the_protocol_in_small():
-    outcome = s2cag.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.holds

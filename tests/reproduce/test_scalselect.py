@@ -4,9 +4,8 @@ import email
 from pathlib import Path
 
 import numpy as np
-import pytest
 
-from subspan.datasets import is_installed, stdlib_docstrings
+from subspan.datasets import stdlib_docstrings
 from subspan.reproduce import scalselect
 from subspan.select import LeverageSelector
 
@@ -67,12 +66,3 @@ def test_the_probe_learns_separable_classes():
     penalty = scalselect._penalty(x, y, 0)
     assert penalty in (0.001, 0.01, 0.1, 1.0)
     assert scalselect._probe(penalty).fit(x, y).score(x, y) > 0.95
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not is_installed("smollm2"), reason="the package with SmolLM2's weights is not installed")
-def test_the_protocol_in_small():
-    outcome = scalselect.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.holds
-    assert outcome.ours > outcome.baselines["random"]
-    assert outcome.facts(quick=True)["holds"]

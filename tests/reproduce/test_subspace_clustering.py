@@ -38,9 +38,3 @@ def test_without_a_data_folder_the_digits_are_taken(monkeypatch):
     pictures = subspace_clustering.pictures("digits", 100, 0)
     assert pictures.x.shape == (100, 64)
     assert pictures.x.max() == 1
-
-
-@pytest.mark.slow
-def test_the_protocol_in_small():
-    outcome = subspace_clustering.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.holds

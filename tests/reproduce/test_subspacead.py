@@ -69,13 +69,3 @@ def test_table_rows_are_near_the_best_detector():
     found = subspacead.table_rows(range(3))
     assert found.mean("ours") > 0.92
     assert found.mean("ours") > max(found.means().values()) - 0.02
-
-
-@needs_weights
-@pytest.mark.slow
-def test_the_quick_protocol_measures_everything():
-    outcome = subspacead.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
-    assert outcome.ours > 0.85
-    by_name = {check.name: check for check in outcome.checks}
-    assert by_name["storage"].value > 10
-    assert by_name["beyond pixel PCA"].value > 0.1

@@ -336,14 +336,14 @@ def _tables(blocks: list[dict[str, Any]], mixed: list[list[float]], trials: Tria
     return [
         trials.table("training, means over seeds", "arm", {name: name for name in trials.runs["none"][0]}, digits=4),
         trials.table("Gram agreement by seed", "arm", by_seed, digits=4),
-        Table(
+        Table.rounded(
             "spatial structure of encoders' blocks, before and after normalisation (γ = 0.8)",
             columns,
-            [[round(row[name], 4) if isinstance(row[name], float) else row[name] for name in columns] for row in shown],
+            [[row[name] for name in columns] for row in shown],
         ),
-        Table(
+        Table.rounded(
             "α times the mean token added to every token of the teacher",
             ["α", "LDS", "probe on the mean token", "probe on one token"],
-            [[round(value, 4) for value in row] for row in mixed],
+            mixed,
         ),
     ]

@@ -293,11 +293,11 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
 def _curves(trials: Trials[str]) -> Table:
     columns = ["area", *(f"{share:.0%}" for share in SHARES)]
-    return Table(
+    return Table.rounded(
         "backfilling: top-1 of B(new) by the share of F(old) that is embedded anew",
         ["order", *columns],
         [
-            [order, *(round(trials.mean(_PUBLISHED, f"{order}, {column}"), 4) for column in columns)]
+            [order, *(trials.mean(_PUBLISHED, f"{order}, {column}") for column in columns)]
             for order in ("farthest first", "random", "nearest first")
         ],
     )

@@ -327,10 +327,10 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             )
             for name in MEASURES
         ),
-        Table(
+        Table.rounded(
             "MRL at sizes it was not trained for",
             ["size", "top-1 of a fitted probe", "line through its neighbours"],
-            [[m, round(probe[m], 4), round(expected, 4)] for m, expected in line.items()],
+            [[m, probe[m], expected] for m, expected in line.items()],
         ),
         Table(
             "cascade by cap (thresholds from half of the held-out rows)",

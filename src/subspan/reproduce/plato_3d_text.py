@@ -120,7 +120,7 @@ def _tables(found: Measured, methods: Sequence[str]) -> list[Table]:
             *(found.mean("top5", direction=direction, **where) for direction in ("x->y", "y->x")),
         ]
         name = "full" if not k else f"{subspace.upper()}-{k}"
-        rows.append([name, method.replace("_", " "), *(round(value, 4) for value in values)])
+        rows.append([name, method.replace("_", " "), *values])
     spaces = {"full": "full", "pca": "PCA-50", "cca": "CCA-50"}
     by_anchors = []
     for size in world.anchors:
@@ -129,7 +129,7 @@ def _tables(found: Measured, methods: Sequence[str]) -> list[Table]:
             [
                 size,
                 *(
-                    round(found.mean("top5", subspace=subspace, method=method, k=k, n_anchors=size), 4)
+                    found.mean("top5", subspace=subspace, method=method, k=k, n_anchors=size)
                     for subspace, k in near.items()
                     for method in methods
                 ),
@@ -138,21 +138,21 @@ def _tables(found: Measured, methods: Sequence[str]) -> list[Table]:
     cka = {name: [report.cka.get(name) for report in reports] for name in reports[0].cka}
     cka["cca-50, anchors shuffled"] = [report.permutation_cka for report in reports]
     return [
-        Table(
+        Table.rounded(
             f"{world.name}: {world.anchors[-1]} anchors, {world.n_queries} queries, {len(reports)} seeds, both "
             f"directions (chance: top-5 {chance['top5']:.3f}, matching {chance['matching']:.3f})",
             ["space", "method", "top-1", "top-5", "matching", "deviation of top-5", "top-5, x to y", "top-5, y to x"],
             rows,
         ),
-        Table(
+        Table.rounded(
             f"{world.name}: top-5 against the number of anchors",
             ["anchors", *(f"{space}, {m.replace('_', ' ')}" for space in spaces.values() for m in methods)],
             by_anchors,
         ),
-        Table(
+        Table.rounded(
             f"{world.name}: linear CKA of the queries",
             ["space", "CKA"],
-            [[name, round(float(np.mean(values)), 4)] for name, values in cka.items() if None not in values],
+            [[name, float(np.mean(values))] for name, values in cka.items() if None not in values],
         ),
     ]
 
@@ -222,10 +222,10 @@ def _analysis(found: Measured, seeds: range, shapes: int, **options: bool) -> tu
     mean = {fact: trials.mean("value", fact) for fact in trials.runs["value"][0]}
     rise = mean["Chamfer, captions in the subspace"] - mean["Chamfer, captions"]
     purer = mean["family of neighbours, 3D subspace"] - mean["family of neighbours, 3D"]
-    table = Table(
+    table = Table.rounded(
         f"{world.name}: geometry and meaning of {min(world.n_queries, shapes)} shapes held out (CCA-{k})",
         ["measure", "value"],
-        [[name, round(value, 4)] for name, value in mean.items()],
+        mean.items(),
     )
     return table, [
         Check.above(

@@ -251,10 +251,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             ["rows", "raw", "step 1", "steps 1, 2", "ReAlign"],
             planted,
         ),
-        Table(
-            "the gap taken apart (paired, held out; frame: 90 % of the variance)",
-            ["part", "value"],
-            [[name, round(value, 4)] for name, value in parts.items()],
+        Table.rounded(
+            "the gap taken apart (paired, held out; frame: 90 % of the variance)", ["part", "value"], parts.items()
         ),
     ]
     checks = _checks(shape, use, floor, [row[-1] for row in planted])
@@ -311,13 +309,13 @@ def _captions(
             {name: name for name in GEOMETRY},
             digits=5,
         ),
-        Table(
+        Table.rounded(
             "held-out gap on Flickr8k captions, by where the statistics come from",
             ["statistics", "gap"],
             [
-                ["none", round(shape.mean(_RAW, "gap, held out"), 4)],
-                ["Flickr8k (in domain)", round(inside, 4)],
-                [f"{source} (another domain)", round(across, 4)],
+                ["none", shape.mean(_RAW, "gap, held out")],
+                ["Flickr8k (in domain)", inside],
+                [f"{source} (another domain)", across],
             ],
         ),
     ]

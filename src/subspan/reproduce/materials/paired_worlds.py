@@ -13,27 +13,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from scipy.sparse import hstack
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from subspan.base import save_arrays, saved_object
-from subspan.base.saved import set_state
 from subspan.datasets import (
     cached_features,
-    fingerprint,
     is_available,
     load,
     load_sentence_encoder,
     procedural_shapes,
     stdlib_docstrings,
 )
-from subspan.datasets.cache import entry_folder, whole_folder
 from subspan.models import SentenceEncoder
 from subspan.nn.training import quiet_trainer
 
+from ..training import kept
 from .sentences import text_features
 
 PACKAGES = ("numpy", "scipy", "sklearn", "networkx")
@@ -161,18 +158,15 @@ def point_network(clouds: Float[np.ndarray, "n m 3"], steps: int = STEPS) -> Any
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = PointContrast(keep=128)
-        key = fingerprint({"clouds": clouds, "steps": steps, "batch": BATCH, "start": model, "views": model.keep})
-        folder = entry_folder("point-network", key)
-        with whole_folder(folder) as unfinished:
-            if unfinished is not None:
-                data: Any = torch.from_numpy(clouds)
-                loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True)
-                with quiet_trainer(max_steps=steps, max_epochs=-1) as trainer:
-                    trainer.fit(model.objective(), loader)
-                save_arrays(unfinished / "network.safetensors", "point-contrast", model.state_dict())
-    with saved_object(folder / "network.safetensors", "point-contrast", {"*": Shaped[Tensor, "..."]}) as (state, _):
-        set_state(model, state)
-    return model.eval().requires_grad_(False)
+        data: Any = torch.from_numpy(clouds)
+
+        def fit() -> None:
+            loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True)
+            with quiet_trainer(max_steps=steps, max_epochs=-1) as trainer:
+                trainer.fit(model.objective(), loader)
+
+        key = {"clouds": clouds, "steps": steps, "batch": BATCH, "start": model, "views": model.keep}
+        return kept(model, "point-network", key, fit)
 
 
 def _shape_features(model: Any, clouds: Float[np.ndarray, "n m 3"]) -> Float[Tensor, "n p"]:
