@@ -45,7 +45,7 @@ def simvq(module: Any, patch: Any) -> None:
 
 def ulsam(module: Any, patch: Any) -> None:
     def tail(classes: int) -> nn.Sequential:
-        blocks = [nn.Sequential(nn.Conv2d(112, 112, 3, padding=1), nn.ReLU()) for _ in range(2)]
+        blocks = [nn.Sequential(nn.Conv2d(112, 112, 3, padding=1), nn.Conv2d(112, 112, 1)) for _ in range(2)]
         return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(112, classes))
 
     rows = np.arange(96)
