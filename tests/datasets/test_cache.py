@@ -248,7 +248,7 @@ def test_nothing_is_kept_outside_the_kinds() -> None:
     used = {
         kind
         for path in source.rglob("*.py")
-        for kind in re.findall(r'entry_folder\("([^"]+)"', path.read_text(encoding="utf-8"))
+        for kind in re.findall(r'(?:entry_folder\(|kept\(\s*\w+,\s*)"([^"]+)"', path.read_text(encoding="utf-8"))
     }
     assert used == set(KINDS)
 

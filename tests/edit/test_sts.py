@@ -48,7 +48,19 @@ def steer(prototypes, **options):
 
 
 def reference(
-    prototypes, views, basis, *, keep, steps, lr, optimizer, reg, penalty, predict, per_class=False, side="text"
+    prototypes,
+    views,
+    basis,
+    *,
+    keep,
+    steps,
+    learning_rate,
+    optimizer,
+    reg,
+    penalty,
+    predict,
+    per_class=False,
+    side="text",
 ):
     """One image after the other with autograd and torch's own optimisers, as the paper describes it."""
     rows = []
@@ -59,7 +71,7 @@ def reference(
         shape = (len(prototypes), basis.shape[1]) if per_class else (basis.shape[1],)
         gamma = torch.zeros(shape, dtype=image.dtype, requires_grad=True)
         kinds = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-        stepper = kinds[optimizer]([gamma], lr=lr)
+        stepper = kinds[optimizer]([gamma], lr=learning_rate)
 
         def logits_of(rows, gamma):
             shift = gamma @ basis.T

@@ -28,7 +28,7 @@ class Bounds:
     most: float = math.inf
     below: float = math.inf
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: Any) -> bool:
         strict = (self.above == -math.inf or value > self.above) and (self.below == math.inf or value < self.below)
         return bool(strict and self.least <= value <= self.most)
 
@@ -82,7 +82,9 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, wanted) and (kind is bool or not isinstance(value, bool)) and bool(value == value)
     if origin is collections.abc.Sequence:
         listed = hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, str)
-        return listed and all(_is(one, inner[0]) for one in value)
+        # Entries of tensors are tensors, until they are listed.
+        entries: Any = getattr(value, "tolist", lambda: value)() if listed else ()
+        return listed and all(_is(one, inner[0]) for one in entries)
     if kind is Any:
         return True
     return callable(value) if origin is collections.abc.Callable else isinstance(value, origin or kind)

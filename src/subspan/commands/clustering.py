@@ -142,7 +142,7 @@ def cluster_graph(
     graph: AttributedGraph,
     n_clusters: int | None = None,
     *,
-    objective: str = "conductance",
+    objective: Any = "conductance",
     order: int = 10,
     decay: float = 0.9,
     seed: int = 0,

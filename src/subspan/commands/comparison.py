@@ -100,7 +100,7 @@ def comparison_facts(data: Rows, other: Rows, *, seed: int, progress: Progress) 
     }
 
 
-def fit_map(data: Rows, other: Rows, method: str, *, seed: int, progress: Progress) -> tuple[SpaceMap, dict[str, Any]]:
+def fit_map(data: Rows, other: Rows, method: Any, *, seed: int, progress: Progress) -> tuple[SpaceMap, dict[str, Any]]:
     """The map fitted on all rows, and what a map fitted on one half of them does for the other half.
 
     Raises ValueError for fewer than 4 rows, of which no half can be fitted to.

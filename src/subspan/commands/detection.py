@@ -29,7 +29,7 @@ def detect_rows(
     good: Rows | None = None,
     *,
     rank: int | float | str = 0.99,
-    distance: str = "combined",
+    distance: Any = "combined",
     by_label: bool = False,
     progress: Progress = silent,
 ) -> Found:

@@ -165,7 +165,7 @@ def run_upgrade(
     return facts
 
 
-def _fitter(method: str, unit: bool, seed: int) -> Fit:
+def _fitter(method: Any, unit: bool, seed: int) -> Fit:
     """Fits maps between the two spaces; the second time a map is fitted, with the method that the first one chose."""
 
     def fit(x: np.ndarray, y: np.ndarray, metric: str, chosen: Any = None) -> UpgradeMap:

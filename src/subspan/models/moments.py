@@ -87,7 +87,7 @@ class SiteMoments(Mapping[str, Any]):
             leaders[name] = by_pair.setdefault(pair, name)
             if leaders[name] == name:
                 mine, theirs = (side.get(name) for side in (self, other))
-                moments[name] = mine + theirs if None not in (mine, theirs) else mine if theirs is None else theirs
+                moments[name] = theirs if mine is None else mine if theirs is None else mine + theirs
         skipped = {
             name: sum(side.skipped.get(side.leaders[name], 0) for side in (self, other) if name in side)
             for name in moments

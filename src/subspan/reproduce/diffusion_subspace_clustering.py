@@ -212,7 +212,7 @@ def face_models(data: Faces, people: int, dim: int, seed: int) -> dict[str, LowR
     mixture = quietly(LowRankMixtureDiffusion(people, dim, init="lsr", **hard), data.fit)
     found, model = mixture.labels_, LowRankMixtureDiffusion
     others = {
-        "mixture from true labels": model(people, dim, method="hard", max_iter=1, init=truth),
+        "mixture from true labels": model(people, dim, method="hard", max_iter=1, init=truth.tolist()),
         "one Gaussian": model(1, most, random_state=seed),
         "mixture, likelihood": model(people, dim, init=found, random_state=seed),
         "exactly low-rank mixture": model(people, dim, floor=0.0, init=found, **hard),

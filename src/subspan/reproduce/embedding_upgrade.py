@@ -10,7 +10,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Upgrade:
     name: str
     new: Float[Tensor, "n d_x"]
     old: Float[Tensor, "n d_y"]
-    target: str = "neighbours"
+    target: Literal["neighbours", "pair"] = "neighbours"
     labels: np.ndarray | None = None
 
     def split(self, seed: int) -> tuple[Tensor, Tensor]:

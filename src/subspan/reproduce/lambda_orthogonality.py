@@ -153,7 +153,8 @@ def top_one(queries: Tensor, gallery: Tensor, labels: np.ndarray, count: int) ->
 def five_ways(data: Data, maps: Maps, queries: int) -> dict[str, float]:
     """Top-1 of the five pairs of query and gallery, and what the map costs on other pictures."""
     rows = {"old": data.old, "F(old)": maps.old(data.old), "B(new)": maps.new(data.new)}
-    found = {pair: top_one(*(rows[side] for side in pair.split("/")), data.labels, queries) for pair in PAIRS}
+    sides = {pair: pair.split("/") for pair in PAIRS}
+    found = {pair: top_one(rows[a], rows[b], data.labels, queries) for pair, (a, b) in sides.items()}
     elsewhere = maps.new(data.elsewhere)
     count = min(queries, len(elsewhere))
     kept, before = (top_one(rows, rows, data.elsewhere_labels, count) for rows in (elsewhere, data.elsewhere))
@@ -164,7 +165,7 @@ def five_ways(data: Data, maps: Maps, queries: int) -> dict[str, float]:
 def arms(epochs: int) -> dict[str, Callable[[Data, int], Maps]]:
     """Every method: how its maps come from the training pairs and a seed."""
 
-    def space(method: str) -> Callable[[Data, int], Maps]:
+    def space(method: Any) -> Callable[[Data, int], Maps]:
         def fit(data: Data, seed: int) -> Maps:
             model = SpaceMap(method).fit(data.train_new, data.train_old)
             return Maps(model.transform, _same, model.map_.orthogonality_defect)

@@ -127,7 +127,8 @@ class Pictures:
                 self.split.train.double().numpy(), self.split.train_labels
             )
             rows = (self.split.train, self.split.test)
-            return self.of(*(torch.from_numpy(fitted.transform(x.double().numpy())) for x in rows), self.sizes)
+            train, test = (torch.from_numpy(fitted.transform(x.double().numpy())) for x in rows)
+            return self.of(train, test, self.sizes)
         plain = self.model(seed, (DIMS[-1],))
         z_train, z_test = plain.transform(self.split.train), plain.transform(self.split.test)
         if arm == "plain, first m":

@@ -152,7 +152,11 @@ def _tables(found: Measured, methods: Sequence[str]) -> list[Table]:
         Table.rounded(
             f"{world.name}: linear CKA of the queries",
             ["space", "CKA"],
-            [[name, float(np.mean(values))] for name, values in cka.items() if None not in values],
+            [
+                [name, float(np.mean([v for v in values if v is not None]))]
+                for name, values in cka.items()
+                if None not in values
+            ],
         ),
     ]
 

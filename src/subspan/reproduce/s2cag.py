@@ -164,7 +164,7 @@ def methods(graph: AttributedGraph, setting: Setting, *, ablations: bool) -> dic
     structure = _regularized_structure(a, k)
     bases: dict[tuple[str, int], np.ndarray] = {}
 
-    def fitted(objective: str, seed: int, **changed: Any) -> S2CAG:
+    def fitted(objective: Any, seed: int, **changed: Any) -> S2CAG:
         options = getattr(setting, objective) | changed
         return S2CAG(k, objective, random_state=seed, **options).fit(x, adjacency=a)
 

@@ -186,9 +186,9 @@ def _interval(values: tuple[float, float, float]) -> str:
 
 
 def _setting(title: str, space: JointSpace, encoder: SentenceEncoder, names: Sequence[str], drawn: dict) -> Setting:
-    prototypes = [space.prototypes(encoder, names, templates) for templates in (SINGLE_TEMPLATE, ENSEMBLE_TEMPLATES)]
+    single, ensemble = (space.prototypes(encoder, names, words) for words in (SINGLE_TEMPLATE, ENSEMBLE_TEMPLATES))
     views = {part: space.views(found) for part, found in drawn.items()}
-    return Setting(title, space, *prototypes, views, {part: found.labels for part, found in drawn.items()})
+    return Setting(title, space, single, ensemble, views, {part: found.labels for part, found in drawn.items()})
 
 
 def _imagenet(encoder: SentenceEncoder, logit_scale: float, seed: int) -> Setting:

@@ -16,7 +16,8 @@ from subspan.statistics.spread import Spread
 
 from .modality_map import ModalityMap
 
-_STEPS = ("anchor", "trace", "centroid")
+Step = Literal["anchor", "trace", "centroid"]
+STEPS: tuple[Step, ...] = ("anchor", "trace", "centroid")
 _EPSILON = 1e-10
 
 
@@ -36,15 +37,15 @@ class ReAlign(ModalityMap):
     Source: Yu et al. (2026), arXiv 2602.07026.
     """
 
-    steps: Sequence[Literal["anchor", "trace", "centroid"]] = _STEPS
+    steps: Sequence[Step] = STEPS
     n_centroid: Count = 1
     normalize: bool = True
     official: bool = False
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        if not self.steps or tuple(self.steps) != _STEPS[: len(self.steps)]:
-            raise ValueError(f"steps: expected the first one, two or three of {_STEPS}, got {self.steps!r}")
+        if not self.steps or tuple(self.steps) != STEPS[: len(self.steps)]:
+            raise ValueError(f"steps: expected the first one, two or three of {STEPS}, got {self.steps!r}")
 
     def _accumulator(self, d: int) -> Spread:
         return Spread(d)

@@ -159,8 +159,10 @@ def garments(train: int, test: int) -> Pictures:
     """Fashion-MNIST, or handwritten digits where the data folder lacks it."""
     data = labelled_images("fashion_mnist")
     order = np.random.default_rng(0).permutation(data.train)[:train]
-    parts = [np.asarray(data.images[index]) for index in (order, data.test[:test])]
-    return Pictures(data.name, *(_at_32(torch.from_numpy(part)[:, None].float()) for part in parts), None)
+    shown, held_out = (
+        _at_32(torch.from_numpy(np.asarray(data.images[index]))[:, None].float()) for index in (order, data.test[:test])
+    )
+    return Pictures(data.name, shown, held_out, None)
 
 
 def sprites(test: int) -> Pictures:
