@@ -74,7 +74,7 @@ class Rows:
     Examples
     --------
     >>> rows = Rows(np.eye(3, dtype=np.float32), "axes", ids=["x", "y", "z"])
-    >>> rows.take(rows.positions(["z"]))
+    >>> rows.take(rows.positions(np.array(["z"])))
     array([[0., 0., 1.]], dtype=float32)
     """
 
