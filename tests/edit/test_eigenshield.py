@@ -610,6 +610,10 @@ def test_jpeg_is_attacked_through_its_straight_gradient():
     assert (fine - image).abs().mean() < (coarse - image).abs().mean() < 0.1
     gradient = torch.autograd.grad((3 * coarse).sum(), image)[0]
     torch.testing.assert_close(gradient, torch.full_like(image, 3.0))
+    assert (jpeg(image, quality=1) - image).abs().mean() > (coarse - image).abs().mean()
+    for quality in (0, 96):
+        with pytest.raises(ValueError, match="quality: must lie in"):
+            jpeg(image, quality=quality)
 
 
 def test_typos():

@@ -25,6 +25,9 @@ def test_latents_that_are_the_factors_have_full_scores_and_turned_ones_not():
     assert bad.completeness < 0.6
     assert factor_vae_score(*aligned, n_votes=300) == 1
     assert factor_vae_score(*turned, n_votes=300) < 1
+    # The unit of a latent decides nothing.
+    wide = tuple((rows * [100, 1, 0.01], factors) for rows, factors in aligned)
+    assert factor_vae_score(*wide, n_votes=300) == 1
     noise = np.random.default_rng(3).standard_normal((800, 3))
     blind = dci_score((noise, aligned[0][1]), (noise[:400], aligned[1][1]))
     assert blind.informativeness < 0.05
