@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from processes import in_processes
 from subspan.geometry import principal_angles
 from subspan.geometry.grassmann import geodesic, parallel_transport, random_basis, tangent_projection
 from subspan.nn import GrassmannHead, GrassmannParameter, RiemannianSGD, riemannian, with_riemannian
@@ -342,8 +343,7 @@ def test_planes_that_are_sharded_take_the_same_steps():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    def train(rank):
         whole, sharded = head(), head()
         fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
         wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(whole))
@@ -358,8 +358,8 @@ def test_planes_that_are_sharded_take_the_same_steps():
         torch.testing.assert_close(wrapped.module.planes, whole.planes)
         # As its parameter is: what saves states shard by shard looks for that.
         assert type(optimizer.state[sharded.planes]["momentum_buffer"]) is type(sharded.planes)
-    finally:
-        torch.distributed.destroy_process_group()
+
+    in_processes(train)
 
 
 @pytest.mark.filterwarnings("error")

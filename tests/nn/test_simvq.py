@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from processes import in_processes
 from subspan.nn import GroupedSimVQ, ResidualSimVQ, SimVQ, code_usage
 from subspan.solvers import nearest_code
 from subspan.statistics import Moments
@@ -229,9 +230,8 @@ def test_a_residual_quantizer_with_dropout_trains_distributed():
             found = self.quantizer(self.inner(x))
             return found.loss + found.values.square().mean(), found.codes
 
-    torch.manual_seed(0)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
+    def train(rank):
+        torch.manual_seed(0)
         net, left_out = torch.nn.parallel.DistributedDataParallel(Net()), 0
         for step in range(8):
             net.zero_grad()
@@ -242,8 +242,8 @@ def test_a_residual_quantizer_with_dropout_trains_distributed():
                 used = bool(quantizer.transform.weight.grad.any())
                 assert used == bool((codes[:, number] >= 0).all())
         assert left_out > 2
-    finally:
-        torch.distributed.destroy_process_group()
+
+    in_processes(train)
 
 
 def test_the_decoder_is_that_of_the_weights_of_now():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.statistics import Moments, batches, fit_moments, is_one_shot, is_stream
+from processes import in_processes
+from subspan.statistics import CrossMoments, GroupedMoments, Moments, batches, fit_moments, is_one_shot, is_stream
 
 
 @pytest.fixture
@@ -240,44 +241,19 @@ def test_stopped_and_resumed_every_source_gives_the_same_bits(tmp_path, monkeypa
     assert not path.exists()
 
 
-def _reduce(rank, port, path):
-    import torch.distributed as dist
+def test_all_reduce_over_two_processes(rows):
+    exact = torch.from_numpy(np.cov(rows.T))
 
-    from subspan.statistics import CrossMoments, GroupedMoments
+    def reduce(rank):
+        mine = torch.from_numpy(rows)[:130] if rank == 0 else torch.from_numpy(rows)[130:]
+        labels = ["a"] * 130 if rank == 0 else ["b"] * 800 + ["a"] * 70
+        grouped = GroupedMoments(7).update(mine, labels).all_reduce()
+        for moments in (Moments(7).update(mine).all_reduce(), grouped.pooled()):
+            torch.testing.assert_close(moments.covariance().to(exact), exact, rtol=1e-6, atol=1e-9)
+        cross = CrossMoments(3, 4).update(mine[:, :3], mine[:, 3:]).all_reduce()
+        torch.testing.assert_close(cross.covariance().to(exact), exact[:3, 3:], rtol=1e-6, atol=1e-9)
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    rows = torch.from_numpy(np.load(os.path.join(path, "x.npy")))
-    mine = rows[:130] if rank == 0 else rows[130:]
-    Moments(7).update(mine).all_reduce().save(os.path.join(path, f"m{rank}.safetensors"))
-    labels = ["a"] * 130 if rank == 0 else ["b"] * 800 + ["a"] * 70
-    grouped = GroupedMoments(7).update(mine, labels).all_reduce()
-    grouped.pooled().save(os.path.join(path, f"g{rank}.safetensors"))
-    cross = CrossMoments(3, 4).update(mine[:, :3], mine[:, 3:]).all_reduce()
-    np.save(os.path.join(path, f"c{rank}.npy"), cross.covariance().numpy())
-    dist.destroy_process_group()
-
-
-def test_all_reduce_over_two_processes(tmp_path, rows):
-    import socket
-
-    np.save(tmp_path / "x.npy", rows)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_reduce, args=(rank, port, str(tmp_path))) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(240)
-        assert worker.exitcode == 0
-    exact = np.cov(rows.T)
-    for name in ("m0", "m1", "g0", "g1"):
-        found = Moments.load(tmp_path / f"{name}.safetensors").covariance().numpy()
-        np.testing.assert_allclose(found, exact, rtol=1e-6)
-    for rank in range(2):
-        np.testing.assert_allclose(np.load(tmp_path / f"c{rank}.npy"), exact[:3, 3:], rtol=1e-6, atol=1e-9)
+    in_processes(reduce, 2)
 
 
 def _slow_block(block, path):

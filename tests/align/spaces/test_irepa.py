@@ -1,13 +1,13 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from processes import in_processes
 from subspan.align import RepresentationAlignment, spatial_structure_of
 from subspan.measures import spatial_structure
 from subspan.models import FeatureGrid, ImagePreprocessing, capture
@@ -295,18 +295,16 @@ def test_a_compiled_student(first: str) -> None:
     torch._dynamo.reset()
 
 
-def test_a_distributed_student(tmp_path: Path) -> None:
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    try:
+def test_a_distributed_student() -> None:
+    def train(rank: int) -> None:
         student = nn.parallel.DistributedDataParallel(Student())
         alignment = RepresentationAlignment(student, "blocks.0", None, PatchProjector(WIDTH, D))
         assert alignment.layer == "blocks.0"
         x = images()
         (student(x).square().mean() + alignment.loss(features())).backward()
         assert all(parameter.grad is not None for parameter in student.parameters())
-    finally:
-        dist.destroy_process_group()
+
+    in_processes(train)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
