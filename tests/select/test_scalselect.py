@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sklearn.exceptions import NotFittedError
 
 from subspan.models import TokenRoles
@@ -185,6 +186,20 @@ def test_plain_message_lists_and_generators(model, tokenizer, pool, fitted):
 def test_the_query_may_be_the_whole_text_outside_the_answers(model, tokenizer, pool, fitted):
     everything = ScalSelect(model, tokenizer, query="non_assistant").fit(pool).scores_
     assert np.abs(fitted.scores_ - everything).max() > 1e-6
+
+
+@pytest.mark.parametrize("lengths", [range(2, 42), [12] * 40])
+def test_scores_that_follow_the_lengths_are_said(model, tokenizer, lengths, recwarn):
+    random = np.random.default_rng(0)
+    texts = [[{"type": "context", "text": words(random, n)}, {"type": "text", "text": "w1 w2"}] for n in lengths]
+    fitted = ScalSelect(model, tokenizer).fit([{"messages": [{"role": "user", "content": text}]} for text in texts])
+    said = [str(each.message) for each in recwarn if "rank correlation" in str(each.message)]
+    if len(set(lengths)) == 1:
+        assert not said
+    else:
+        assert float(spearmanr(fitted.scores_, lengths).statistic) < -0.5
+        assert "rank correlation -0." in said[0]
+        assert "prefers short ones" in said[0]
 
 
 # ---------------------------------------------------------------------- stopping and going on
