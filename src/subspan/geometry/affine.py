@@ -18,7 +18,30 @@ from subspan.base.saved import optional, save_arrays, saved_object
 
 @dataclass(frozen=True)
 class AffineMap:
-    """An affine map from a source space (d_in) to a target space (d_out): x -> matrix x + bias."""
+    """An affine map from a source space (d_in) to a target space (d_out): x -> matrix x + bias.
+
+    Parameters
+    ----------
+    matrix
+        (d_out, d_in), finite.
+    bias
+        (d_out,), finite; None: a linear map.
+
+    Raises
+    ------
+    ValueError
+        For shapes that do not fit, NaN or infinity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import AffineMap
+    >>> turn = AffineMap(torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.tensor([1.0, 0.0]))
+    >>> turn.map(torch.tensor([[2.0, 0.0]]))
+    tensor([[1., 2.]])
+    >>> (turn.inverse() @ turn).map(torch.tensor([[2.0, 0.0]])).round(decimals=4)
+    tensor([[2., 0.]])
+    """
 
     matrix: Float[Tensor, "d_out d_in"]
     bias: Float[Tensor, " d_out"] | None = None
@@ -121,7 +144,27 @@ class AffineMap:
 
 @dataclass(frozen=True)
 class LowRankMap:
-    """An affine map kept as two thin factors: x -> left (right x) + bias, in O(r (d_in + d_out)) memory."""
+    """An affine map kept as two thin factors: x -> left (right x) + bias, in O(r (d_in + d_out)) memory.
+
+    Parameters
+    ----------
+    left
+        (d_out, r).
+    right
+        (r, d_in).
+    bias
+        (d_out,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import LowRankMap
+    >>> thin = LowRankMap(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 1.0, 0.0]]), torch.zeros(2))
+    >>> thin.map(torch.tensor([[1.0, 2.0, 5.0]]))
+    tensor([[3., 6.]])
+    >>> thin.dense().matrix.shape
+    torch.Size([2, 3])
+    """
 
     left: Float[Tensor, "d_out r"]
     right: Float[Tensor, "r d_in"]

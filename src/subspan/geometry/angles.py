@@ -24,11 +24,38 @@ def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
 def principal_vectors(
     a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b e q"]
 ) -> tuple[Inexact[Tensor, "*b d k"], Inexact[Tensor, "*b d k"], Float[Tensor, "*b k"]]:
-    """Principal vectors in each subspace, and the principal angles (radians, ascending), k = min(p, q).
+    """Principal vectors in each of two subspaces, and the principal angles between them.
 
     Angles are accurate near 0 and near pi/2: cosines come from an SVD of a'b, and where a cosine is large the sine is
-    measured instead, as the distance of the principal vector from the other subspace (Bjorck & Golub, 1973). Computed
-    in double precision and given in that of the bases (float32 for half precision).
+    measured instead, as the distance of the principal vector from the other subspace. Computed in double precision and
+    given in that of the bases (float32 for half precision).
+
+    Parameters
+    ----------
+    a, b
+        Bases (*b, d, p) and (*b, d, q) with orthonormal columns, real or complex.
+
+    Returns
+    -------
+    Vectors in a and in b, (*b, d, k) each, and angles (*b, k) in radians, ascending; k = min(p, q).
+
+    Raises
+    ------
+    ValueError
+        Where the subspaces live in different dimensions.
+
+    References
+    ----------
+    Björck & Golub (1973), Numerical methods for computing angles between linear subspaces.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import principal_vectors
+    >>> a, b = torch.eye(3)[:, :2], torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.75**0.5]])
+    >>> u, v, angles = principal_vectors(a, b)
+    >>> angles.rad2deg().round().tolist(), (u * v).sum(0).round(decimals=4).tolist()
+    ([0.0, 60.0], [1.0, 0.5])
     """
     a, b, dtype = _pair(a, b)
     left, cosines, right = torch.linalg.svd(a.mH @ b, full_matrices=False)
@@ -59,7 +86,27 @@ def principal_vectors(
 
 
 def principal_angles(a: Inexact[Tensor, "*b d p"], b: Inexact[Tensor, "*b e q"]) -> Float[Tensor, "*b k"]:
-    """Principal angles (radians, ascending, k = min(p, q)) between the spans of two orthonormal bases."""
+    """Principal angles between the spans of two orthonormal bases.
+
+    Accurate near 0 and near pi/2, as in `principal_vectors`.
+
+    Parameters
+    ----------
+    a, b
+        Bases (*b, d, p) and (*b, d, q) with orthonormal columns, real or complex.
+
+    Returns
+    -------
+    Angles (*b, k) in radians, ascending; k = min(p, q).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import principal_angles
+    >>> plane, line = torch.eye(3)[:, :2], torch.tensor([[0.0], [0.6], [0.8]])
+    >>> principal_angles(plane, line).cos().round(decimals=4)
+    tensor([0.6000])
+    """
     return principal_vectors(a, b)[2]
 
 
@@ -67,11 +114,37 @@ _METRICS = ("geodesic", "chordal", "projection", "spectral", "procrustes", "fubi
 
 
 def subspace_distance(a: Tensor, b: Tensor, *, metric: str = "geodesic") -> Float[Tensor, "*b"]:
-    """Distance between two subspaces from their principal angles t.
+    """Distance between two subspaces, from their principal angles t.
 
-    "geodesic": |t|_2 · "chordal": |sin t|_2 · "projection": |P_a - P_b|_F, also for unequal dimensions ·
-    "spectral": |P_a - P_b|_2 · "procrustes": 2 |sin(t/2)|_2 · "fubini-study": acos prod cos t ·
-    "binet-cauchy": sqrt(1 - prod cos^2 t) · "maximum": largest t. (Ye & Lim, 2016.)
+    Parameters
+    ----------
+    a, b
+        Bases (*b, d, p) and (*b, d, q) with orthonormal columns.
+    metric
+        "geodesic": |t|_2 · "chordal": |sin t|_2 · "projection": |P_a - P_b|_F, also for unequal dimensions ·
+        "spectral": |P_a - P_b|_2 · "procrustes": 2 |sin(t/2)|_2 · "fubini-study": acos prod cos t ·
+        "binet-cauchy": sqrt(1 - prod cos^2 t) · "maximum": largest t.
+
+    Returns
+    -------
+    Distances (*b,); "geodesic", "fubini-study" and "maximum" in radians.
+
+    Raises
+    ------
+    ValueError
+        For an unknown metric and for subspaces of different spaces.
+
+    References
+    ----------
+    Ye & Lim (2016), Schubert varieties and distances between subspaces of different dimensions, arXiv 1407.0900.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import subspace_distance
+    >>> a, b = torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]  # they share one direction of two
+    >>> [round(float(subspace_distance(a, b, metric=name)), 4) for name in ("chordal", "projection", "geodesic")]
+    [1.0, 1.4142, 1.5708]
     """
     if metric not in _METRICS:
         raise ValueError(f"metric: unknown {metric!r}; known: {', '.join(_METRICS)}")
@@ -95,13 +168,48 @@ def subspace_distance(a: Tensor, b: Tensor, *, metric: str = "geodesic") -> Floa
 
 
 def subspace_overlap(a: Tensor, b: Tensor) -> Float[Tensor, "*b"]:
-    """Overlap |a'b|_F^2 / min(p, q) in [0, 1]; its mean over random subspaces is `expected_overlap`."""
+    """Overlap |a'b|_F^2 / min(p, q) of two subspaces; its mean over random subspaces is `expected_overlap`.
+
+    Parameters
+    ----------
+    a, b
+        Bases (*b, d, p) and (*b, d, q) with orthonormal columns.
+
+    Returns
+    -------
+    Overlaps (*b,) in [0, 1]: 0 where they are orthogonal, 1 where one contains the other.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import subspace_overlap
+    >>> float(subspace_overlap(torch.eye(4)[:, :2], torch.eye(4)[:, 1:3]))
+    0.5
+    """
     a, b, dtype = _pair(a, b)
     return ((a.mH @ b).abs().square().sum((-2, -1)) / min(a.shape[-1], b.shape[-1])).to(dtype.to_real())
 
 
 def expected_overlap(p: int, q: int, d: int) -> float:
-    """Mean overlap of two independent random subspaces of dimensions p and q in d dimensions, max(p, q)/d."""
+    """Mean `subspace_overlap` of two independent random subspaces, max(p, q)/d.
+
+    Parameters
+    ----------
+    p, q
+        Dimensions of the two subspaces, in [1, d].
+    d
+        Dimension of the space.
+
+    Returns
+    -------
+    The mean, in (0, 1].
+
+    Examples
+    --------
+    >>> from subspan.geometry import expected_overlap
+    >>> expected_overlap(2, 5, 20)
+    0.25
+    """
     if not (1 <= p <= d and 1 <= q <= d):
         raise ValueError(f"p, q: must lie in [1, {d}], got {p} and {q}")
     return max(p, q) / d

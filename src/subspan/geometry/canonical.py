@@ -18,7 +18,19 @@ from .subspace import Subspace
 
 @dataclass(frozen=True)
 class CanonicalCorrelation:
-    """Canonical directions of two spaces: columns with unit variance and cross-correlation diag(correlations)."""
+    """Canonical directions of two spaces: columns with unit variance and cross-correlation diag(correlations).
+
+    Attributes
+    ----------
+    x_directions, y_directions
+        (d_x, k) and (d_y, k), one pair of directions a column, strongest first.
+    correlations
+        (k,) in [0, 1], descending.
+    mean_x, mean_y
+        (d_x,) and (d_y,), taken from rows before the directions are applied.
+    shrinkage
+        Weights in [0, 1] of the scaled identity in the covariances of x and of y.
+    """
 
     x_directions: Float[Tensor, "d_x k"]
     y_directions: Float[Tensor, "d_y k"]
@@ -72,12 +84,42 @@ def cca(
 ) -> CanonicalCorrelation:
     """Canonical correlation analysis from covariances.
 
-    shrinkage: "oas" (default) or a weight in [0, 1] for both sides. The joint covariance is shrunk, so the
-    cross-covariance shrinks with its two sides and correlations stay below one; where the shrinkage is so strong that
-    nothing of the data is left, correlations are zero. dimensions: of the two spaces, where the covariances are in
-    coordinates of parts that have all the variance. Directions without variance (constant or dependent columns,
-    fewer rows than columns) are left out where nothing is shrunk. Raises ValueError for a side that is constant, and
-    for k above the pairs that there are.
+    The joint covariance is shrunk, so the cross-covariance shrinks with its two sides and correlations stay below one.
+    Where the shrinkage is so strong that nothing of the data is left, correlations are zero. Where nothing is shrunk,
+    directions without variance (constant or dependent columns, fewer rows than columns) are left out.
+
+    Parameters
+    ----------
+    cov_xx, cov_xy, cov_yy
+        Covariances (d_x, d_x), (d_x, d_y) and (d_y, d_y).
+    count
+        Number of rows behind them.
+    mean_x, mean_y
+        Means (d_x,) and (d_y,); None: zero.
+    k
+        Pairs of directions to keep; None: all that there are.
+    shrinkage
+        "oas" (a weight for each side by `oas_shrinkage`), or one weight in [0, 1] for both sides.
+    dimensions
+        Of the two spaces, where the covariances are in coordinates of parts with all the variance; None: their own.
+
+    Returns
+    -------
+    CanonicalCorrelation, k pairs by descending correlation.
+
+    Raises
+    ------
+    ValueError
+        For a side that is constant, k above the pairs that there are, and unknown shrinkage.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import cca
+    >>> eye, cross = torch.eye(2).double(), torch.tensor([[0.0, 0.9], [0.0, 0.0]]).double()
+    >>> found = cca(eye, cross, eye, count=100, shrinkage=0.0)
+    >>> found.correlations.round(decimals=4).tolist(), found.shared_dimensions()
+    ([0.9, 0.0], 1)
     """
     for name, covariance in (("cov_xx", cov_xx), ("cov_yy", cov_yy)):
         if not float(covariance.diagonal().sum()) > 0:
@@ -111,7 +153,34 @@ def cca(
 def linear_cka(
     cov_xx: Float[Tensor, "d_x d_x"], cov_xy: Float[Tensor, "d_x d_y"], cov_yy: Float[Tensor, "d_y d_y"]
 ) -> float:
-    """Linear centred kernel alignment in [0, 1] from covariances (Kornblith et al., 2019)."""
+    """Linear centred kernel alignment of two spaces, from covariances.
+
+    Parameters
+    ----------
+    cov_xx, cov_xy, cov_yy
+        Covariances (d_x, d_x), (d_x, d_y) and (d_y, d_y).
+
+    Returns
+    -------
+    Alignment in [0, 1]; 1 where one space is a rotation of the other, up to a scale.
+
+    Raises
+    ------
+    ValueError
+        Where `cov_xx` or `cov_yy` is zero.
+
+    References
+    ----------
+    Kornblith, Norouzi, Lee & Hinton (2019), arXiv 1905.00414.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import linear_cka
+    >>> turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    >>> round(linear_cka(torch.eye(2), turn, torch.eye(2)), 4)
+    1.0
+    """
     norm = torch.linalg.matrix_norm(cov_xx) * torch.linalg.matrix_norm(cov_yy)
     if not float(norm) > 0:
         raise ValueError("cov_xx, cov_yy: one of them is zero, so the alignment is not defined")

@@ -13,7 +13,24 @@ from .covariance import inverse_sqrt
 
 
 def translation(mean_x: Float[Tensor, " d_x"], mean_y: Float[Tensor, " d_y"]) -> AffineMap:
-    """Shift of the mean of x to that of y; between unequal dimensions x is padded with zeros or cut."""
+    """Shift of the mean of x to that of y; between unequal dimensions x is padded with zeros or cut.
+
+    Parameters
+    ----------
+    mean_x, mean_y
+        Means (d_x,) and (d_y,).
+
+    Returns
+    -------
+    AffineMap from d_x to d_y dimensions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import translation
+    >>> translation(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 5.0, 2.0])).map(torch.tensor([[1.0, 2.0]]))
+    tensor([[0., 6., 2.]])
+    """
     return AffineMap.through(torch.eye(len(mean_y), len(mean_x)).to(mean_x), mean_x, mean_y)
 
 
@@ -28,9 +45,40 @@ def procrustes(
 ) -> AffineMap:
     """Orthogonal map (or isometry between unequal dimensions) from x to y with the least squared error.
 
-    With `cov_xx` a common scale is fitted too. `determinant` = +1 or -1 fixes the sign (square maps only). `rank`: a
-    partial isometry of the leading directions, zero on the others, of which few pairs say nothing.
-    Source: Schonemann (1966).
+    Parameters
+    ----------
+    cov_xy
+        Cross-covariance (d_x, d_y) of paired rows.
+    mean_x, mean_y
+        Means (d_x,) and (d_y,) that the map sends one to the other; None: a linear map.
+    cov_xx
+        Covariance (d_x, d_x), with which a common scale is fitted too; None: no scale.
+    determinant
+        +1 or -1 fixes the sign (square maps only); None: either.
+    rank
+        A partial isometry of so many leading directions, zero on the others, of which few pairs say nothing; None: all.
+
+    Returns
+    -------
+    AffineMap from d_x to d_y dimensions.
+
+    Raises
+    ------
+    ValueError
+        For a rank outside [1, min(d_x, d_y)] or beside a determinant, and for a determinant that cannot be had.
+
+    References
+    ----------
+    Schönemann (1966), A generalized solution of the orthogonal Procrustes problem.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import procrustes
+    >>> x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    >>> turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+    >>> procrustes(x.T @ (x @ turn.T)).matrix.allclose(turn, atol=1e-4)
+    True
     """
     u, s, vh = torch.linalg.svd(cov_xy.mT, full_matrices=False)
     if rank is not None:
@@ -59,10 +107,29 @@ def ridge(
     mean_x: Tensor | None = None,
     mean_y: Tensor | None = None,
 ) -> AffineMap:
-    """Ridge regression from x to y; `alpha` is relative to the mean variance of x (tr cov_xx / d_x).
+    """Ridge regression from x to y, from covariances.
 
-    alpha = 0 is least squares on the range of cov_xx: directions that x does not have (constant or duplicated columns,
-    fewer rows than columns) count for nothing.
+    Parameters
+    ----------
+    cov_xx, cov_xy
+        Covariances (d_x, d_x) and (d_x, d_y).
+    alpha
+        Penalty >= 0, relative to the mean variance of x (tr cov_xx / d_x). 0 is least squares on the range of `cov_xx`:
+        directions that x does not have (constant or duplicated columns, fewer rows than columns) count for nothing.
+    mean_x, mean_y
+        Means (d_x,) and (d_y,) that the map sends one to the other; None: a linear map.
+
+    Returns
+    -------
+    AffineMap from d_x to d_y dimensions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import ridge
+    >>> cov_xx, weights = torch.diag(torch.tensor([4.0, 1.0])), torch.tensor([[2.0, 3.0]])
+    >>> ridge(cov_xx, cov_xx @ weights.T, alpha=0.0).matrix.round(decimals=3)
+    tensor([[2., 3.]])
     """
     if alpha < 0:
         raise ValueError(f"alpha: must be >= 0, got {alpha}")
@@ -123,7 +190,36 @@ def gaussian_transport(
     method: str = "coral",
     tolerance: float = 1e-12,
 ) -> AffineMap:
-    """Map that gives x the mean and covariance of y: "coral" (whiten-colour) or "optimal" (least movement)."""
+    """Map that gives x the mean and covariance of y.
+
+    Parameters
+    ----------
+    cov_x, cov_y
+        Covariances (d, d).
+    mean_x, mean_y
+        Means (d,) that the map sends one to the other; None: a linear map.
+    method
+        "coral" (whiten, then colour) or "optimal" (least movement: optimal transport between Gaussians).
+    tolerance
+        Directions of x with less than this share of its largest eigenvalue count as none and are mapped to zero.
+
+    Returns
+    -------
+    AffineMap of d dimensions.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import gaussian_transport
+    >>> cov_x, cov_y = torch.diag(torch.tensor([1.0, 4.0])), torch.diag(torch.tensor([9.0, 1.0]))
+    >>> gaussian_transport(cov_x, cov_y, method="optimal").matrix.round(decimals=3).diagonal()
+    tensor([3.0000, 0.5000])
+    """
     values, vectors = torch.linalg.eigh(cov_y)
     root_y = (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
     if method == "coral":

@@ -33,8 +33,15 @@ class CoordinateSubspace:
 
     Parameters
     ----------
-    indices : (k,) ascending, without repetition, at least one; see `of` for any order and for masks.
-    ambient_dim : d.
+    indices
+        (k,) ascending, without repetition, at least one; see `of` for any order and for masks.
+    ambient_dim
+        Dimension d of the space.
+
+    Raises
+    ------
+    ValueError
+        For indices that are none, repeated, out of order or outside [0, d).
 
     Examples
     --------
@@ -161,8 +168,15 @@ class SoftSubspace:
 
     Parameters
     ----------
-    weights : (*b, d) not negative; gates in [0, 1], a batch of them where there are leading dimensions.
-    rotation : (d, d) orthogonal or None. Weight i belongs to its column i; None: to coordinate i itself.
+    weights
+        (*b, d), not negative; gates in [0, 1], a batch of them where there are leading dimensions.
+    rotation
+        (d, d) orthogonal: weight i belongs to its column i. None: to coordinate i itself.
+
+    Raises
+    ------
+    ValueError
+        For negative weights or NaN, and for a rotation that is not orthogonal.
 
     Examples
     --------
@@ -248,9 +262,17 @@ class Blocks:
 
     Parameters
     ----------
-    sizes : dimension of each block by name, in order; a block may be empty, all of them together may not.
-    order : (d,) or None. The coordinate at each place, block after block; None: as they come.
-    rotation : (d, d) orthogonal or None. Its columns are the axes whose coordinates the blocks hold.
+    sizes
+        Dimension of each block by name, in order; a block may be empty, all of them together may not.
+    order
+        (d,) the coordinate at each place, block after block; None: as they come.
+    rotation
+        (d, d) orthogonal, whose columns are the axes that the blocks hold coordinates of; None: the axes of the space.
+
+    Raises
+    ------
+    ValueError
+        For sizes that are no whole numbers, an order that is no permutation and a rotation that is not orthogonal.
 
     Examples
     --------

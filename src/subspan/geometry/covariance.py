@@ -12,9 +12,31 @@ from .affine import AffineMap
 
 
 def oas_shrinkage(covariance: Float[Tensor, "p p"], count: float, d: int | None = None) -> float:
-    """Weight in [0, 1] of the scaled identity by oracle approximating shrinkage (Chen et al., 2010).
+    """Weight of the scaled identity by oracle approximating shrinkage; see `shrink_covariance`.
 
-    d: dimension of the space, where the covariance is in coordinates of a part that has all the variance.
+    Parameters
+    ----------
+    covariance
+        (p, p).
+    count
+        Number of rows behind it.
+    d
+        Dimension of the space, where the covariance is in coordinates of a part that has all the variance; None: p.
+
+    Returns
+    -------
+    Weight in [0, 1]; 1 where the covariance is a multiple of the identity.
+
+    References
+    ----------
+    Chen, Wiesel, Eldar & Hero (2010), arXiv 0907.4698.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import oas_shrinkage
+    >>> oas_shrinkage(torch.eye(3), 10), oas_shrinkage(torch.diag(torch.tensor([9.0, 1.0, 0.1])), 1000) < 0.01
+    (1.0, True)
     """
     trace, square = float(covariance.diagonal().sum()), float(covariance.square().sum())
     return oas_weight(trace, square, d or covariance.shape[0], count)
@@ -28,7 +50,28 @@ def oas_weight(trace: float, square: float, d: int, count: float) -> float:
 
 
 def shrink_covariance(covariance: Float[Tensor, "p p"], weight: float, d: int | None = None) -> Float[Tensor, "p p"]:
-    """(1 - weight) covariance + weight (tr covariance / d) I; d as for `oas_shrinkage`."""
+    """(1 - weight) covariance + weight (tr covariance / d) I.
+
+    Parameters
+    ----------
+    covariance
+        (p, p).
+    weight
+        Of the scaled identity, in [0, 1]; `oas_shrinkage` finds one.
+    d
+        As for `oas_shrinkage`; None: p.
+
+    Returns
+    -------
+    Covariance (p, p).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import shrink_covariance
+    >>> shrink_covariance(torch.diag(torch.tensor([3.0, 1.0])), 0.5).tolist()
+    [[2.5, 0.0], [0.0, 1.5]]
+    """
     if not 0 <= weight <= 1:
         raise ValueError(f"shrinkage: must lie in [0, 1], got {weight}")
     p = covariance.shape[0]
@@ -37,7 +80,26 @@ def shrink_covariance(covariance: Float[Tensor, "p p"], weight: float, d: int | 
 
 
 def inverse_sqrt(covariance: Float[Tensor, "d d"], *, tolerance: float = 1e-12) -> Float[Tensor, "d d"]:
-    """Symmetric inverse square root on the range of the covariance; smaller eigenvalues map to zero."""
+    """Symmetric inverse square root on the range of a covariance.
+
+    Parameters
+    ----------
+    covariance
+        (d, d) symmetric.
+    tolerance
+        Eigenvalues up to this share of the largest count as none and map to zero.
+
+    Returns
+    -------
+    Matrix (d, d).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import inverse_sqrt
+    >>> inverse_sqrt(torch.diag(torch.tensor([4.0, 0.0]))).diagonal().tolist()
+    [0.5, 0.0]
+    """
     values, vectors = torch.linalg.eigh(covariance)
     kept = values > tolerance * values[-1].clamp_min(0)
     scale = torch.where(kept, values.clamp_min(torch.finfo(values.dtype).tiny).rsqrt(), torch.zeros_like(values))
@@ -52,7 +114,39 @@ def whitening(
     shrinkage: float = 0.0,
     tolerance: float = 1e-12,
 ) -> AffineMap:
-    """Map to unit covariance: "zca" (symmetric), "pca" (rotated to the axes, by variance) or "cholesky"."""
+    """Map to unit covariance.
+
+    Parameters
+    ----------
+    covariance
+        (d, d) symmetric.
+    mean
+        (d,) that the map sends to zero; None: a linear map.
+    method
+        "zca" (symmetric), "pca" (rotated to the axes, by variance; directions without variance are left out) or
+        "cholesky" (triangular).
+    shrinkage
+        Weight in [0, 1] of the scaled identity, as in `shrink_covariance`.
+    tolerance
+        Eigenvalues up to this share of the largest count as none, for "zca" and "pca".
+
+    Returns
+    -------
+    AffineMap from d dimensions to d, or to fewer with "pca".
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, and for "cholesky" where the covariance is not positive definite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import whitening
+    >>> white = whitening(torch.diag(torch.tensor([4.0, 0.25])), torch.tensor([1.0, 0.0]))
+    >>> white.map(torch.tensor([[3.0, 1.0]])).round(decimals=4).tolist()
+    [[1.0, 2.0]]
+    """
     regular = shrink_covariance(covariance, shrinkage)
     if method == "zca":
         matrix = inverse_sqrt(regular, tolerance=tolerance)
@@ -82,9 +176,12 @@ class Whitener:
 
     Parameters
     ----------
-    factor : (d, d) lower triangular with a positive diagonal.
-    mean : (d,) taken from rows first, or None.
-    shift : what was added to the diagonal of the covariance, 0 for nothing.
+    factor
+        (d, d) lower triangular with a positive diagonal; `Whitener.of` makes it from a covariance.
+    mean
+        (d,) taken from rows first; None: nothing.
+    shift
+        What was added to the diagonal of the covariance; 0: nothing.
 
     Examples
     --------
@@ -112,11 +209,15 @@ class Whitener:
 
         Parameters
         ----------
-        covariance : (d, d) symmetric; its lower triangle is read.
-        mean : (d,) or None.
-        shift : added to the diagonal; None: nothing where the matrix is positive definite, else what lifts its least
+        covariance
+            (d, d) symmetric; its lower triangle is read.
+        mean
+            (d,) or None.
+        shift
+            Added to the diagonal; None: nothing where the matrix is positive definite, else what lifts its least
             eigenvalue to `tolerance` times the largest.
-        tolerance : least ratio of eigenvalues that a shift leaves, by default d times the precision of the dtype.
+        tolerance
+            Least ratio of eigenvalues that a shift leaves; None: d times the precision of the dtype.
 
         Raises
         ------
@@ -169,9 +270,25 @@ class Whitener:
 def signed_spectrum(
     plus: Float[Tensor, "n d"], minus: Float[Tensor, "m e"]
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
-    """Eigenvalues, descending, and eigenvectors of plus' plus - minus' minus in the space of the n + m rows.
+    """Spectrum of plus' plus - minus' minus in the space of the n + m rows, without a d x d matrix.
 
-    Without a d x d matrix: r = min(n + m, d). What is orthogonal to all rows has eigenvalue 0 and is not listed.
+    Parameters
+    ----------
+    plus, minus
+        Rows (n, d) and (m, d).
+
+    Returns
+    -------
+    Eigenvalues (r,), descending and of either sign, and eigenvectors (d, r)
+        r = min(n + m, d); what is orthogonal to all rows has eigenvalue 0 and is not listed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import signed_spectrum
+    >>> values, vectors = signed_spectrum(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.0]]))
+    >>> values.round(decimals=4).tolist(), tuple(vectors.shape)
+    ([4.0, -1.0], (3, 2))
     """
     if plus.shape[1] != minus.shape[1]:
         raise ValueError(f"minus: expected {plus.shape[1]} columns, got {minus.shape[1]}")

@@ -17,7 +17,8 @@ class Frame:
 
     Parameters
     ----------
-    vectors : (m, d) one a row, real or complex, m >= d, that span the space.
+    vectors
+        (m, d) one a row, real or complex, m >= d, that span the space.
 
     Raises
     ------
@@ -95,10 +96,26 @@ class Frame:
 
 
 def response_bounds(responses: Inexact[Tensor, "m l"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Frame bounds of all circular shifts of m filters, from their frequency responses at the l DFT frequencies.
+    """Frame bounds of all circular shifts of m filters, from their frequency responses.
 
-    They are the extremes over frequency of the sum of squared responses: no (l m, l) matrix is made. For filters that
-    are to cover a band only, pass the responses of that band.
+    They are the extremes over frequency of the sum of squared responses: no (l m, l) matrix is made.
+
+    Parameters
+    ----------
+    responses
+        (m, l) at the l DFT frequencies, real or complex. For filters that are to cover a band only, those of that band.
+
+    Returns
+    -------
+    The lower and the upper bound, scalars.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import response_bounds
+    >>> mean_and_difference = torch.tensor([[0.5, 0.5], [0.5, -0.5]])
+    >>> [round(float(bound), 4) for bound in response_bounds(torch.fft.fft(mean_and_difference, n=8))]
+    [1.0, 1.0]
     """
     energy = responses.abs().square().sum(0)
     return energy.min(), energy.max()
@@ -111,14 +128,23 @@ def dft_dictionary(
 
     Parameters
     ----------
-    sizes : points along each axis; n is their product, the last axis the fastest.
-    oversampling : whole number for each axis, or one for all; g is their product.
-    dtype : complex64 or complex128.
+    *sizes
+        Points along each axis; n is their product, the last axis the fastest.
+    oversampling
+        Whole number for each axis, or one for all; g is their product.
+    dtype
+        complex64 or complex128.
 
     Returns
     -------
-    (g, n, n) beams as rows: in group (q_1, …), beam (l_1, …) has frequency (q + oversampling l) / (oversampling n)
-    along each axis, the group and the beam counted with the last axis fastest. `flatten(0, 1)` is a tight frame.
+    Beams (g, n, n) as rows
+        In group (q_1, …), beam (l_1, …) has frequency (q + oversampling l) / (oversampling n) along each axis, the
+        group and the beam counted with the last axis fastest. `flatten(0, 1)` is a tight frame.
+
+    Raises
+    ------
+    ValueError
+        For no sizes, numbers below 1, and another number of oversamplings than of sizes.
 
     Examples
     --------

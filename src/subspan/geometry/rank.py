@@ -18,7 +18,17 @@ from . import random_matrix
 
 @runtime_checkable
 class RankRule(Protocol):
-    """Anything that turns a spectrum into a number of directions."""
+    """Anything that turns a spectrum into a number of directions: a function will do.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import RankRule, Subspace
+    >>> def half(variances, n, d):
+    ...     return max(1, d // 2)
+    >>> isinstance(half, RankRule), Subspace.fit(np.random.default_rng(0).normal(size=(50, 6)), rank=half).dim
+    (True, 3)
+    """
 
     def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
         """Return the rank for `variances` (descending, length min(n, d) or d) of `n` rows in `d` dimensions."""
@@ -27,7 +37,20 @@ class RankRule(Protocol):
 
 @dataclass(frozen=True)
 class FixedRank:
-    """Always `k` directions, capped at what the data spans (with a warning)."""
+    """Always `k` directions, capped at what the data spans (with a warning).
+
+    Parameters
+    ----------
+    k
+        Number of directions.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import FixedRank
+    >>> FixedRank(2)(np.array([5.0, 3.0, 1.0]), n=10, d=3)
+    2
+    """
 
     k: int
 
@@ -43,7 +66,25 @@ class FixedRank:
 
 @dataclass(frozen=True)
 class EnergyRank:
-    """Smallest k whose variances make up at least `ratio` of the total."""
+    """Smallest k whose variances make up at least `ratio` of the total.
+
+    Parameters
+    ----------
+    ratio
+        Share of the total variance, in (0, 1].
+
+    Raises
+    ------
+    ValueError
+        For a ratio outside (0, 1], and when called with a spectrum of zeros.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import EnergyRank
+    >>> EnergyRank(0.9)(np.array([80.0, 15.0, 5.0]), n=10, d=3)
+    2
+    """
 
     ratio: float = 0.99
 
@@ -64,9 +105,24 @@ class EnergyRank:
 class MarchenkoPastur:
     """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
 
-    `sigma2`: how the noise is estimated from the bulk ("median", "trace" or "density", see `random_matrix`) or its
-    known variance. `confidence`: None for the bare edge, or e.g. 0.95 for a Tracy-Widom margin. `minimum`: smallest
-    answer (0 lets the caller see that nothing stands out).
+    Parameters
+    ----------
+    sigma2
+        How the noise is estimated from the bulk ("median", "trace" or "density", see `geometry.random_matrix`), or its
+        known variance.
+    confidence
+        None for the bare edge, or e.g. 0.95 for a Tracy-Widom margin.
+    minimum
+        Smallest answer; 0 lets the caller see that nothing stands out.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import MarchenkoPastur, Subspace
+    >>> x = np.random.default_rng(0).normal(size=(400, 40))
+    >>> x[:, :3] *= 5  # three directions stand out of the noise
+    >>> Subspace.fit(x, rank=MarchenkoPastur(confidence=0.99)).dim
+    3
     """
 
     sigma2: float | str = "median"
@@ -94,10 +150,30 @@ class MarchenkoPastur:
 
 @dataclass(frozen=True)
 class GavishDonoho:
-    """Optimal singular-value hard threshold (Gavish & Donoho, 2014).
+    """Optimal hard threshold on singular values.
 
-    `noise`: None for unknown noise (median rule) or the standard deviation of the noise. Where the median singular
-    value is zero (duplicated or rank-deficient rows) the rule falls back to 90 % of the energy, with a warning.
+    Where the median singular value is zero (duplicated or rank-deficient rows) the rule falls back to 90 % of the
+    energy, with a warning.
+
+    Parameters
+    ----------
+    noise
+        Standard deviation of the noise; None: unknown (median rule).
+    minimum
+        Smallest answer.
+
+    References
+    ----------
+    Gavish & Donoho (2014), The optimal hard threshold for singular values is 4/√3, arXiv 1305.5870.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import GavishDonoho, Subspace
+    >>> x = np.random.default_rng(0).normal(size=(400, 40))
+    >>> x[:, :3] *= 5
+    >>> Subspace.fit(x, rank=GavishDonoho()).dim
+    3
     """
 
     noise: float | None = None
@@ -126,7 +202,15 @@ class GavishDonoho:
 
 @dataclass(frozen=True)
 class EffectiveRank:
-    """Effective rank exp(entropy of the spectrum), rounded to the nearest integer."""
+    """Effective rank exp(entropy of the spectrum), rounded to the nearest integer; see `effective_rank`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import EffectiveRank
+    >>> EffectiveRank()(np.array([1.0, 1.0, 0.0]), n=10, d=3)
+    2
+    """
 
     def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
         """Return round(exp(entropy)), at least 1."""
@@ -139,7 +223,19 @@ class EffectiveRank:
 
 @dataclass(frozen=True)
 class Elbow:
-    """Elbow by profile likelihood: two groups of eigenvalues with one variance (Zhu & Ghodsi, 2006)."""
+    """Elbow by profile likelihood: two groups of eigenvalues with one variance.
+
+    References
+    ----------
+    Zhu & Ghodsi (2006), Automatic dimensionality selection from the scree plot via the use of profile likelihood.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import Elbow
+    >>> Elbow()(np.array([9.0, 8.0, 1.1, 1.0, 0.9]), n=10, d=5)
+    2
+    """
 
     def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
         """Return the split with the largest profile likelihood."""
@@ -163,7 +259,31 @@ _NAMED = {
 
 
 def rank_rule(rank: int | float | str | RankRule) -> RankRule:
-    """Turn a `rank=` argument into a rule: int, float in (0, 1] (explained variance), name, or a rule itself."""
+    """Turn a `rank=` argument into a rule.
+
+    Parameters
+    ----------
+    rank
+        An int (`FixedRank`), a float in (0, 1] (explained variance, `EnergyRank`), the name of a rule
+        ("marchenko-pastur", "gavish-donoho", "effective", "elbow"), or a rule.
+
+    Returns
+    -------
+    RankRule.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name and a number out of range.
+    TypeError
+        For anything else, such as a bool.
+
+    Examples
+    --------
+    >>> from subspan.geometry import rank_rule
+    >>> rank_rule(0.9), rank_rule("elbow")
+    (EnergyRank(ratio=0.9), Elbow())
+    """
     if isinstance(rank, str):
         if rank not in _NAMED:
             raise ValueError(f"rank: unknown rule {rank!r}; known: {', '.join(_NAMED)}")

@@ -36,12 +36,27 @@ SAVED_ARRAYS: Schema = {
 class Subspace:
     """An affine or linear subspace with ordered principal directions.
 
-    basis (*b, d, k): orthonormal columns, strongest first where variances are known.
-    center (*b, d) or None: the point it passes through; None means the origin.
-    variances (*b, k) or None: variance of the data along each direction.
-    residual_variance (*b,) or None: mean variance per discarded dimension (PPCA's noise).
-    spectrum (*b, m) or None: all variances of the fit, descending, m = min(n, d) or d.
-    count: number of rows behind the fit, None where the subspace was given.
+    Parameters
+    ----------
+    basis
+        (*b, d, k) orthonormal columns, strongest first where variances are known.
+    center
+        (*b, d) the point it passes through; None: the origin.
+    variances
+        (*b, k) variance of the data along each direction, or None.
+    residual_variance
+        (*b,) mean variance per discarded dimension (PPCA's noise), or None.
+    spectrum
+        (*b, m) all variances of the fit, descending, m = min(n, d) or d, or None.
+    count
+        Number of rows behind the fit; None: the subspace was given.
+
+    Examples
+    --------
+    >>> from subspan.geometry import Subspace
+    >>> plane = Subspace.span([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    >>> plane.project([[3.0, 4.0, 5.0]]).tolist(), plane.residual_energy([[3.0, 4.0, 5.0]]).tolist()
+    ([[3.0, 4.0, 0.0]], [25.0])
     """
 
     basis: Inexact[Tensor, "*b d k"]
