@@ -37,7 +37,24 @@ def _phases(weight: Float[Tensor, "o c k l"], stride: int) -> Float[Tensor, "o q
 
 
 class SameConv2d(nn.Conv2d):
-    """Strided convolution (b, c, h, w) → (b, o, ceil(h / stride), ceil(w / stride)), padded as TensorFlow's SAME."""
+    """Strided convolution (b, c, h, w) → (b, o, ceil(h / stride), ceil(w / stride)), padded as TensorFlow's SAME.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        c and o.
+    kernel_size
+        Side of the kernel, in pixels.
+    stride
+        Of both axes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SameConv2d
+    >>> SameConv2d(3, 8, kernel_size=3)(torch.randn(2, 3, 7, 6)).shape
+    torch.Size([2, 8, 4, 3])
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 2) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride)
@@ -54,7 +71,26 @@ class SameConv2d(nn.Conv2d):
 
 
 class SameConvTranspose2d(nn.ConvTranspose2d):
-    """The adjoint of `SameConv2d` (with its own weights and a bias): (b, o, p, q) → (b, c, *size)."""
+    """The adjoint of `SameConv2d` (with its own weights and a bias): (b, o, p, q) → (b, c, *size).
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        o and c: of the code that comes in, and of the images that come out.
+    kernel_size
+        Side of the kernel, in pixels.
+    size
+        (height, width) of the images; p and q are these over the stride, rounded up.
+    stride
+        Of both axes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SameConvTranspose2d
+    >>> SameConvTranspose2d(8, 3, kernel_size=3, size=(7, 6))(torch.randn(2, 8, 4, 3)).shape
+    torch.Size([2, 3, 7, 6])
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, size: tuple[int, int], stride: int = 2
@@ -77,8 +113,30 @@ class SameConvTranspose2d(nn.ConvTranspose2d):
 class ConvAutoencoder(nn.Module):
     """Images (b, c, h, w) → the output of each stride-2 convolution with ReLU, and back by their adjoints.
 
-    shape: (c, h, w). channels, kernels: of each layer, ORL (3, 3, 5) and (3, 3, 3) in the literature. The last layer of
-    the decoder has no ReLU, so that images may have negative values.
+    The last layer of the decoder has no ReLU, so that images may have negative values.
+
+    Parameters
+    ----------
+    shape
+        (c, h, w) of the images.
+    channels
+        Output channels of each encoder layer; for the ORL faces (3, 3, 5) in the literature.
+    kernels
+        Side of the kernel of each layer; for the ORL faces (3, 3, 3).
+
+    Raises
+    ------
+    ValueError
+        Where `channels` and `kernels` differ in length or are empty.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import ConvAutoencoder
+    >>> model = ConvAutoencoder((1, 8, 6), channels=(3, 5), kernels=(3, 3))
+    >>> first, code = model.encode(torch.randn(2, 1, 8, 6))
+    >>> code.shape, model.decode(code).shape
+    (torch.Size([2, 5, 2, 2]), torch.Size([2, 1, 8, 6]))
     """
 
     def __init__(self, shape: tuple[int, int, int], channels: Sequence[int], kernels: Sequence[int]) -> None:
@@ -103,7 +161,29 @@ class ConvAutoencoder(nn.Module):
 
 
 class LinearAutoencoder(nn.Module):
-    """Vectors (b, sizes[0]) → the output of each linear layer with ReLU, of `sizes[1:]`, and back."""
+    """Vectors (b, sizes[0]) → the output of each linear layer with ReLU, of `sizes[1:]`, and back.
+
+    The last layer of the decoder has no ReLU.
+
+    Parameters
+    ----------
+    sizes
+        Width of the vectors, then of each layer, the code last: at least two.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two sizes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import LinearAutoencoder
+    >>> model = LinearAutoencoder((16, 8, 2))
+    >>> hidden, code = model.encode(torch.randn(5, 16))
+    >>> code.shape, model.decode(code).shape
+    (torch.Size([5, 2]), torch.Size([5, 16]))
+    """
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()

@@ -109,6 +109,8 @@ class ConvBlock(nn.Sequential):
         Axes of what comes in, beside samples and channels: 1, 2 or 3.
     norm
         Whether there is a batch normalisation; without it the convolution has a bias.
+    activation
+        "relu", "gelu", "silu", "leaky_relu", "elu", "tanh" or "identity".
     upwards
         A transposed convolution.
 

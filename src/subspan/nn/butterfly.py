@@ -25,14 +25,50 @@ _FAR = 0.5
 class Butterfly(nn.Module):
     """Linear layer of butterfly factors: y = W x + bias with W = B_b P ⋯ B_1 P, padded to N = 2^m and cut to size.
 
-    blocks: number b of factors, each after the same fixed permutation P ("identity", "bit-reversal" or an index of
-    length N): one with bit reversal is the family BP (DFT, Hadamard), two BPBP (convolutions). increasing: stride of
-    the levels, one for all blocks or one each; False then True is the pattern B B'. More outputs than N are stacked.
-    complex: complex twiddles; real_part: of the output only the real part. tied: one 2 x 2 for all groups of a level,
-    4(N - 1) numbers a factor in place of 2 N log₂ N. init: "ortho" (random 2 x 2 rotations and reflections), "randn"
-    (E[B'B] = I) or "identity". constraint: "orthogonal" (an angle a pair, real) or "unitary" (four, complex), exactly.
-    Twiddles should have no weight decay. Float16 is computed in float32. Raises ValueError for what does not fit.
-    Source: Dao et al. (ICML 2019), arXiv 1903.05895.
+    More outputs than N are stacked. Twiddles should have no weight decay. Float16 is computed in float32.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Widths of x and y.
+    bias
+        Whether there is a bias.
+    complex
+        Complex twiddles; the output is then complex.
+    real_part
+        Keep only the real part of a complex output.
+    blocks
+        Number b of factors. One with bit reversal is the family BP (DFT, Hadamard), two are BPBP (convolutions).
+    increasing
+        Whether the strides of the levels grow: one for all blocks or one each. False then True is the pattern B B'.
+    permutation
+        Fixed P before each factor: "identity", "bit-reversal" or an index of length N.
+    tied
+        One 2 x 2 for all groups of a level: 4(N - 1) numbers a factor in place of 2 N log₂ N.
+    init
+        "ortho" (random 2 x 2 rotations and reflections), "randn" (E[B'B] = I) or "identity".
+    constraint
+        "orthogonal" (an angle a pair, real) or "unitary" (four, complex), both exact; None: free twiddles.
+    generator
+        Of the random start; the bias is drawn from torch's global one.
+
+    Raises
+    ------
+    ValueError
+        For a size below 1, an unknown name, or options that do not fit together.
+
+    References
+    ----------
+    Dao et al. (ICML 2019), arXiv 1903.05895.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import Butterfly
+    >>> layer = Butterfly(8, 8, bias=False, constraint="orthogonal")
+    >>> matrix = layer.to_dense()
+    >>> torch.allclose(matrix @ matrix.mT, torch.eye(8), atol=1e-5)
+    True
     """
 
     def __init__(
@@ -208,7 +244,17 @@ class Butterfly(nn.Module):
 
 @dataclass(frozen=True)
 class ButterflyFactors:
-    """What `butterfly_factorize` found: `twiddle` (levels, N/2, 2, 2), `permutation`, and |B P - T|_F / |T|_F."""
+    """What `butterfly_factorize` found.
+
+    Attributes
+    ----------
+    twiddle
+        The 2 x 2 matrices of B, (levels, N/2, 2, 2).
+    permutation
+        P as an index (N,).
+    relative_error
+        |B P - T|_F / |T|_F.
+    """
 
     twiddle: Inexact[Tensor, "levels half 2 2"]
     permutation: Int[Tensor, " n"]
@@ -226,11 +272,38 @@ def butterfly_factorize(
 ) -> ButterflyFactors:
     """Factors of a square matrix T ≈ B P by peeling levels from the left, O(N²), in float64.
 
-    At each level two rows that share a child row form 2 x (N/2) blocks of rank one, and their leading singular pairs
-    give a column of the 2 x 2 and a row of the child. Exact where T = B P; otherwise a projection level by level, which
-    is no best approximation. Levels are fixed up to a scale between neighbours: child rows have unit length here.
-    Raises ValueError for a matrix whose size is no power of two, or that is not finite. Source: Le, Riccietti &
-    Gribonval (2022), on the factorisation of Dao et al. (2019).
+    At each level two rows that share a child row form 2 x (N/2) blocks of rank one. Their leading singular pairs give a
+    column of the 2 x 2 and a row of the child. This is exact where T = B P; otherwise it is a projection level by
+    level, which is no best approximation. Levels are fixed up to a scale between neighbours: child rows have unit
+    length here.
+
+    Parameters
+    ----------
+    matrix
+        T (N, N), real or complex, N a power of two.
+    permutation
+        P: "identity", "bit-reversal" or an index (N,).
+
+    Returns
+    -------
+    ButterflyFactors
+
+    Raises
+    ------
+    ValueError
+        For a matrix whose size is no power of two, or that is not finite.
+
+    References
+    ----------
+    Le, Riccietti & Gribonval (2022), on the factorisation of Dao et al. (2019).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import butterfly_factorize
+    >>> dft = torch.fft.fft(torch.eye(8, dtype=torch.complex128))
+    >>> butterfly_factorize(dft).relative_error < 1e-12
+    True
     """
     n = matrix.shape[0]
     if matrix.shape[1] != n or n < 2 or n & (n - 1):

@@ -19,10 +19,35 @@ def butterfly_multiply(
 ) -> Inexact[Tensor, "*m"]:
     """Rows x (…, N) → B x, B the product of log₂ N levels, O(N log N).
 
-    Level l mixes the pairs (i, i + 2^l) by the 2 x 2 matrices twiddle[l], in the order of the pairs. increasing: the
-    level of stride 1 first; otherwise last. Twiddles of several matrices (*s, …) go with rows (…, *s, N). From 32 rows
-    on up to five levels at a time are multiplied out, to blocks of 32 x 32 that pass over the rows once; their gradient
-    is found by going through them again, so that the input alone is kept.
+    Level l mixes the pairs (i, i + 2^l) by the 2 x 2 matrices twiddle[l], in the order of the pairs. From 32 rows on,
+    up to five levels at a time are multiplied out, to blocks of 32 x 32 that pass over the rows once. Their gradient
+    goes through them again, so that the input alone is kept.
+
+    Parameters
+    ----------
+    twiddle
+        (…, log₂ N, N/2, 2, 2). Twiddles of several matrices (*s, …) go with rows (…, *s, N).
+    x
+        Rows (…, N), real or complex.
+    increasing
+        Whether the level of stride 1 comes first; otherwise last.
+
+    Returns
+    -------
+    Tensor (…, *s, N), in the wider of the two dtypes.
+
+    Raises
+    ------
+    ValueError
+        Where x has not 2^levels columns.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import butterfly_multiply
+    >>> hadamard = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).expand(2, 2, 2, 2)
+    >>> butterfly_multiply(hadamard, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([10., -2., -4.,  0.])
     """
     levels = twiddle.shape[-4]
     if x.shape[-1] != 1 << levels:

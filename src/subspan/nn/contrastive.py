@@ -27,12 +27,41 @@ def multi_positive_info_nce(
 ) -> Float[Tensor, ""]:
     """Mean of -log softmax of the positives of each anchor (row), in nats.
 
-    logits: similarities over the temperature. positives: None = the diagonal. excluded: pairs that are neither positive
-    nor negative (an anchor with itself, unknown pairs). rivals: what a positive competes with in the denominator, every
-    pair that is not excluded (SupCon's L_out) or the negatives alone (Hydra). average: over anchors, each with equal
-    weight whatever its number of positives, or over all positive pairs. Anchors without a positive do not count.
-    Raises ValueError when no anchor has one, or a pair is both positive and excluded.
-    Source: van den Oord et al. (2018); Khosla et al. (2020); Wu et al. (2024).
+    Anchors without a positive do not count.
+
+    Parameters
+    ----------
+    logits
+        Similarities over the temperature, (n anchors, m candidates).
+    positives
+        True for positive pairs, (n, m); None: the diagonal.
+    excluded
+        True for pairs that are neither positive nor negative (an anchor with itself, unknown pairs), (n, m).
+    rivals
+        What a positive competes with in the denominator: every pair that is not excluded ("all": SupCon's L_out) or the
+        negatives alone ("negatives": Hydra).
+    average
+        Over "anchors", each with equal weight whatever its number of positives, or over all positive "pairs".
+
+    Returns
+    -------
+    Tensor, scalar.
+
+    Raises
+    ------
+    ValueError
+        When no anchor has a positive, a pair is both positive and excluded, or the default needs n = m.
+
+    References
+    ----------
+    van den Oord et al. (2018); Khosla et al. (2020); Wu et al. (2024).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import multi_positive_info_nce
+    >>> round(multi_positive_info_nce(torch.zeros(4, 4)).exp().item(), 3)
+    4.0
     """
     if rivals not in ("all", "negatives"):
         raise ValueError(f"rivals: expected 'all' or 'negatives', got {rivals!r}")
@@ -73,9 +102,39 @@ def info_nce(
     rivals: Literal["all", "negatives"] = "all",
     average: Literal["anchors", "pairs"] = "anchors",
 ) -> Float[Tensor, ""]:
-    """Multi-positive InfoNCE on the cosines of queries and keys; the masks are those of `multi_positive_info_nce`.
+    """Multi-positive InfoNCE on the cosines of queries and keys.
 
-    symmetric: the mean of queries → keys and keys → queries (CLIP; Radford et al., 2021).
+    Parameters
+    ----------
+    queries, keys
+        Vectors (n, d) and (m, d), of any length.
+    positives, excluded, rivals, average
+        As in `multi_positive_info_nce`.
+    temperature
+        Divides the cosines; > 0.
+    symmetric
+        The mean of queries → keys and keys → queries, as in CLIP.
+
+    Returns
+    -------
+    Tensor, scalar, in nats.
+
+    Raises
+    ------
+    ValueError
+        For a temperature that is not positive, and as `multi_positive_info_nce`.
+
+    References
+    ----------
+    Radford et al. (2021), CLIP; others at `multi_positive_info_nce`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import info_nce
+    >>> x = torch.eye(4)
+    >>> round(info_nce(x, x).item(), 3), round(info_nce(x, x.flip(0), temperature=0.1).item(), 2)
+    (0.0, 10.0)
     """
     if not bool(torch.as_tensor(temperature).detach() > 0):
         raise ValueError(f"temperature: must be positive, got {temperature}")
@@ -88,9 +147,30 @@ def info_nce(
 
 
 class ContrastiveLoss(nn.Module):
-    """Symmetric multi-positive InfoNCE with a learnt temperature, which starts at `temperature`.
+    """Symmetric multi-positive InfoNCE with a learnt temperature.
 
-    The scale 1 / temperature is kept at or below 100, as in CLIP (Radford et al., 2021). learnt=False holds it fixed.
+    The call takes embeddings x (n, d) and y (m, d) and the masks of `multi_positive_info_nce`. The scale 1 /
+    temperature is kept at or below 100, as in CLIP (Radford et al., 2021).
+
+    Parameters
+    ----------
+    temperature
+        The one at the start; at least 0.01.
+    learnt
+        False holds the temperature fixed.
+
+    Raises
+    ------
+    ValueError
+        For a temperature below 0.01.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import ContrastiveLoss
+    >>> loss, x = ContrastiveLoss(temperature=0.1), torch.eye(3)
+    >>> bool(loss(x, x) < loss(x, x.roll(1, 0)))
+    True
     """
 
     def __init__(self, temperature: float = 0.07, *, learnt: bool = True) -> None:

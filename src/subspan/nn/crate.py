@@ -21,10 +21,40 @@ _STRICT = (None, "gradient", "softmax")
 class SubspaceSelfAttention(nn.Module):
     """Tokens (…, n, d) → Σ_k softmax(w_k w_k' / √p) w_k, w_k = z U_k: attention whose query, key and value are one map.
 
-    As released, U is free and the output map its own, with a bias (none for a single head, which needs no mixing).
-    tied: the output map is U itself; orthonormal: U'U = I, all heads together; both make the layer what the derivation
-    says. causal: a token looks at none after it. Raises ValueError where heads do not divide d.
-    Source: Yu et al. (2023), arXiv 2311.13110.
+    As released, U is free and the output map its own, with a bias; a single head has none, as it needs no mixing.
+    `tied` and `orthonormal` together make the layer what the derivation says.
+
+    Parameters
+    ----------
+    dim
+        Width d of the tokens.
+    heads
+        Number of heads k; p = d / heads.
+    tied
+        The output map is U itself.
+    orthonormal
+        U'U = I is kept through training, all heads together.
+    causal
+        A token looks at none after it.
+    dropout
+        Of the attention and of the output, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        Where heads do not divide d.
+
+    References
+    ----------
+    Yu et al. (2023), arXiv 2311.13110.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SubspaceSelfAttention
+    >>> layer = SubspaceSelfAttention(8, heads=2, tied=True, orthonormal=True)
+    >>> layer(torch.randn(3, 5, 8)).shape, layer.subspaces().basis.shape
+    (torch.Size([3, 5, 8]), torch.Size([2, 8, 4]))
     """
 
     def __init__(
@@ -85,12 +115,39 @@ class SubspaceSelfAttention(nn.Module):
 
 
 class ISTA(nn.Module):
-    """Tokens y → codes by `steps` proximal gradient steps of the lasso min ½|y - D a|² + λ|a|₁, a ≥ 0.
+    """Tokens y → codes by proximal gradient steps of the lasso min ½|y - D a|² + λ|a|₁, a ≥ 0.
 
-    One step is a ← ReLU(a + η D'(y - D a) - η λ), from a = y; with expansion s > 1, D is (d, s d), the codes have
-    width s d and start at zero (CRATE-α). nonnegative=False: soft thresholds in place of the ReLU. step: η, threshold:
-    λ, as in the released classifier (0.1 and 0.1); D starts Kaiming-uniform. `stability` is η σ_max(D)², below 2 where
-    the steps converge. Raises ValueError for values that are not positive.
+    One step is a ← ReLU(a + η D'(y - D a) - η λ), from a = y. D starts Kaiming-uniform. `stability` is η σ_max(D)²,
+    below 2 where the steps converge.
+
+    Parameters
+    ----------
+    dim
+        Width d of the tokens.
+    step
+        η, as in the released classifier.
+    threshold
+        λ, as in the released classifier.
+    steps
+        Number of steps.
+    expansion
+        Above 1, D is (d, expansion · d), and the codes have that width and start at zero (CRATE-α).
+    nonnegative
+        False: soft thresholds in place of the ReLU.
+
+    Raises
+    ------
+    ValueError
+        For sizes below 1, a step that is not positive, or a negative threshold.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import ISTA
+    >>> layer = ISTA(3, step=0.1, threshold=1.0)
+    >>> _ = torch.nn.init.eye_(layer.dictionary)
+    >>> layer(torch.tensor([1.0, 0.05, -1.0])).detach()
+    tensor([0.9000, 0.0000, 0.0000])
     """
 
     def __init__(
@@ -142,10 +199,44 @@ class ISTA(nn.Module):
 class CRATELayer(nn.Module):
     """One layer: z½ = z + MSSA(LN z), z⁺ = ISTA(LN z½), with no residual around the second.
 
-    strict, on orthonormal tied U: "gradient" = the exact step z½ = y - κ ∇R^c(y | U), y = LN z; "softmax" = its first
-    order with softmax memberships, z½ = (1 - κ p/(n ε²)) y + κ p/(n ε²) MSSA(y). kappa: κ, epsilon: ε of the rate; no
-    published model is trained so. expansion > 1 is CRATE-α: z⁺ = z½ + E ISTA(LN z½), with a dictionary of
-    expansion · d, at least two steps from zero and a second dictionary E (Yang et al., 2024).
+    Parameters
+    ----------
+    dim, heads
+        Width d of the tokens and heads of `SubspaceSelfAttention`.
+    step, threshold
+        η and λ of `ISTA`.
+    steps
+        Of `ISTA`; None: 1, or 2 where expansion > 1.
+    expansion
+        Above 1 it is CRATE-α: z⁺ = z½ + E ISTA(LN z½), from zero with a dictionary of expansion · d and a second one,
+        E.
+    strict
+        None: as published. The others use orthonormal tied U, and no published model is trained so. "gradient": the
+        exact step z½ = y - κ ∇R^c(y | U), y = LN z. "softmax": its first order with softmax memberships, z½ = (1 - κ
+        p/(n ε²)) y + κ p/(n ε²) MSSA(y).
+    kappa, epsilon
+        κ, and ε of the rate, where `strict`.
+    causal
+        A token looks at none after it; not with "gradient", which mixes all tokens.
+    dropout
+        Of the attention, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        For another `strict`, a causal gradient, or values that are not positive.
+
+    References
+    ----------
+    Yu et al. (2023), arXiv 2311.13110; Yang et al. (2024) for CRATE-α.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATELayer
+    >>> tokens = CRATELayer(8, heads=2)(torch.randn(3, 5, 8))
+    >>> tokens.shape, bool((tokens >= 0).all())
+    (torch.Size([3, 5, 8]), True)
     """
 
     def __init__(
@@ -199,7 +290,26 @@ class CRATELayer(nn.Module):
 
 
 class CRATEDecoderLayer(nn.Module):
-    """The inverse in reverse order: y = A LN(x), x⁺ = y - MSSA(LN y). Source: Pai et al. (2024)."""
+    """The inverse of `CRATELayer` in reverse order: y = A LN(x), x⁺ = y - MSSA(LN y).
+
+    Parameters
+    ----------
+    dim, heads
+        Width d of the tokens and heads of `SubspaceSelfAttention`.
+    dropout
+        Of the attention, in [0, 1).
+
+    References
+    ----------
+    Pai et al. (2024).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATEDecoderLayer
+    >>> CRATEDecoderLayer(8, heads=2)(torch.randn(3, 5, 8)).shape
+    torch.Size([3, 5, 8])
+    """
 
     def __init__(self, dim: int, heads: int, *, dropout: float = 0.0) -> None:
         super().__init__()

@@ -43,12 +43,45 @@ def _check_images(images: Tensor, channels: int, patch_size: int) -> tuple[int, 
 
 
 class CRATE(nn.Module):
-    """Images (n, c, h, w) → class logits by patches, a class token and `CRATELayer`s.
+    """Images (n, c, h, w) → class logits (n, num_classes) by patches, a class token and `CRATELayer`s.
 
-    patch → LN → linear → LN; tables of positions and the class token are drawn N(0, 1); LN and a linear head on the
-    class token, or on the mean of all (pool="mean"). Images of another size than `image_size` have the positions
-    resized, bicubic. layer: makes a layer, in place of `CRATELayer(dim, heads, **options)`. `preset` has the sizes of
-    the paper. Raises ValueError for images that patches do not divide.
+    A patch goes through LN, a linear map and LN. The tables of positions and the class token are drawn N(0, 1). Images
+    of another size than `image_size` have the positions resized, bicubic. `preset` has the sizes of the paper.
+
+    Parameters
+    ----------
+    image_size, patch_size
+        Sides, in pixels; the patch divides the image.
+    num_classes
+        Width of the logits.
+    dim, heads, depth
+        Width of the tokens, heads of each layer and number of layers.
+    channels
+        c.
+    pool
+        What goes through LN and the linear head: the "class" token, or the "mean" of all tokens.
+    layer
+        Makes a layer, in place of `CRATELayer(dim, heads, **options)`.
+    **options
+        Of `CRATELayer`.
+
+    Raises
+    ------
+    ValueError
+        For images that patches do not divide, sizes below 1, or another `pool`.
+
+    References
+    ----------
+    Yu et al. (2023), arXiv 2311.13110.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATE
+    >>> model = CRATE(image_size=8, patch_size=4, num_classes=10, dim=16, heads=2, depth=2)
+    >>> images = torch.randn(3, 3, 8, 8)
+    >>> model(images).shape, model.attention_maps(images).shape
+    (torch.Size([3, 10]), torch.Size([3, 2, 2, 2]))
     """
 
     def __init__(
@@ -128,10 +161,46 @@ class CRATE(nn.Module):
 class CRATEAutoencoder(nn.Module):
     """Images → patches that were masked, filled in: encoder layers, then as many decoder layers.
 
-    Positions are fixed sines; a mask token stands in for `masked` of the patches, drawn anew for every image, *before*
-    the encoder, so that it sees all places, and a class token goes along. `loss` is the mean squared error on masked
-    patches alone; normalize: of each patch's pixels at mean 0 and variance 1. threshold: λ of the encoder, 0.5 as
-    released. options: of the encoder's `CRATELayer`.
+    Positions are fixed sines. A mask token stands in for the hidden patches, drawn anew for every image, *before* the
+    encoder, so that it sees all places; a class token goes along. `loss` is the mean squared error on hidden patches
+    alone.
+
+    Parameters
+    ----------
+    image_size, patch_size
+        Sides, in pixels; the patch divides the image.
+    dim, heads, depth
+        Width of the tokens, heads of each layer and layers of each half.
+    channels
+        Of the images.
+    masked
+        Share of the patches that are hidden, in (0, 1).
+    threshold
+        λ of the encoder, 0.5 as released.
+    normalize
+        The loss is on patches whose pixels have mean 0 and variance 1 each.
+    **options
+        Of the encoder's `CRATELayer`.
+
+    Raises
+    ------
+    ValueError
+        For images that patches do not divide, or `masked` outside (0, 1).
+
+    References
+    ----------
+    Pai et al. (2024).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATEAutoencoder
+    >>> model = CRATEAutoencoder(8, 4, dim=16, heads=2, depth=1, threshold=0.1)
+    >>> hidden = model.draw_mask(2)
+    >>> hidden.sum(1)
+    tensor([3, 3])
+    >>> model(torch.randn(2, 3, 8, 8), hidden).shape
+    torch.Size([2, 4, 48])
     """
 
     def __init__(
@@ -236,8 +305,33 @@ def sine_positions(side: int, dim: int) -> Float[Tensor, "t d"]:
 class CRATELanguageModel(nn.Module):
     """Token ids (n, t) → next-token logits (n, t, vocabulary): GPT-2's frame around causal `CRATELayer`s.
 
-    Learnt positions, a final layer norm and the embedding as output map. `preset("base")` is Causal-CRATE-B (60 M
-    parameters with GPT-2's vocabulary). options: of `CRATELayer`. Raises ValueError for more than `context` tokens.
+    Positions are learnt, a layer norm comes last, and the embedding is the output map. `preset("base")` is
+    Causal-CRATE-B (60 M parameters with GPT-2's vocabulary). More than `context` tokens raise ValueError.
+
+    Parameters
+    ----------
+    vocabulary
+        Number of token ids.
+    context
+        The most tokens of a sequence.
+    dim, heads, depth
+        Width of the tokens, heads of each layer and number of layers.
+    **options
+        Of `CRATELayer`.
+
+    Raises
+    ------
+    ValueError
+        For sizes below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATELanguageModel
+    >>> model = CRATELanguageModel(vocabulary=20, context=8, dim=16, heads=2, depth=1)
+    >>> ids = torch.arange(6).unsqueeze(0)
+    >>> torch.allclose(model(ids)[:, :4], model(ids[:, :4]), atol=1e-5)
+    True
     """
 
     def __init__(self, vocabulary: int, context: int, dim: int, heads: int, depth: int, **options: Any) -> None:
@@ -330,8 +424,26 @@ _PIXELS = ("embed.0.weight", "embed.0.bias", "embed.1.weight")
 def load_published(model: CRATE | CRATEAutoencoder, state: Mapping[str, Tensor]) -> None:
     """Load weights in the layout of the authors' code (Ma-Lab-Berkeley/CRATE) into a model of the same size.
 
-    state: its `state_dict`, a prefix "module." being taken off; positions must be of the model's image size. Raises
-    ValueError that lists missing and unexpected keys and wrong shapes; then nothing is loaded.
+    Parameters
+    ----------
+    model
+        The model that is filled.
+    state
+        Their `state_dict`; a prefix "module." is taken off. Positions must be of the model's image size.
+
+    Raises
+    ------
+    ValueError
+        Lists missing and unexpected keys and wrong shapes; then nothing is loaded.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CRATE, load_published
+    >>> model = CRATE(image_size=8, patch_size=4, num_classes=10, dim=16, heads=2, depth=2)
+    >>> load_published(model, {"module.cls_token": torch.zeros(1, 1, 16)})
+    Traceback (most recent call last):
+    ValueError: state: not of this model; missing: position, ...
     """
     classifies = isinstance(model, CRATE)
     rules = _CLASSIFIER if classifies else _AUTOENCODER

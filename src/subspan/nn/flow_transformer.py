@@ -12,11 +12,39 @@ from torch.nn import functional as F
 
 
 class FlowTransformer(nn.Module):
-    """Noised images (b, c, h, w), times (b,) in [0, 1] and class labels (b,) → a field (b, c, h, w), velocity or image.
+    """Noised images (b, c, h, w), times (b,) in [0, 1], labels (b,) → a field (b, c, h, w): velocity or image.
 
-    size: image side or (height, width), a multiple of `patch`. classes: their number; label `classes` stands for no
-    class (`null`). The blocks (`blocks.0` …) take and give tokens (b, t, width), rows first, on the grid `hw`. The
-    output starts at 0: modulations and the last layer are zero at first (adaLN-zero).
+    The blocks (`blocks.0` …) take and give tokens (b, t, width), rows first, on the grid `hw`. The output starts at 0:
+    modulations and the last layer are zero at first (adaLN-zero).
+
+    Parameters
+    ----------
+    size
+        Image side or (height, width), a multiple of `patch`.
+    channels
+        c.
+    patch
+        Side of a patch, in pixels.
+    width, depth, heads
+        Of the tokens, number of blocks, and heads of each; a multiple of 4 and of the heads is needed as width.
+    classes
+        Their number; label `classes` stands for no class (`null`).
+    mlp_ratio
+        Hidden width of each block's network over `width`.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not divide as said, or are below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import FlowTransformer
+    >>> model = FlowTransformer(8, width=16, depth=1, heads=2)
+    >>> field = model(torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([3, model.null]))
+    >>> field.shape, bool((field == 0).all())
+    (torch.Size([2, 3, 8, 8]), True)
     """
 
     positions: Tensor

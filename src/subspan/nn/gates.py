@@ -26,7 +26,29 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def straight_through(hard: Float[Tensor, "*n"], soft: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """The value of `hard` with the gradient of `soft` (Bengio et al., 2013)."""
+    """The value of `hard` with the gradient of `soft` (Bengio et al., 2013).
+
+    Parameters
+    ----------
+    hard
+        What goes on, of any shape.
+    soft
+        What the gradient goes to, of the same shape.
+
+    Returns
+    -------
+    Tensor of that shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import straight_through
+    >>> soft = torch.tensor([0.2, 0.7], requires_grad=True)
+    >>> gate = straight_through((soft > 0.5).float(), soft)
+    >>> gate.sum().backward()
+    >>> gate.tolist(), soft.grad
+    ([0.0, 1.0], tensor([1., 1.]))
+    """
     return hard.detach() + (soft - soft.detach())
 
 

@@ -25,13 +25,43 @@ _MANY = 10**8
 class GrassmannHead(GrassmannModule):
     """Features x (…, d) → logits γ |S_c' x/|x||, the cosine of the angle between x and the plane of each class.
 
-    rank: dimension k of every plane; scale: γ. Logits are never negative and there is no bias; k = 1 is γ |cos|. The
-    planes are one `GrassmannParameter` (classes, k, d), stepped by `RiemannianSGD` or `with_riemannian`. Where rows are
-    not orthonormal, since they were averaged or another optimizer moved them (which warns), logits are those of their
-    spans. They start uniform, or by `init_from` as the principal planes of the classes. Computed in float32 at least.
-    Raises ValueError for k outside [1, d], features that are not finite, planes that are not finite or have dependent
-    rows, and a state with rows too long to be an average; warns of zero features, whose logits are 0.
-    Source: Wang, Li & Zhang (ICCV 2023).
+    Logits are never negative and there is no bias; k = 1 is γ |cos|. The planes are one `GrassmannParameter`
+    (classes, k, d), stepped by `RiemannianSGD` or `with_riemannian`. They start uniform, or by `init_from` as the
+    principal planes of the classes. Where rows are not orthonormal, since they were averaged or another optimizer moved
+    them (which warns), logits are those of their spans. Computed in float32 at least; zero features have logits 0, with
+    a warning.
+
+    Parameters
+    ----------
+    in_features
+        Width d of the features.
+    num_classes
+        Number of planes.
+    rank
+        Dimension k of every plane.
+    scale
+        γ.
+    generator
+        Of the random planes.
+
+    Raises
+    ------
+    ValueError
+        For k outside [1, d]. Later for features or planes that are not finite, planes with dependent rows, and a state
+        with rows too long to be an average.
+
+    References
+    ----------
+    Wang, Li & Zhang (ICCV 2023).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannHead
+    >>> head = GrassmannHead(8, num_classes=3, rank=2, scale=25.0)
+    >>> logits = head(head.planes[1, 0].detach())
+    >>> logits.argmax().item(), round(logits.max().item(), 2)
+    (1, 25.0)
     """
 
     _plane_names = frozenset({"planes"})

@@ -18,9 +18,16 @@ _BLOCK = 2048
 
 
 class MixingState(NamedTuple):
-    """What decoding keeps: the reduced states of the last tokens, newest last, and which are tokens, not padding.
+    """What decoding keeps: the reduced states of the last tokens, and which are tokens, not padding.
 
     The last max(offsets) are looked at; there may be more, or fewer at the start of a sequence.
+
+    Attributes
+    ----------
+    reduced
+        States (n, w, rank), newest last.
+    known
+        True for tokens, (n, w).
     """
 
     reduced: Float[Tensor, "n w r"]
@@ -35,16 +42,44 @@ def gated_blend(gate: nn.Linear, states: Tensor, g: Tensor) -> Tensor:
 
 
 class GrassmannMixing(nn.Module):
-    """States (n, L, d) → α h + (1 - α) g, g made of the planes that each token spans with those `offsets` before it.
+    """States (n, L, d) → α h + (1 - α) g, g made of the planes that each token spans with earlier ones.
 
     z = reduce(h) ∈ R^rank; g_t = project(mean over offsets Δ <= t of (z_t ∧ z_{t-Δ}) / area); α = σ(gate [h, g]). Pairs
     are with the past: the paper's text pairs t with t + Δ, which shows a language model its target. Since the wedge is
     bilinear, the mean is z_t ∧ mean(z_{t-Δ} / area), one wedge a token whatever the number of offsets; areas come from
-    inner products. A token without a pair has g = 0. epsilon: areas are at least epsilon |z_t| |z_{t-Δ}|, below which
-    the plane of two nearly parallel tokens is noise; normalize=False leaves the areas out. output_projection: one more
-    linear map on g, with which the paper's parameter counts come out though its text does not have it.
-    Cost O(L (d r + d r² / 2 + 2 d²)). Raises ValueError for offsets that are not positive whole numbers, and rank < 2.
-    Source: Zhang Chong (2025), arXiv 2512.19428.
+    inner products. A token without a pair has g = 0. Cost O(L (d r + d r² / 2 + 2 d²)).
+
+    Parameters
+    ----------
+    d_model
+        Width d of the states.
+    rank
+        r, the width that pairs are formed in; at least 2.
+    offsets
+        How many tokens back the partners lie: positive whole numbers, each once.
+    normalize
+        False leaves the areas out.
+    epsilon
+        Areas are at least epsilon |z_t| |z_{t-Δ}|, below which the plane of two nearly parallel tokens is noise.
+    output_projection
+        One more linear map on g, with which the paper's parameter counts come out though its text does not have it.
+
+    Raises
+    ------
+    ValueError
+        For offsets that are not positive whole numbers, and rank < 2.
+
+    References
+    ----------
+    Zhang Chong (2025), arXiv 2512.19428.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannMixing
+    >>> mixing, states = GrassmannMixing(8, rank=4, offsets=(1, 2)), torch.randn(1, 6, 8)
+    >>> torch.allclose(mixing(states)[:, :3], mixing(states[:, :3]), atol=1e-5)
+    True
     """
 
     def __init__(
@@ -162,10 +197,25 @@ class GrassmannMixing(nn.Module):
 
 
 class GrassmannBlock(nn.Module):
-    """Mixing, layer norm, and a feed-forward part with the only additive residual: h' = LN(u + FFN(u)), u = LN(mixed).
+    """Mixing, layer norm, feed-forward part with the only additive residual: h' = LN(u + FFN(u)), u = LN(mixed).
 
-    mixing: any module (n, L, d) → (n, L, d), a `GrassmannMixing` by default. ffn: hidden width of the feed-forward
-    part, 4 d by default.
+    Parameters
+    ----------
+    d_model
+        Width d of the states (n, L, d).
+    mixing
+        Any module (n, L, d) → (n, L, d); None: `GrassmannMixing(d_model)`.
+    ffn
+        Hidden width of the feed-forward part; None: 4 d.
+    dropout
+        Behind the mixing and the feed-forward part, in [0, 1).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannBlock
+    >>> GrassmannBlock(16)(torch.randn(2, 6, 16)).shape
+    torch.Size([2, 6, 16])
     """
 
     def __init__(
@@ -188,9 +238,35 @@ class GrassmannBlock(nn.Module):
 
 
 class GrassmannLanguageModel(nn.Module):
-    """Token ids (n, L) → next-token logits (n, L, vocabulary): embeddings, blocks, and the embedding as output head.
+    """Token ids (n, L) → next-token logits (n, L, vocabulary): embeddings, blocks, the embedding as output head.
 
-    mixing: the mixing module of each layer. Raises ValueError for L above `context`.
+    More than `context` tokens raise ValueError.
+
+    Parameters
+    ----------
+    vocabulary
+        Number of token ids.
+    mixing
+        The mixing module of each layer.
+    d_model
+        Width of the states.
+    context
+        The most tokens of a sequence.
+    dropout
+        Of the embeddings and in the blocks, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        Without a mixing module.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannLanguageModel, GrassmannMixing
+    >>> model = GrassmannLanguageModel(50, [GrassmannMixing(16, rank=4)] * 2, d_model=16)
+    >>> model(torch.randint(50, (2, 6))).shape
+    torch.Size([2, 6, 50])
     """
 
     def __init__(

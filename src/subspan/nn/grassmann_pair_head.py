@@ -53,18 +53,50 @@ def paired_means(
 
 
 class GrassmannPairHead(nn.Module):
-    """Premise (n, p, in_features) and hypothesis (n, q, in_features), a frozen encoder's tokens → logits (n, classes).
+    """A premise (n, p, in_features) and a hypothesis (n, q, in_features), tokens of a frozen encoder → logits.
 
-    Tokens are projected to d_model and go through `layers` Grassmann blocks with feed-forward parts of width `ffn`.
-    Odd heads pair a token with the others of its windows (`window` tokens of its sentence, one every `stride`), even
-    heads with every token of the other sentence; a token is never paired with itself. A plane is oriented from the
-    earlier token to the later, from premise to hypothesis, so that order counts inside a window. Pooled are the means
-    a, b of the two sentences: a linear map of [a, b, |a - b|, a ∘ b]. The paper gives the sizes, and neither how its
-    heads group pairs nor the pooling; these are ours. Padding pairs with nothing and is not pooled; a sentence of
-    padding alone pools to zeros.
-    Raises ValueError for heads that are odd or do not divide rank into parts of 2 or more, a stride beyond the window,
-    and inputs of another width, number or mask.
-    Source: Zhang Chong (2025), arXiv 2512.19428.
+    Tokens are projected to d_model and go through Grassmann blocks. Odd heads pair a token with the others of its
+    windows, even heads with every token of the other sentence; never with itself. A plane is oriented from the earlier
+    token to the later, from premise to hypothesis, so that order counts inside a window. The logits (n, num_classes)
+    are a linear map of [a, b, |a - b|, a ∘ b], a and b the means of the two sentences. The paper gives the sizes, and
+    neither how its heads group pairs nor the pooling; these are ours. Padding pairs with nothing and is not pooled; a
+    sentence of padding alone pools to zeros. Inputs of another width, number or mask raise ValueError.
+
+    Parameters
+    ----------
+    in_features, num_classes
+        Width of the tokens and number of logits.
+    rank
+        Width that pairs are formed in, over all heads.
+    window, stride
+        Tokens of a window of a sentence; there is one every `stride` tokens.
+    layers
+        Number of blocks.
+    d_model
+        Width of the blocks.
+    heads
+        An even number that divides rank into parts of 2 or more.
+    ffn
+        Hidden width of the feed-forward parts.
+    dropout
+        In the blocks and before the classifier, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        For heads that are odd or do not divide rank so, a stride beyond the window, and sizes out of range.
+
+    References
+    ----------
+    Zhang Chong (2025), arXiv 2512.19428.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannPairHead
+    >>> head = GrassmannPairHead(12, num_classes=3, rank=8, d_model=16, ffn=16)
+    >>> head(torch.randn(2, 5, 12), torch.randn(2, 7, 12)).shape
+    torch.Size([2, 3])
     """
 
     def __init__(

@@ -22,7 +22,27 @@ _GAINS = ("mean", "one", "learned")
 class HouseholderFrame(nn.Module):
     """A learnable orthonormal frame (d, k), as compact Householder reflections; `subspace()` hands it on.
 
-    start: a matrix (d, k) of full rank, whose nearest frame it begins at; None = random.
+    Parameters
+    ----------
+    d, k
+        Rows and columns, k <= d.
+    start
+        A matrix (d, k) of full rank, whose nearest frame it begins at; None: random.
+    generator
+        Of the random start.
+
+    Raises
+    ------
+    ValueError
+        For k outside [1, d], or a start without full rank.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import HouseholderFrame
+    >>> frame = HouseholderFrame(6, 2)()
+    >>> torch.allclose(frame.mT @ frame, torch.eye(2), atol=1e-5)
+    True
     """
 
     frame: Tensor
@@ -52,12 +72,41 @@ class HouseholderFrame(nn.Module):
 
 
 class HouseholderProjector(nn.Module):
-    """Rows x (…, in) → gain · U V'x + bias with orthonormal U (out, k), V (in, k): k directions of one gain, no others.
+    """Rows x (…, in) → gain · U V'x + bias with orthonormal U (out, k), V (in, k): k directions of one gain.
 
-    gain: "mean" and "one" are fixed, "learned" is a scalar parameter. U and V are `HouseholderFrame`s, orthonormal
-    through all training. `from_linear` starts from a trained layer. `directions` are V's columns; U V' fixes only
-    their plane, so single ones are a choice of gauge until `canonicalize` makes it.
-    Raises ValueError for a rank outside [1, min(in, out)]. Source: Song et al. (ICCV 2023), arXiv 2307.08012.
+    U and V are `HouseholderFrame`s, orthonormal through all training. `from_linear` starts from a trained layer.
+    `directions` are V's columns; U V' fixes only their plane, so single ones are a choice of gauge until `canonicalize`
+    makes it.
+
+    Parameters
+    ----------
+    in_features, out_features
+        Widths of what comes in and goes out.
+    rank
+        k, at most the smaller of both.
+    gain
+        "mean" and "one" are fixed, and 1 here; "learned" is a scalar parameter that starts at 1.
+    bias
+        Whether there is a bias.
+    generator
+        Of the random frames.
+
+    Raises
+    ------
+    ValueError
+        For a rank outside [1, min(in, out)], or another gain.
+
+    References
+    ----------
+    Song et al. (ICCV 2023), arXiv 2307.08012.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import HouseholderProjector
+    >>> layer = HouseholderProjector.from_linear(torch.nn.Linear(6, 4), rank=2, gain="one")
+    >>> torch.linalg.svdvals(layer.weight.detach()).round(decimals=3)
+    tensor([1., 1., 0., 0.])
     """
 
     def __init__(

@@ -15,12 +15,42 @@ def influence_loss(
     *,
     temperature: float = 1.0,
 ) -> Float[Tensor, ""]:
-    """Cross entropy of features (n, d) under a fixed linear classifier, the class means (c, d) of the old model.
+    """Cross entropy of features under a fixed linear classifier, the class means of the old model.
 
-    labels: row numbers of `class_means`. A row of zeros marks a class that the old model has not embedded: it is no
-    rival, and the items of that class do not count (zero where no item is left). temperature divides the logits.
-    Raises ValueError for labels outside the rows, another width, or a temperature <= 0.
-    Source: Shen et al., Towards Backward-Compatible Representation Learning (CVPR 2020).
+    A row of zeros among the means marks a class that the old model has not embedded: it is no rival, and the items of
+    that class do not count.
+
+    Parameters
+    ----------
+    features
+        Of the new model, (n, d).
+    class_means
+        Of the old model, (c, d).
+    labels
+        Row numbers of `class_means`, (n,).
+    temperature
+        Divides the logits; > 0.
+
+    Returns
+    -------
+    Tensor, scalar; zero where no item counts.
+
+    Raises
+    ------
+    ValueError
+        For labels outside the rows, another width, or a temperature <= 0.
+
+    References
+    ----------
+    Shen et al., Towards Backward-Compatible Representation Learning (CVPR 2020).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import influence_loss
+    >>> means = torch.tensor([[5.0, 0.0], [0.0, 5.0], [0.0, 0.0]])
+    >>> influence_loss(means[:2], means, torch.tensor([0, 1])).item() < 1e-6
+    True
     """
     if not temperature > 0:
         raise ValueError(f"temperature: must be positive, got {temperature}")

@@ -18,7 +18,21 @@ _SHARPNESS = 100.0
 def orthogonality_defect(weight: Float[Tensor, "d_out ..."]) -> Float[Tensor, ""]:
     """Frobenius norm r of W'W - I or WW' - I, whichever Gram matrix is smaller; differentiable, with gradient 0 at 0.
 
-    weight (d_out, …) is flattened to a matrix, as for convolutions; r is computed in float32 or wider.
+    Parameters
+    ----------
+    weight
+        W (d_out, …), flattened to a matrix, as for convolutions.
+
+    Returns
+    -------
+    Tensor, scalar, in float32 or wider.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import orthogonality_defect
+    >>> orthogonality_defect(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).item()
+    3.0
     """
     return torch.linalg.vector_norm(gram_error(weight.flatten(1)))
 
@@ -36,10 +50,35 @@ def defect_limit(weight: Tensor, lam: float | None = None, lam_rel: float | None
 class LambdaOrthogonality(nn.Module):
     """Loss σ(α (r - λ)) r of a weight, r its orthogonality defect: about r above λ, and about nothing below.
 
-    lam: λ, the defect where the pull ends; or lam_rel = λ / √n (default 0.375), which means the same for every size.
-    λ = 0 is soft orthogonality, λ = ∞ no constraint. alpha: sharpness; against a task that pulls outwards with slope g
-    a weight comes to rest at about r = λ - log(α λ / g) / α. None: 100 / λ, which is within about a tenth of any λ.
-    Raises ValueError for negative values. Source: Ricci et al. (NeurIPS 2025), arXiv 2509.16664.
+    The call takes a weight (d_out, …), flattened to a matrix. Against a task that pulls outwards with slope g, a weight
+    comes to rest at about r = λ - log(α λ / g) / α.
+
+    Parameters
+    ----------
+    lam
+        λ, the defect where the pull ends. 0 is soft orthogonality, infinity no constraint.
+    lam_rel
+        λ / √n in place of `lam`, n the size of the smaller Gram matrix: it means the same for every size. 0.375 where
+        both are None.
+    alpha
+        Sharpness α. None: 100 / λ, which comes to rest within about a tenth of any λ.
+
+    Raises
+    ------
+    ValueError
+        For negative values, and both `lam` and `lam_rel`.
+
+    References
+    ----------
+    Ricci et al. (NeurIPS 2025), arXiv 2509.16664.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import LambdaOrthogonality
+    >>> penalty = LambdaOrthogonality(lam=1.0)
+    >>> penalty(torch.eye(2)).item(), penalty(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).item()
+    (0.0, 3.0)
     """
 
     def __init__(self, lam: float | None = None, *, lam_rel: float | None = None, alpha: float | None = None) -> None:
@@ -96,10 +135,36 @@ def register_lambda_orthogonality(
     lam_rel: float | None = None,
     alpha: float | None = None,
 ) -> RegisteredPenalty:
-    """λ-orthogonality on the weights of a module's linear and convolutional layers, or on its own parameter `name`.
+    """λ-orthogonality on the weights of a module's linear and convolutional layers, or on its own parameter.
 
-    Returns what gives the sum of the penalties: `loss = task_loss + penalty()`. Options: see `LambdaOrthogonality`.
-    Raises ValueError when there is no such weight.
+    Parameters
+    ----------
+    module
+        Looked through for layers; its own matrix `name` counts too.
+    name
+        Of the parameter in each layer.
+    lam, lam_rel, alpha
+        As in `LambdaOrthogonality`.
+
+    Returns
+    -------
+    RegisteredPenalty
+        Called, it gives the sum of the penalties: `loss = task_loss + penalty()`. `defects()` are by the name of the
+        layer.
+
+    Raises
+    ------
+    ValueError
+        When there is no such weight.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import register_lambda_orthogonality
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> penalty = register_lambda_orthogonality(model, lam=0.1)
+    >>> list(penalty.defects()), bool(penalty() > 0)
+    (['0', '2'], True)
     """
     own = getattr(module, name, None)
     owners: dict[str, nn.Module]
@@ -115,7 +180,31 @@ def register_lambda_orthogonality(
 def limit_orthogonality_defect(weight: Float[Tensor, "d_out d_in"], limit: float) -> Float[Tensor, "d_out d_in"]:
     """The weight with squared singular values drawn towards 1, s² ← 1 + (s² - 1) min(1, limit / r), so that r <= limit.
 
-    Its singular directions stay. Raises ValueError for a negative limit.
+    Its singular directions stay.
+
+    Parameters
+    ----------
+    weight
+        (d_out, d_in), with orthogonality defect r.
+    limit
+        The largest defect that is left; >= 0.
+
+    Returns
+    -------
+    Tensor (d_out, d_in), a new one.
+
+    Raises
+    ------
+    ValueError
+        For a negative limit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import limit_orthogonality_defect, orthogonality_defect
+    >>> weight = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
+    >>> round(orthogonality_defect(limit_orthogonality_defect(weight, 4.0)).item(), 3)
+    4.0
     """
     if not limit >= 0:
         raise ValueError(f"limit: must be >= 0, got {limit}")

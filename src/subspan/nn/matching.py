@@ -11,7 +11,26 @@ from torch.nn import functional as F
 def cosine_matching_loss(x: Float[Tensor, "*b d"], y: Float[Tensor, "*c e"]) -> Float[Tensor, ""]:
     """Minus the mean cosine of paired vectors, in [-1, 1]; zero vectors count as orthogonal to everything.
 
-    Computed in float32 or wider. Raises ValueError for shapes that differ or hold nothing.
+    Parameters
+    ----------
+    x, y
+        Vectors (…, d) in pairs.
+
+    Returns
+    -------
+    Tensor, scalar, in float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        For shapes that differ or hold nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import cosine_matching_loss
+    >>> cosine_matching_loss(torch.eye(2), 3 * torch.eye(2)).item()
+    -1.0
     """
     if x.shape != y.shape or not x.numel():
         raise ValueError(

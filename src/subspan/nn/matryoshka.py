@@ -25,9 +25,29 @@ _KINDS = ("rotation", "linear", "mlp")
 
 
 def nesting_weights(dims: Sequence[int], weights: str | Sequence[float] | None) -> dict[int, float]:
-    """Weight of each size: None = 1, "inverse" = 1 / size with mean 1, or one number a size in the order of `dims`.
+    """Weight of each prefix size in a nested loss.
 
-    Raises ValueError for another length, negative numbers, or all zero.
+    Parameters
+    ----------
+    dims
+        Sizes, in any order.
+    weights
+        None: 1 each; "inverse": 1 / size with mean 1; or one number a size, in the order of `dims`.
+
+    Returns
+    -------
+    dict of sizes to weights.
+
+    Raises
+    ------
+    ValueError
+        For another length or word, negative numbers, or all zero.
+
+    Examples
+    --------
+    >>> from subspan.nn import nesting_weights
+    >>> nesting_weights((8, 16), (3, 1))
+    {8: 3.0, 16: 1.0}
     """
     sizes = [int(m) for m in dims]
     if weights is None:
@@ -48,9 +68,37 @@ def nesting_weights(dims: Sequence[int], weights: str | Sequence[float] | None) 
 class MatryoshkaLinear(nn.Module):
     """One linear classifier a prefix: embeddings (…, d) → logits (l, …, num_classes), smallest prefix first.
 
-    dims: sizes in any order; d = the largest. efficient: all prefixes share one weight and one bias (MRL-E) and the
-    logits are running sums over the blocks between cuts, O(num_classes · d) for all sizes; else each has its own
-    (MRL). normalize: every prefix is scaled to unit length on its own. Raises ValueError for narrower embeddings.
+    Embeddings narrower than the largest size raise ValueError.
+
+    Parameters
+    ----------
+    dims
+        The l prefix sizes, in any order; d is the largest.
+    num_classes
+        Width of the logits.
+    efficient
+        All prefixes share one weight and one bias (MRL-E), and the logits are running sums over the blocks between
+        cuts, O(num_classes · d) for all sizes. Otherwise each has its own (MRL).
+    bias
+        Whether the classifiers have one.
+    normalize
+        Scale every prefix to unit length on its own.
+
+    Raises
+    ------
+    ValueError
+        For sizes that are none, or fewer than one class.
+
+    References
+    ----------
+    Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import MatryoshkaLinear
+    >>> MatryoshkaLinear((4, 2, 8), num_classes=10)(torch.randn(5, 8)).shape
+    torch.Size([3, 5, 10])
     """
 
     def __init__(
@@ -105,9 +153,27 @@ class MatryoshkaLinear(nn.Module):
 
 
 class MatryoshkaLogitLoss(nn.Module):
-    """Weighted sum over prefixes of a loss of logits: logits (l, n, c), one layer a size in ascending order, targets.
+    """Weighted sum over prefixes of a loss of logits.
 
-    base_loss: by default cross entropy. weights: see `nesting_weights`. Raises ValueError for another number of layers.
+    The call takes logits (l, n, c), one layer a size in ascending order, then what the base loss takes. Another number
+    of layers raises ValueError.
+
+    Parameters
+    ----------
+    dims
+        The l prefix sizes.
+    base_loss
+        Of the logits (n, c) of one prefix; None: cross entropy.
+    weights
+        As in `nesting_weights`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import MatryoshkaLogitLoss
+    >>> loss = MatryoshkaLogitLoss((2, 4, 8), weights=(0, 0, 1))
+    >>> round(loss(torch.zeros(3, 5, 4), torch.arange(5) % 4).exp().item(), 3)
+    4.0
     """
 
     def __init__(
@@ -132,11 +198,44 @@ class MatryoshkaLogitLoss(nn.Module):
 class MatryoshkaLoss(nn.Module):
     """Any loss of one or more embeddings, summed with weights over their prefixes, which are cut on all sides.
 
-    base_loss: a module or function of tensors. Of its arguments those in `embeddings` (positions or names) are cut;
-    by default all floating matrices that are as wide as the first argument, teacher embeddings among them.
-    normalize: scale every prefix to unit length on its own; "auto": for the arguments whose rows have unit length.
-    weights: see `nesting_weights`. dims_per_step: in training only so many sizes, drawn anew each step, whose sum is
-    scaled so that its expectation is the whole loss. Raises ValueError for a first argument narrower than max(dims).
+    The call takes what the base loss takes. A first argument narrower than max(dims) raises ValueError.
+
+    Parameters
+    ----------
+    base_loss
+        A module or function of tensors.
+    dims
+        Prefix sizes.
+    weights
+        As in `nesting_weights`.
+    normalize
+        Scale every prefix to unit length on its own; "auto": for the arguments whose rows have unit length.
+    dims_per_step
+        In training only so many sizes, drawn anew each step, whose sum is scaled so that its expectation is the whole
+        loss. None: all.
+    embeddings
+        Positions or names of the arguments that are cut. None: all floating matrices that are as wide as the first
+        argument, teacher embeddings among them.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+    TypeError
+        For a base loss that cannot be called.
+
+    References
+    ----------
+    Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import MatryoshkaLoss, cosine_matching_loss
+    >>> loss = MatryoshkaLoss(cosine_matching_loss, dims=(2, 4))
+    >>> x = torch.ones(3, 4)
+    >>> round(loss(x, x).item(), 3)
+    -2.0
     """
 
     def __init__(
@@ -218,12 +317,39 @@ class MatryoshkaLoss(nn.Module):
 
 
 class MatryoshkaAdapter(nn.Module):
-    """Rows of a frozen encoder (…, d) → nested coordinates (…, max(dims)).
+    """Rows of a frozen encoder (…, d) → nested coordinates (…, max(dims)): the first m are an embedding for every m.
 
-    kind: "rotation", an orthogonal map of the coordinates in `basis` (d, k), which keeps all inner products in its
-    span; "linear", any linear map, started at `basis`; "mlp", linear, GELU, linear. basis: orthonormal columns, by
-    default the coordinates as they are; k = max(dims) except that a rotation may keep more. shift, scale: rows are
-    (x - shift) / scale first. hidden: width of the MLP.
+    Parameters
+    ----------
+    d
+        Width of the rows.
+    dims
+        Prefix sizes.
+    kind
+        "rotation": an orthogonal map of the coordinates in `basis`, which keeps all inner products in its span;
+        "linear": any linear map, started at `basis`; "mlp": linear, GELU, linear.
+    basis
+        Orthonormal columns (d, k); None: the coordinates as they are. k = max(dims), except that a rotation may keep
+        more.
+    shift, scale
+        Rows are (x - shift) / scale first: shift (d,), None for 0.
+    hidden
+        Width of the MLP.
+    trainable
+        False: the rotation stays at its start.
+
+    Raises
+    ------
+    ValueError
+        For another kind, a scale that is not positive, or a basis of another shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import MatryoshkaAdapter
+    >>> adapter, x = MatryoshkaAdapter(8, dims=(2, 4)), torch.randn(5, 8)
+    >>> torch.allclose(adapter(x), x[:, :4], atol=1e-5)
+    True
     """
 
     shift: Tensor

@@ -38,46 +38,48 @@ class Objective(LightningModule):
 
     Parameters
     ----------
-    model : nn.Module
+    model
         What is trained: all its parameters that require a gradient.
-    loss : callable
+    loss
         ``loss(model, batch)`` → the loss (a scalar), a dict of terms of which it is the sum, or the loss and a dict of
         terms to log. A module's parameters are trained, and its state saved, with the model's. Parameters named
         ``step`` (optimizer steps taken so far) and ``batch_index`` are given, where the loss has them.
-    validation : callable or None
+    validation
         As `loss`, for batches of validation, where a dict holds what to log, all of it without a gradient; by default
         the loss itself. Logged as ``val_`` and the name.
-    optimizer : str or callable
+    optimizer
         "adamw", "adam", "sgd", or what makes an optimizer of groups of parameters and ``lr``, such as its class.
         `GrassmannParameter`s take geodesic steps beside it.
-    learning_rate : float
+    learning_rate
         The largest one of the schedule.
-    weight_decay : float
-        Of all parameters but planes; `decay_vectors` False leaves out those of one dimension or none (biases, norms).
-    groups : dict or None
+    weight_decay
+        Of all parameters but planes.
+    decay_vectors
+        False leaves parameters of one dimension or none (biases, norms) without weight decay.
+    groups
         Names of parts of the model → options of their own for the optimizer, such as
         ``{"encoder": {"lr": 1e-5}, "head.bias": {"weight_decay": 0.0}}``; the first name that fits counts.
-    manifold_learning_rate : float or None
+    manifold_learning_rate
         Of planes; by default `learning_rate`.
-    schedule : str or callable
+    schedule
         "constant"; "cosine", to `final_rate`; "one-cycle", as torch's, momentum left as it is; or a function of the
         optimizer and the number of steps that makes a scheduler. Rates change with every step.
-    warmup : int or float
+    warmup
         Steps, or the share in [0, 1) of the steps, of a linear rise from nearly nothing ("one-cycle": of its rise).
-    final_rate : float
+    final_rate
         Where "cosine" ends, as a share of the learning rate.
-    after_step : callable or None
+    after_step
         ``after_step(model, step)`` once `step` optimizer steps are taken: averages, teachers, a look at the model.
         The training ends where it returns True.
-    save_frozen : bool
+    save_frozen
         False leaves parameters that are not trained out of checkpoints, which are then loaded without them.
     **options
         Of the optimizer: ``betas``, ``momentum``, …
 
     Attributes
     ----------
-    losses : list of float
-        The mean loss of every epoch, of this process's batches.
+    losses
+        The mean loss of every epoch, of this process's batches; a list of floats.
 
     Raises
     ------
@@ -87,8 +89,9 @@ class Objective(LightningModule):
     Examples
     --------
     >>> import torch
-    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> from subspan.nn import Objective
     >>> from subspan.nn.training import quiet_trainer
+    >>> from torch.utils.data import DataLoader, TensorDataset
     >>> data = DataLoader(TensorDataset(torch.eye(4), torch.tensor([0, 1, 0, 1])), 4)
     >>> def cross_entropy(model, batch):
     ...     return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])

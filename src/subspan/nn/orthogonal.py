@@ -183,11 +183,36 @@ _MAPS: dict[str, type[OrthonormalMap]] = {
 
 
 def register_orthonormal(module: nn.Module, name: str = "weight", orthogonal_map: str = "householder") -> nn.Module:
-    """Keep a matrix of `module` orthonormal from now on (its columns, or rows where it is wide); returns the module.
+    """Keep a matrix of a module orthonormal from now on: its columns, or its rows where it is wide.
 
-    orthogonal_map: "householder" (O(d k²), any size), "matrix_exp", "cayley", "polar" or "givens" (square; fewest
-    numbers). The start is the orthonormal matrix nearest to what the parameter holds, and `module.name = matrix`
-    starts anew from another. Raises ValueError for what is not a matrix of full rank.
+    The start is the orthonormal matrix nearest to what the parameter holds, and `module.name = matrix` starts anew from
+    another.
+
+    Parameters
+    ----------
+    module
+        What holds the matrix; changed in place.
+    name
+        Of the parameter, (d, k).
+    orthogonal_map
+        "householder" (O(d k²), any size), "matrix_exp", "cayley", "polar" or "givens" (square; fewest numbers).
+
+    Returns
+    -------
+    The module.
+
+    Raises
+    ------
+    ValueError
+        For what is not a matrix of full rank, and another map.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import register_orthonormal
+    >>> layer = register_orthonormal(torch.nn.Linear(4, 2))
+    >>> torch.allclose(layer.weight @ layer.weight.mT, torch.eye(2), atol=1e-5)
+    True
     """
     if orthogonal_map not in _MAPS:
         raise ValueError(f"orthogonal_map: expected one of {tuple(_MAPS)}, got {orthogonal_map!r}")
@@ -204,11 +229,37 @@ def register_orthonormal(module: nn.Module, name: str = "weight", orthogonal_map
 class OrthogonalLinear(nn.Module):
     """Rows x (…, d) → Q x with Q orthogonal (d, d), learnt without leaving the orthogonal group.
 
-    init: "identity", "random" (Haar) or an orthogonal matrix, such as the solution of Procrustes' problem. Training
-    stays on the side of the group, rotations or reflections, that it starts on; `determinant` says which.
-    orthogonal_map: see `register_orthonormal`; "matrix_exp" and "cayley" cost O(d³) a step, Cayley the less.
-    Q is computed in `dtype` and used in the type of x.
-    Raises ValueError for a start that is not orthogonal. Source: Lezcano-Casado & Martínez-Rubio (2019).
+    Training stays on the side of the group, rotations or reflections, that it starts on; `determinant` says which.
+
+    Parameters
+    ----------
+    d
+        Width of the rows.
+    init
+        "identity", "random" (Haar) or an orthogonal matrix, such as the solution of Procrustes' problem.
+    orthogonal_map
+        As in `register_orthonormal`; "matrix_exp" and "cayley" cost O(d³) a step, Cayley the less.
+    generator
+        Of the random start.
+    dtype
+        That Q is computed in; it is used in the type of x.
+
+    Raises
+    ------
+    ValueError
+        For a start that is not orthogonal, and another map.
+
+    References
+    ----------
+    Lezcano-Casado & Martínez-Rubio (2019).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import OrthogonalLinear
+    >>> layer, x = OrthogonalLinear(4, init="random"), torch.randn(5, 4)
+    >>> torch.allclose(layer(x).norm(dim=1), x.norm(dim=1), atol=1e-5)
+    True
     """
 
     weight: Tensor

@@ -78,7 +78,7 @@ def weight_projection_penalty(weight: Float[Tensor, "d r"], subspace: Subspace) 
     --------
     >>> import torch
     >>> from subspan.geometry import Subspace
-    >>> from subspan.nn import projection_penalty
+    >>> from subspan.nn import weight_projection_penalty
     >>> axes = Subspace.span(torch.eye(4)[:, :2])
     >>> weight_projection_penalty(torch.ones(4, 3), axes).item()
     6.0

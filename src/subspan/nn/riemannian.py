@@ -30,6 +30,21 @@ class GrassmannParameter(nn.Parameter, metaclass=_Marked):
 
     Copies and pickles keep the type. A parameter that takes its place in a module (assigned from a state, made real
     from the meta device, sharded) would not have it: see `GrassmannModule`.
+
+    Parameters
+    ----------
+    data
+        Rows (…, k, d).
+    requires_grad
+        Whether it is trained.
+
+    Examples
+    --------
+    >>> import copy
+    >>> import torch
+    >>> from subspan.nn import GrassmannParameter
+    >>> isinstance(copy.deepcopy(GrassmannParameter(torch.eye(2, 4))), GrassmannParameter)
+    True
     """
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -44,6 +59,16 @@ class GrassmannModule(nn.Module):
 
     A forward pass also sees parameters that were put in place past the module. `planes_of` gives the rows to compute
     with.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannModule, GrassmannParameter
+    >>> module = GrassmannModule()
+    >>> module.planes = GrassmannParameter(torch.eye(2, 4))
+    >>> module.planes = torch.nn.Parameter(torch.eye(2, 4).flip(1))
+    >>> isinstance(module.planes, GrassmannParameter)
+    True
     """
 
     _plane_names: frozenset[str] = frozenset()
@@ -145,13 +170,48 @@ def _orthonormal_rows(planes: Float[Tensor, "*b k d"], name: str) -> Float[Tenso
 class RiemannianSGD(Optimizer):
     """Stochastic gradient descent by geodesics for `GrassmannParameter`s, plain SGD for all other parameters.
 
-    Planes: the tangent part of the gradient is added to the momentum, which is carried along the step ("parallel"
-    transport) or made tangent again at the new point ("project"); the step is exact (`geodesic_functions`), k x k work
-    a plane. max_angle: longest step, in radians along the geodesic, √(Σ angle²); None = no bound. It stands in for
-    gradient clipping, since a step's length is an angle already. weight_decay, nesterov: for the other parameters
-    alone, planes have no scale. Rows are mended when they are taken up and with each step, so they stay orthonormal;
-    state in float32 at least.
-    Raises ValueError for values out of range. Source: Edelman, Arias & Smith (1998); Wang et al. (2023).
+    The tangent part of a plane's gradient is added to the momentum; the step is exact (`geodesic_functions`), k x k
+    work a plane. Rows are mended when they are taken up and with each step, so they stay orthonormal. State in float32
+    at least.
+
+    Parameters
+    ----------
+    params
+        Parameters or groups of them, as in torch.
+    lr
+        Learning rate.
+    momentum
+        In [0, 1).
+    weight_decay, nesterov
+        For the other parameters alone: planes have no scale.
+    transport
+        The momentum of planes is carried along the step ("parallel") or made tangent again at the new point
+        ("project").
+    max_angle
+        Longest step of a plane, in radians along the geodesic, √(Σ angle²); None: no bound. It stands in for gradient
+        clipping, since a step's length is an angle already.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Edelman, Arias & Smith (1998); Wang et al. (2023).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannParameter, RiemannianSGD
+    >>> line, target = GrassmannParameter(torch.tensor([[0.6, 0.8, 0.0]])), torch.tensor([0.0, 1.0, 0.0])
+    >>> optimizer = RiemannianSGD([line], lr=0.2, momentum=0)
+    >>> for _ in range(30):
+    ...     optimizer.zero_grad()
+    ...     (line @ target).square().neg().sum().backward()
+    ...     optimizer.step()
+    >>> bool((line @ target).abs() > 0.999)
+    True
     """
 
     def __init__(
@@ -300,6 +360,23 @@ class WithRiemannian(Optimizer):
 
     One `step`, one `state_dict`, one list of groups, so that schedulers and trainers see a single optimizer. Groups may
     be added, also with planes among other parameters, and the list be changed from outside, as trainers do.
+    `with_riemannian` makes it of one optimizer over all parameters.
+
+    Parameters
+    ----------
+    inner
+        Optimizer of the other parameters.
+    planes
+        Of the `GrassmannParameter`s.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannHead, RiemannianSGD, WithRiemannian
+    >>> encoder, head = torch.nn.Linear(6, 4), GrassmannHead(4, num_classes=3, rank=2)
+    >>> both = WithRiemannian(torch.optim.AdamW(encoder.parameters()), RiemannianSGD(head.parameters()))
+    >>> [group["lr"] for group in both.param_groups]
+    [0.001, 0.1]
     """
 
     def __init__(self, inner: Optimizer, planes: RiemannianSGD) -> None:
@@ -362,8 +439,37 @@ class WithRiemannian(Optimizer):
 def with_riemannian(optimizer: Optimizer, manifold_lr: float = 0.1, **options: Any) -> WithRiemannian:
     """Take the planes out of an optimizer's groups and step them by `RiemannianSGD` beside it.
 
-    So weight decay and adaptive rates do not reach them. options: of `RiemannianSGD`. A scheduler that scales rates
-    scales both. Raises ValueError where the optimizer holds no `GrassmannParameter`.
+    So weight decay and adaptive rates do not reach them. A scheduler that scales rates scales both.
+
+    Parameters
+    ----------
+    optimizer
+        Over all parameters; changed in place.
+    manifold_lr
+        Learning rate of the planes.
+    **options
+        Of `RiemannianSGD`.
+
+    Returns
+    -------
+    WithRiemannian
+
+    Raises
+    ------
+    ValueError
+        Where the optimizer holds no `GrassmannParameter`, or nothing else.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GrassmannHead, with_riemannian
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), GrassmannHead(4, num_classes=3, rank=2))
+    >>> optimizer = with_riemannian(torch.optim.AdamW(model.parameters()), manifold_lr=0.5)
+    >>> model(torch.randn(8, 6)).square().sum().backward()
+    >>> optimizer.step()
+    >>> planes = model[1].planes
+    >>> torch.allclose(planes @ planes.mT, torch.eye(2), atol=1e-4)
+    True
     """
     if not any(isinstance(p, GrassmannParameter) for group in optimizer.param_groups for p in group["params"]):
         raise ValueError("optimizer: holds no GrassmannParameter")

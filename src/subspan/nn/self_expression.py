@@ -12,9 +12,27 @@ from torch import Tensor, nn
 class SelfExpression(nn.Module):
     """Sum over layers of |Z - CZ|_F^2, one C for all layers: one kernel self-expression of K = sum Z Z'.
 
-    per_layer_scale: each layer divided by |Z|_F^2, without which the largest decides (and an encoder gains by
-    shrinking); a layer of zeros adds nothing. zero_diag: the diagonal of C is taken as zero, without which C = I is the
-    minimiser. Source: Sindičić & Kopriva, arXiv 2504.18179 (2025), whose code has neither.
+    The call takes C (n, n) and the layers (n, …), each of which is flattened to rows. `parts` are the losses of each.
+
+    Parameters
+    ----------
+    per_layer_scale
+        Divide each layer by |Z|_F^2, without which the largest decides, and an encoder gains by shrinking. A layer of
+        zeros adds nothing.
+    zero_diag
+        Take the diagonal of C as zero, without which C = I is the minimiser.
+
+    References
+    ----------
+    Sindičić & Kopriva (2025), arXiv 2504.18179, whose code has neither.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SelfExpression
+    >>> z = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    >>> SelfExpression()(torch.tensor([[0.0, 0.5], [2.0, 0.0]]), [z]).item()
+    0.0
     """
 
     def __init__(self, per_layer_scale: bool = True, zero_diag: bool = True) -> None:
@@ -47,11 +65,35 @@ class SelfExpression(nn.Module):
 
 
 class SubspaceStructured(nn.Module):
-    """tr(Q' L Q), the affinity (|C| + |C|')^power that lies between the clusters of `labels`, L its Laplacian.
+    """tr(Q' L Q): the affinity (|C| + |C|')^power that lies between clusters, L its Laplacian.
 
-    Entries are raised as (x + epsilon)^power: x^(1/2) has an infinite slope at 0, which gives NaN. Entries within
-    clusters have no gradient, so it hardens a partition rather than changes it.
-    Source: Sindičić & Kopriva, arXiv 2504.18179 (2025).
+    The call takes C (n, n) and labels (n,); the diagonal of C does not enter. Entries within clusters have no gradient,
+    so the loss hardens a partition rather than changes it.
+
+    Parameters
+    ----------
+    power
+        In (0, 1].
+    epsilon
+        Entries are raised as (x + epsilon)^power: x^(1/2) has an infinite slope at 0, which gives NaN.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Sindičić & Kopriva (2025), arXiv 2504.18179.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SubspaceStructured
+    >>> c = torch.eye(4)[[1, 0, 3, 2]]  # 0 and 1 express each other, as do 2 and 3
+    >>> loss = SubspaceStructured()
+    >>> bool(loss(c, torch.tensor([0, 0, 1, 1])) < loss(c, torch.tensor([0, 1, 0, 1])))
+    True
     """
 
     def __init__(self, power: float = 0.5, epsilon: float = 1e-8) -> None:

@@ -35,10 +35,35 @@ def _constants(count: int) -> tuple[float, float, float]:
 def simplex_vertices(
     count: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
 ) -> Float[Tensor, "k e"]:
-    """The vertices (count, count - 1) of the regular simplex about the origin, unit rows, cosines -1 / (count - 1).
+    """The vertices of the regular simplex about the origin: unit rows, cosines -1 / (count - 1).
 
     The orientation is part of the interface between models: the unit vectors and one more point, less their centroid.
-    Raises ValueError for fewer than 2.
+
+    Parameters
+    ----------
+    count
+        Number of vertices, from 2.
+    dtype, device
+        Of the result.
+
+    Returns
+    -------
+    Tensor, (count, count - 1)
+
+    Raises
+    ------
+    ValueError
+        For fewer than 2.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import simplex_vertices
+    >>> vertices = simplex_vertices(3, dtype=torch.float32)
+    >>> (vertices @ vertices.mT).round(decimals=3)
+    tensor([[ 1.0000, -0.5000, -0.5000],
+            [-0.5000,  1.0000, -0.5000],
+            [-0.5000, -0.5000,  1.0000]])
     """
     v, c, radius = _constants(_check_vertices(count, "count"))
     points = torch.eye(count, count - 1, dtype=torch.float64, device=device)
@@ -47,9 +72,24 @@ def simplex_vertices(
 
 
 def simplex_logits(z: Float[Tensor, "*n e"]) -> Float[Tensor, "*n k"]:
-    """Inner products of rows (…, k - 1) with all k vertices in O(k) a row, without the matrix of vertices.
+    """Inner products of rows with all vertices of a simplex in O(k) a row, without the matrix of vertices.
 
-    Half precision comes out as float32: the products contain a sum over all coordinates.
+    Parameters
+    ----------
+    z
+        Rows (…, k - 1).
+
+    Returns
+    -------
+    Tensor (…, k); float32 for half precision, as the products contain a sum over all coordinates.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import simplex_logits, simplex_vertices
+    >>> vertices = simplex_vertices(5)
+    >>> torch.allclose(simplex_logits(vertices), vertices @ vertices.mT)
+    True
     """
     count = _check_vertices(z.shape[-1] + 1, "z: columns + 1")
     v, c, radius = _constants(count)
@@ -59,9 +99,34 @@ def simplex_logits(z: Float[Tensor, "*n e"]) -> Float[Tensor, "*n k"]:
 
 
 def active_subspace(count: int, vertices: Any, *, dtype: torch.dtype = torch.float64) -> Subspace:
-    """The span of chosen vertices of the simplex with `count` vertices, as a linear subspace of R^(count - 1).
+    """The span of chosen vertices of a simplex, as a linear subspace of R^(count - 1).
 
-    L distinct vertices span L dimensions, all of them count - 1. `residual_energy` of features is their energy outside.
+    L distinct vertices span L dimensions, all of them count - 1. Its `residual_energy` of features is their energy
+    outside.
+
+    Parameters
+    ----------
+    count
+        Vertices of the simplex.
+    vertices
+        Numbers of the chosen ones; one may stand there more than once.
+    dtype
+        Of the basis.
+
+    Returns
+    -------
+    Subspace
+
+    Raises
+    ------
+    ValueError
+        Where none is chosen, or a number is no vertex.
+
+    Examples
+    --------
+    >>> from subspan.nn import active_subspace
+    >>> active_subspace(5, [0, 3]).basis.shape
+    torch.Size([4, 2])
     """
     index = _check_index(as_tensor(vertices, "vertices", ndim=1, floating=False), count, "vertices").unique()
     if not len(index):
@@ -81,12 +146,37 @@ def _check_index(index: Tensor, count: int, name: str) -> Tensor:
 class SimplexClassifier(nn.Module):
     """Backbone features (…, in_features) → logits (…, preallocated) over the fixed vertices of a simplex.
 
-    num_classes: classes in use; their labels are 0 … num_classes - 1. preallocated: vertices in all, K; embeddings have
-    K - 1 coordinates, and classes that come later find their vertex waiting. in_features: where it differs from K - 1 a
-    bias-free linear map comes first. index: labels count from the "front" of the table (models trained elsewhere) or
-    from the "back" (one's own tasks), so that both share the table until it is full. normalize: logits of unit
-    embeddings, times `scale`; by default embeddings go in as they are. There is no weight: nothing to train or store.
-    Raises ValueError for more classes than vertices.
+    There is no weight of classes: nothing to train or store. Classes that come later find their vertex waiting.
+
+    Parameters
+    ----------
+    num_classes
+        Classes in use; their labels are 0 … num_classes - 1.
+    in_features
+        Where it differs from K - 1, a bias-free linear map comes first. None: K - 1.
+    preallocated
+        Vertices in all, K; embeddings have K - 1 coordinates.
+    index
+        Labels count from the "front" of the table (models trained elsewhere) or from the "back" (one's own tasks), so
+        that both share the table until it is full.
+    normalize
+        Logits of unit embeddings; by default embeddings go in as they are.
+    scale
+        Factor of the logits.
+
+    Raises
+    ------
+    ValueError
+        For more classes than vertices, and values out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SimplexClassifier
+    >>> head = SimplexClassifier(3, preallocated=8, index="back")
+    >>> vertices = head.class_index(torch.arange(3))
+    >>> vertices, head(head.weight[vertices]).argmax(1)
+    (tensor([7, 6, 5]), tensor([7, 6, 5]))
     """
 
     def __init__(
@@ -176,10 +266,31 @@ class SimplexClassifier(nn.Module):
 class HOCLoss(nn.Module):
     """Higher-order compatibility: features of the new model contrasted with the same items' features of the old one.
 
-    mean_i [ -mu⟨o_i, n_i⟩ + log Σ_j exp(s_ij) ] on unit features, s_ij = mu⟨o_i, n_j⟩ for labels that differ.
-    same_class: pairs of one label, the positive among them, count as s_ij = 0 each ("constant", the authors' program)
-    or not at all ("exclude"). No gradient reaches the old features. Computed in float32 at least; a zero vector has no
-    direction and counts as zero. Warns where a batch holds one class only. Raises ValueError for NaN.
+    mean_i [ -mu⟨o_i, n_i⟩ + log Σ_j exp(s_ij) ] on unit features, s_ij = mu⟨o_i, n_j⟩ for labels that differ. The call
+    takes new and old features (n, d) and labels (n,); NaN raises ValueError. No gradient reaches the old features.
+    Computed in float32 at least; a zero vector has no direction and counts as zero. Warns where a batch holds one class
+    only.
+
+    Parameters
+    ----------
+    mu
+        Inverse temperature; > 0.
+    same_class
+        Pairs of one label, the positive among them, count as s_ij = 0 each ("constant", the authors' program) or not at
+        all ("exclude").
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import HOCLoss
+    >>> loss, x, labels = HOCLoss(), torch.eye(3), torch.arange(3)
+    >>> bool(loss(x, x, labels) < loss(x.roll(1, 0), x, labels))
+    True
     """
 
     def __init__(self, mu: float = 10.0, *, same_class: str = "constant") -> None:
@@ -221,7 +332,27 @@ class HOCLoss(nn.Module):
 class CompatibleCE(nn.Module):
     """lam · cross entropy on the fixed vertices + (1 - lam) · `HOCLoss`; cross entropy alone where no old features are.
 
-    lam in [0, 1], 0.1 as in the authors' program.
+    The call takes logits (n, k), vertex numbers (n,), and new and old features (n, d) or None.
+
+    Parameters
+    ----------
+    lam
+        In [0, 1], 0.1 as in the authors' program.
+    hoc
+        The second loss; None: `HOCLoss()`.
+
+    Raises
+    ------
+    ValueError
+        For `lam` outside [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import CompatibleCE
+    >>> loss, x, labels = CompatibleCE(), torch.eye(3), torch.arange(3)
+    >>> round(loss(20 * x, labels).item(), 3), round(loss(20 * x, labels, x, x).item(), 2)
+    (0.0, -8.01)
     """
 
     def __init__(self, lam: float = 0.1, *, hoc: HOCLoss | None = None) -> None:

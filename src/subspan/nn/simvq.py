@@ -19,10 +19,19 @@ _ESTIMATORS = ("straight-through", "rotation")
 
 
 class Quantized(NamedTuple):
-    """values: the quantised latents, in their shape. codes: their numbers, without the channel dimension. loss: scalar.
+    """What a quantiser returns.
 
-    Of residual and grouped quantisers the codes have one dimension more at the end, a code a quantiser. Of padding the
-    values are 0 and the codes -1, and neither the loss nor a gradient knows of it.
+    Of padding the values are 0 and the codes -1, and neither the loss nor a gradient knows of it.
+
+    Attributes
+    ----------
+    values
+        The quantised latents, in their shape.
+    codes
+        Their numbers, without the channel dimension. Of residual and grouped quantisers there is one dimension more at
+        the end, a code a quantiser.
+    loss
+        Scalar.
     """
 
     values: Float[Tensor, "*m"]
@@ -34,13 +43,50 @@ class SimVQ(nn.Module):
     """Latents (…, d) → the nearest of K codes E = C W' + b, C drawn once and frozen, W learnt.
 
     In a plain codebook only chosen codes have a gradient and the rest are left behind; here all are moved by one map.
-    basis_dim: width of C, d by default; a K well above it is what couples the codes, and K < basis_dim warns, since
-    nearly orthogonal rows of C are moved one by one again. C ~ N(0, 1/basis_dim). bias: lets the codes follow the mean.
-    loss: mean (sg(z) - e)² + commitment · mean (z - sg(e))². estimator: the encoder's gradient, "straight-through" or
-    "rotation" (turned and scaled as the latent is onto its code; Fifty et al., 2024). channel_dim: where the d are.
-    train_basis=True with a frozen W is plain vector quantisation: the control. Distances in float32 at least; of equal
-    ones the lowest code. No matrix larger than `block` distances is formed.
-    Raises ValueError for other widths and latents that are not finite. Source: Zhu et al. (2024), arXiv 2411.02038.
+    The loss is mean (sg(z) - e)² + commitment · mean (z - sg(e))². Distances in float32 at least; of equal ones the
+    lowest code. Latents of other widths or not finite raise ValueError.
+
+    Parameters
+    ----------
+    dim
+        d.
+    num_codes
+        K, from 2.
+    basis_dim
+        Width of C ~ N(0, 1/basis_dim); None: d. A K well above it is what couples the codes, and K < basis_dim warns,
+        since nearly orthogonal rows of C are moved one by one again.
+    bias
+        Lets the codes follow the mean.
+    commitment
+        Weight of the encoder's part of the loss; >= 0.
+    estimator
+        The encoder's gradient: "straight-through", or "rotation" (turned and scaled as the latent is onto its code).
+    channel_dim
+        The axis of the d channels.
+    train_basis
+        True with a frozen W is plain vector quantisation: the control.
+    block
+        No matrix larger than so many distances is formed.
+    generator
+        Of C; W and b start as torch's linear layers do.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Zhu et al. (2024), arXiv 2411.02038; Fifty et al. (2024) for the rotation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SimVQ
+    >>> quantizer = SimVQ(4, num_codes=16)
+    >>> found = quantizer(torch.randn(10, 4))
+    >>> found.codes.shape, torch.equal(quantizer.decode(found.codes), found.values)
+    (torch.Size([10]), True)
     """
 
     basis: Tensor
@@ -176,9 +222,32 @@ class SimVQ(nn.Module):
 class ResidualSimVQ(nn.Module):
     """Several `SimVQ` in a row, each on what those before left over: depth codes a latent, values their sum.
 
-    dropout: in training keep only a random first part of the quantisers in each batch, so that prefixes of codes are
-    useful; the codes of those left out are -1, and their parameters have zero gradients, for which distributed
-    training waits. options: of `SimVQ`. The loss is the sum over quantisers.
+    The loss is the sum over quantisers.
+
+    Parameters
+    ----------
+    dim, num_codes
+        As in `SimVQ`, for each quantiser.
+    depth
+        Number of quantisers.
+    dropout
+        In training keep only a random first part of the quantisers in each batch, so that prefixes of codes are useful.
+        The codes of those left out are -1, and their parameters have zero gradients, for which distributed training
+        waits.
+    **options
+        Of `SimVQ`.
+
+    Raises
+    ------
+    ValueError
+        For a depth below 1, and as `SimVQ`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import ResidualSimVQ
+    >>> ResidualSimVQ(4, num_codes=16, depth=3)(torch.randn(10, 4)).codes.shape
+    torch.Size([10, 3])
     """
 
     def __init__(self, dim: int, num_codes: int, depth: int, *, dropout: bool = False, **options: Any) -> None:
@@ -228,7 +297,33 @@ class ResidualSimVQ(nn.Module):
 
 
 class GroupedSimVQ(nn.Module):
-    """Channels cut into `groups` equal parts with a `SimVQ` each: K^groups values. options: of `SimVQ`."""
+    """Channels cut into equal parts with a `SimVQ` each: K^groups values.
+
+    The loss is the mean over groups.
+
+    Parameters
+    ----------
+    dim
+        Channels, a multiple of `groups`.
+    num_codes
+        K, of each part.
+    groups
+        Number of parts.
+    **options
+        Of `SimVQ`.
+
+    Raises
+    ------
+    ValueError
+        Where groups do not divide dim, and as `SimVQ`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import GroupedSimVQ
+    >>> GroupedSimVQ(4, num_codes=16, groups=2)(torch.randn(10, 4)).codes.shape
+    torch.Size([10, 2])
+    """
 
     def __init__(self, dim: int, num_codes: int, groups: int, **options: Any) -> None:
         super().__init__()
@@ -259,7 +354,17 @@ class GroupedSimVQ(nn.Module):
 
 
 class CodeUsage(NamedTuple):
-    """active: share of codes used; reachable: of those that so many latents can use; perplexity: exp(entropy)."""
+    """What `code_usage` found.
+
+    Attributes
+    ----------
+    active
+        Share of codes used.
+    reachable
+        Codes used over those that so many latents can use.
+    perplexity
+        exp(entropy), in codes.
+    """
 
     active: float
     reachable: float
@@ -267,7 +372,32 @@ class CodeUsage(NamedTuple):
 
 
 def code_usage(codes: Int[Tensor, "*n"], num_codes: int) -> CodeUsage:
-    """How evenly codes are used; -1 (left out) does not count. Raises ValueError where there are none."""
+    """How evenly codes are used.
+
+    Parameters
+    ----------
+    codes
+        Integers of any shape; -1 (left out) does not count.
+    num_codes
+        K.
+
+    Returns
+    -------
+    CodeUsage
+
+    Raises
+    ------
+    ValueError
+        Where there are no codes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import code_usage
+    >>> active, reachable, perplexity = code_usage(torch.tensor([0, 0, 1, 1, -1]), 8)
+    >>> active, reachable, round(perplexity, 3)
+    (0.25, 0.5, 2.0)
+    """
     used = codes[codes >= 0]
     if not used.numel():
         raise ValueError("codes: there are none")

@@ -19,12 +19,38 @@ Interpolation = Literal["bicubic", "bilinear", "area"]
 class SpatialNorm(nn.Module):
     """Tokens (b, t, d) → (x - γ m) / (s + eps), m and s the mean and unbiased deviation of each channel over t.
 
-    gamma: share of the global component that is taken away; 1 leaves tokens of mean 0, 0 only scales. remove_rank=r:
-    the global component is, in place of the mean, the projection onto the image's r leading uncentred directions, and
-    s the deviation of what is left. floor: channels with s <= floor · |m| become 0: with γ < 1 the published formula
-    turns a constant channel into (1 - γ) m / eps, which swallows every cosine. Statistics in float32 or wider, output
-    in the dtype given; NaN stays NaN. Raises ValueError for fewer than 2 tokens, whose deviation is undefined.
-    Source: Singh et al. (2026), arXiv 2512.10794; their two programs use γ = 0.6 and 0.8.
+    Statistics in float32 or wider, output in the dtype given; NaN stays NaN. Fewer than 2 tokens, whose deviation is
+    undefined, raise ValueError.
+
+    Parameters
+    ----------
+    gamma
+        γ, the share of the global component that is taken away; 1 leaves tokens of mean 0, 0 only scales.
+    eps
+        Added to the deviation.
+    remove_rank
+        The global component is, in place of the mean, the projection onto the image's so many leading uncentred
+        directions, and s the deviation of what is left. None: the mean.
+    floor
+        Channels with s <= floor · |m| become 0: with γ < 1 the published formula turns a constant channel into
+        (1 - γ) m / eps, which swallows every cosine.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    References
+    ----------
+    Singh et al. (2026), arXiv 2512.10794; their two programs use γ = 0.6 and 0.8.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SpatialNorm
+    >>> tokens = SpatialNorm(gamma=1.0)(torch.randn(2, 9, 4) + 5)
+    >>> bool(tokens.mean(1).abs().max() < 1e-4), torch.allclose(tokens.std(1), torch.ones(2, 4), atol=1e-3)
+    (True, True)
     """
 
     def __init__(
@@ -70,8 +96,35 @@ class SpatialNorm(nn.Module):
 class PatchProjector(nn.Module):
     """Student tokens (b, t, d_in) → teacher's width (b, t, d_out); used in training only.
 
-    kind: "conv" = one convolution of `kernel_size` on the grid, zero padded (iREPA); "mlp" = linear, SiLU, linear,
-    SiLU, linear of width `hidden` on each token (REPA); "linear" = one linear map.
+    The call also takes hw, (rows, columns) of the grid, square by default; "conv" alone looks at it.
+
+    Parameters
+    ----------
+    d_in, d_out
+        Widths of the student and the teacher.
+    kind
+        "conv": one convolution on the grid, zero padded (iREPA); "mlp": linear, SiLU, linear, SiLU, linear on each
+        token (REPA); "linear": one linear map.
+    kernel_size
+        Of "conv"; odd.
+    hidden
+        Width of "mlp"; `hidden_for` gives one for a number of parameters.
+
+    Raises
+    ------
+    ValueError
+        For another kind, an even kernel, or sizes below 1.
+
+    References
+    ----------
+    Singh et al. (2026), arXiv 2512.10794 (iREPA).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import PatchProjector
+    >>> PatchProjector(8, 16)(torch.randn(2, 9, 8)).shape
+    torch.Size([2, 9, 16])
     """
 
     def __init__(
@@ -131,7 +184,35 @@ def resize_tokens(
     *,
     mode: Interpolation = "bicubic",
 ) -> Float[Tensor, "b s d"]:
-    """Tokens of an `hw` grid on a `target` grid; bicubic and bilinear are antialiased. Computed in float32 or wider."""
+    """Tokens of a grid on another grid.
+
+    Parameters
+    ----------
+    tokens
+        (b, t, d), rows of the grid first.
+    hw
+        (rows, columns) of the tokens' grid.
+    target
+        (rows, columns) of the new one.
+    mode
+        "bicubic" or "bilinear", both antialiased, or "area".
+
+    Returns
+    -------
+    Tensor, (b, s, d), in the dtype given; computed in float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        For another mode, or a grid that has not t places.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import resize_tokens
+    >>> resize_tokens(torch.randn(1, 4, 3), (2, 2), (4, 6)).shape
+    torch.Size([1, 24, 3])
+    """
     if mode not in ("bicubic", "bilinear", "area"):
         raise ValueError(f"mode: 'bicubic', 'bilinear' or 'area', got {mode!r}")
     h, w = grid_shape(tokens.shape[1], hw)

@@ -15,15 +15,46 @@ _GATES = ("default", "identity")
 
 
 class SubspaceAttention(nn.Module):
-    """Feature maps (n, m, h, w) → (1 + A_i) F_i, a spatial attention map A_i for each of `groups` groups of channels.
+    """Feature maps (n, m, h, w) → (1 + A_i) F_i, a spatial attention map A_i for each group of channels.
 
     A_i = softmax over positions of ReLU(BN(pointwise(max-pool(ReLU(BN(depthwise F_i)))))), the pointwise convolution
     from a group's channels to one. All groups run as one depthwise and one grouped convolution; 5 m + 3 groups numbers
-    are learnt. pool: side of the max-pool, odd. gate="identity" starts every map uniform, so that the layer changes a
-    trained network by the factor 1 + 1/(hw) alone. momentum: of the batch norms; the published code's 0.9 is another
-    framework's convention and keeps little but the last batch. residual=False gives A_i F_i.
-    Raises ValueError for groups that do not divide the channels, other channel counts, and maps of a single position,
-    where softmax is 1 and the layer doubles its input (unless allow_1x1). Source: Saini et al. (WACV 2020).
+    are learnt. Maps of other channel counts raise ValueError.
+
+    Parameters
+    ----------
+    channels
+        m.
+    groups
+        Number of groups, which divides m.
+    pool
+        Side of the max-pool, odd.
+    momentum
+        Of the batch norms; the published code's 0.9 is another framework's convention and keeps little but the last
+        batch.
+    residual
+        False gives A_i F_i.
+    gate
+        "identity" starts every map uniform, so that the layer changes a trained network by the factor 1 + 1/(hw) alone.
+    allow_1x1
+        Take maps of a single position, where softmax is 1 and the layer doubles its input; else they raise ValueError.
+
+    Raises
+    ------
+    ValueError
+        For groups that do not divide the channels, an even pool, or another gate.
+
+    References
+    ----------
+    Saini et al. (WACV 2020).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import SubspaceAttention
+    >>> layer, maps = SubspaceAttention(8, groups=2, gate="identity"), torch.randn(3, 8, 4, 4)
+    >>> torch.allclose(layer(maps), (1 + 1 / 16) * maps, atol=1e-5)
+    True
     """
 
     def __init__(
@@ -80,17 +111,56 @@ class SubspaceAttention(nn.Module):
 
 
 def attention_entropy(maps: Float[Tensor, "n g h w"]) -> Float[Tensor, " g"]:
-    """Mean entropy of the maps of each group over that of the uniform map, in [0, 1]; 1 means no attention at all."""
+    """Mean entropy of the maps of each group over that of the uniform map, in [0, 1]; 1 means no attention at all.
+
+    Parameters
+    ----------
+    maps
+        Of sum 1 over positions, (n, g, h, w), as `SubspaceAttention.attention` gives.
+
+    Returns
+    -------
+    Tensor, (g,)
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import attention_entropy
+    >>> uniform, point = torch.full((1, 1, 4, 4), 1 / 16), torch.eye(16)[:1].reshape(1, 1, 4, 4)
+    >>> attention_entropy(uniform).item(), attention_entropy(point).item() == 0
+    (1.0, True)
+    """
     a = maps.flatten(2)
     entropy = -torch.special.xlogy(a, a).sum(-1).mean(0)
     return entropy / torch.tensor(float(a.shape[-1]), dtype=a.dtype, device=a.device).log()
 
 
 def shape_preserving_blocks(model: nn.Module, x: Any) -> dict[str, tuple[int, ...]]:
-    """Names of the submodules of `model` whose output on `x` has their input's shape (n, c, h, w), with that shape.
+    """Names of the submodules of a model whose output has their input's shape (n, c, h, w), with that shape.
 
-    Candidates for a replacement that keeps the network whole: blocks of several layers, none inside another one, in
-    the order in which they run. The model is run once, in evaluation mode.
+    Candidates for a replacement that keeps the network whole: blocks of several convolutions, none inside another one,
+    in the order in which they run. The model is run once, in evaluation mode.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+    x
+        What it takes, such as images.
+
+    Returns
+    -------
+    dict of names to shapes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import shape_preserving_blocks
+    >>> def convolution(c):
+    ...     return torch.nn.Conv2d(c, 8, 3, padding=1)
+    >>> model = torch.nn.Sequential(convolution(3), torch.nn.Sequential(convolution(8), convolution(8)))
+    >>> shape_preserving_blocks(model, torch.randn(2, 3, 6, 6))
+    {'1': (2, 8, 6, 6)}
     """
     found: dict[str, tuple[int, ...]] = {}
     handles = []
