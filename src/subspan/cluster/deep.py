@@ -187,22 +187,73 @@ class DeepSubspaceClustering(_DeepClusterer):
 
     Stages: "pretrain", an auto-encoder on the reconstruction; "express", C and the auto-encoder on the self-expression
     of the items and of every layer, rows of unit length, reconstruction kept; "structure", the affinity between the
-    clusters of C at that step is taken away. "express" cannot be left out.
-    encoder: "conv", images (n, h, w) or (n, c, h, w), stride-2 convolutions of `channels` and `kernels`; "linear",
-    vectors (n, d) and layers of `hidden`; both divide X by its largest absolute value. Or any nn.Module, used as it
-    is on X and not trained, whose layers are taken by hooks. layers: "all", the items and each layer (of a module:
-    each direct child); "last", that one alone; for a module also what `models.layer_names` takes, without the items.
-    retain: entries of each row of (|C| + |C|')/2 that go into the affinity, near the dimension of the subspaces (9 for
-    faces and objects, 12 for digits); None for all. affine: a constant is appended to the items, as large as they are
-    about their mean. "express" is looked at every `look_every` steps, and the look whose clusters have the largest
-    modularity in their own affinity is kept; it ends after five looks without a larger one, or max_steps. "structure"
-    ends after 10 steps without a change of labels, or structure_steps. rank: of `subspaces_`. device: of the training.
+    clusters of C at that step is taken away. "express" is looked at every `look_every` steps, and the look whose
+    clusters have the largest modularity in their own affinity is kept; it ends after five looks without a larger one,
+    or max_steps. Memory O(n^2), up to 20 000 items. Needs the extra `train`.
 
-    After `fit`: labels_ (n,); representation_ C (n, n), dense; affinity_ (n, n), CSR; subspaces_, in the layers side by
-    side, where `predict` looks for the nearest; encoder_; n_steps_, history_ and looks_: steps by stage, loss by step
-    and (step, modularity) by look of "express". Memory O(n^2), up to 20 000 items. Needs the extra `train`.
-    Source: Sindičić & Kopriva, arXiv 2504.18179 (2025); the choice of the step, the diagonal of zeros and the scaling
-    of layers are ours.
+    Parameters
+    ----------
+    n_clusters
+        Number of clusters.
+    encoder
+        "conv", images (n, h, w) or (n, c, h, w); "linear", vectors (n, d); both divide X by its largest absolute value.
+        Or any nn.Module, used as it is on X and not trained, whose layers are taken by hooks.
+    channels, kernels
+        Of the stride-2 convolutions of "conv".
+    hidden
+        Sizes of the layers of "linear".
+    max_steps, pretrain_steps
+        Training steps of "express", at most, and of "pretrain".
+    learning_rate
+        Of Adam, on all items at once.
+    rank
+        Of `subspaces_`: a number of directions, a share of the energy in (0, 1), or a rule.
+    n_init
+        Starts of the spectral clustering.
+    device
+        Of the training.
+    random_state
+        Seed of the weights and the clustering.
+    layers
+        "all", the items and each layer (of a module: each direct child); "last", that one alone; for a module also what
+        `models.layer_names` takes, without the items.
+    stages
+        Some of the three, in this order; "express" cannot be left out.
+    retain
+        Entries of each row of (|C| + |C|')/2 that go into the affinity, near the dimension of the subspaces (9 for
+        faces and objects, 12 for digits); None for all.
+    affine
+        Whether a constant is appended to the items, as large as they are about their mean.
+    look_every
+        Steps between looks.
+    structure_steps
+        "structure" ends after 10 steps without a change of labels, or these steps.
+
+    Attributes
+    ----------
+    labels_
+        (n,), in the kind of X.
+    representation_, affinity_
+        C (n, n), dense; and (n, n), CSR.
+    subspaces_
+        By cluster, in the layers side by side, where `predict` looks for the nearest.
+    encoder_
+        The trained network, or the one that was given.
+    n_steps_, history_, looks_
+        Steps by stage; loss by step and (step, modularity) by look of "express".
+
+    References
+    ----------
+    Sindičić & Kopriva, arXiv 2504.18179 (2025); the choice of the step, the diagonal of zeros and the scaling of layers
+    are ours.
+
+    Examples
+    --------
+    >>> from subspan.cluster import DeepSubspaceClustering
+    >>> model = DeepSubspaceClustering(20, encoder="linear", hidden=(64, 16), random_state=0)
+    >>> labels = model.fit_predict(vectors)  # doctest: +SKIP
+    >>> model.stages
+    ('pretrain', 'express', 'structure')
     """
 
     layers: str | Sequence[str | int] = "all"
@@ -317,13 +368,38 @@ class DeepSubspaceClustering(_DeepClusterer):
 class DSCNetClustering(_DeepClusterer):
     """Cluster items by the self-expression of an auto-encoder's code: DSC-Net, with its post-processing.
 
-    Minimises |x - x̂|^2 / 2 + coefficient_weight |C|^2 + expression_weight |Z - CZ|^2 / 2 over an auto-encoder and C, x̂
-    decoded from CZ, for max_steps steps; then `solvers.spectral.low_rank_affinity` with fraction, dim and power, and
-    spectral clustering by discretisation. Published, for 32 x 32 images in [0, 1]: ORL, channels (3, 3, 5), kernels 3,
-    weights (1, 0.2), 700 steps, (fraction, dim, power) = (0.2, 3, 1); COIL-20, channels (15,), weights (1, 150), 30
-    steps, (0.04, 12, 8). They were chosen by labels, and the published networks were pre-trained for longer.
-    The other parameters and the attributes are those of `DeepSubspaceClustering`; affinity_ is dense, and subspaces_
-    are those of the code. Source: Ji et al., Deep subspace clustering networks, NeurIPS 2017.
+    Minimises |x - x̂|^2 / 2 + coefficient_weight |C|^2 + expression_weight |Z - CZ|^2 / 2 over an auto-encoder and C,
+    x̂ decoded from CZ; then `solvers.spectral.low_rank_affinity` and spectral clustering by discretisation. Published,
+    for 32 x 32 images in [0, 1]: ORL, channels (3, 3, 5), kernels 3, weights (1, 0.2), 700 steps, (fraction, dim,
+    power) = (0.2, 3, 1); COIL-20, channels (15,), weights (1, 150), 30 steps, (0.04, 12, 8). They were chosen by
+    labels, and the published networks were pre-trained for longer. The attributes are those of
+    `DeepSubspaceClustering`, but affinity_ is dense, and subspaces_ are those of the code. Needs the extra `train`.
+
+    Parameters
+    ----------
+    encoder
+        "conv" or "linear": it needs a decoder.
+    n_clusters, channels, kernels, hidden, pretrain_steps, learning_rate, rank, n_init, device, random_state
+        As in `DeepSubspaceClustering`.
+    max_steps
+        Training steps after the pretraining.
+    coefficient_weight, expression_weight
+        See above.
+    fraction, dim, power
+        Of `solvers.spectral.low_rank_affinity`.
+
+    References
+    ----------
+    Ji et al., Deep subspace clustering networks, NeurIPS 2017.
+
+    Examples
+    --------
+    >>> from subspan.cluster import DSCNetClustering
+    >>> coil = {"channels": (15,), "kernels": (3,), "expression_weight": 150.0, "max_steps": 30}
+    >>> model = DSCNetClustering(20, fraction=0.04, dim=12, power=8.0, **coil)
+    >>> labels = model.fit_predict(images)  # doctest: +SKIP
+    >>> model.expression_weight
+    150.0
     """
 
     coefficient_weight: NonNegative = 1.0

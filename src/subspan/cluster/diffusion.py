@@ -35,18 +35,63 @@ class LowRankMixtureDiffusion(ClusterMixin, Estimator):
 
     As a clusterer it gives labels and one subspace a component; as a diffusion model its denoiser and score are known
     at every noise level in closed form, so that it samples and denoises without a network.
-    method: "em", expectation maximisation (a mixture of probabilistic PCAs) from where "hard" ends · "hard", each row
-    to one component, which with covariance="identity", center=False and floor=0 is K-subspaces · "diffusion", gradient
-    descent of the denoising loss over the bases (extra: train), from the start. covariance: of the directions,
-    estimated ("spectrum") or 1 ("identity", as in the theory). floor: variance off the subspace, "residual" = estimated
-    (by component; "em": in common, or a component of few rows would shrink around them), or a number; 0 is exactly low
-    rank, which denoises badly at low noise. init: "shape-interaction", spectral clustering of |VV'|² with V the
-    n_components · rank leading left singular vectors; "lsr", of the `rank` largest coefficients of each row in a ridge
-    self-expression of unit rows (both O(n²) memory); "random"; or labels (n,). Random starts are made `n_init` times.
-    max_iter, tolerance: rounds, and the relative gain of the objective that ends them. epochs: of "diffusion".
-    Attributes: labels_; weights_, means_; subspaces_, a batched `Subspace`; denoiser_, a `LowRankMixtureDenoiser`;
-    objective_, by round (log likelihood a row; hard: minus the mean squared residual; diffusion: empty); n_iter_.
-    Source: Wang et al. (2024), arXiv 2409.02426; Tipping & Bishop (1999) for the mixture of PCAs.
+
+    Parameters
+    ----------
+    n_components, rank
+        Number of Gaussians, and directions of each.
+    method
+        "em", expectation maximisation (a mixture of probabilistic PCAs) from where "hard" ends; "hard", each row to one
+        component, which with covariance="identity", center=False and floor=0 is K-subspaces; "diffusion", gradient
+        descent of the denoising loss over the bases (extra: train), from the start.
+    covariance
+        Of the directions: estimated ("spectrum") or 1 ("identity", as in the theory).
+    center
+        Whether the components have means.
+    floor
+        Variance off the subspace: "residual", estimated by component ("em": in common, or a component of few rows would
+        shrink around them), or a number; 0 is exactly low rank, which denoises badly at low noise.
+    init
+        "shape-interaction", spectral clustering of |VV'|² with V the n_components · rank leading left singular vectors;
+        "lsr", of the `rank` largest coefficients of each row in a ridge self-expression of unit rows (both O(n²)
+        memory); "random"; or labels (n,).
+    n_init
+        Random starts.
+    max_iter, tolerance
+        Rounds, and the relative gain of the objective that ends them.
+    epochs
+        Of "diffusion".
+    random_state
+        Seed of the starts, the training and `sample`.
+
+    Attributes
+    ----------
+    labels_
+        (n,), in the kind of X.
+    weights_, means_
+        Shares (n_components,) and means (n_components, d) of the components.
+    subspaces_
+        Batched `Subspace`, one a component.
+    denoiser_
+        A `LowRankMixtureDenoiser`.
+    objective_, n_iter_
+        By round, and their number: log likelihood a row; hard: minus the mean squared residual; diffusion: empty.
+
+    References
+    ----------
+    Wang et al. (2024), arXiv 2409.02426; Tipping & Bishop (1999) for the mixture of PCAs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.cluster import LowRankMixtureDiffusion
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.vstack([rng.normal(size=(40, 2)) @ rng.normal(size=(2, 8)) for _ in range(2)])
+    >>> x += 0.05 * rng.normal(size=x.shape)
+    >>> model = LowRankMixtureDiffusion(2, 2, random_state=0).fit(x)
+    >>> noisy = x + 0.3 * rng.normal(size=x.shape)
+    >>> bool(np.square(model.denoise(noisy, 0.3) - x).sum() < 0.5 * np.square(noisy - x).sum())
+    True
     """
 
     n_components: Count = 2

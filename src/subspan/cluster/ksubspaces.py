@@ -28,16 +28,50 @@ _BLOCK = 1 << 24
 class KSubspaces(RowClusterer):
     """Cluster rows by k linear (or affine) subspaces of one dimension, minimising their squared residuals.
 
-    n_clusters, rank: number and dimension of the subspaces. affine: each goes through the mean of its rows, and rows
-    are taken as they are; otherwise they are scaled to unit length. init: "neighbours", a subspace of a row and its
-    nearest others, the next row drawn by its squared residual to those before; "random", k random subsets of rows;
-    "lsr", ridge self-expression (up to 20 000 rows). n_init: starts, the best objective wins. A cluster that comes out
-    empty is started from the worst-fitted rows. max_iter, tolerance: a start ends when the objective falls by less than
-    tolerance of it.
+    A cluster that comes out empty is started from the worst-fitted rows. Time O(n d k rank) a step, memory O(n (d +
+    k)).
 
-    After `fit`: labels_ (n,), subspaces_ (batched), inertia_, the sum of squared residuals, history_, the objective
-    after each step of the best start (it never rises), n_iter_. Time O(n d k rank) a step, memory O(n (d + k)).
-    Source: Bradley & Mangasarian, 2000; Tseng, 2000.
+    Parameters
+    ----------
+    n_clusters, rank
+        Number k and dimension of the subspaces.
+    affine
+        True: each goes through the mean of its rows, and rows are taken as they are; False: they are scaled to unit
+        length.
+    init
+        "neighbours", a subspace of a row and its nearest others, the next row drawn by its squared residual to those
+        before; "random", k random subsets of rows; "lsr", ridge self-expression (up to 20 000 rows).
+    n_init
+        Starts; the best objective wins.
+    max_iter, tolerance
+        A start ends after max_iter steps, or when the objective falls by less than tolerance of it.
+    random_state
+        Seed of the starts.
+
+    Attributes
+    ----------
+    labels_
+        (n,), in the kind of X.
+    subspaces_
+        Batched `Subspace`, one a cluster.
+    inertia_
+        Sum of squared residuals.
+    history_, n_iter_
+        The objective after each step of the best start (it never rises), and the number of its steps.
+
+    References
+    ----------
+    Bradley & Mangasarian, 2000; Tseng, 2000.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.cluster import KSubspaces
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.vstack([rng.normal(size=(20, 2)) @ rng.normal(size=(2, 12)) for _ in range(3)])
+    >>> model = KSubspaces(3, 2, random_state=0).fit(x)
+    >>> [len(set(part)) for part in model.labels_.reshape(3, 20).tolist()], model.inertia_ < 1e-9
+    ([1, 1, 1], True)
     """
 
     n_clusters: Count = 8

@@ -35,13 +35,54 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
     Two heads on a shared trunk are trained without labels: `warmup` steps maximise the coding rate R(Z); the head that
     makes memberships then becomes a copy of the other, and R(Z) - R_c(Z, G) is maximised, G the doubly stochastic
     membership of every row with every row of a batch. The number of clusters enters only at the end: spectral
-    clustering of G over all rows, at most 4096 of them, the others by the nearest subspace.
-    z_dim: at least n_clusters times the dimension of a cluster. rank: of `subspaces_`, a share of energy. eps2: squared
-    precision; eta: entropy of memberships. epochs count both stages; batch_size may not be below z_dim by much, or the
-    rate saturates. X is standardised by column. Other encoders, augmentations, devices: `ManifoldLinearizingModule`
-    with a Trainer (extra: train). Attributes: labels_; heads_; subspaces_, by cluster, a batched `Subspace` or a tuple
-    where dimensions differ; linearization_, numbers that describe Z.
-    Source: Ding, Tong, Chan, Dai, Ma & Haeffele (2023), arXiv 2301.01805.
+    clustering of G over all rows, at most 4096 of them, the others by the nearest subspace. X is standardised by
+    column. Needs the extra `train`. Other encoders, augmentations, devices: `ManifoldLinearizingModule` with a Trainer.
+
+    Parameters
+    ----------
+    n_clusters
+        Number of clusters.
+    z_dim
+        Size of Z; at least n_clusters times the dimension of a cluster.
+    hidden
+        Size of the trunk.
+    eps2
+        Squared precision of the coding rate.
+    eta
+        Entropy of memberships.
+    warmup, epochs
+        Steps of the first stage; passes over the rows, both stages together.
+    batch_size
+        Rows a step; not below z_dim by much, or the rate saturates.
+    learning_rate
+        Of the training.
+    rank
+        Of `subspaces_`, a share of energy.
+    random_state
+        Seed of the weights, the batches and the clustering.
+
+    Attributes
+    ----------
+    labels_
+        (n,), in the kind of X.
+    heads_
+        The trained `SubspaceClusterHeads`.
+    subspaces_
+        By cluster: a batched `Subspace`, or a tuple where dimensions differ.
+    linearization_
+        Numbers that describe Z, see `linearization`.
+
+    References
+    ----------
+    Ding, Tong, Chan, Dai, Ma & Haeffele (2023), arXiv 2301.01805.
+
+    Examples
+    --------
+    >>> from subspan.cluster import ManifoldLinearizingClustering
+    >>> model = ManifoldLinearizingClustering(10, z_dim=64, batch_size=512, random_state=0)
+    >>> labels = model.fit_predict(features)  # doctest: +SKIP
+    >>> model.z_dim
+    64
     """
 
     n_clusters: Count = 10
@@ -171,10 +212,37 @@ class ManifoldLinearizingClustering(ClassNamePrefixFeaturesOutMixin, Transformer
 
 
 def linearization(Z: Any, labels: Any, *, eps2: float = 0.1, energy: float = 0.95) -> dict[str, float]:
-    """Numbers that say how far rows Z (n, d) of unit length are a union of orthogonal subspaces by `labels` (n,).
+    """Numbers that say how far rows of unit length are a union of orthogonal subspaces by their labels.
 
-    Directions that hold `energy` of the (uncentred) variance over all rows and on average in a cluster; mean |cosine|
-    within and between clusters; coding rate, that of the clusters, and their difference.
+    Parameters
+    ----------
+    Z
+        Rows (n, d) of unit length.
+    labels
+        (n,), the group of each row.
+    eps2
+        Squared precision of the coding rate.
+    energy
+        Share of the (uncentred) variance that the counted directions hold.
+
+    Returns
+    -------
+    dict
+        Directions that hold `energy` over all rows and on average in a cluster; mean |cosine| within and between
+        clusters; coding rate, that of the clusters, and their difference.
+
+    Raises
+    ------
+    ValueError
+        Where there are not as many labels as rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.cluster import linearization
+    >>> found = linearization(torch.eye(4).repeat_interleave(3, 0), [0] * 6 + [1] * 6)  # two orthogonal planes
+    >>> found["rank"], found["rank of a cluster"], found["cosine between"]
+    (4.0, 2.0, 0.0)
     """
     z = check_matrix(Z, "Z", min_rows=2).double()
     names, index = np.unique(np.asarray(labels), return_inverse=True)

@@ -18,10 +18,34 @@ if TYPE_CHECKING:
 class ManifoldLinearizingModule(nn.Module):
     """Stage one, `warmup` steps that spread the representation; then memberships start from it and both are trained.
 
-    encoder: items → features (b, heads' in_dim); None where batches are features already. augment: items → items, drawn
-    twice a step, whose representations and memberships are averaged; None trains on the items as they are. Stage one
-    maximises the total coding rate, with two views also their cosine (weight `alignment`). Batches are items, or tuples
-    that begin with them; labels are not looked at. `Trainer.fit(module.objective(), batches)` trains.
+    Stage one maximises the total coding rate, with two views also their cosine. Batches are items, or tuples that begin
+    with them; labels are not looked at. `Trainer.fit(module.objective(), batches)` trains (extra: train).
+
+    Parameters
+    ----------
+    heads
+        The two heads on their trunk.
+    encoder
+        Items → features (b, heads' in_dim); None where batches are features already.
+    augment
+        Items → items, drawn twice a step, whose representations and memberships are averaged; None trains on the items
+        as they are.
+    loss
+        Of stage two; None is `ManifoldLinearizingLoss()`.
+    warmup
+        Steps of stage one.
+    alignment
+        Weight of the cosine of the two views in stage one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.cluster import ManifoldLinearizingModule
+    >>> from subspan.nn.subspace_cluster_heads import SubspaceClusterHeads
+    >>> module = ManifoldLinearizingModule(SubspaceClusterHeads(8, 32, 4), warmup=1)
+    >>> loss, parts = module.training_loss(torch.randn(16, 8), step=0)
+    >>> bool(loss == -parts["coding_rate"])
+    True
     """
 
     def __init__(

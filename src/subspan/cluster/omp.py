@@ -17,11 +17,32 @@ from .self_expressive import SelfExpressiveClustering
 class OMPSubspaceClustering(SelfExpressiveClustering):
     """Subspace clustering by greedy sparse self-expression, for many rows.
 
-    n_nonzero: others that express a row, at most; near the dimension of the subspaces. tolerance: squared residual at
-    which a row stops. The other parameters and the attributes are those of `SelfExpressiveClustering`. Time
-    O(n_nonzero n^2 d) in matrix products, memory O(n n_nonzero): no n x n numbers are held. Not for data of few
+    Time O(n_nonzero n^2 d) in matrix products, memory O(n n_nonzero): no n x n numbers are held. Not for data of few
     columns: there two or three rows express any other, so that it cannot tell blobs in a plane apart, affine or not.
-    Source: You, Robinson & Vidal, Scalable sparse subspace clustering by OMP, CVPR 2016.
+    The attributes are those of `SelfExpressiveClustering`.
+
+    Parameters
+    ----------
+    n_clusters, affine, retain, affinity, rank, rounding, n_init, random_state
+        As in `SelfExpressiveClustering`.
+    n_nonzero
+        Others that express a row, at most; near the dimension of the subspaces.
+    tolerance
+        Squared residual at which a row stops.
+
+    References
+    ----------
+    You, Robinson & Vidal, Scalable sparse subspace clustering by OMP, CVPR 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.cluster import OMPSubspaceClustering
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.vstack([rng.normal(size=(20, 3)) @ rng.normal(size=(3, 12)) for _ in range(3)])
+    >>> model = OMPSubspaceClustering(3, n_nonzero=3, random_state=0).fit(x)
+    >>> int(model.representation_.count_nonzero(axis=1).max())  # others that express a row
+    3
     """
 
     n_nonzero: Count = 10

@@ -48,34 +48,66 @@ class S2CAG(ClusterMixin, Estimator):
 
     Attributes X are weighted (TF-IDF) and scaled by their degrees in the attribute graph XX', X^ = diag(d)^(-1/2) X,
     and averaged over walks, Z = sum_t w_t P^t X^ with w_t proportional to decay^t. The self-expression Z = SZ of low
-    rank is solved by a projector S = UU' on leading left singular vectors of Z, so that clustering S needs only U:
-
-    objective="conductance" (S²CAG): singular vectors 2 … k+1, the first being the trivial one. "modularity" (M-S²CAG):
-    leading eigenvectors of ZZ' - gamma ww'/sum(w), w = Z(Z'1), after the rows of Z were rescaled.
+    rank is solved by a projector S = UU' on leading left singular vectors of Z, so that clustering S needs only U.
+    X sets the precision: float32 attributes are worked on in float32. Cost O(n_iter (nnz(X) + order m) k), or
+    O(order m d + n_iter n d k) with Z formed.
 
     Parameters
     ----------
-    n_clusters : number of clusters k.
-    objective, gamma : see above; gamma is the resolution of the modularity.
-    order, decay : steps of the walks and the weight of each against the one before; decay > 1 prefers far nodes.
-    n_iter : power iterations; None means 7 (conductance) or 50 (modularity). oversample : extra random directions.
-    features : "tfidf", "l2" (rows of unit length; the only one for negative attributes) or None (as given).
-    solver : "explicit" forms Z (n, d), "implicit" only multiplies with it, "auto" takes the cheaper by operation count.
-    rounding, n_init : see `solvers.round_embedding`; 10 starts of k-means can leave the accuracy to the seed.
-    rescale : rows of Z for the modularity, times sqrt(row sum) ("rowsum", the published code), over sqrt(w)
-        ("degree"), or to unit length ("l2").
-    loops : 2 for P = rownorm(D^(-1/2)(A+I)D^(-1/2) + I), the published code; 1 for rownorm(A + I).
-    random_state : of the random start and the rounding.
+    n_clusters
+        Number of clusters k.
+    objective
+        "conductance" (S²CAG): singular vectors 2 … k+1, the first being the trivial one. "modularity" (M-S²CAG):
+        leading eigenvectors of ZZ' - gamma ww'/sum(w), w = Z(Z'1), after the rows of Z were rescaled.
+    order, decay
+        Steps of the walks, and the weight of each against the one before; decay > 1 prefers far nodes.
+    gamma
+        Resolution of the modularity.
+    n_iter
+        Power iterations; None means 7 (conductance) or 50 (modularity).
+    oversample
+        Extra random directions.
+    features
+        "tfidf", "l2" (rows of unit length; the only one for negative attributes) or None (as given).
+    solver
+        "explicit" forms Z (n, d), "implicit" only multiplies with it, "auto" takes the cheaper by operation count.
+    rounding, n_init
+        See `solvers.round_embedding`; 10 starts of k-means can leave the accuracy to the seed.
+    rescale
+        Rows of Z for the modularity, times sqrt(row sum) ("rowsum", the published code), over sqrt(w) ("degree"), or to
+        unit length ("l2").
+    loops
+        2 for P = rownorm(D^(-1/2)(A+I)D^(-1/2) + I), the published code; 1 for rownorm(A + I).
+    random_state
+        Seed of the random start and the rounding.
 
     Attributes
     ----------
-    labels_ (n,); embedding_, the `Subspace` of R^n spanned by U (its projector is S); singular_values_ (k,) of Z for
-    these directions (modularity: square roots of the eigenvalues, 0 for negative ones); solver_, the one that was
-    used; subspaces_, of the attributes of each cluster, a batched `Subspace` or a tuple where
-    dimensions differ.
+    labels_
+        (n,), in the kind of X.
+    embedding_
+        The `Subspace` of R^n spanned by U; its projector is S.
+    singular_values_
+        (k,) of Z for these directions; modularity: square roots of the eigenvalues, 0 for negative ones.
+    solver_
+        The solver that was used.
+    subspaces_
+        Of the attributes of each cluster: a batched `Subspace`, or a tuple where dimensions differ.
 
-    X sets the precision: float32 attributes are worked on in float32. Cost O(n_iter (nnz(X) + order m) k), or
-    O(order m d + n_iter n d k) with Z formed. Source: Lin, Yang, Zheng & Ke, KDD 2025 (arXiv 2411.11074).
+    References
+    ----------
+    Lin, Yang, Zheng & Ke, KDD 2025 (arXiv 2411.11074).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.cluster import S2CAG
+    >>> x = np.random.default_rng(0).random((40, 6))
+    >>> x[:20, :3] += 1  # two groups of nodes by their attributes
+    >>> edges = np.array([[i, (i + 1) % 20] for i in range(20)]).T  # and a ring of edges in each
+    >>> model = S2CAG(2, random_state=0).fit(x, adjacency=np.hstack([edges, edges + 20]))
+    >>> [len(set(part)) for part in model.labels_.reshape(2, 20).tolist()]
+    [1, 1]
     """
 
     n_clusters: Count = 8

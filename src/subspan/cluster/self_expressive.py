@@ -53,14 +53,49 @@ class RowClusterer(ClusterMixin, Estimator):
 class SelfExpressiveClustering(RowClusterer):
     """Base of the clusterers that express each row by others and cluster the graph of the coefficients.
 
-    Rows are scaled to unit length (a row of zeros is an error). affine: the clusters are affine subspaces; then a
-    constant is appended to each row first, which turns an affine subspace of dimension m into a linear one of m + 1.
-    retain: coefficients of each row that go into the affinity, None for all. affinity: "symmetric" (|C| + |C|')/2 of
-    rows of unit length, or "knn", the 3-nearest-neighbour graph of these rows. rank: of `subspaces_`, as everywhere.
-    rounding, n_init: of the spectral clustering (see `solvers.round_embedding`).
+    Rows are scaled to unit length (a row of zeros is an error). With `affine`, a constant is appended to each row
+    first, which turns an affine subspace of dimension m into a linear one of m + 1. A clusterer of your own says
+    `_represent`.
 
-    After `fit`: labels_ (n,); representation_ (n, n), CSR, or dense in the kind of X where all coefficients are kept;
-    affinity_ (n, n), CSR; subspaces_, a batched `Subspace`, or a tuple where the dimensions differ; both take [i].
+    Parameters
+    ----------
+    n_clusters
+        Number of clusters.
+    affine
+        Whether the clusters are affine subspaces: they need not go through the origin.
+    retain
+        Coefficients of each row that go into the affinity, the largest; None for all.
+    affinity
+        "symmetric", (|C| + |C|')/2 of rows of unit length; or "knn", the 3-nearest-neighbour graph of these rows.
+    rank
+        Of `subspaces_`: a number of directions, a share of the energy in (0, 1), or a rule.
+    rounding, n_init
+        Of the spectral clustering, see `solvers.round_embedding`.
+    random_state
+        Seed of the spectral clustering.
+
+    Attributes
+    ----------
+    labels_
+        (n,), in the kind of X.
+    representation_
+        Coefficients (n, n), row i those of row i: CSR, or dense in the kind of X where all are kept.
+    affinity_
+        (n, n), CSR.
+    subspaces_
+        By cluster: a batched `Subspace`, or a tuple where the dimensions differ; both take [i].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.cluster import SelfExpressiveClustering
+    >>> class ByCosine(SelfExpressiveClustering):
+    ...     def _represent(self, points):
+    ...         return (points @ points.mT).fill_diagonal_(0)
+    >>> x = torch.tensor([[1.0, 0.1], [0.1, 1.0]]).repeat_interleave(5, 0) + 0.01 * torch.eye(10, 2)
+    >>> labels = ByCosine(2, random_state=0).fit_predict(x + 0.01 * torch.randn(10, 2))
+    >>> labels.bincount().tolist()
+    [5, 5]
     """
 
     n_clusters: Count = 8

@@ -17,9 +17,29 @@ from .self_expressive import SelfExpressiveClustering
 class SparseSubspaceClustering(SelfExpressiveClustering):
     """Subspace clustering by l1 self-expression, min |x - cX|^2/2 + alpha |c|_1 with c_i = 0 for row i.
 
-    The elastic net of `ElasticNetSubspaceClustering` with l1_ratio = 1; gamma, max_support and working_set as there,
-    the other parameters and the attributes as in `SelfExpressiveClustering`.
-    Source: Elhamifar & Vidal, Sparse subspace clustering: algorithm, theory and applications, TPAMI 2013.
+    It is the elastic net of `ElasticNetSubspaceClustering` with l1_ratio = 1. The attributes are those of
+    `SelfExpressiveClustering`.
+
+    Parameters
+    ----------
+    n_clusters, affine, retain, affinity, rank, rounding, n_init, random_state
+        As in `SelfExpressiveClustering`.
+    gamma, max_support, working_set
+        As in `ElasticNetSubspaceClustering`.
+
+    References
+    ----------
+    Elhamifar & Vidal, Sparse subspace clustering: algorithm, theory and applications, TPAMI 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.cluster import SparseSubspaceClustering
+    >>> rng = np.random.default_rng(0)
+    >>> x = np.vstack([rng.normal(size=(20, 2)) @ rng.normal(size=(2, 12)) for _ in range(3)])
+    >>> model = SparseSubspaceClustering(3, random_state=0).fit(x)
+    >>> [len(set(part)) for part in model.labels_.reshape(3, 20).tolist()]  # one label in each plane
+    [1, 1, 1]
     """
 
     gamma: Positive = 50.0

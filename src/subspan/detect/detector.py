@@ -57,10 +57,37 @@ def subspace_score(
 ) -> Float[Tensor, " n"]:
     """Anomaly score (higher = more anomalous) of rows against a subspace.
 
-    "residual": squared distance to the subspace; "mahalanobis": sum z_i² / (λ_i + epsilon) inside it; "euclidean":
-    sum z_i²; "cosine": 1 - cos(x, its projection). epsilon is relative to the mean variance of a column, where the
-    subspace knows it. The first `drop_k` directions do not count as normal: "residual" and "cosine" leave them out of
-    the subspace, the other two out of the sum.
+    Parameters
+    ----------
+    subspace
+        Of R^d; one that was fitted, with variances, for "mahalanobis".
+    x
+        Rows (n, d).
+    distance
+        "residual": squared distance to the subspace; "mahalanobis": sum z_i² / (λ_i + epsilon) inside it; "euclidean":
+        sum z_i²; "cosine": 1 - cos(x, its projection).
+    drop_k
+        First directions that do not count as normal: "residual" and "cosine" leave them out of the subspace, the other
+        two out of the sum.
+    epsilon
+        Relative to the mean variance of a column, where the subspace knows it.
+
+    Returns
+    -------
+    Tensor, (n,).
+
+    Raises
+    ------
+    ValueError
+        For another distance, and for "mahalanobis" without variances or with one of 0 at epsilon=0.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.detect import subspace_score
+    >>> from subspan.geometry import Subspace
+    >>> subspace_score(Subspace(torch.eye(3)[:, :2]), torch.tensor([[5.0, 5.0, 0.0], [1.0, 1.0, 2.0]])).tolist()
+    [0.0, 4.0]
     """
     if subspace.spectrum is not None:
         epsilon = epsilon * float(subspace.spectrum.sum()) / subspace.ambient_dim
@@ -92,23 +119,55 @@ def subspace_score(
 class SubspaceDetector(OutlierMixin, Estimator):
     """Outlier detector for rows: how far they lie from the principal subspace of normal rows, and out along it.
 
-    rank: explained variance in (0, 1], int, rule name or rule. distance: "combined" = the larger of two distances of
-    standardised columns (see `subspan.detect.combined`), as standard deviations beyond what is usual among the training
-    rows; neither units nor a few strange rows among them decide. "residual" (SubspaceAD's), "mahalanobis", "euclidean",
-    "cosine": as in `subspace_score` with drop_k and epsilon, on columns as they are: scale them before where their
-    units differ, and fit to rows that are known to be normal.
-    contamination: share of the training rows (0, 0.5] that `predict` calls outliers, None for 0.01; "fence" calls so
-    what lies three interquartile ranges above the upper quartile (of the cube roots, but for "combined"), which of
-    Gaussian rows are a few in a million. It is counted in a second look at the rows; after `partial_fit` or a one-shot
-    iterator, what is usual is that of a Gaussian with the same spectrum (Box, 1954). `calibrate` sets the threshold
-    from held-out normal rows instead.
-    strict: an int rank above min(n - 1, d) is an error, not a warning.
-
     `fit` takes an array or tensor (n, d), or a stream that `subspan.statistics.batches` reads: in O(d²) memory and one
-    pass, with one more for the threshold where the stream can be read again.
-    Fit costs O(n d² + d³), scoring O(d r) a row, what is saved d (r + 2) numbers.
-    Attributes: subspace_ (Subspace; of rows divided by scale_), scale_ (d,) or None, null_ (2, 2) or None (see
-    `combined`), offset_ (threshold on `score_samples`), n_features_in_, moments_ (for `partial_fit`).
+    pass, with one more for the threshold where the stream can be read again. After `partial_fit` or a one-shot
+    iterator, what is usual is that of a Gaussian with the same spectrum (Box, 1954). `calibrate` sets the threshold
+    from held-out normal rows instead. Fit costs O(n d² + d³), scoring O(d r) a row, what is saved d (r + 2) numbers.
+
+    Parameters
+    ----------
+    rank
+        Explained variance in (0, 1], int, rule name or rule.
+    distance
+        "combined": the larger of two distances of standardised columns (see `subspan.detect.combined`), as standard
+        deviations beyond what is usual among the training rows; neither units nor a few strange rows among them decide.
+        "residual" (SubspaceAD's), "mahalanobis", "euclidean", "cosine": as in `subspace_score`, on columns as they are:
+        scale them before where their units differ, and fit to rows that are known to be normal.
+    drop_k, epsilon
+        As in `subspace_score`.
+    contamination
+        Share of the training rows (0, 0.5] that `predict` calls outliers, None for 0.01; "fence" calls so what lies
+        three interquartile ranges above the upper quartile (of the cube roots, but for "combined"), which of Gaussian
+        rows are a few in a million. It is counted in a second look at the rows.
+    strict
+        An int rank above min(n - 1, d) is an error, not a warning.
+    batch_size
+        Rows read at a time.
+
+    Attributes
+    ----------
+    subspace_
+        `Subspace` of rows divided by scale_.
+    scale_, null_
+        (d,) and (2, 2) for "combined", else None.
+    offset_
+        Threshold on `score_samples`.
+    moments_
+        Of the rows, for `partial_fit`.
+
+    References
+    ----------
+    Lendering et al., SubspaceAD, CVPR 2026.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.detect import SubspaceDetector
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(500, 2)) @ rng.normal(size=(2, 6)) + 0.01 * rng.normal(size=(500, 6))
+    >>> model = SubspaceDetector(2, contamination="fence").fit(x)
+    >>> model.predict(np.vstack([x[:2], x[:2] + rng.normal(size=(2, 6))])).tolist()
+    [1, 1, -1, -1]
     """
 
     rank: Rank = 0.99

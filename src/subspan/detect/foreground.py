@@ -22,10 +22,33 @@ from .maps import gaussian_blur
 
 @dataclass(frozen=True)
 class NormalityForeground:
-    """Foreground by the first principal component of each image's own patches (AnomalyDINO, 2025).
+    """Foreground by the first principal component of each image's own patches.
 
-    A patch is foreground where its component exceeds `threshold`; the sign is flipped when no more than `minimum` of
-    the central window (a `border` share cut off each side) would be; then 3 × 3 dilation and closing.
+    A patch is foreground where its component exceeds `threshold`; then 3 × 3 dilation and closing. Call with the images
+    (not looked at) and their features (b, h, w, d).
+
+    Parameters
+    ----------
+    threshold
+        On the component, in the unit of the features.
+    minimum
+        The component's sign is flipped when no more than this share of the central window would be foreground.
+    border
+        Share cut off each side for the central window.
+
+    References
+    ----------
+    AnomalyDINO, 2025.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.detect import NormalityForeground
+    >>> features = torch.zeros(1, 10, 10, 4)
+    >>> features[:, 3:7, 3:7] = 20.0
+    >>> mask = NormalityForeground(minimum=0.3)([], features)
+    >>> bool(mask[0, 3:7, 3:7].all()), bool(mask[0, 0].any())
+    (True, False)
     """
 
     threshold: int | float = 10.0
@@ -53,9 +76,32 @@ class NormalityForeground:
 class AttentionForeground:
     """Foreground by the attention that register tokens (CLS where there are none) pay to each patch in one layer.
 
-    model: a transformers vision transformer with attn_implementation="eager". Averaged over heads and registers;
-    background is what lies under the `percentile` share of the image's patches, or under Otsu's threshold. Costs a
-    second forward pass.
+    Averaged over heads and registers. Costs a second forward pass.
+
+    Parameters
+    ----------
+    model
+        A transformers vision transformer with attn_implementation="eager".
+    preprocessing
+        What the model's images go through.
+    layer
+        Index of the block whose attention is taken.
+    threshold
+        "percentile": background is what lies under the `percentile` share of the image's patches; or "otsu", Otsu's
+        threshold.
+    percentile
+        A share in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        For another threshold or share; on call for a model without attention weights, another grid or block.
+
+    Examples
+    --------
+    >>> from subspan.detect import AttentionForeground, SubspaceAD
+    >>> foreground = AttentionForeground(vit, preprocessing, layer=6)  # doctest: +SKIP
+    >>> detector = SubspaceAD(vit, [-3, -2], mask=foreground)  # doctest: +SKIP
     """
 
     model: nn.Module

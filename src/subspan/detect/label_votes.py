@@ -16,8 +16,14 @@ from subspan.solvers import nearest
 class LabelVotes:
     """What the nearest neighbours of each row say of its label.
 
-    own: share of the neighbours that carry the row's label. suggested: the other label that most carry (the row's own
-    where none carries another). share: how many of them carry it.
+    Attributes
+    ----------
+    own
+        Share (m,) of the neighbours that carry the row's label.
+    suggested
+        The other label (m,) that most carry; the row's own where none carries another.
+    share
+        How many of them (m,) carry it.
     """
 
     own: Float[np.ndarray, " m"]
@@ -40,14 +46,18 @@ def label_votes(x: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> 
 
     Parameters
     ----------
-    x : array (n, d)
-        Rows, numpy or torch.
-    labels : array (n,)
+    x
+        Rows (n, d), numpy or torch.
+    labels
         A label for each row, of any kind that sorts.
-    k : int, default 10
+    k
         Neighbours asked, below n.
-    metric : {"cosine", "euclidean", "inner"}, default "cosine"
-        What is near.
+    metric
+        What is near: "cosine", "euclidean" or "inner".
+
+    Returns
+    -------
+    LabelVotes
 
     Raises
     ------
@@ -57,6 +67,7 @@ def label_votes(x: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> 
     Examples
     --------
     >>> import numpy as np
+    >>> from subspan.detect import label_votes
     >>> rows = np.repeat(np.eye(2), 6, axis=0) + 0.01 * np.random.default_rng(0).normal(size=(12, 2))
     >>> votes = label_votes(rows, ["b"] + ["a"] * 5 + ["b"] * 6, k=5)
     >>> np.flatnonzero(votes.suspect).tolist(), str(votes.suggested[0])
@@ -70,7 +81,27 @@ def label_votes(x: Any, labels: Any, k: int = 10, *, metric: str = "cosine") -> 
 
 
 def counted_votes(neighbours: Shaped[np.ndarray, "m k"], own: Shaped[np.ndarray, " m"]) -> LabelVotes:
-    """The votes of neighbours whose labels are known."""
+    """The votes of neighbours whose labels are known.
+
+    Parameters
+    ----------
+    neighbours
+        Labels (m, k) of the neighbours of each row.
+    own
+        The row's own label (m,).
+
+    Returns
+    -------
+    LabelVotes
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.detect import counted_votes
+    >>> votes = counted_votes(np.array([["a", "a", "b"], ["b", "b", "b"]]), np.array(["a", "a"]))
+    >>> votes.suspect.tolist()
+    [False, True]
+    """
     names, codes = np.unique(np.concatenate([neighbours.ravel(), own]), return_inverse=True)
     asked, rows = codes[: neighbours.size].reshape(neighbours.shape), codes[neighbours.size :]
     agrees = asked == rows[:, None]

@@ -42,7 +42,31 @@ def upsample(scores: Float[Tensor, "b h w"], size: tuple[int, int]) -> Float[Ten
 
 
 def tail_mean(scores: Float[Tensor, "*b n"], fraction: int | float = 0.01) -> Float[Tensor, "*b"]:
-    """Mean of the largest `fraction` of the scores, at least one: max(1, int(fraction * n)) of them."""
+    """Mean of the largest `fraction` of the scores, at least one: max(1, int(fraction * n)) of them.
+
+    Parameters
+    ----------
+    scores
+        (*b, n).
+    fraction
+        In (0, 1].
+
+    Returns
+    -------
+    Tensor, (*b).
+
+    Raises
+    ------
+    ValueError
+        For another fraction.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.detect import tail_mean
+    >>> tail_mean(torch.tensor([1.0, 5.0, 2.0, 7.0]), 0.5).item()
+    6.0
+    """
     if not 0 < fraction <= 1:
         raise ValueError(f"tail: a fraction in (0, 1], got {fraction}")
     return scores.topk(max(1, int(fraction * scores.shape[-1])), dim=-1).values.mean(-1)

@@ -17,8 +17,30 @@ from torch.nn import functional as F
 class RandomRotations:
     """`count` copies of an image, each turned about its centre by an angle drawn uniformly from `degrees`.
 
-    padding: what comes into the corners: "reflect" (the image mirrored at its border) or "zeros" (black, as the
-    authors' code has it, together with interpolation="nearest": black corners then count as normal).
+    Parameters
+    ----------
+    count
+        Copies of an image.
+    degrees
+        Lowest and highest angle.
+    padding
+        What comes into the corners: "reflect" (the image mirrored at its border) or "zeros" (black, as the authors'
+        code has it, together with interpolation="nearest": black corners then count as normal).
+    interpolation
+        "bilinear" or "nearest".
+
+    Raises
+    ------
+    ValueError
+        For another setting.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.detect import RandomRotations
+    >>> views = list(RandomRotations(2).views(torch.rand(3, 8, 8), torch.Generator().manual_seed(0)))
+    >>> len(views), tuple(views[0].shape)
+    (2, (3, 8, 8))
     """
 
     count: int = 30

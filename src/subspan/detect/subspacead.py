@@ -73,8 +73,14 @@ _IMAGE_DETECTOR: Schema = {
 class AnomalyResult:
     """What `SubspaceAD.predict` returns.
 
-    scores (n,): one an image, higher = more anomalous. maps: (n, h, w) float32 pixel scores, or a list of (h, w) where
-    images are scored at their own sizes. labels (n,): 1 normal, -1 anomalous; None before `calibrate`.
+    Attributes
+    ----------
+    scores
+        One an image (n,), higher = more anomalous.
+    maps
+        Pixel scores (n, h, w), float32, or a list of (h, w) where images are scored at their own sizes.
+    labels
+        1 normal, -1 anomalous (n,); None before `calibrate`.
     """
 
     scores: Float[np.ndarray, " n"]
@@ -86,23 +92,75 @@ class AnomalyResult:
 class SubspaceAD(Estimator):
     """Few-shot anomaly detection and localisation in images by the residual of patch features, without training.
 
-    backbone: a vision network (with `layers`, `aggregate`, `image_size` or `preprocessing` as in `FeatureGrid`), a
-    `FeatureGrid`, or any function of a batch (b, 3, s, s) in [0, 1] that returns features (b, h, w, d). Take middle
-    layers: for convolutional networks the stages of stride 8 and 16.
-    normalize: scale each patch's features to unit length; not in the paper, whose features end in a LayerNorm's scale,
-    but convolutional ones vary with contrast.
-    augment: views of each normal image added to the fit; None where the orientation of the part is what can be wrong.
-    rank, distance, drop_k: as in `SubspaceDetector`. mask: None, "normality", "attention", or a function
-    (images, features) → foreground (b, h, w); background scores 0 and, with mask_normals, is left out of the fit.
-    blur: standard deviation of the smoothing in pixels of the map, or "official" (the authors' 3 × 3 kernel).
-    image_score: "tail" = mean of the largest `tail` share of the scores, or "max", "mean", "p99", "top5"; over: "map"
-    (authors' code) or "patches" (paper). window: side of sliding windows in pixels of the image, for images much
-    larger than the network's input; overlap: share of a window that its neighbour covers too; maps then have the
-    image's size, else the input's. specular: damp scores on highlights. random_state: of the augmentation.
-
-    Images: an iterable (list, generator, Dataset, DataLoader, array (n, h, w, 3), tensor (n, 3, h, w)) of whatever
+    Images are an iterable (list, generator, Dataset, DataLoader, array (n, h, w, 3), tensor (n, 3, h, w)) of whatever
     `subspan.models.image_tensor` takes; of tuples the first entry.
-    Attributes: detector_ (SubspaceDetector), subspace_, threshold_ (after `calibrate`), n_views_ (images fitted on).
+
+    Parameters
+    ----------
+    backbone
+        A vision network, a `FeatureGrid`, or any function of a batch (b, 3, s, s) in [0, 1] that returns features
+        (b, h, w, d).
+    layers
+        Of a network: take middle ones; for convolutional networks the stages of stride 8 and 16.
+    aggregate, image_size, preprocessing
+        As in `FeatureGrid`.
+    normalize
+        Scale each patch's features to unit length; not in the paper, whose features end in a LayerNorm's scale, but
+        convolutional ones vary with contrast.
+    augment
+        Views of each normal image added to the fit; None where the orientation of the part is what can be wrong.
+    rank, distance, drop_k
+        As in `SubspaceDetector`.
+    mask
+        None, "normality", "attention", or a function (images, features) → foreground (b, h, w); background scores 0.
+    mask_normals
+        Whether the background is left out of the fit too.
+    blur
+        Standard deviation of the smoothing in pixels of the map, or "official" (the authors' 3 × 3 kernel).
+    image_score
+        "tail" = mean of the largest `tail` share of the scores, or "max", "mean", "p99", "top5".
+    tail
+        See `image_score`.
+    over
+        What the image's score is taken over: "map" (authors' code) or "patches" (paper).
+    window
+        Side of sliding windows in pixels of the image, for images much larger than the network's input; maps then have
+        the image's size, else the input's.
+    overlap
+        Share of a window that its neighbour covers too, in [0, 1).
+    specular
+        Damp scores on highlights.
+    batch_size
+        Images a forward pass.
+    random_state
+        Seed of the augmentation.
+    progress
+        Whether a bar is shown.
+
+    Attributes
+    ----------
+    detector_, subspace_
+        The `SubspaceDetector` of the patches and its subspace.
+    threshold_
+        On the images' scores, after `calibrate`.
+    n_views_
+        Images fitted on, views included.
+
+    References
+    ----------
+    Lendering et al., SubspaceAD, CVPR 2026.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.detect import SubspaceAD
+    >>> def patches(batch):  # of 4 × 4 pixels, each a row of 48 numbers
+    ...     return torch.nn.functional.pixel_unshuffle(batch, 4).movedim(1, -1)
+    >>> images = torch.sin(torch.arange(32.0)).add(1).div(2).expand(4, 3, 32, 32).clone()
+    >>> images[3, :, 8:12, 16:20] = 1.0  # a defect in the last one
+    >>> model = SubspaceAD(patches, image_size=32, augment=None, blur=0).fit(images[:3])
+    >>> int(model.predict(images).scores.argmax())
+    3
     """
 
     backbone: nn.Module | FeatureGrid | Callable[[Tensor], Tensor]

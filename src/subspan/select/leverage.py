@@ -31,26 +31,52 @@ class LeverageSelector(Estimator):
 
     Parameters
     ----------
-    n_select : int or float, default 0.16. Rows to keep, or the fraction of the pool.
-    rank : int, float, name or rule, default 0.9. Dimension of the dominant subspace, a float being explained variance.
-    center : subtract the column means. Without it the mean direction takes most of the energy.
-    standardize : divide the columns by their standard deviation (constant columns are left).
-    row_norm : scale the rows, after the above, to unit length; costs one more pass.
-    strategy : "top" keeps the largest scores, equal ones in pool order; "sample" draws rows without replacement with
-        inclusion probabilities proportional to the scores (capped at 1).
-    batch_size : rows a pass reads at a time.
-    random_state : for strategy="sample".
+    n_select
+        Rows to keep, or the fraction of the pool.
+    rank
+        Dimension of the dominant subspace: a number, a float for explained variance, a rule or its name.
+    center
+        Subtract the column means. Without it the mean direction takes most of the energy.
+    standardize
+        Divide the columns by their standard deviation (constant columns are left).
+    row_norm
+        Scale the rows, after the above, to unit length; costs one more pass.
+    strategy
+        "top" keeps the largest scores, equal ones in pool order; "sample" draws rows without replacement with inclusion
+        probabilities proportional to the scores (capped at 1).
+    batch_size
+        Rows a pass reads at a time.
+    random_state
+        Seed of "sample".
 
     Attributes
     ----------
-    scores_ (n,): leverage of the pool's rows, after `fit`.
-    ranking_ (n,): positions by descending score.
-    indices_ (m,): positions of the selected rows, ascending.
-    weights_ (m,): with strategy="sample", one over each selected row's inclusion probability, so that weighted sums
-        over the selection are unbiased for sums over the pool. With "top" ones.
-    subspace_, k_: the dominant subspace and its dimension; mean_, scale_: what centring and standardising used.
+    scores_
+        Leverage (n,) of the pool's rows, after `fit`.
+    ranking_
+        Positions (n,) by descending score.
+    indices_
+        Positions (m,) of the selected rows, ascending.
+    weights_
+        (m,). "sample": one over each selected row's inclusion probability, so that weighted sums over the selection are
+        unbiased for sums over the pool; "top": ones.
+    subspace_, k_
+        The dominant subspace and its dimension.
+    mean_, scale_
+        What centring and standardising used.
 
-    Source: Wu et al., ScalSelect, 2026 (arXiv 2602.11636); Mahoney & Drineas, CUR decompositions, 2009.
+    References
+    ----------
+    Wu et al., ScalSelect, 2026 (arXiv 2602.11636); Mahoney & Drineas, CUR decompositions, 2009.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.select import LeverageSelector
+    >>> x = np.random.default_rng(0).normal(size=(100, 5))
+    >>> x[[7, 42]] *= 10
+    >>> LeverageSelector(2, rank=5).fit(x).indices_.tolist()
+    [7, 42]
     """
 
     n_select: int | float = 0.16
@@ -235,7 +261,23 @@ def budget(n_select: int | float, n: int) -> int:
 
 
 def rank_rows(scores: Any) -> np.ndarray:
-    """Positions by descending score; scores that agree to 12 digits of the largest keep their order, NaN comes last."""
+    """Positions by descending score; scores that agree to 12 digits of the largest keep their order, NaN comes last.
+
+    Parameters
+    ----------
+    scores
+        Array or tensor (n,).
+
+    Returns
+    -------
+    numpy array, (n,).
+
+    Examples
+    --------
+    >>> from subspan.select import rank_rows
+    >>> rank_rows([0.1, 0.7, float("nan"), 0.7]).tolist()
+    [1, 3, 0, 2]
+    """
     values = np.asarray(as_tensor(scores, "scores", ndim=1).cpu(), dtype=np.float64)
     known = np.isfinite(values)
     largest = np.abs(values[known]).max(initial=0.0) or 1.0
@@ -247,7 +289,30 @@ def rank_rows(scores: Any) -> np.ndarray:
 def select_rows(
     scores: Any, n_select: int | float, *, strategy: str = "top", random_state: Any = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the selected rows, ascending, and their weights (ones for "top"); rows with NaN are never taken."""
+    """Positions of the selected rows, ascending, and their weights.
+
+    Parameters
+    ----------
+    scores
+        Array or tensor (n,); rows with NaN are never taken.
+    n_select
+        Rows to take, or the fraction of the rows with a score.
+    strategy
+        "top", the largest scores; "sample", drawn with probability proportional to the scores.
+    random_state
+        Seed of "sample".
+
+    Returns
+    -------
+    Positions (m,), and weights (m,): ones for "top", one over the inclusion probability for "sample".
+
+    Examples
+    --------
+    >>> from subspan.select import select_rows
+    >>> positions, weights = select_rows([0.1, 0.7, float("nan"), 0.9], 2)
+    >>> positions.tolist(), weights.tolist()
+    ([1, 3], [1.0, 1.0])
+    """
     values = np.asarray(as_tensor(scores, "scores", ndim=1).cpu(), dtype=np.float64)
     known = np.flatnonzero(np.isfinite(values))
     m = budget(n_select, len(known))
@@ -262,6 +327,29 @@ def inclusion_probabilities(scores: np.ndarray, m: int) -> np.ndarray:
     """Probabilities proportional to non-negative `scores`, capped at 1, that sum to `m`.
 
     Where fewer than m scores are positive those rows are certain, and the rest share what is left equally.
+
+    Parameters
+    ----------
+    scores
+        (n,), at least 0.
+    m
+        Rows to draw.
+
+    Returns
+    -------
+    numpy array, (n,).
+
+    Raises
+    ------
+    ValueError
+        For negative scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.select import inclusion_probabilities
+    >>> inclusion_probabilities(np.array([1.0, 1.0, 2.0, 0.0]), 2).tolist()
+    [0.5, 0.5, 1.0, 0.0]
     """
     if (scores < 0).any():
         raise ValueError("scores: must not be negative")

@@ -15,7 +15,15 @@ from subspan.geometry import RankRule, Subspace
 
 
 class RetentionCurve(NamedTuple):
-    """`retention` and `reconstruction_error` of the first `sizes` rows of an order."""
+    """`retention` and `reconstruction_error` of the first `sizes` rows of an order.
+
+    Attributes
+    ----------
+    sizes
+        Numbers of rows (m,).
+    retention, reconstruction_error
+        The two shares (m,) at each size.
+    """
 
     sizes: np.ndarray
     retention: np.ndarray
@@ -25,9 +33,35 @@ class RetentionCurve(NamedTuple):
 def retention(X: Any, indices: Any, k: int | float | str | RankRule = 0.9) -> float:
     """Share, in [0, 1], of the pool's dominant-subspace energy that the selected rows' own dominant subspace keeps.
 
-    With V_k the k leading directions of the centred pool X (n, d) and W_k those of its rows `indices` (seen from the
-    pool's mean), |X V_k V_k' W_k|_F^2 / |X V_k|_F^2. `k`: a dimension or a rank rule for the pool. Fewer rows than k
-    span fewer directions and keep less. Raises ValueError for positions outside the pool.
+    With V_k the k leading directions of the centred pool X and W_k those of its selected rows (seen from the pool's
+    mean), |X V_k V_k' W_k|_F^2 / |X V_k|_F^2. Fewer rows than k span fewer directions and keep less.
+
+    Parameters
+    ----------
+    X
+        The pool (n, d).
+    indices
+        Positions of the selected rows.
+    k
+        Dimension, or rank rule for the pool.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For positions outside the pool.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.select import retention
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 6))  # a plane, which a few rows span
+    >>> round(retention(x, [3, 8, 21], k=2), 6)
+    1.0
     """
     return _Pool(X, k).retention(_positions(indices, len(X)))
 
@@ -35,7 +69,34 @@ def retention(X: Any, indices: Any, k: int | float | str | RankRule = 0.9) -> fl
 def reconstruction_error(X: Any, indices: Any, k: int | float | str | RankRule | None = 0.9) -> float:
     """Share, in [0, 1], of the centred pool's energy outside the leading k-dimensional row space of selected rows.
 
-    `k=None` takes the whole row space. The pool's own k directions leave the least: 1 - explained variance.
+    The pool's own k directions leave the least: 1 - explained variance.
+
+    Parameters
+    ----------
+    X
+        The pool (n, d).
+    indices
+        Positions of the selected rows.
+    k
+        Dimension, or rank rule for the pool; None takes the whole row space of the selected rows.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For positions outside the pool.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.select import reconstruction_error
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 6))  # a plane, which a few rows span
+    >>> reconstruction_error(x, [3, 8, 21], k=2) < 1e-9
+    True
     """
     return _Pool(X, 0.9 if k is None else k).reconstruction_error(_positions(indices, len(X)), whole=k is None)
 
@@ -45,7 +106,35 @@ def retention_curve(
 ) -> RetentionCurve:
     """Retention and reconstruction error as an order (such as `LeverageSelector.ranking_`) is followed.
 
-    `sizes`: how many rows of the order to take, default 2, 4, 8, 16, 32, 64 and 100 % of it.
+    Parameters
+    ----------
+    X
+        The pool (n, d).
+    order
+        Positions of rows, first the ones that are taken first.
+    k
+        Dimension, or rank rule for the pool.
+    sizes
+        How many rows of the order to take; None: 2, 4, 8, 16, 32, 64 and 100 % of it.
+
+    Returns
+    -------
+    RetentionCurve
+
+    Raises
+    ------
+    ValueError
+        For positions outside the pool and sizes outside [1, length of the order].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.select import retention_curve
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(50, 2)) @ rng.normal(size=(2, 6))
+    >>> curve = retention_curve(x, range(50), k=2, sizes=[1, 25, 50])
+    >>> np.round(curve.retention[1:], 6).tolist(), bool(curve.retention[0] < 1)
+    ([1.0, 1.0], True)
     """
     pool = _Pool(X, k)
     rows = _positions(order, len(X))

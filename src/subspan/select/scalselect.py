@@ -37,21 +37,59 @@ class ScalSelect:
     Each sample is represented, after the model's first block, by the context tokens (the image's, or the parts of a
     message of type "context") that its instruction attends to; samples are scored by their leverage on the dominant
     subspace of all representations. One block of one forward pass a sample, no gradients, no pairwise distances.
-
-    model, processor: a transformers decoder with attn_implementation="eager" and its tokenizer, or a vision–language
-    model and its processor. mass: share of the attention whose tokens are kept. rank, center, standardize, row_norm:
-    as in `LeverageSelector`. block: whose attention and states are used (index, or name). query: which tokens ask:
-    "user_content", "non_assistant" (with template and system tokens, as the published code does), or "auto": the
-    latter for images, the former for text. image_delimiters: count the marks around an image as its tokens.
-    on_empty: a sample without context or query tokens, also after truncation at `max_length`, is an error ("raise") or
-    gets the score NaN with a warning ("skip"). batch_size: text samples a forward pass (of similar length); samples
-    with images run one at a time. folder: where representations are kept in shards of `shard_size` samples; an
-    interrupted `fit` goes on there. None keeps them in memory.
-
     Representations are means over tokens, which scatter the more the fewer there are: on texts the scores prefer short
     samples, and `fit` warns where their rank correlation with the lengths is above 0.5.
 
-    After `fit`: ids_ (n,), scores_ (n,) with NaN for skipped samples, ranking_ (n,), selector_, subspace_, k_.
+    Parameters
+    ----------
+    model, processor
+        A transformers decoder with attn_implementation="eager" and its tokenizer, or a vision–language model and its
+        processor.
+    mass
+        Share of the attention whose tokens are kept, in (0, 1].
+    rank, center, standardize, row_norm
+        As in `LeverageSelector`.
+    block
+        Whose attention and states are used: index, or name.
+    query
+        Which tokens ask: "user_content", "non_assistant" (with template and system tokens, as the published code does),
+        or "auto": the latter for images, the former for text.
+    image_delimiters
+        Count the marks around an image as its tokens.
+    on_empty
+        A sample without context or query tokens, also after truncation, is an error ("raise"), or gets the score NaN
+        with a warning ("skip").
+    max_length
+        Tokens a sample is cut to.
+    batch_size
+        Text samples a forward pass (of similar length); samples with images run one at a time.
+    folder, shard_size
+        Where representations are kept in shards of so many samples; an interrupted `fit` goes on there. None keeps them
+        in memory.
+    progress
+        Whether a bar is shown.
+
+    Attributes
+    ----------
+    ids_, scores_, ranking_
+        (n,) each; scores are NaN for skipped samples.
+    selector_, subspace_, k_
+        The `LeverageSelector`, the dominant subspace and its dimension.
+
+    Raises
+    ------
+    ValueError
+        For settings out of range.
+
+    References
+    ----------
+    Wu et al., ScalSelect, 2026 (arXiv 2602.11636).
+
+    Examples
+    --------
+    >>> from subspan.select import ScalSelect
+    >>> scal = ScalSelect(model, tokenizer, batch_size=8).fit(dataset)  # doctest: +SKIP
+    >>> subset = dataset.select(scal.select(0.16))  # doctest: +SKIP
     """
 
     def __init__(
