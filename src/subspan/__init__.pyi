@@ -16,6 +16,7 @@ from . import (
     select,
     solvers,
     statistics,
+    weights,
 )
 from .geometry.affine import AffineMap
 from .geometry.angles import principal_angles
@@ -52,4 +53,5 @@ __all__ = [
     "select",
     "solvers",
     "statistics",
+    "weights",
 ]
