@@ -17,7 +17,24 @@ from .tables import read_table
 
 
 def is_dask(source: Any) -> bool:
-    """Whether `source` is a Dask array (without importing Dask)."""
+    """Whether `source` is a Dask array (without importing Dask).
+
+    Parameters
+    ----------
+    source
+        Anything.
+
+    Returns
+    -------
+    bool.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.statistics import is_dask
+    >>> is_dask(np.zeros((3, 2)))
+    False
+    """
     return type(source).__module__.split(".")[0] == "dask" and hasattr(source, "to_delayed")
 
 
@@ -25,6 +42,22 @@ def is_stream(source: Any) -> bool:
     """Whether `source` must be read batch by batch: it is no array in memory, or it is a list of arrays (n, d).
 
     Sparse matrices are no streams: whether they are read is up to the door of arrays.
+
+    Parameters
+    ----------
+    source
+        Anything that may hold rows.
+
+    Returns
+    -------
+    bool.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.statistics import is_stream
+    >>> is_stream(np.zeros((3, 2))), is_stream([np.zeros((3, 2)), np.ones((3, 2))]), is_stream("rows.npy")
+    (False, True, True)
     """
     if is_sparse(source):
         return False
@@ -38,16 +71,56 @@ def is_stream(source: Any) -> bool:
 
 
 def is_one_shot(source: Any) -> bool:
-    """Whether `source` can be read only once (a generator or another iterator)."""
+    """Whether `source` can be read only once (a generator or another iterator).
+
+    Parameters
+    ----------
+    source
+        Anything.
+
+    Returns
+    -------
+    bool.
+
+    Examples
+    --------
+    >>> from subspan.statistics import is_one_shot
+    >>> is_one_shot([1, 2]), is_one_shot(iter([1, 2]))
+    (False, True)
+    """
     return isinstance(source, Iterator)
 
 
 def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[Tensor]:
-    """Yield `source` as tensors (n, d), after skipping `skip` rows.
+    """Yield rows from anywhere as tensors (n, d).
 
-    source: an array or tensor (n, d); a memory map; a path to a table (see `subspan.datasets.read_table`); an iterable
-    (or DataLoader) of batches, where of a tuple or dict the first entry is taken; a Dask array. Raises ValueError for
-    other files, TypeError for what holds no rows, such as a graph, and for sparse matrices.
+    Parameters
+    ----------
+    source
+        An array or tensor (n, d); a memory map; a path to a table (see `subspan.datasets.read_table`); an iterable (or
+        DataLoader) of batches, where of a tuple or dict the first entry is taken; a Dask array.
+    batch_size
+        Rows of a tensor, at most; batches of an iterable and blocks of a Dask array stay as they are.
+    skip
+        Rows that are passed over first.
+
+    Yields
+    ------
+    Tensors (n, d).
+
+    Raises
+    ------
+    ValueError
+        For other files.
+    TypeError
+        For what holds no rows, such as a graph, and for sparse matrices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.statistics import batches
+    >>> [len(rows) for rows in batches(np.zeros((5, 2)), batch_size=2, skip=1)]
+    [2, 2]
     """
     refuse_sparse(source, "source")
     if batch_size < 1:

@@ -42,12 +42,16 @@ def leading_eigenspace(
 
     Parameters
     ----------
-    matrix : (*b, d, d).
-    rank : directions asked for.
-    cut : where eigenvalues rank and rank + 1 are equal, "widen" takes the whole cluster, "narrow" none of it, each
-        with a warning, and "exact" cuts it all the same, with derivatives that leave equal pairs out.
-    tolerance : eigenvalues nearer than this times the largest absolute one are equal; by default the square root of the
-        precision of the dtype.
+    matrix
+        (*b, d, d).
+    rank
+        Directions asked for.
+    cut
+        Where eigenvalues rank and rank + 1 are equal, "widen" takes the whole cluster, "narrow" none of it, each with a
+        warning, and "exact" cuts it all the same, with derivatives that leave equal pairs out.
+    tolerance
+        Eigenvalues nearer than this times the largest absolute one are equal; None: the square root of the precision of
+        the dtype.
 
     Returns
     -------

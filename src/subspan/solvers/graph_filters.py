@@ -18,9 +18,34 @@ _DENSE_NODES = 5000
 def as_adjacency(adjacency: Any, n: int, name: str = "adjacency") -> sparse.csr_matrix:
     """An undirected graph of n nodes as a symmetric CSR matrix of non-negative float64 weights; loops are kept.
 
-    Takes a SciPy sparse matrix, a torch sparse tensor, an edge index (2, m) of integers, each edge in one direction or
-    both, or, up to 5000 nodes, a dense square array. An asymmetric matrix is symmetrised by the larger of the two
-    weights, with a warning. Raises ValueError for a wrong shape, NaN, negative weights, or nodes out of range.
+    Parameters
+    ----------
+    adjacency
+        A SciPy sparse matrix, a torch sparse tensor, an edge index (2, m) of integers, each edge in one direction or
+        both, or, up to 5000 nodes, a dense square array. An asymmetric matrix is symmetrised by the larger of the two
+        weights, with a warning.
+    n
+        Number of nodes.
+    name
+        What an error calls `adjacency`.
+
+    Returns
+    -------
+    CSR matrix (n, n).
+
+    Raises
+    ------
+    ValueError
+        For a wrong shape, NaN, negative weights, or nodes out of range.
+    TypeError
+        For anything else.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import as_adjacency
+    >>> as_adjacency(np.array([[0, 1], [1, 2]]), 3).toarray().tolist()  # the edges 0-1 and 1-2
+    [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
     """
     if isinstance(adjacency, Tensor) and adjacency.layout != torch.strided:
         coo = adjacency.detach().cpu().to_sparse_coo().coalesce()
@@ -66,14 +91,50 @@ def _from_edges(edges: np.ndarray, n: int, name: str) -> sparse.csr_matrix:
 
 
 def symmetric_normalized(adjacency: sparse.csr_matrix) -> sparse.csr_matrix:
-    """D^(-1/2) A D^(-1/2); nodes without edges stay zero."""
+    """D^(-1/2) A D^(-1/2) with the degrees D; nodes without edges stay zero.
+
+    Parameters
+    ----------
+    adjacency
+        CSR matrix A (n, n) as from `as_adjacency`.
+
+    Returns
+    -------
+    CSR matrix (n, n) with eigenvalues in [-1, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import as_adjacency, symmetric_normalized
+    >>> symmetric_normalized(as_adjacency(np.array([[0.0, 4.0], [4.0, 0.0]]), 2)).toarray().tolist()
+    [[0.0, 1.0], [1.0, 0.0]]
+    """
     degree = np.asarray(adjacency.sum(1)).ravel()
     scale = np.where(degree > 0, 1 / np.sqrt(np.where(degree > 0, degree, 1)), 0.0)
     return sparse.csr_matrix(sparse.diags(scale) @ adjacency @ sparse.diags(scale))
 
 
 def transition_matrix(adjacency: sparse.csr_matrix, loops: int = 2) -> sparse.csr_matrix:
-    """Row-stochastic P: rownorm(A + I) with loops=1; rownorm(D^(-1/2)(A + I)D^(-1/2) + I) with loops=2."""
+    """Row-stochastic matrix of a walk on a graph.
+
+    Parameters
+    ----------
+    adjacency
+        CSR matrix A (n, n) as from `as_adjacency`.
+    loops
+        1: rownorm(A + I); 2: rownorm(D^(-1/2)(A + I)D^(-1/2) + I) with the degrees D of A + I.
+
+    Returns
+    -------
+    CSR matrix (n, n), rows of sum 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import as_adjacency, transition_matrix
+    >>> transition_matrix(as_adjacency(np.array([[0], [1]]), 3), loops=1).toarray().tolist()  # node 2 stays where it is
+    [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    """
     if loops not in (1, 2):
         raise ValueError(f"loops: expected 1 or 2, got {loops!r}")
     identity = sparse.identity(adjacency.indptr.size - 1, format="csr")
@@ -84,9 +145,26 @@ def transition_matrix(adjacency: sparse.csr_matrix, loops: int = 2) -> sparse.cs
 
 
 def geometric_weights(order: int, decay: float) -> Float[np.ndarray, " t"]:
-    """w_t proportional to decay^t for t = 0 … order, with sum 1; any decay >= 0 (above 1: far hops weigh more).
+    """w_t proportional to decay^t for t = 0 … order, with sum 1.
 
     Computed from logarithms, so that no power overflows.
+
+    Parameters
+    ----------
+    order
+        Largest t, at least 0.
+    decay
+        Any finite number >= 0; above 1 far hops weigh more.
+
+    Returns
+    -------
+    Weights (order + 1,).
+
+    Examples
+    --------
+    >>> from subspan.solvers import geometric_weights
+    >>> geometric_weights(3, 1.0).tolist(), geometric_weights(1, 0.0).tolist()
+    ([0.25, 0.25, 0.25, 0.25], [1.0, 0.0])
     """
     if order < 0:
         raise ValueError(f"order: must be at least 0, got {order}")
@@ -101,12 +179,36 @@ def geometric_weights(order: int, decay: float) -> Float[np.ndarray, " t"]:
 
 
 class PolynomialFilter:
-    """sum_t weights[t] P^t of a square matrix P, dense or sparse, numpy or torch, applied without forming a power.
+    """sum_t weights[t] P^t of a square matrix P, applied without forming a power.
 
-    With weights of sum 1 and a stochastic P every number on the way stays as large as the input. spectrum: an interval
-    that holds the eigenvalues of P, where they are known to be real: then the same polynomial is summed in Chebyshev
-    polynomials on it, whose coefficients vanish after some √order of them, up to those whose sum is below `tolerance`
-    of the weights; else by Horner's rule, `order` products. `steps`: products with P.
+    With weights of sum 1 and a stochastic P every number on the way stays as large as the input. Without `spectrum` it
+    is summed by Horner's rule, `order` products with P.
+
+    Parameters
+    ----------
+    matrix
+        P (n, n), dense or sparse, numpy or torch.
+    weights
+        Finite numbers, from t = 0 on; at least one.
+    spectrum
+        An interval that holds the eigenvalues of P (a SciPy sparse matrix), where they are known to be real: the same
+        polynomial is then summed in Chebyshev polynomials on it, whose coefficients vanish after some √order of them.
+        None: not known.
+    tolerance
+        Coefficients are left out up to those whose sum is below this share of the weights.
+
+    Attributes
+    ----------
+    steps
+        Products with P that applying the filter takes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import PolynomialFilter
+    >>> swap = np.array([[0.0, 1.0], [1.0, 0.0]])
+    >>> PolynomialFilter(swap, [0.5, 0.25, 0.25]).matmul(np.array([[4.0], [0.0]])).tolist()
+    [[3.0], [1.0]]
     """
 
     def __init__(
@@ -196,7 +298,23 @@ def _chebyshev_coefficients(
 
 
 class FilteredOperator:
-    """F X for a `PolynomialFilter` F (n, n) and attributes X (n, d), never formed: an `Operator`."""
+    """F X for a filter F (n, n) and attributes X (n, d), never formed: an `Operator`.
+
+    Parameters
+    ----------
+    polynomial
+        F, a `PolynomialFilter`.
+    attributes
+        X, dense or sparse.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import FilteredOperator, PolynomialFilter
+    >>> swap = PolynomialFilter(np.array([[0.0, 1.0], [1.0, 0.0]]), [0.0, 1.0])
+    >>> FilteredOperator(swap, np.array([[1.0, 0.0], [0.0, 5.0]])).matmul(np.array([[1.0], [1.0]])).tolist()
+    [[5.0], [1.0]]
+    """
 
     def __init__(self, polynomial: PolynomialFilter, attributes: Any) -> None:
         self.polynomial, self.attributes = polynomial, attributes
@@ -213,9 +331,33 @@ class FilteredOperator:
 
 
 def smooth(x: Any, adjacency: Any, order: int = 10, decay: float = 0.9, *, loops: int = 2) -> Any:
-    """sum_t w_t P^t x: attributes (n, d) averaged over walks of up to `order` steps; w_t as in `geometric_weights`.
+    """sum_t w_t P^t x: attributes averaged over walks on a graph.
 
-    A tensor gives a tensor, differentiable in x; other attributes give a numpy array. P is `transition_matrix`.
+    P is `transition_matrix`, w_t are `geometric_weights`.
+
+    Parameters
+    ----------
+    x
+        Attributes (n, d), dense or sparse.
+    adjacency
+        Graph of the n rows, as `as_adjacency` takes it.
+    order
+        Longest walk, in steps.
+    decay
+        Weight of a walk against one of a step less.
+    loops
+        As in `transition_matrix`.
+
+    Returns
+    -------
+    (n, d): a tensor, differentiable in x, for a tensor; else a numpy array.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import smooth
+    >>> smooth(np.array([[0.0], [2.0]]), np.array([[0, 1], [1, 0]]), order=1, decay=1.0, loops=1).tolist()
+    [[0.5], [1.5]]
     """
     n = len(x) if isinstance(x, Tensor) else x.shape[0]
     given: Any = x

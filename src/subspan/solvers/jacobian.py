@@ -16,10 +16,18 @@ Map = Callable[[Tensor], Tensor]
 
 
 class JacobianSubspace(NamedTuple):
-    """Leading right singular vectors as a subspace of the input, their singular values, and the left ones.
+    """Leading singular vectors and values of a Jacobian; see `jacobian_subspace`.
 
-    input: variances are the squared singular values. values (k,) descending. output: images of the directions, of unit
-    length, where the value is not zero.
+    Attributes
+    ----------
+    input
+        Right singular vectors as a subspace of the input; its variances are the squared singular values.
+    values
+        Singular values (k,), descending.
+    output
+        Left singular vectors (m, k): images of the directions, of unit length, where the value is not zero.
+    iterations
+        Rounds that were made.
     """
 
     input: Subspace
@@ -39,13 +47,53 @@ def jacobian_subspace(
     max_iter: int = 50,
     generator: torch.Generator | None = None,
 ) -> JacobianSubspace:
-    """The `rank` directions at x (any shape, taken flat) along which f(x) changes most, without forming the Jacobian.
+    """The directions at x along which f(x) changes most, without forming the Jacobian.
 
-    Subspace iteration with forward-mode products J v and reverse-mode products u'J, at least 10 rounds, until the
-    directions move by less than `tolerance` (sine of the largest angle). mask: entries of the output that count. null:
-    directions that are taken out of the found ones (the span that changes what must stay), which are then orthonormal
-    again. Raises ValueError for a rank or mask that does not fit, TypeError where f cannot be differentiated forwards.
-    Source: Chen et al. (2024), arXiv 2409.02374.
+    Subspace iteration with forward-mode products J v and reverse-mode products u'J, at least 10 rounds.
+
+    Parameters
+    ----------
+    f
+        Differentiable map of a tensor in the shape of x to a tensor, also in forward mode and without in-place changes.
+    x
+        The point, any shape, taken flat: d numbers.
+    rank
+        Directions asked for, in [1, d].
+    mask
+        Booleans in the shape of the output: entries that count; None: all.
+    null
+        Directions of R^d that are taken out of the found ones (the span that changes what must stay), which are then
+        orthonormal again; None: none.
+    tolerance
+        Rounds stop when the directions move by less than this (sine of the largest angle).
+    max_iter
+        Rounds at most.
+    generator
+        Draws the first directions; None: torch's own.
+
+    Returns
+    -------
+    JacobianSubspace.
+
+    Raises
+    ------
+    ValueError
+        For a rank, mask or `null` that does not fit, and derivatives that are not finite.
+    TypeError
+        Where f cannot be differentiated forwards.
+
+    References
+    ----------
+    Chen et al. (2024), arXiv 2409.02374.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import jacobian_subspace
+    >>> scale = torch.tensor([1.0, 5.0, 3.0])
+    >>> found = jacobian_subspace(lambda x: scale * x, torch.zeros(3), 2, generator=torch.Generator().manual_seed(0))
+    >>> found.values.round(decimals=3).tolist(), found.input.basis[:, 0].abs().round(decimals=3).tolist()
+    ([5.0, 3.0], [0.0, 1.0, 0.0])
     """
     d = x.numel()
     if not 1 <= rank <= d:
@@ -110,8 +158,36 @@ def _products(g: Map, x: Tensor) -> tuple[Map, Map]:
 def jacobian_rank(f: Map, x: Float[Tensor, "*s"], *, share: float = 0.99) -> int:
     """Numerical rank of the Jacobian of f at x: the fewest singular values with `share` of its Frobenius norm.
 
-    A share of the norm, not of its square: 0.99 keeps 98 % of the energy. Forms the Jacobian (m, d).
-    Raises ValueError for a Jacobian that is zero or not finite. Source: Wang et al. (2024), arXiv 2409.02426.
+    Forms the Jacobian (m, d).
+
+    Parameters
+    ----------
+    f
+        Differentiable map of a tensor in the shape of x to a tensor.
+    x
+        The point, any shape.
+    share
+        Of the norm, not of its square, in (0, 1]: 0.99 keeps 98 % of the energy.
+
+    Returns
+    -------
+    The rank, at least 1.
+
+    Raises
+    ------
+    ValueError
+        For a Jacobian that is zero or not finite.
+
+    References
+    ----------
+    Wang et al. (2024), arXiv 2409.02426.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import jacobian_rank
+    >>> jacobian_rank(lambda x: x.sum() * torch.ones(3), torch.zeros(4))
+    1
     """
     if not 0 < share <= 1:
         raise ValueError(f"share: must lie in (0, 1], got {share}")

@@ -13,7 +13,13 @@ from sklearn.utils import check_random_state
 
 @runtime_checkable
 class Operator(Protocol):
-    """A matrix (n, d) by its products: `matmul(y)` is A y, `rmatmul(y)` is A'y, both with blocks of columns."""
+    """A matrix (n, d) by its products: `matmul(y)` is A y, `rmatmul(y)` is A'y, both with blocks of columns.
+
+    Attributes
+    ----------
+    shape
+        (n, d).
+    """
 
     shape: tuple[int, int]
 
@@ -27,7 +33,21 @@ class Operator(Protocol):
 
 
 class MatrixOperator:
-    """A dense or sparse matrix as an `Operator`."""
+    """A dense or sparse matrix as an `Operator`.
+
+    Parameters
+    ----------
+    matrix
+        (n, d), numpy, SciPy sparse or torch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import MatrixOperator, Operator
+    >>> operator = MatrixOperator(np.array([[1.0, 2.0], [0.0, 3.0]]))
+    >>> isinstance(operator, Operator), operator.rmatmul(np.array([[1.0], [1.0]])).tolist()
+    (True, [[1.0], [5.0]])
+    """
 
     def __init__(self, matrix: Any) -> None:
         self.matrix = matrix
@@ -52,10 +72,41 @@ def randomized_svd(
     random_state: Any = None,
     dtype: Any = np.float64,
 ) -> tuple[Float[np.ndarray, "n r"], Float[np.ndarray, " r"], Float[np.ndarray, "r d"]]:
-    """U (n, r), singular values (r,) descending and V' (r, d) of an `Operator`, r = min(rank + oversample, n, d).
+    """Leading singular triplets of a matrix that is only multiplied with.
 
-    All r triplets are returned; the first `rank` are accurate. n_iter power iterations, each orthonormalised. Signs are
-    fixed so that the largest entry of each left vector is positive. Source: Halko, Martinsson & Tropp, 2011.
+    Signs are fixed so that the largest entry of each left vector is positive.
+
+    Parameters
+    ----------
+    operator
+        `Operator` of shape (n, d).
+    rank
+        Triplets asked for, in [1, min(n, d)].
+    n_iter
+        Power iterations, each orthonormalised.
+    oversample
+        Directions beyond `rank` that are iterated too.
+    random_state
+        Seed of the first directions; None: another each time.
+    dtype
+        Of the products.
+
+    Returns
+    -------
+    U (n, r), singular values (r,) descending and V' (r, d)
+        r = min(rank + oversample, n, d): all r triplets are returned, the first `rank` are accurate.
+
+    References
+    ----------
+    Halko, Martinsson & Tropp (2011), arXiv 0909.4061.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import MatrixOperator, randomized_svd
+    >>> u, s, vt = randomized_svd(MatrixOperator(np.diag([1.0, 4.0, 2.0, 3.0])), 2, random_state=0)
+    >>> s[:2].round(6).tolist()
+    [4.0, 3.0]
     """
     n, d = operator.shape
     if not 1 <= rank <= min(n, d):
@@ -82,10 +133,34 @@ def orthogonal_iteration(
     random_state: Any = None,
     dtype: Any = np.float64,
 ) -> tuple[Float[np.ndarray, "n k"], Float[np.ndarray, " k"]]:
-    """Orthonormal basis (n, k) of the eigenvectors of largest absolute value of a symmetric operator, and Ritz values.
+    """Eigenvectors of largest absolute value of a symmetric operator, and their Ritz values.
 
-    n_iter QR steps from a random orthonormal start; the Ritz values, and the basis turned to them, come by descending
-    value. A rank-one term or a shift is part of `matmul`.
+    Parameters
+    ----------
+    matmul
+        Product of the operator with a block of columns (n, k); a rank-one term or a shift is part of it.
+    n
+        Dimension.
+    k
+        Eigenvectors asked for, in [1, n].
+    n_iter
+        QR steps from a random orthonormal start.
+    random_state
+        Seed of the start; None: another each time.
+    dtype
+        Of the products.
+
+    Returns
+    -------
+    Orthonormal basis (n, k), turned to the Ritz values, and these (k,), descending.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import orthogonal_iteration
+    >>> matrix = np.diag([1.0, -2.0, 3.0])
+    >>> orthogonal_iteration(lambda y: matrix @ y, 3, 2, random_state=0)[1].round(6).tolist()
+    [3.0, -2.0]
     """
     if not 1 <= k <= n:
         raise ValueError(f"k: must lie in [1, {n}], got {k}")
@@ -100,6 +175,24 @@ def orthogonal_iteration(
 
 
 def orthonormal_columns(y: np.ndarray) -> np.ndarray:
-    """Orthonormal columns (n, b) that span those of y."""
+    """Orthonormal columns that span those of y.
+
+    Parameters
+    ----------
+    y
+        (n, b).
+
+    Returns
+    -------
+    (n, min(n, b)).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import orthonormal_columns
+    >>> q = orthonormal_columns(np.array([[3.0, 1.0], [4.0, 1.0], [0.0, 1.0]]))
+    >>> bool(np.allclose(q.T @ q, np.eye(2)))
+    True
+    """
     factors: Any = scipy_qr(y, mode="economic", overwrite_a=False, check_finite=False)
     return factors[0]

@@ -26,10 +26,34 @@ def nearest(
     metric: str = "euclidean",
     exclude: Int[Tensor, " m"] | None = None,
 ) -> tuple[Float[Tensor, "m k"], Int[Tensor, "m k"]]:
-    """The k nearest rows of `base` (n, d) for each row of `queries` (m, d): values and indices (m, k), best first.
+    """The k nearest rows of a base for each query; exact, O(chunk n) memory.
 
-    metric: "euclidean" (squared distances, ascending), "cosine" or "inner" (similarities, descending). exclude: for
-    each query the row of the base that is left out (itself, where it is one). Exact, O(chunk n) memory.
+    Parameters
+    ----------
+    queries, base
+        Rows (m, d) and (n, d).
+    k
+        Neighbours of a query, in [1, n], or in [1, n - 1] with `exclude`.
+    metric
+        "euclidean" (squared distances, ascending), "cosine" or "inner" (similarities, descending).
+    exclude
+        (m,) for each query the row of the base that is left out (itself, where it is one); None: none.
+
+    Returns
+    -------
+    Values and indices (m, k), best first.
+
+    Raises
+    ------
+    ValueError
+        For rows that are not finite or of unequal length, k out of range, or an unknown metric.
+
+    Examples
+    --------
+    >>> from subspan.solvers import nearest
+    >>> values, indices = nearest([[2.0]], [[0.0], [3.0], [10.0]], 2)
+    >>> values.tolist(), indices.tolist()
+    ([[1.0, 4.0]], [[1, 0]])
     """
     q = check_matrix(queries, "queries")
     b = check_matrix(base, "base", columns=q.shape[1])
@@ -80,10 +104,30 @@ def largest_per_row(score: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, 
 
 
 def nearest_code(rows: Float[Tensor, "n d"], codes: Float[Tensor, "k d"], *, block: int = _BLOCK) -> Int[Tensor, " n"]:
-    """Index of the code nearest to each row, the lowest of equals; never more than `block` distances in memory.
+    """Index of the code nearest to each row, the lowest of equals.
 
     No check that would wait for a device, so that it can stand inside a layer. Distances in float32 at least: in half
     precision |z|² - 2 z'e + |e|² cancels.
+
+    Parameters
+    ----------
+    rows
+        (n, d).
+    codes
+        (k, d).
+    block
+        Distances in memory at once, at most.
+
+    Returns
+    -------
+    Indices (n,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import nearest_code
+    >>> nearest_code(torch.tensor([[0.9, 0.1], [0.0, 2.0]]), torch.eye(2))
+    tensor([0, 1])
     """
     with torch.autocast(rows.device.type, enabled=False):
         dtype = torch.promote_types(torch.float32, torch.promote_types(rows.dtype, codes.dtype))
@@ -103,11 +147,35 @@ def largest_product(
     exclude: Int[Tensor, " m"] | None = None,
     block: int = _BLOCK,
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """Largest <row, base_j> + offset_j of each row, and the lowest j that has it; never more than `block` in memory.
+    """Largest <row, base_j> + offset_j of each row, and the lowest j that has it.
 
-    absolute: of absolute values. exclude: an index for each row that is left out. On the CPU products are made in tiles
-    that stay in the cache, and first the largest of each group of columns is found: a maximum without its place costs
-    a tenth of one with it.
+    On the CPU products are made in tiles that stay in the cache, and first the largest of each group of columns is
+    found: a maximum without its place costs a tenth of one with it. Nothing is checked.
+
+    Parameters
+    ----------
+    rows, base
+        (m, d) and (n, d).
+    offset
+        (n,) added to the products; None: nothing.
+    absolute
+        Whether absolute values are compared.
+    exclude
+        (m,) an index for each row that is left out; None: none.
+    block
+        Products in memory at once, at most.
+
+    Returns
+    -------
+    Values and indices (m,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import largest_product
+    >>> value, index = largest_product(torch.tensor([[1.0, -3.0]]), torch.eye(2), absolute=True)
+    >>> value.tolist(), index.tolist()
+    ([3.0], [1])
     """
     n = len(base)
     size = min(_GROUP, n)

@@ -14,9 +14,35 @@ _BLOCK = 1 << 22
 
 
 def chamfer_distances(a: Any, b: Any) -> Float[Tensor, "m p"]:
-    """Chamfer distance of each cloud of a (m, n_a, 3) to each of b (p, n_b, 3), any dimension of space.
+    """Chamfer distance of each cloud of points to each of others.
 
-    Mean squared distance to the nearest point, summed over both directions (Fan et al., 2017).
+    Mean squared distance to the nearest point, summed over both directions.
+
+    Parameters
+    ----------
+    a, b
+        Clouds (m, n_a, 3) and (p, n_b, 3), or in any other dimension of space.
+
+    Returns
+    -------
+    Distances (m, p), in the square of the unit of the points.
+
+    Raises
+    ------
+    ValueError
+        For points that are none, not finite or of unequal dimension.
+
+    References
+    ----------
+    Fan, Su & Guibas (2017), arXiv 1612.00603.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import chamfer_distances
+    >>> cloud = torch.tensor([[[0.0, 0.0, 0.0], [5.0, 0.0, 0.0]]])
+    >>> chamfer_distances(cloud, cloud + torch.tensor([0.0, 0.0, 1.0])).tolist()
+    [[2.0]]
     """
     first, second = (check_finite(as_tensor(x, name, ndim=3), name) for x, name in ((a, "a"), (b, "b")))
     if first.shape[2] != second.shape[2]:

@@ -26,15 +26,46 @@ def round_embedding(
     start: Int[np.ndarray, " n"] | None = None,
     random_state: Any = None,
 ) -> Int[np.ndarray, " n"]:
-    """Labels (n,) in [0, n_clusters) of the rows of an orthonormal `embedding` (n, q); n_clusters defaults to q.
+    """Cluster labels of the rows of an orthonormal embedding.
 
-    "kmeans": k-means on rows of unit length, best of `n_init` starts. "snem": a discrete power step on
-    max tr(C'UU'C), C the clusters' indicator of unit columns, started from the largest entry of each row; further
-    starts from random rotations of U, the best objective wins. "kmeans+snem": the k-means labels refined by it.
-    "rotation": alternately the nearest indicator and the nearest rotation (Yu & Shi, 2003). start: labels (n,), at
-    least one of every cluster, from whose means k-means starts in place of `n_init` draws; clusters keep their numbers.
-    No cluster is empty: one that came out so is started from the worst-fitted row, with a warning. Raises ValueError
-    for more clusters than rows, an unknown method, NaN.
+    No cluster is empty: one that came out so is started from the worst-fitted row, with a warning.
+
+    Parameters
+    ----------
+    embedding
+        U (n, q) with orthonormal columns.
+    method
+        "kmeans": k-means on rows of unit length, best of `n_init` starts. "snem": a discrete power step on max
+        tr(C'UU'C), C the clusters' indicator of unit columns, started from the largest entry of each row; further
+        starts from random rotations of U, the best objective wins. "kmeans+snem": the k-means labels refined by it.
+        "rotation": alternately the nearest indicator and the nearest rotation (Yu & Shi, 2003).
+    n_clusters
+        Number of clusters; None: q.
+    n_init
+        Starts.
+    start
+        Labels (n,), at least one of every cluster, from whose means k-means starts in place of `n_init` draws; clusters
+        keep their numbers. None: random starts.
+    random_state
+        Seed of the starts; None: another each time.
+
+    Returns
+    -------
+    Labels (n,) in [0, n_clusters).
+
+    Raises
+    ------
+    ValueError
+        For more clusters than rows, an unknown method, NaN, and for "snem" and "rotation" with q above `n_clusters`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.solvers import round_embedding
+    >>> embedding = np.array([[0.6, 0.0], [0.8, 0.0], [0.0, 0.8], [0.0, 0.6]])
+    >>> labels = round_embedding(embedding, random_state=0)
+    >>> bool(labels[0] == labels[1] != labels[2] == labels[3])
+    True
     """
     if method not in ROUNDINGS:
         raise ValueError(f"method: expected one of {', '.join(ROUNDINGS)}, got {method!r}")

@@ -29,7 +29,25 @@ _ROWS = 512
 
 @dataclass(frozen=True, eq=False)
 class SparseCodes:
-    """Codes (n, n_atoms) by their entries: `values` (n, s) at the atoms `indices` (n, s), 0 where a row has fewer."""
+    """Codes (n, n_atoms) by their s entries a row.
+
+    Parameters
+    ----------
+    indices
+        (n, s) atoms.
+    values
+        (n, s) coefficients at them, 0 where a row has fewer.
+    n_atoms
+        Atoms of the dictionary.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import SparseCodes
+    >>> codes = SparseCodes(torch.tensor([[0, 2]]), torch.tensor([[3.0, -1.0]]), 3)
+    >>> codes.dense().tolist(), codes.decode(2 * torch.eye(3)).tolist()
+    ([[3.0, 0.0, -1.0]], [[6.0, 0.0, -2.0]])
+    """
 
     indices: Int[Tensor, "n s"]
     values: Float[Tensor, "n s"]
@@ -46,7 +64,29 @@ class SparseCodes:
 
 
 def coding_error(x: Float[Tensor, "n d"], codes: SparseCodes, atoms: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
-    """Squared distance of all rows to what their codes stand for, |X - C atoms|_F^2."""
+    """Squared distance of all rows to what their codes stand for, |X - C atoms|_F^2.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    codes
+        Codes of the rows.
+    atoms
+        Dictionary (k, d).
+
+    Returns
+    -------
+    Scalar tensor.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import coding_error, top_s
+    >>> x, atoms = torch.tensor([[3.0, 2.0, 0.0]]), torch.eye(3)
+    >>> float(coding_error(x, top_s(x, atoms, 1), atoms))
+    4.0
+    """
     return (x - codes.decode(atoms)).square().sum()
 
 
@@ -65,11 +105,20 @@ def omp(
 
     Parameters
     ----------
-    x : (n, d) rows, float32 or float64, on any device.
-    atoms : (k, d) of unit length, on the device of x.
-    n_nonzero : atoms a row takes; fewer where it stops at `tolerance`, or where the next depends on those it has.
-    tolerance : squared residual at which a row stops.
-    progress : called with the share of the rows that are done.
+    x
+        Rows (n, d), float32 or float64, on any device.
+    atoms
+        Dictionary (k, d) of unit length, on the device of x.
+    n_nonzero
+        Atoms a row takes; fewer where it stops at `tolerance`, or where the next depends on those it has.
+    tolerance
+        Squared residual at which a row stops.
+    progress
+        Called with the share of the rows that are done; None: nothing is.
+
+    Returns
+    -------
+    SparseCodes.
 
     Raises
     ------
@@ -79,7 +128,7 @@ def omp(
     Examples
     --------
     >>> import torch
-    >>> from subspan.solvers.sparse_coding import omp
+    >>> from subspan.solvers import omp
     >>> codes = omp(torch.tensor([[0.0, 3.0, -1.0]]), torch.eye(3), n_nonzero=2)
     >>> codes.dense()
     tensor([[ 0.,  3., -1.]])
@@ -197,7 +246,33 @@ def _gram_pursuit(
 
 
 def top_s(x: Any, atoms: Any, n_nonzero: int) -> SparseCodes:
-    """The n_nonzero largest correlations of each row with the atoms: its best code where the atoms are orthonormal."""
+    """The largest correlations of each row with the atoms: its best code where the atoms are orthonormal.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    atoms
+        Dictionary (k, d) of unit length.
+    n_nonzero
+        Atoms a row takes, in [1, min(k, d)].
+
+    Returns
+    -------
+    SparseCodes.
+
+    Raises
+    ------
+    ValueError
+        As `omp`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import top_s
+    >>> top_s(torch.tensor([[1.0, 3.0, -2.0]]), torch.eye(3), 2).dense()
+    tensor([[ 0.,  3., -2.]])
+    """
     rows, base = _checked(x, atoms, n_nonzero)
     products = rows @ base.mT
     indices = products.abs().topk(n_nonzero, dim=1).indices
@@ -207,10 +282,41 @@ def top_s(x: Any, atoms: Any, n_nonzero: int) -> SparseCodes:
 def simultaneous_omp(
     x: Any, atoms: Any, n_atoms: int, *, explained: float = 1.0
 ) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
-    """Atoms for all rows together, in order, and the share of sum |x|^2 in the span of the first 1, 2, …, m of them.
+    """Atoms for all rows together, each the one along which the residuals of all rows have most energy.
 
-    Each step takes the atom along which the residuals of all rows have most energy (Tropp, Gilbert & Strauss, 2006). It
-    stops at `n_atoms`, at `explained`, or where no atom has energy left. Time O(k (n + d)) a step.
+    Time O(k (n + d)) a step.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    atoms
+        Dictionary (k, d) of unit length.
+    n_atoms
+        Atoms at most, in [1, k]; fewer where none has energy left.
+    explained
+        Share of sum |x|^2 in their span at which it stops.
+
+    Returns
+    -------
+    Atoms (m,), in order, and the share of sum |x|^2 in the span of the first 1, 2, …, m of them (m,).
+
+    Raises
+    ------
+    ValueError
+        For rows that are all zero, and as `omp`.
+
+    References
+    ----------
+    Tropp, Gilbert & Strauss (2006), Algorithms for simultaneous sparse approximation.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import simultaneous_omp
+    >>> order, shares = simultaneous_omp(torch.tensor([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0]]), torch.eye(3), 3)
+    >>> order.tolist(), [round(float(share), 4) for share in shares]
+    ([1, 0], [0.9, 1.0])
     """
     rows, base = _checked(x, atoms, 1)
     if not 1 <= n_atoms <= len(base):
@@ -242,8 +348,36 @@ def ksvd_step(
 ) -> tuple[Float[Tensor, "k d"], SparseCodes]:
     """New atoms one after the other, each with its entries of the codes, on the rows that use it (K-SVD).
 
-    n_power: power iterations of each rank-one fit, from the atom as it was, so that the error never rises. An atom
-    that no row uses becomes the row that is coded worst. Source: Aharon, Elad & Bruckstein, 2006.
+    An atom that no row uses becomes the row that is coded worst. The error never rises.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    codes
+        Codes of the rows.
+    atoms
+        Dictionary (k, d).
+    n_power
+        Power iterations of each rank-one fit, from the atom as it was.
+
+    Returns
+    -------
+    New atoms (k, d) of unit length and new codes.
+
+    References
+    ----------
+    Aharon, Elad & Bruckstein (2006), K-SVD: an algorithm for designing overcomplete dictionaries.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import coding_error, ksvd_step, omp
+    >>> x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> codes = omp(x, torch.eye(4), 2)
+    >>> better, refined = ksvd_step(x, codes, torch.eye(4))
+    >>> bool(coding_error(x, refined, better) < coding_error(x, codes, torch.eye(4)))
+    True
     """
     atoms, values = atoms.clone(), codes.values.flatten().clone()
     residual = x - codes.decode(atoms)
@@ -274,7 +408,34 @@ def mod_step(
 ) -> tuple[Float[Tensor, "k d"], SparseCodes]:
     """All atoms at once by least squares, scaled to one with the codes scaled back (method of optimal directions).
 
-    An atom that no row uses stays as it is. Source: Engan, Aase & Husøy, 1999.
+    An atom that no row uses stays as it is. The error never rises.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    codes
+        Codes of the rows.
+    atoms
+        Dictionary (k, d).
+
+    Returns
+    -------
+    New atoms (k, d) of unit length and new codes.
+
+    References
+    ----------
+    Engan, Aase & Husøy (1999), Method of optimal directions for frame design.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import coding_error, mod_step, omp
+    >>> x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    >>> codes = omp(x, torch.eye(4), 2)
+    >>> better, scaled = mod_step(x, codes, torch.eye(4))
+    >>> bool(coding_error(x, scaled, better) < coding_error(x, codes, torch.eye(4)))
+    True
     """
     dense = codes.dense()
     solved = torch.linalg.pinv(dense.mT @ dense, hermitian=True) @ (dense.mT @ x)
@@ -284,7 +445,33 @@ def mod_step(
 
 
 def procrustes_step(x: Float[Tensor, "n d"], codes: SparseCodes) -> Float[Tensor, "k d"]:
-    """The orthonormal atoms that fit rows to their codes best: the polar factor of C'X. Raises ValueError for k > d."""
+    """The orthonormal atoms that fit rows to their codes best: the polar factor of C'X.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+    codes
+        Codes of the rows, for at most d atoms.
+
+    Returns
+    -------
+    Atoms (k, d), orthonormal.
+
+    Raises
+    ------
+    ValueError
+        For more atoms than dimensions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.solvers import procrustes_step, top_s
+    >>> x = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    >>> atoms = procrustes_step(x, top_s(x, torch.eye(3), 1))
+    >>> (atoms @ atoms.T).allclose(torch.eye(3), atol=1e-5)
+    True
+    """
     if codes.n_atoms > x.shape[1]:
         raise ValueError(f"codes: {codes.n_atoms} atoms cannot be orthonormal in {x.shape[1]} dimensions")
     return polar((codes.dense().mT @ x).mT).mT

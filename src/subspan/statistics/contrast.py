@@ -14,7 +14,7 @@ from .moments import Moments
 def contrast_spectrum(
     plus: Moments, minus: Moments, *, weight: float = 0.5, center: bool = False
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "d r"]]:
-    """Eigenvalues, descending and of either sign, and eigenvectors of (1 - weight) C_plus - weight C_minus.
+    """Eigenvalues and eigenvectors of (1 - weight) C_plus - weight C_minus.
 
     The leading k columns are the directions of most energy of one set minus that of the other: a basis of a `Subspace`.
     While both moments keep their rows (at most d/2 each) everything happens in the space of those, r of them, and no
@@ -22,9 +22,28 @@ def contrast_spectrum(
 
     Parameters
     ----------
-    plus, minus : moments of the two sets in the same dimension.
-    weight : in [0, 1]; 0 is the spectrum of `plus`, 1 that of `minus` negated.
-    center : covariances (divisor count - 1); by default second moments about the origin (divisor count).
+    plus, minus
+        Moments of the two sets in the same dimension d.
+    weight
+        In [0, 1]; 0 is the spectrum of `plus`, 1 that of `minus` negated.
+    center
+        Whether C are covariances (divisor count - 1); by default second moments about the origin (divisor count).
+
+    Returns
+    -------
+    Eigenvalues (r,), descending and of either sign, and eigenvectors (d, r).
+
+    Raises
+    ------
+    ValueError
+        For unequal dimensions and a weight outside [0, 1].
+
+    Examples
+    --------
+    >>> from subspan.statistics import Moments, contrast_spectrum
+    >>> plus, minus = Moments(3).update([[2.0, 0, 0], [-2.0, 0, 0]]), Moments(3).update([[0, 1.0, 0], [0, -1.0, 0]])
+    >>> contrast_spectrum(plus, minus)[0][[0, -1]].round(decimals=4).tolist()
+    [2.0, -0.5]
     """
     if plus.d != minus.d:
         raise ValueError(f"minus: has dimension {minus.d}, expected {plus.d}")

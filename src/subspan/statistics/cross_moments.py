@@ -19,9 +19,12 @@ class CrossMoments:
 
     Parameters
     ----------
-    d_x, d_y : dimensions of the rows.
-    dtype : of the sums, float64 by default; a complex one for complex rows (the product is then x' conj(y)).
-    device : of the sums.
+    d_x, d_y
+        Dimensions of the rows.
+    dtype
+        Of the sums; a complex one for complex rows (the product is then x' conj(y)).
+    device
+        Of the sums; None: torch's default.
 
     Examples
     --------

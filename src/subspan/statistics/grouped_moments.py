@@ -16,7 +16,30 @@ from .moments import Moments
 
 
 class GroupedMoments:
-    """One `Moments` a group (class, cluster, layer), with the pooled, within and between parts."""
+    """One `Moments` a group (class, cluster, layer), with the pooled, within and between parts.
+
+    Parameters
+    ----------
+    d
+        Dimension of the rows.
+    dtype
+        Of the sums; a complex one for complex rows.
+    device
+        Of the sums; None: torch's default.
+
+    Attributes
+    ----------
+    by_group
+        The `Moments` of each label seen.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.statistics import GroupedMoments
+    >>> grouped = GroupedMoments(2).update(torch.tensor([[0.0, 1.0], [2.0, 1.0], [5.0, 5.0]]), ["a", "a", "b"])
+    >>> grouped.groups, grouped.means.tolist()
+    (['a', 'b'], [[1.0, 1.0], [5.0, 5.0]])
+    """
 
     def __init__(self, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):
         self._empty = Moments(d, dtype=dtype, device=device)

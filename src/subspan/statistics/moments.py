@@ -45,11 +45,40 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
 
 
 class Moments:
-    """Count, mean and centred second moment of rows in d dimensions, accumulated in `dtype` (default float64).
+    """Count, mean and centred second moment of rows in d dimensions, in one pass and O(d^2) memory.
 
-    Memory O(d^2), one pass, any order of updates and merges to rounding. Up to d/2 rows the centred rows themselves
-    are kept, which is less, and `subspace` needs no d x d matrix; `scatter` makes one when it is asked for.
-    Complex rows need a complex `dtype`.
+    A monoid: `update` with a batch, `+` to merge, `all_reduce` across processes, in any order to rounding. Up to d/2
+    rows the centred rows themselves are kept, which is less, and `subspace` needs no d x d matrix; `scatter` makes one
+    when it is asked for.
+
+    Parameters
+    ----------
+    d
+        Dimension of the rows.
+    dtype
+        Of the sums; a complex one for complex rows.
+    device
+        Of the sums; None: torch's default.
+
+    Attributes
+    ----------
+    count
+        Number of rows, or the sum of their weights.
+    mean
+        (d,).
+
+    References
+    ----------
+    Chan, Golub & LeVeque (1983), Algorithms for computing the sample variance.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.statistics import Moments
+    >>> rows = torch.tensor([[0.0, 1.0], [2.0, 1.0], [4.0, 1.0]])
+    >>> whole = Moments(2).update(rows[:1]) + Moments(2).update(rows[1:])
+    >>> whole.count, whole.mean.tolist(), whole.covariance().tolist()
+    (3.0, [2.0, 1.0], [[4.0, 0.0], [0.0, 0.0]])
     """
 
     def __init__(self, d: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None):

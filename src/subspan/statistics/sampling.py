@@ -7,7 +7,24 @@ from torch import Tensor
 
 
 class UniformSample:
-    """At most `keep` of the rows seen, every one with the same chance, in the order in which they came."""
+    """At most `keep` of the rows seen, every one with the same chance, in the order in which they came.
+
+    Parameters
+    ----------
+    keep
+        Rows that are kept at most.
+    generator
+        Draws the lots.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.statistics import UniformSample
+    >>> sample = UniformSample(3, torch.Generator().manual_seed(0))
+    >>> (drawn,) = sample.update(torch.arange(5)).update(torch.arange(5, 10)).rows()
+    >>> len(drawn), bool((drawn.diff() > 0).all())
+    (3, True)
+    """
 
     def __init__(self, keep: int, generator: torch.Generator) -> None:
         self._keep = keep

@@ -14,11 +14,46 @@ from subspan.geometry import RankRule, Subspace, rank_rule
 
 
 class CovarianceSketch:
-    """Frequent directions on centred rows: memory O(size d) instead of O(d^2).
+    """Frequent directions on centred rows: a mergeable sketch of the covariance in memory O(size d) instead of O(d^2).
 
-    The sketch B (size, d) satisfies 0 <= x'(S - B'B)x <= |S - S_k|_F^2-type bound `error_bound` for the scatter S
-    (Liberty, 2013; Ghashami et al., 2016). Batches are centred on their own mean and the shift between means enters as
-    one more row, so the merged sketch is one of the centred scatter.
+    The sketch B (size, d) satisfies 0 <= x'(S - B'B)x <= |S - S_k|_F^2-type bound `error_bound` for the scatter S.
+    Batches are centred on their own mean and the shift between means enters as one more row, so the merged sketch is
+    one of the centred scatter.
+
+    Parameters
+    ----------
+    d
+        Dimension of the rows.
+    size
+        Directions that are kept, in [2, d].
+    dtype
+        Of the sketch.
+    device
+        Of the sketch; None: torch's default.
+
+    Attributes
+    ----------
+    count, mean
+        Number of rows and their mean (d,), exact.
+    rows
+        The sketch, up to twice `size` rows of d numbers between shrinkages.
+    error_bound
+        What the sketch may lack of the scatter along any direction of unit length.
+
+    References
+    ----------
+    Liberty (2013), arXiv 1206.0594. Ghashami, Liberty, Phillips & Woodruff (2016), arXiv 1501.01711.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.geometry import Subspace
+    >>> from subspan.statistics import CovarianceSketch
+    >>> basis = torch.eye(50)[:, :2]
+    >>> rows = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) @ basis.T
+    >>> sketch = CovarianceSketch(50, size=8).update(rows)
+    >>> round(float(sketch.subspace(rank=2).overlap(Subspace(basis))), 4)
+    1.0
     """
 
     def __init__(self, d: int, size: int = 256, *, dtype: torch.dtype = torch.float32, device: Any = None):

@@ -38,13 +38,43 @@ def fit_moments(
     checkpoint_seconds: float = 30.0,
     progress: bool = False,
 ) -> Moments:
-    """Moments of all rows of `source` (anything that `batches` takes) in one pass.
+    """Moments of all rows of a source in one pass, resumable after a stop.
 
-    `checkpoint`: a file that is rewritten every `checkpoint_seconds`; when it exists the rows that it covers are
-    skipped, and it is removed at the end, so a killed run resumes to the same result. Raises ValueError where it is of
-    another source, or of one that has changed since: its size and time, and the first and last row of every batch.
-    `progress` shows a bar on a terminal. Dask arrays are reduced by the scheduler, which recomputes what a lost worker
-    held.
+    Dask arrays are reduced by the scheduler, which recomputes what a lost worker held.
+
+    Parameters
+    ----------
+    source
+        Anything that `batches` takes.
+    batch_size
+        Rows that are read at once.
+    dtype
+        Of the sums; a complex one for complex rows.
+    checkpoint
+        A file that is rewritten as the rows come; when it exists the rows that it covers are skipped, and it is removed
+        at the end, so that a killed run resumes to the same result. None: none.
+    checkpoint_seconds
+        Time between two writings.
+    progress
+        Whether a terminal shows a bar.
+
+    Returns
+    -------
+    Moments.
+
+    Raises
+    ------
+    ValueError
+        For a source without rows, or a checkpoint of another source or of one that has changed since: its size and
+        time, and the first and last row of every batch.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.statistics import fit_moments
+    >>> found = fit_moments(iter([np.zeros((3, 2)), np.ones((1, 2))]))
+    >>> found.count, found.mean.tolist()
+    (4.0, [0.25, 0.25])
     """
     if is_dask(source):
         return _dask_moments(source, dtype)
