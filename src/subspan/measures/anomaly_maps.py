@@ -11,9 +11,29 @@ from scipy import ndimage
 
 
 def auroc(scores: Any, labels: Any) -> float:
-    """Area under the ROC curve of scores (any shape, higher = more anomalous) for labels (same shape, true = anomaly).
+    """Area under the ROC curve; ties count half.
 
-    Ties count half. Raises ValueError for NaN, unequal shapes, or labels of one kind only.
+    Parameters
+    ----------
+    scores
+        Any shape, higher = more anomalous.
+    labels
+        Same shape, true = anomaly.
+
+    Returns
+    -------
+    Area in [0, 1]; 0.5 is chance.
+
+    Raises
+    ------
+    ValueError
+        For NaN, unequal shapes, or labels of one kind only.
+
+    Examples
+    --------
+    >>> from subspan.measures import auroc
+    >>> auroc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1])
+    0.75
     """
     values, positive = np.asarray(scores).ravel(), np.asarray(labels).ravel() != 0
     if values.shape != positive.shape:
@@ -30,11 +50,41 @@ def aupro(
     fpr_limit: int | float = 0.3,
     connectivity: int = 8,
 ) -> float:
-    """Area under the per-region-overlap curve up to a false-positive rate, over that rate (Bergmann et al., 2021).
+    """Area under the per-region-overlap curve up to a false-positive rate, over that rate.
 
-    maps, masks: one (h, w) an image; mask true = defect. Every connected region counts alike, however small; the
-    false-positive rate is over the normal pixels of all images. Exact: every score is a threshold, ties are joined,
-    the curve is interpolated at the limit. Raises ValueError where no region or no normal pixel is left.
+    Every connected region counts alike, however small; the false-positive rate is over the normal pixels of all images.
+    Exact: every score is a threshold, ties are joined, the curve is interpolated at the limit.
+
+    Parameters
+    ----------
+    maps, masks
+        One (h, w) an image: anomaly scores, and true = defect.
+    fpr_limit
+        False-positive rate in (0, 1] up to which the area is taken.
+    connectivity
+        Neighbours of a pixel that belong to its region, 4 or 8.
+
+    Returns
+    -------
+    Area in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        For maps and masks that do not fit, NaN, or where no region or no normal pixel is left.
+
+    References
+    ----------
+    Bergmann et al. (2021), The MVTec anomaly detection dataset.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import aupro
+    >>> mask = np.zeros((8, 8), dtype=bool)
+    >>> mask[1, 1] = mask[4:7, 4:7] = True  # a small region, which the second map misses, and a large one
+    >>> round(aupro([mask + 0.0], [mask]), 6), aupro([mask * (np.arange(8) > 2)], [mask]) < 0.7
+    (1.0, True)
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit: in (0, 1], got {fpr_limit}")

@@ -21,7 +21,25 @@ MOST_KERNEL_ROWS = 5000
 
 
 def gram_matrix(rows: Any, kernel: str = "linear") -> Float[Tensor, "n n"]:
-    """Kernel of rows (n, d) in float64: "linear", or "rbf" with the median distance as its width."""
+    """Kernel of rows, in float64.
+
+    Parameters
+    ----------
+    rows
+        (n, d).
+    kernel
+        "linear", or "rbf" (Gaussian with the median distance as its width).
+
+    Returns
+    -------
+    Tensor, (n, n).
+
+    Examples
+    --------
+    >>> from subspan.measures import gram_matrix
+    >>> gram_matrix([[1.0, 0.0], [1.0, 2.0]]).tolist()
+    [[1.0, 1.0], [1.0, 5.0]]
+    """
     x = check_matrix(rows, "rows").double()
     if kernel == "linear":
         return x @ x.mT
@@ -48,11 +66,40 @@ def _unit_u_centred(gram: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def kernel_cka(x: Any, y: Any, kernel: str = "linear", *, debiased: bool = False) -> float:
-    """Centred kernel alignment in [0, 1] of paired rows (n, d_x), (n, d_y), by its definition; O(n²) memory.
+    """Centred kernel alignment of paired rows, by its definition; O(n²) memory.
 
-    debiased: 0 on average for unrelated rows, which the plain one is not for few rows in many dimensions; it may be
-    negative. Raises ValueError for unequal n or constant rows, and for fewer than 4 rows when debiased. Source:
-    Kornblith et al. (2019); debiased, Song et al. (2012).
+    For the linear kernel `JointMoments.cka` gives the same number without any kernel matrix.
+
+    Parameters
+    ----------
+    x, y
+        Rows (n, d_x) and (n, d_y).
+    kernel
+        As in `gram_matrix`.
+    debiased
+        Whether it is 0 on average for unrelated rows, which the plain one is not for few rows in many dimensions; it
+        may then be negative.
+
+    Returns
+    -------
+    Alignment in [0, 1], or below 0 when debiased.
+
+    Raises
+    ------
+    ValueError
+        For unequal n or constant rows, and for fewer than 4 rows when debiased.
+
+    References
+    ----------
+    Kornblith et al. (2019), arXiv 1905.00414. Debiased: Song et al. (2012).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import kernel_cka
+    >>> x, y = np.random.default_rng(0).normal(size=(2, 20, 50))  # unrelated, few rows in many dimensions
+    >>> kernel_cka(x, y) > 0.5, abs(kernel_cka(x, y, debiased=True)) < 0.2, round(kernel_cka(x, -3 * x + 1), 6)
+    (True, True, 1.0)
     """
     a, b = gram_matrix(x, kernel), gram_matrix(y, kernel)
     if len(a) != len(b):
@@ -67,10 +114,41 @@ def kernel_cka(x: Any, y: Any, kernel: str = "linear", *, debiased: bool = False
 
 
 def local_kernel_cka(anchors_x: Any, anchors_y: Any, x: Any, y: Any, *, kernel: str = "rbf") -> Float[Tensor, "m p"]:
-    """Alignment (m, p) of paired anchors (n, d_x), (n, d_y) with the pair (x_i, y_j) added, for every i and j.
+    """Alignment of paired anchors with the pair (x_i, y_j) added, for every i and j.
 
-    The width of "rbf" is the median distance, recomputed with each added row. O((n + 1)² m p) time: raises ValueError
-    above 5000 anchors. Source: Maniparambil et al. (2024).
+    The width of "rbf" is the median distance, recomputed with each added row. O((n + 1)² m p) time. For the linear
+    kernel `JointMoments.local_cka` gives the same numbers without any kernel matrix.
+
+    Parameters
+    ----------
+    anchors_x, anchors_y
+        Paired rows (n, d_x) and (n, d_y); at most 5000.
+    x, y
+        Rows (m, d_x) and (p, d_y).
+    kernel
+        As in `gram_matrix`.
+
+    Returns
+    -------
+    Tensor, (m, p).
+
+    Raises
+    ------
+    ValueError
+        For rows that do not fit, and above 5000 anchors.
+
+    References
+    ----------
+    Maniparambil et al. (2024), arXiv 2401.05224.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import local_kernel_cka
+    >>> rows = np.random.default_rng(0).normal(size=(12, 4))
+    >>> turned = rows[:, ::-1].copy()  # the same rows in another basis
+    >>> local_kernel_cka(rows[:8], turned[:8], rows[8:], turned[8:]).argmax(1).tolist()
+    [0, 1, 2, 3]
     """
     left, right = (
         check_matrix(rows, name).double() for rows, name in ((anchors_x, "anchors_x"), (anchors_y, "anchors_y"))

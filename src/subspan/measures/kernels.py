@@ -10,12 +10,46 @@ from torch import Tensor
 
 
 def squared_distances(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> Float[Tensor, "n m"]:
-    """|x_i - y_j|^2, not below zero; centre rows that are far from the origin first."""
+    """|x_i - y_j|^2, not below zero; centre rows that are far from the origin first.
+
+    Parameters
+    ----------
+    x, y
+        Rows (n, d) and (m, d).
+
+    Returns
+    -------
+    Tensor, (n, m).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.measures import squared_distances
+    >>> squared_distances(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor([[25.,  1.]])
+    """
     return (x.square().sum(1, keepdim=True) + y.square().sum(1) - 2 * x @ y.mT).clamp_min(0)
 
 
 def median_bandwidth(x: Float[Tensor, "n d"]) -> float:
-    """Median distance between rows that are apart (1 where none are): the usual width of a Gaussian kernel."""
+    """Median distance between rows that are apart: the usual width of a Gaussian kernel.
+
+    Parameters
+    ----------
+    x
+        Rows (n, d).
+
+    Returns
+    -------
+    Width > 0; 1 where no rows are apart.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.measures import median_bandwidth
+    >>> round(median_bandwidth(torch.tensor([[0.0], [0.0], [2.0]])), 4)
+    2.0
+    """
     return _median_square(_own_distances(x)) ** 0.5
 
 
@@ -26,8 +60,14 @@ def gaussian_kernel(
 
     Parameters
     ----------
-    x, y : rows; y = x where it is None.
-    bandwidth : number > 0, or "median", the median of the distances that are not zero.
+    x, y
+        Rows (n, d) and (m, d); y None: x.
+    bandwidth
+        Number > 0, or "median", the median of the distances that are not zero.
+
+    Returns
+    -------
+    Tensor, (n, m).
 
     Examples
     --------
@@ -65,14 +105,27 @@ def _median_square(squared: Tensor) -> float:
 class RandomFeatures:
     """Random Fourier features: inner products of `features(x)` approach a Gaussian kernel as m grows, at O(n m) memory.
 
+    The error falls as 1 / sqrt(m).
+
     Parameters
     ----------
-    frequencies : (d, m), drawn from the kernel's spectrum; see `gaussian`.
-    phases : (m,), uniform on [0, 2 pi).
+    frequencies
+        (d, m), drawn from the kernel's spectrum; see `gaussian`.
+    phases
+        (m,), uniform on [0, 2 pi).
 
-    Notes
-    -----
-    Rahimi & Recht, Random features for large-scale kernel machines, 2007. The error falls as 1 / sqrt(m).
+    References
+    ----------
+    Rahimi & Recht (2007), Random features for large-scale kernel machines.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.measures import RandomFeatures, gaussian_kernel
+    >>> x = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    >>> z = RandomFeatures.gaussian(2, 10000, bandwidth=1.0, generator=torch.Generator().manual_seed(0)).features(x)
+    >>> bool(((z @ z.T) - gaussian_kernel(x, bandwidth=1.0)).abs().max() < 0.05)
+    True
     """
 
     frequencies: Float[Tensor, "d m"]

@@ -16,11 +16,39 @@ _CELLS = 1 << 25
 
 
 def mutual_information(x: Any, y: Any, *, bins: int = 10) -> Float[Tensor, "p q"]:
-    """Mutual information (nats) of every column of x (n, p) with every column of y (n, q), each cut into quantiles.
+    """Mutual information of every column of x with every column of y, each cut into quantiles.
 
     Values below 1e-6 in magnitude, where a ReLU is silent, have a bin of their own; the others make `bins` bins of
     equal counts. Bias corrected (Miller, 1955), so that independent columns give 0 on average.
-    Raises ValueError for NaN, unequal rows, or fewer rows than bins. Source: Li et al. (2016), arXiv 1511.07543.
+
+    Parameters
+    ----------
+    x, y
+        Paired rows (n, p) and (n, q).
+    bins
+        Quantiles a column, in [2, n].
+
+    Returns
+    -------
+    Tensor, (p, q), in nats.
+
+    Raises
+    ------
+    ValueError
+        For NaN, unequal rows, or fewer rows than bins.
+
+    References
+    ----------
+    Li et al. (2016), arXiv 1511.07543.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import mutual_information
+    >>> x = np.random.default_rng(0).normal(size=(2000, 2))
+    >>> found = mutual_information(x, np.exp(x[:, :1]))  # a function of the first column
+    >>> bool(found[0, 0] > 2), bool(found[1, 0].abs() < 0.05)
+    (True, True)
     """
     a, b = check_matrix(x, "x"), check_matrix(y, "y")
     if len(a) != len(b):

@@ -15,7 +15,23 @@ from subspan.solvers import assign, symmetric_normalized
 
 
 def clustering_accuracy(truth: Any, labels: Any) -> float:
-    """Share of items whose cluster is matched to their class, in the best one-to-one matching (Hungarian method)."""
+    """Share of items whose cluster is matched to their class, in the best one-to-one matching (Hungarian method).
+
+    Parameters
+    ----------
+    truth, labels
+        (n,) classes and clusters, numbered or named in any way.
+
+    Returns
+    -------
+    Share in (0, 1].
+
+    Examples
+    --------
+    >>> from subspan.measures import clustering_accuracy
+    >>> clustering_accuracy(["a", "a", "b", "b"], [1, 1, 0, 1])
+    0.75
+    """
     counted: Any = contingency_matrix(*_two(truth, labels))
     table = counted.astype(np.float64)
     chosen = assign(table, random_state=None).numpy()
@@ -24,14 +40,39 @@ def clustering_accuracy(truth: Any, labels: Any) -> float:
 
 
 def pairwise_f1(truth: Any, labels: Any) -> float:
-    """F1 of the pairs of items put together, against those that belong together; 0 where there are neither."""
+    """F1 of the pairs of items put together, against those that belong together.
+
+    Parameters
+    ----------
+    truth, labels
+        (n,) classes and clusters, numbered or named in any way.
+
+    Returns
+    -------
+    Score in [0, 1]; 0 where there are no pairs of either kind.
+
+    Examples
+    --------
+    >>> from subspan.measures import pairwise_f1
+    >>> pairwise_f1([0, 0, 1, 1], [5, 5, 3, 3]), pairwise_f1([0, 0, 1, 1], [0, 1, 0, 1])
+    (1.0, 0.0)
+    """
     (_, wrong), (missed, right) = pair_confusion_matrix(*_two(truth, labels)).astype(np.float64)
     whole = 2 * right + wrong + missed
     return float(2 * right / whole) if whole else 0.0
 
 
 def partition_scores(truth: Any, labels: Any) -> dict[str, float]:
-    """The usual scores of a clustering against true labels: accuracy, NMI, ARI and pairwise F1, each best at 1.
+    """The usual scores of a clustering against true labels: accuracy, NMI, ARI and pairwise F1.
+
+    Parameters
+    ----------
+    truth, labels
+        (n,) classes and clusters, numbered or named in any way.
+
+    Returns
+    -------
+    Scores by name, each best at 1.
 
     Examples
     --------
@@ -48,9 +89,28 @@ def partition_scores(truth: Any, labels: Any) -> dict[str, float]:
 
 
 def feature_detection_error(representation: Any, truth: Any) -> float:
-    """Mean over items of the share of |coefficients| (n, n) on items of other classes; rows of zeros count as 1.
+    """Mean over items of the share of |coefficients| on items of other classes.
 
     Also called subspace-preserving error: 0 when every item is expressed by its own class alone.
+
+    Parameters
+    ----------
+    representation
+        (n, n) coefficients, a row an item, dense or sparse; rows of zeros count as 1.
+    truth
+        (n,) classes.
+
+    Returns
+    -------
+    Error in [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import feature_detection_error
+    >>> codes = np.array([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    >>> round(feature_detection_error(codes, [0, 0, 1]), 4)  # the mean of 1/4, 0 and 1
+    0.4167
     """
     matrix = abs(sparse.coo_matrix(representation))
     classes = np.asarray(truth)
@@ -64,9 +124,30 @@ def feature_detection_error(representation: Any, truth: Any) -> float:
 
 
 def connectivity(affinity: Any, truth: Any) -> tuple[float, float]:
-    """(least, mean) over classes of the second smallest eigenvalue of the class's normalised Laplacian.
+    """Least and mean over classes of the second smallest eigenvalue of the class's normalised Laplacian.
 
     0 where a class falls apart into components: then a clustering may split it whatever the rounding does.
+
+    Parameters
+    ----------
+    affinity
+        (n, n) symmetric, dense or sparse.
+    truth
+        (n,) classes.
+
+    Returns
+    -------
+    Least and mean eigenvalue, in [0, 2].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import connectivity
+    >>> affinity = np.zeros((4, 4))
+    >>> affinity[0, 1] = affinity[1, 0] = 1.0  # items 2 and 3 of the other class are not joined
+    >>> least, mean = connectivity(affinity, [0, 0, 1, 1])
+    >>> round(least, 6), round(mean, 6)
+    (0.0, 1.0)
     """
     matrix, classes = sparse.csr_matrix(affinity), np.asarray(truth)
     values = []
@@ -82,7 +163,38 @@ def connectivity(affinity: Any, truth: Any) -> tuple[float, float]:
 
 
 def modularity(adjacency: Any, labels: Any, *, gamma: float = 1.0) -> float:
-    """Newman's modularity of a partition of an undirected weighted graph; `gamma` is the resolution."""
+    """Newman's modularity of a partition of an undirected weighted graph.
+
+    Parameters
+    ----------
+    adjacency
+        (n, n) symmetric, dense or sparse.
+    labels
+        (n,) clusters.
+    gamma
+        Resolution: a larger one favours smaller clusters.
+
+    Returns
+    -------
+    Modularity; at most 1, and 0 for one cluster at `gamma` 1.
+
+    Raises
+    ------
+    ValueError
+        For another number of labels, and a graph without edges.
+
+    References
+    ----------
+    Newman & Girvan (2004), arXiv cond-mat/0308217.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import modularity
+    >>> pairs = np.kron(np.eye(2), np.ones((2, 2)))  # two separate pairs
+    >>> modularity(pairs, [0, 0, 1, 1]), modularity(pairs, [0, 0, 0, 0])
+    (0.5, 0.0)
+    """
     inside, degree = _cluster_weights(adjacency, labels)
     total = degree.sum()
     if total == 0:
@@ -91,10 +203,33 @@ def modularity(adjacency: Any, labels: Any, *, gamma: float = 1.0) -> float:
 
 
 def attribute_modularity(attributes: Any, labels: Any) -> float:
-    """Newman's modularity of a partition of n items in the graph XX' of their non-negative attributes X (n, d).
+    """Newman's modularity of a partition of n items in the graph XX' of their attributes X, which is not formed.
 
-    X is dense or sparse; XX' is not formed. Beside `modularity` in a graph of the items it sees what walks in the graph
-    wash out: the product of the two ranked settings of `cluster.S2CAG` by their accuracy, either alone did not.
+    Beside `modularity` in a graph of the items it sees what walks in the graph wash out: the product of the two ranked
+    settings of `cluster.S2CAG` by their accuracy, either alone did not.
+
+    Parameters
+    ----------
+    attributes
+        X (n, d) >= 0, dense or sparse.
+    labels
+        (n,) clusters.
+
+    Returns
+    -------
+    Modularity, at most 1.
+
+    Raises
+    ------
+    ValueError
+        For negative attributes or all zero, and another number of labels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import attribute_modularity
+    >>> attribute_modularity(np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), [0, 0, 1, 1])
+    0.5
     """
     x: Any = sparse.csr_matrix(attributes)
     if x.nnz and x.data.min() < 0:
@@ -111,7 +246,27 @@ def attribute_modularity(attributes: Any, labels: Any) -> float:
 
 
 def conductance(adjacency: Any, labels: Any) -> float:
-    """Mean over clusters of the weight of their edges to others over their volume; 0 is best, empty volumes count 0."""
+    """Mean over clusters of the weight of their edges to others over their volume.
+
+    Parameters
+    ----------
+    adjacency
+        (n, n) symmetric, dense or sparse.
+    labels
+        (n,) clusters.
+
+    Returns
+    -------
+    Share in [0, 1]; 0 is best, empty volumes count 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import conductance
+    >>> pairs = np.kron(np.eye(2), np.ones((2, 2)))  # two separate pairs
+    >>> conductance(pairs, [0, 0, 1, 1]), conductance(pairs, [0, 1, 0, 1])
+    (0.0, 0.5)
+    """
     inside, degree = _cluster_weights(adjacency, labels)
     return float(np.where(degree > 0, 1 - inside / np.where(degree > 0, degree, 1), 0.0).mean())
 

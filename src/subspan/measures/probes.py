@@ -23,14 +23,32 @@ FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5,
 
 
 class ProbeScore(NamedTuple):
-    """score: share of test labels right, or R^2; chance: that of the commonest label of the training part, or 0."""
+    """What a probe read; see `probe_score`.
+
+    Attributes
+    ----------
+    score
+        Share of test labels right, or R^2.
+    chance
+        Score of the commonest label of the training part, or 0 for numbers.
+    """
 
     score: float
     chance: float
 
 
 class CodeLength(NamedTuple):
-    """bits: to tell all labels given the rows; uniform: n log2(classes); compression: uniform / bits."""
+    """Length of the labels told by an online code; see `online_code_length`.
+
+    Attributes
+    ----------
+    bits
+        To tell all labels given the rows.
+    uniform
+        n log2(classes).
+    compression
+        uniform / bits.
+    """
 
     bits: float
     uniform: float
@@ -40,8 +58,28 @@ class CodeLength(NamedTuple):
 def make_probe(kind: str = "logistic", **options: Any) -> Any:
     """A scikit-learn estimator of a kind of probe.
 
-    "logistic" and "ridge" (alpha by leave-one-out) are linear on standardised columns; "knn" takes 10 neighbours by
-    cosine; "centroid" the nearest class mean; "regression" is ridge for numbers. options: of the last estimator.
+    Parameters
+    ----------
+    kind
+        "logistic" and "ridge" (alpha by leave-one-out) are linear on standardised columns; "knn" takes 10 neighbours by
+        cosine; "centroid" the nearest class mean; "regression" is ridge for numbers.
+    options
+        Of the last estimator.
+
+    Returns
+    -------
+    An estimator that is not fitted.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind.
+
+    Examples
+    --------
+    >>> from subspan.measures import make_probe
+    >>> make_probe("knn", n_neighbors=3)
+    KNeighborsClassifier(metric='cosine', n_neighbors=3)
     """
     if kind == "logistic":
         return make_pipeline(StandardScaler(), LogisticRegression(**{"max_iter": 1000, **options}))
@@ -80,10 +118,27 @@ def probe_score(
 
     Parameters
     ----------
-    x : (n, d) rows.
-    labels : (n,) classes, or numbers for kind="regression".
-    kind, options : see `make_probe`.
-    test : rows and labels held out; by default a random part of x, `test_size` of it, with classes in proportion.
+    x
+        Rows (n, d).
+    labels
+        (n,) classes, or numbers for kind="regression".
+    kind, options
+        See `make_probe`.
+    test
+        Rows and labels held out; None: a random part of x, with classes in proportion.
+    test_size
+        Share of the rows that is held out where `test` is None.
+    random_state
+        Seed of that part; None: another each time.
+
+    Returns
+    -------
+    ProbeScore.
+
+    Raises
+    ------
+    ValueError
+        For NaN, another number of labels, or labels that are all the same.
 
     Examples
     --------
@@ -116,8 +171,29 @@ def leakage(
 ) -> dict[str, dict[str, ProbeScore]]:
     """What each part of a representation tells of each factor: `probe_score` by part, then by factor.
 
-    parts: (n, d_i) rows by name, as `Blocks.split` gives; factors: (n,) labels by name. A factor that leaks into a part
-    that is not its own has a score above its chance there.
+    A factor that leaks into a part that is not its own has a score above its chance there.
+
+    Parameters
+    ----------
+    parts
+        Rows (n, d_i) by name, as `Blocks.split` gives.
+    factors
+        Labels (n,) by name.
+    kind, options
+        See `probe_score`.
+
+    Returns
+    -------
+    `ProbeScore` by the name of the part and that of the factor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import leakage
+    >>> rows = np.random.default_rng(0).standard_normal((200, 4))
+    >>> found = leakage({"first": rows[:, :2], "rest": rows[:, 2:]}, {"sign": rows[:, 0] > 0})
+    >>> found["first"]["sign"].score > 0.9, found["rest"]["sign"].score < 0.7
+    (True, True)
     """
     return {
         part: {name: probe_score(rows, labels, kind=kind, **options) for name, labels in factors.items()}
@@ -142,14 +218,40 @@ def online_code_length(
 
     Parameters
     ----------
-    x : (n, d) rows.
-    labels : (n,) classes.
-    kind : "logistic" or "knn", which give probabilities.
-    fractions : ascending shares of the rows, the last one 1.
+    x
+        Rows (n, d).
+    labels
+        (n,) classes.
+    kind
+        "logistic" or "knn", which give probabilities.
+    fractions
+        Ascending shares of the rows, the last one 1.
+    random_state
+        Seed of the order; None: another each time.
+    options
+        Of the probe, see `make_probe`.
+
+    Returns
+    -------
+    CodeLength.
+
+    Raises
+    ------
+    ValueError
+        For fractions that do not ascend to 1, and labels that are all the same.
 
     References
     ----------
-    Voita & Titov, Information-theoretic probing with minimum description length, 2020.
+    Voita & Titov (2020), arXiv 2003.12298.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import online_code_length
+    >>> rows = np.random.default_rng(0).standard_normal((200, 3))
+    >>> parts = (0.1, 0.3, 1.0)
+    >>> online_code_length(rows, rows[:, 0] > 0, fractions=parts).compression > 2
+    True
     """
     if kind not in ("logistic", "knn"):
         raise ValueError(f"kind: expected 'logistic' or 'knn', which give probabilities, got {kind!r}")

@@ -25,10 +25,16 @@ _METRICS = ("cosine", "inner", "euclidean")
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Per-query results for the queries that have a relevant item: `queries` are their row numbers.
+    """Per-query results for the queries that have a relevant item; see `retrieval_scores`.
 
-    first_hit: rank (from 1) of the first relevant item. average_precision: mean of the precision at every relevant
-    item, or, cut at k, the sum over the first k ranks divided by k.
+    Attributes
+    ----------
+    first_hit
+        (m,) rank, from 1, of the first relevant item.
+    average_precision
+        (m,) mean of the precision at every relevant item, or, cut at k, the sum over the first k ranks divided by k.
+    queries
+        (m,) row numbers of the queries.
     """
 
     first_hit: Int[Tensor, " m"]
@@ -55,11 +61,44 @@ def retrieval_scores(
     exclude_self: bool = False,
     k: int | None = None,
 ) -> RetrievalScores:
-    """First hits and average precision of queries (m, d) in a gallery (n, d) by exact search, O(chunk n) memory.
+    """First hits and average precision of queries in a gallery, by exact search in O(chunk n) memory.
 
-    metric: "cosine", "inner" or "euclidean". exclude_self: query i is gallery row i, which is left out. k: average
-    precision over the first k ranks divided by k (the convention of Kusupati et al., 2022), else over all relevant
-    items. Raises ValueError for unequal widths, labels of another length, or when no query has a relevant item.
+    A gallery item is relevant to a query when their labels agree. Ties are broken against the query: among equal
+    similarities the relevant items come last, so that collapsed embeddings score at chance or below.
+
+    Parameters
+    ----------
+    queries, gallery
+        Rows (m, d) and (n, d).
+    query_labels, gallery_labels
+        (m,) and (n,).
+    metric
+        "cosine", "inner" or "euclidean".
+    exclude_self
+        Whether query i is gallery row i, which is left out.
+    k
+        Average precision over the first k ranks divided by k; None: over all relevant items.
+
+    Returns
+    -------
+    RetrievalScores.
+
+    Raises
+    ------
+    ValueError
+        For unequal widths, labels of another length, or when no query has a relevant item.
+
+    References
+    ----------
+    Cut at k: Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> from subspan.measures import retrieval_scores
+    >>> queries, gallery = [[1.0, 0.0], [0.0, 1.0]], [[0.9, 0.1], [0.1, 0.9], [1.0, 0.0]]
+    >>> found = retrieval_scores(queries, gallery, ["a", "b"], ["a", "b", "b"])
+    >>> found.first_hit.tolist(), found.cmc(1)
+    ([2, 1], 0.5)
     """
     q, g = check_matrix(queries, "queries"), check_matrix(gallery, "gallery")
     if q.shape[1] != g.shape[1]:
@@ -112,7 +151,34 @@ def prefix_retrieval_scores(
     exclude_self: bool = False,
     k: int | None = None,
 ) -> dict[int, RetrievalScores]:
-    """`retrieval_scores` of every prefix size of both sides, from one running sum of inner products."""
+    """`retrieval_scores` of every prefix size of both sides, from one running sum of inner products.
+
+    Parameters
+    ----------
+    queries, gallery, query_labels, gallery_labels
+        As in `retrieval_scores`.
+    dims
+        Sizes of the prefixes.
+    metric, exclude_self, k
+        As in `retrieval_scores`.
+
+    Returns
+    -------
+    `RetrievalScores` by size, ascending.
+
+    Raises
+    ------
+    ValueError
+        As `retrieval_scores` and `prefix_sizes`.
+
+    Examples
+    --------
+    >>> from subspan.measures import prefix_retrieval_scores
+    >>> queries, gallery = [[1.0, 1.0], [1.0, -1.0]], [[1.0, 1.0], [1.0, -1.0]]
+    >>> found = prefix_retrieval_scores(queries, gallery, ["a", "b"], ["a", "b"], [1, 2])
+    >>> {size: scores.cmc(1) for size, scores in found.items()}  # the second coordinate tells the two apart
+    {1: 0.0, 2: 1.0}
+    """
     q = check_matrix(queries, "queries")
     g = check_matrix(gallery, "gallery", columns=q.shape[1])
     if k is not None and not 1 <= k <= len(g):
@@ -161,16 +227,54 @@ def _scores(
 
 
 def common_prefix(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """Both sets of rows, cut to the width of the narrower one."""
+    """Both sets of rows, cut to the width of the narrower one.
+
+    Parameters
+    ----------
+    a, b
+        Rows (n, d_a) and (m, d_b).
+
+    Returns
+    -------
+    Tensors (n, d) and (m, d), d = min(d_a, d_b).
+
+    Examples
+    --------
+    >>> from subspan.measures import common_prefix
+    >>> a, b = common_prefix([[1.0, 2.0, 3.0]], [[4.0, 5.0]])
+    >>> a.tolist(), b.tolist()
+    ([[1.0, 2.0]], [[4.0, 5.0]])
+    """
     first, second = check_matrix(a, "a"), check_matrix(b, "b")
     width = min(first.shape[1], second.shape[1])
     return first[:, :width], second[:, :width]
 
 
 def template_gallery(features: Any, labels: Any) -> tuple[Float[Tensor, "c d"], np.ndarray]:
-    """One unit vector a class, the mean of its unit rows of features (n, d) scaled to one, and the classes, sorted.
+    """One unit vector a class, the mean of its unit rows scaled to one.
 
-    Raises ValueError naming a class whose rows cancel.
+    Parameters
+    ----------
+    features
+        Rows (n, d).
+    labels
+        (n,) classes.
+
+    Returns
+    -------
+    Vectors (c, d), and the classes (c,), sorted.
+
+    Raises
+    ------
+    ValueError
+        Naming a class whose rows cancel.
+
+    Examples
+    --------
+    >>> from subspan.measures import template_gallery
+    >>> vectors, classes = template_gallery([[2.0, 0.0], [5.0, 0.0], [0.0, 3.0]], ["b", "b", "a"])
+    >>> vectors.tolist(), classes.tolist()
+    ([[0.0, 1.0], [1.0, 0.0]], ['a', 'b'])
     """
     rows = normalize_rows(check_matrix(features, "features"))
     classes, place = np.unique(_labels(labels, len(rows), "labels"), return_inverse=True)
@@ -193,10 +297,41 @@ def compatibility_matrix(
     k: int = 1,
     exclude_self: bool = False,
 ) -> Float[np.ndarray, "t t"]:
-    """Lower triangular matrix M[t, s]: queries of model t in the gallery of model s <= t; NaN above the diagonal.
+    """Retrieval by queries of model t in the gallery of every older model s.
 
-    measure: "cmc" (at k) or "map". Embeddings of unequal width are cut to the narrower one. The rows of every model
-    show the same items, in the same order. exclude_self: queries and gallery are the same items.
+    Embeddings of unequal width are cut to the narrower one.
+
+    Parameters
+    ----------
+    queries, galleries
+        Rows (m, d_t) and (n, d_t) of each model, oldest first; all show the same items, in the same order.
+    query_labels, gallery_labels
+        (m,) and (n,).
+    metric
+        "cosine", "inner" or "euclidean".
+    measure
+        "cmc" (at k) or "map".
+    k
+        Ranks of "cmc".
+    exclude_self
+        Whether queries and gallery are the same items.
+
+    Returns
+    -------
+    Array, (t, t): M[t, s] for s <= t, NaN above the diagonal.
+
+    Raises
+    ------
+    ValueError
+        For unequal numbers of models, an unknown measure, and as `retrieval_scores`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import compatibility_matrix
+    >>> old, new = np.eye(2), np.eye(2)[::-1].copy()  # the new model has swapped its axes
+    >>> compatibility_matrix([old, new], [old, new], [0, 1], [0, 1]).tolist()
+    [[1.0, nan], [0.0, 1.0]]
     """
     if len(queries) != len(galleries) or not queries:
         raise ValueError(
@@ -216,7 +351,29 @@ def compatibility_matrix(
 def average_compatibility(matrix: Any) -> float:
     """Share of the pairs t > s whose cross-test beats the older model's own test, M[t, s] > M[s, s] (ties fail).
 
-    Source: Biondi et al. (2024). Raises ValueError for a matrix that is not square and lower triangular.
+    Parameters
+    ----------
+    matrix
+        (t, t) lower triangular, as from `compatibility_matrix`; at least 2 models.
+
+    Returns
+    -------
+    Share in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        For a matrix that is not square and lower triangular.
+
+    References
+    ----------
+    Biondi et al. (2024), arXiv 2405.02581.
+
+    Examples
+    --------
+    >>> from subspan.measures import average_compatibility
+    >>> round(average_compatibility([[0.6, 0, 0], [0.7, 0.8, 0], [0.5, 0.9, 0.9]]), 4)  # 0.5 does not beat 0.6
+    0.6667
     """
     values = _triangle(matrix)
     below = np.tril_indices(len(values), -1)
@@ -226,14 +383,47 @@ def average_compatibility(matrix: Any) -> float:
 
 
 def average_accuracy(matrix: Any) -> float:
-    """Mean of the lower triangle with its diagonal, in the unit of the matrix (Biondi et al., 2024)."""
+    """Mean of the lower triangle with its diagonal.
+
+    Parameters
+    ----------
+    matrix
+        (t, t) lower triangular, as from `compatibility_matrix`.
+
+    Returns
+    -------
+    Mean, in the unit of the matrix.
+
+    Raises
+    ------
+    ValueError
+        For a matrix that is not square and lower triangular.
+
+    References
+    ----------
+    Biondi et al. (2024), arXiv 2405.02581.
+
+    Examples
+    --------
+    >>> from subspan.measures import average_accuracy
+    >>> average_accuracy([[0.5, 0], [0.75, 1.0]])
+    0.75
+    """
     values = _triangle(matrix)
     return float(values[np.tril_indices(len(values))].mean())
 
 
 @dataclass(frozen=True)
 class BackfillCurve:
-    """Retrieval as the share of re-embedded gallery items grows: `shares` from 0 to 1, `scores`, and the area under."""
+    """Retrieval as the share of re-embedded gallery items grows; `area` is the mean score.
+
+    Attributes
+    ----------
+    shares
+        (b,) ascending, in [0, 1].
+    scores
+        (b,) retrieval at each.
+    """
 
     shares: Float[np.ndarray, " b"]
     scores: Float[np.ndarray, " b"]
@@ -258,10 +448,47 @@ def backfill_curve(
     k: int = 1,
     exclude_self: bool = False,
 ) -> BackfillCurve:
-    """Scores of queries (m, d) in a gallery whose first items of `order` are already re-embedded, the others not.
+    """Scores of queries in a gallery whose first items are already re-embedded, the others not.
 
-    old_gallery, new_gallery (n, d): the same items before and after. order (n,): a permutation. shares: by default 11
-    from 0 to 1. measure: "cmc" (at k) or "map".
+    Parameters
+    ----------
+    queries
+        Rows (m, d) of the new model.
+    old_gallery, new_gallery
+        (n, d) the same items before and after.
+    order
+        (n,) a permutation: the order in which items are re-embedded.
+    query_labels, gallery_labels
+        (m,) and (n,).
+    shares
+        Ascending shares in [0, 1] that are done; None: 11 from 0 to 1.
+    metric
+        "cosine", "inner" or "euclidean".
+    measure
+        "cmc" (at k) or "map".
+    k
+        Ranks of "cmc".
+    exclude_self
+        Whether queries and gallery are the same items.
+
+    Returns
+    -------
+    BackfillCurve.
+
+    Raises
+    ------
+    ValueError
+        For galleries of unequal shape, an order that is no permutation, shares that do not ascend, and as
+        `retrieval_scores`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.measures import backfill_curve
+    >>> new, labels = np.eye(4), [0, 1, 2, 3]
+    >>> curve = backfill_curve(new, -new, new, range(4), labels, labels, shares=[0, 0.5, 1])
+    >>> curve.scores.tolist(), curve.area
+    ([0.0, 0.5, 1.0], 0.5)
     """
     old, new = check_matrix(old_gallery, "old_gallery"), check_matrix(new_gallery, "new_gallery")
     if old.shape != new.shape:

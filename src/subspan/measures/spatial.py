@@ -50,17 +50,53 @@ def spatial_structure(
 ) -> dict[str, Float[Tensor, " b"]]:
     """How much the tokens of an image differ by place: one number per image and metric, from their cosines.
 
-    features: tokens (b, t, d) on a grid `hw` (None: square), or grids (b, h, w, d). Distances δ are Manhattan.
-    "lds": mean cosine of pairs 0 < δ <= near minus that of pairs δ >= far. "cds": minus the slope of the mean cosine
-    at δ over δ = 1 … dmax, as far as the grid has such distances. "rmsc": root mean squared distance of the unit tokens
-    from their mean; its square is 1 minus the mean of all t² cosines. "srss": LDS with `masks` (b, t) or (b, h, w),
-    nonzero = foreground: per foreground token, mean cosine to near foreground minus that to far background tokens,
-    averaged over the tokens that have both. near="half": 0 < δ < half the shorter side, far="half": δ at least that
-    (the paper's text; its program, which made the figures, has 1 and 6).
-    NaN with a warning where a grid has no such pairs (the authors' program divides by one) or an image no such token.
+    "lds": mean cosine of pairs 0 < δ <= near minus that of pairs δ >= far, δ the Manhattan distance. "cds": minus the
+    slope of the mean cosine at δ over δ = 1 … dmax, as far as the grid has such distances. "rmsc": root mean squared
+    distance of the unit tokens from their mean; its square is 1 minus the mean of all t² cosines. "srss": LDS with
+    `masks`: per foreground token, mean cosine to near foreground minus that to far background tokens, averaged over the
+    tokens that have both. NaN with a warning where a grid has no such pairs (the authors' program divides by one) or an
+    image no such token.
+
     O(t² d) time; of the t² cosines a block at a time is kept. Half precision is computed in float32; gradients flow.
-    Raises ValueError for t < 2, wrong shapes, NaN.
-    Source: Singh et al. (2026), arXiv 2512.10794.
+
+    Parameters
+    ----------
+    features
+        Tokens (b, t, d), t >= 2, or grids (b, h, w, d).
+    hw
+        Rows and columns of the grid of tokens; None: square.
+    metrics
+        Some of "lds", "cds", "rmsc", "srss".
+    masks
+        (b, t) or (b, h, w), nonzero = foreground, for "srss".
+    near, far
+        Distances, or "half": 0 < δ < half the shorter side, and δ at least that (the paper's text; its program, which
+        made the figures, has 1 and 6).
+    dmax
+        Largest distance of "cds", at least 2.
+
+    Returns
+    -------
+    Tensors (b,) by metric.
+
+    Raises
+    ------
+    ValueError
+        For t < 2, wrong shapes, NaN, unknown metrics, and "srss" without masks.
+
+    References
+    ----------
+    Singh et al. (2026), arXiv 2512.10794.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.measures import spatial_structure
+    >>> angle = torch.linspace(0, 1.5, 64).reshape(1, 8, 8)
+    >>> smooth = torch.stack([angle.cos(), angle.sin()], -1)  # near tokens are alike
+    >>> shuffled = smooth.flatten(1, 2)[:, torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    >>> bool(spatial_structure(smooth)["lds"] > 0.1), bool(spatial_structure(shuffled)["lds"].abs() < 0.1)
+    (True, True)
     """
     tokens, (h, w) = _tokens(features, hw)
     _check_names(metrics, masks)
@@ -92,7 +128,30 @@ def spatial_structure(
 def gram_agreement(x: Float[Tensor, "b t p"], y: Float[Tensor, "b t q"]) -> Float[Tensor, " b"]:
     """Pearson correlation, per image, of the cosines between different tokens in two representations of them.
 
-    Independent of rotations and of the two dimensions. NaN with a warning where the cosines of an image are all equal.
+    Independent of rotations and of the two dimensions.
+
+    Parameters
+    ----------
+    x, y
+        Tokens (b, t, p) and (b, t, q), t >= 3.
+
+    Returns
+    -------
+    Correlations (b,); NaN with a warning where the cosines of an image are all equal.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 3 tokens, and NaN.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.measures import gram_agreement
+    >>> x = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(0))
+    >>> turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1)))[0]
+    >>> gram_agreement(x, 3 * x @ turn).round(decimals=4).tolist()
+    [1.0, 1.0]
     """
     for name, value in (("x", x), ("y", y)):
         check_finite(value, name)
