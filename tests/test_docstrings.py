@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
-ROOMS: tuple[str, ...] = ("cluster", "detect", "geometry", "measures", "nn", "select", "solvers", "statistics", "weights")
+ROOMS: tuple[str, ...] = (
+    "cluster",
+    "detect",
+    "geometry",
+    "measures",
+    "nn",
+    "select",
+    "solvers",
+    "statistics",
+    "weights",
+)
 
 
 def public(room: str) -> list[str]:
