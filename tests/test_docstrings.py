@@ -15,9 +15,12 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
 ROOMS: tuple[str, ...] = (
     "cluster",
     "detect",
+    "edit",
     "geometry",
     "measures",
     "nn",
+    "probe",
+    "represent",
     "select",
     "solvers",
     "statistics",

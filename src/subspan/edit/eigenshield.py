@@ -29,14 +29,40 @@ from .spikes import UNNAMED, RobustSpikes, SpikeFilter
 class EigenShield:
     """Filters at one or more layers of a frozen model, found from calibration data and put in by hooks.
 
-    layers: as in `subspan.models.layer_names`; each gets its own filter. `options` go to `RobustSpikes`.
-    item, layout: where the states are in a tuple output, and how a map of four axes is laid out ("auto": channels
-    first). pool: what the statistics are made from: "rows" = every selected token or position, or "mean" over them.
-    mask: which tokens are selected at calibration (see `iterate_representations`); at inference all are filtered.
+    The filters act inside a with-block: `shield.calibrate(batches, attack)`, then `with shield: model(images)`.
 
-        shield = EigenShield(model, "vision.output").calibrate(batches, attack)
-        with shield:
-            answer = model(images)
+    Parameters
+    ----------
+    model
+        Any torch module; no weight is changed.
+    layers
+        As in `subspan.models.layer_names`; each gets its own filter.
+    item, layout
+        Where the states are in a tuple output, and how a map of four axes is laid out ("auto": channels first).
+    pool
+        What the statistics are made from: "rows" = every selected token or position, or "mean" over them.
+    mask
+        Which tokens are selected at calibration (see `iterate_representations`); at inference all are filtered.
+    **options
+        Of `RobustSpikes`.
+
+    References
+    ----------
+    Darabi et al. (2025), arXiv 2502.14976.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import EigenShield
+    >>> model = torch.nn.Sequential(torch.nn.Identity())
+    >>> spread = torch.tensor([9.0, 5.0] + [1.0] * 8)  # two directions stand out, of which an attack hits the second
+    >>> x = spread * torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+    >>> attack = lambda batch: batch + torch.tensor([0.0, 9.0] + [0.0] * 8)
+    >>> shield = EigenShield(model, "0", threshold=1.0).calibrate([x], attack)
+    >>> with shield:
+    ...     moved = model(attack(x)) - model(x)
+    >>> bool(moved.abs().max() < 0.5)
+    True
     """
 
     def __init__(

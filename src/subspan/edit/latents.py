@@ -28,10 +28,44 @@ def orthogonalize_projections(
 ) -> Surgery:
     """Put a warm-started `HouseholderProjector` in the place of linear layers, by name or pattern; `undo()` goes back.
 
-    targets: the layers that read the latent code ("blocks.*.style"). gain, example: see `from_linear` and
-    `nn.replace`. Fine-tune the model with its own loss afterwards; orthogonality needs no penalty. Raises ValueError
-    for a target that is no linear layer (with those there are) or has fewer than `rank` rows or columns; then nothing
-    is replaced. Source: Song et al. (ICCV 2023), arXiv 2307.08012.
+    Fine-tune the model with its own loss afterwards; orthogonality needs no penalty.
+
+    Parameters
+    ----------
+    model
+        Changed in place.
+    targets
+        The layers that read the latent code, names or patterns ("blocks.*.style").
+    rank
+        Directions of each projector.
+    gain, example
+        See `HouseholderProjector.from_linear` and `nn.replace`.
+
+    Returns
+    -------
+    Surgery
+
+    Raises
+    ------
+    ValueError
+        For a target that is no linear layer (with those there are) or has fewer than `rank` rows or columns; then
+        nothing is replaced.
+
+    References
+    ----------
+    Song et al. (ICCV 2023), arXiv 2307.08012.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import orthogonalize_projections
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> change = orthogonalize_projections(model, "0", rank=2)
+    >>> type(model[0]).__name__
+    'HouseholderProjector'
+    >>> _ = change.undo()
+    >>> type(model[0]).__name__
+    'Linear'
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
@@ -56,13 +90,40 @@ def latent_directions(
     effect: Generator | None = None,
     latents: Float[Tensor, "n i"] | None = None,
 ) -> Subspace:
-    """Directions that a layer, or its weight (out, in), lets a latent code be edited along, strongest first.
+    """Directions that a layer, or its weight, lets a latent code be edited along, strongest first.
 
-    method "sefa": right-singular vectors of the weight, variances = squared gains (Shen & Zhou, 2021); of a convolution
-    (out, in, kh, kw) those of its (out, in·kh·kw) matrix. "householder": V of a `HouseholderProjector` as it is
-    parametrised; single columns are a choice of gauge. "jacobian": the directions along which `effect` (latents (n, in)
-    → images or features) changes most on average over `latents`, inside the plane of V for a projector; independent of
-    the gauge, each with its largest entry positive. Raises ValueError for another method, rank or missing arguments.
+    Parameters
+    ----------
+    layer
+        A layer with a weight (out, in), or that weight; of a convolution (out, in, kh, kw) its (out, in·kh·kw) matrix.
+    rank
+        Number of directions.
+    method
+        "sefa": right-singular vectors of the weight, variances = squared gains (Shen & Zhou, 2021). "householder": V of
+        a `HouseholderProjector` as it is parametrised; single columns are a choice of gauge. "jacobian": the directions
+        along which `effect` changes most on average over `latents`, inside the plane of V for a projector; independent
+        of the gauge, each with its largest entry positive.
+    effect
+        Of "jacobian": latents (n, in) → images or features.
+    latents
+        Of "jacobian": (n, in).
+
+    Returns
+    -------
+    Subspace
+
+    Raises
+    ------
+    ValueError
+        For another method, rank or missing arguments.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import latent_directions
+    >>> found = latent_directions(torch.diag(torch.tensor([1.0, 3.0, 2.0])), rank=2)
+    >>> found.variances.round().tolist(), found.basis.abs().argmax(0).tolist()
+    ([9.0, 4.0], [1, 2])
     """
     matrix = check_finite(_weight(layer), "layer").double()
     largest = layer.rank if isinstance(layer, HouseholderProjector) else min(matrix.shape)
@@ -106,10 +167,35 @@ def path_length(
 ) -> float:
     """Mean squared distance of what a step of length eps changes, over eps²: PPL, or PIPL with `directions`.
 
-    directions: unit columns of which one is drawn for each latent; None = the way to another latent, at the share eps
-    of it (perceptual path length). Latents (n, layers, i) with directions (layers, i, k): a layer is drawn too, and its
-    latent alone is moved. distance: (a, b) → squared distances (n,); None = mean squared difference of an entry. The
-    largest and the smallest percent are left out.
+    The largest and the smallest percent are left out.
+
+    Parameters
+    ----------
+    generator
+        Latents → images or features.
+    latents
+        (n, i), or (n, layers, i).
+    directions
+        Unit columns (i, k) of which one is drawn for each latent; None: the way to another latent, at the share eps of
+        it (perceptual path length). (layers, i, k) for latents of layers: a layer is drawn too, and its latent alone is
+        moved.
+    distance
+        (a, b) → squared distances (n,); None: mean squared difference of an entry.
+    eps
+        Length of the step, positive.
+    random
+        Source of the draws.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import path_length
+    >>> round(path_length(lambda w: 2 * w, torch.randn(50, 2).double(), torch.eye(2).double()), 3)
+    2.0
     """
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps: must be positive, got {eps}")
@@ -139,7 +225,30 @@ def _drawn(latents: Tensor, directions: Tensor, random: torch.Generator | None) 
 def displacements(
     generator: Generator, latents: Float[Tensor, "n i"], directions: Float[Tensor, "i k"], *, eps: float = 1e-2
 ) -> Float[Tensor, "n k p"]:
-    """What each direction changes, (G(w + eps v_j) - G(w)) / eps, flattened."""
+    """What each direction changes, (G(w + eps v_j) - G(w)) / eps, flattened.
+
+    Parameters
+    ----------
+    generator
+        G, latents → images or features with p numbers.
+    latents
+        (n, i).
+    directions
+        (i, k), a direction v_j a column.
+    eps
+        Length of the step, positive.
+
+    Returns
+    -------
+    Tensor, (n, k, p).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import displacements
+    >>> displacements(lambda w: 3 * w, torch.zeros(1, 2), torch.eye(2)).round().tolist()
+    [[[3.0, 0.0], [0.0, 3.0]]]
+    """
     if not (eps > 0 and math.isfinite(eps)):
         raise ValueError(f"eps: must be positive, got {eps}")
     start = generator(latents)
@@ -150,7 +259,26 @@ def displacements(
 def displacement_mixing(moved: Float[Tensor, "n k p"]) -> float:
     """Mean |cos| between the `displacements` of different directions: 0 where each changes something of its own.
 
-    Raises ValueError for fewer than two directions, or where one changes nothing.
+    Parameters
+    ----------
+    moved
+        (n, k, p), of `displacements`.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For fewer than two directions, or where one changes nothing.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import displacement_mixing
+    >>> displacement_mixing(torch.eye(2)[None]), round(displacement_mixing(torch.ones(1, 2, 4)), 6)
+    (0.0, 1.0)
     """
     if moved.shape[1] < 2:
         raise ValueError(f"moved: at least two directions are needed, got {moved.shape[1]}")

@@ -39,13 +39,56 @@ def pgd(
     stop_when_wrong: bool = False,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b ..."]:
-    """Inputs within `eps` of `x` that raise the model's loss, by projected gradient ascent (Madry et al., 2018).
+    """Inputs within `eps` of `x` that raise the model's loss, by projected gradient ascent.
 
-    model: inputs in evaluation mode → logits (b, classes). y: true classes; None takes the model's own answers, so
-    that no label is needed. step_size: 2.5 eps / steps where None. norm: "linf" per entry or "l2" per sample.
-    clip: range of valid inputs, None for none. loss(logits, y) → (b,): cross-entropy where None.
-    stop_when_wrong: a sample that is already misclassified is left as it is, which saves passes and does not change
-    whether the attack succeeds. Raises ValueError for eps < 0, steps < 1, or inputs outside `clip`.
+    Parameters
+    ----------
+    model
+        Inputs in evaluation mode → logits (b, classes).
+    x
+        Inputs (b, …).
+    y
+        True classes (b,); None takes the model's own answers, so that no label is needed.
+    eps
+        Radius, in the unit of x.
+    steps, step_size
+        Steps of ascent and their length; None: 2.5 eps / steps.
+    norm
+        "linf" per entry or "l2" per sample.
+    clip
+        Range of valid inputs; None for none.
+    loss
+        (logits, y) → (b,); None: cross-entropy.
+    random_start
+        Begin at a random point of the ball.
+    stop_when_wrong
+        A sample that is already misclassified is left as it is, which saves passes and does not change whether the
+        attack succeeds.
+    generator
+        Source of the random start.
+
+    Returns
+    -------
+    Tensor, (b, …).
+
+    Raises
+    ------
+    ValueError
+        For eps < 0, steps < 1, or inputs outside `clip`.
+
+    References
+    ----------
+    Madry et al. (2018), arXiv 1706.06083.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import pgd
+    >>> model = torch.nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.eye(2))
+    >>> attacked = pgd(model, torch.tensor([[0.6, 0.5]]), torch.tensor([0]), eps=0.1)
+    >>> attacked.mul(10).round().tolist(), model(attacked).argmax().item()
+    ([[5.0, 6.0]], 1)
     """
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps: a radius of 0 or more is needed, got {eps}")
@@ -88,7 +131,32 @@ def random_noise(
 ) -> Float[Tensor, "b ..."]:
     """Unaimed noise as large as an attack: random signs of size `eps` ("linf") or a random direction of length `eps`.
 
-    inside: uniform in the ball instead of on its boundary (the start of an attack).
+    Parameters
+    ----------
+    x
+        Inputs (b, …).
+    eps
+        Size, in the unit of x.
+    norm
+        "linf" per entry or "l2" per sample.
+    clip
+        Range of valid inputs; None for none.
+    inside
+        Uniform in the ball instead of on its boundary (the start of an attack).
+    generator
+        Source of the noise.
+
+    Returns
+    -------
+    Tensor, (b, …).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import random_noise
+    >>> x = torch.full((2, 3, 4, 4), 0.5)
+    >>> torch.allclose((random_noise(x, eps=0.1) - x).abs(), torch.tensor(0.1))
+    True
     """
     _check_norm(norm)
     options = {"generator": generator, "device": generator.device if generator is not None else x.device}
@@ -106,7 +174,27 @@ def random_noise(
 
 
 def gaussian_blur(x: Float[Tensor, "b c h w"], *, sigma: float = 1.0) -> Float[Tensor, "b c h w"]:
-    """Gaussian blur with standard deviation `sigma` pixels, edges reflected; differentiable."""
+    """Gaussian blur, edges reflected; differentiable.
+
+    Parameters
+    ----------
+    x
+        Images (b, c, h, w).
+    sigma
+        Standard deviation in pixels.
+
+    Returns
+    -------
+    Tensor, (b, c, h, w).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import gaussian_blur
+    >>> x = torch.rand(1, 3, 16, 16)
+    >>> bool(gaussian_blur(x).var() < x.var())
+    True
+    """
     if not sigma > 0:
         raise ValueError(f"sigma: must be positive, got {sigma}")
     radius = min(math.ceil(3 * sigma), min(x.shape[-2:]) - 1)
@@ -120,9 +208,31 @@ def gaussian_blur(x: Float[Tensor, "b c h w"], *, sigma: float = 1.0) -> Float[T
 
 
 def jpeg(x: Float[Tensor, "b 3 h w"], *, quality: int = 75) -> Float[Tensor, "b 3 h w"]:
-    """Pixel values in [0, 1] through JPEG at `quality` (1 … 95).
+    """Pixel values through JPEG (extra: vision).
 
-    Its gradient is taken as that of the identity, so that an attack can go through it (Athalye et al., 2018).
+    The gradient is taken as that of the identity, so that an attack can go through it (Athalye et al., 2018).
+
+    Parameters
+    ----------
+    x
+        Images (b, 3, h, w) in [0, 1].
+    quality
+        1 … 95.
+
+    Returns
+    -------
+    Tensor, (b, 3, h, w).
+
+    Raises
+    ------
+    ValueError
+        For another quality.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import jpeg
+    >>> compressed = jpeg(torch.rand(1, 3, 16, 16), quality=50)  # doctest: +SKIP
     """
     if not 1 <= quality <= 95:
         raise ValueError(f"quality: must lie in [1, 95], got {quality}")
@@ -142,7 +252,31 @@ def typos(
 ) -> str:
     """A text in which each letter is mistyped with probability `rate`.
 
-    kinds: "swap" with the next letter, "drop" it, "repeat" it, "neighbour" = a key beside it; drawn with equal chance.
+    Parameters
+    ----------
+    text
+        Any text.
+    rate
+        In [0, 1].
+    kinds
+        Drawn with equal chance: "swap" with the next letter, "drop" it, "repeat" it, "neighbour" = a key beside it.
+    generator
+        numpy's; None for a new one.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        For another kind or rate.
+
+    Examples
+    --------
+    >>> from subspan.edit import typos
+    >>> typos("ab c", rate=1.0, kinds=["repeat"])
+    'aabb cc'
     """
     unknown = [kind for kind in kinds if kind not in TYPOS]
     if unknown or not kinds:

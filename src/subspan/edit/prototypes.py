@@ -32,7 +32,27 @@ _CHUNK_NUMBERS = 1 << 24
 
 
 def marginal_entropy(logits: Float[Tensor, "*b n c"], mask: Bool[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b"]:
-    """Entropy (nats) of the mean over n views of the softmax over c classes; `mask`: the views that count."""
+    """Entropy (nats) of the mean over n views of the softmax over c classes.
+
+    Parameters
+    ----------
+    logits
+        (*b, n, c).
+    mask
+        The views (*b, n) that count; None for all.
+
+    Returns
+    -------
+    Tensor, (*b).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import marginal_entropy
+    >>> sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]])  # two sure views that disagree
+    >>> round(marginal_entropy(sure).exp().item(), 4), round(marginal_entropy(sure[:1]).item(), 4)
+    (2.0, 0.0)
+    """
     return _entropy(_log_mean_probabilities(logits.log_softmax(-1), mask))
 
 
@@ -46,8 +66,34 @@ def select_confident(
 ) -> tuple[Int[Tensor, "*b m"], Bool[Tensor, "*b m"]]:
     """Indices of the int(keep * n) views of lowest entropy, most confident first, and which of them count.
 
-    `mask`: the views that exist. With unequal numbers of them m is the largest count, and the second result marks
-    the entries beyond an image's own count as False. A count of 0 becomes 1, with a warning where n > 1.
+    With unequal numbers of views m is the largest count, and the second result marks the entries beyond an image's own
+    count as False. A count of 0 becomes 1, with a warning where n > 1.
+
+    Parameters
+    ----------
+    logits
+        (*b, n, c).
+    keep
+        Fraction of the views, in (0, 1].
+    mask
+        The views (*b, n) that exist; None for all.
+
+    Returns
+    -------
+    Tensors, (*b, m) each: indices, and whether they count.
+
+    Raises
+    ------
+    ValueError
+        For another fraction, or an image without a view.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import select_confident
+    >>> chosen, counts = select_confident(torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.0, 4.0], [0.0, 0.0]]), keep=0.5)
+    >>> chosen.tolist(), counts.tolist()
+    ([1, 2], [True, True])
     """
     if not 0 < keep <= 1:
         raise ValueError(f"keep: a fraction of the views in (0, 1], got {keep}")
@@ -69,9 +115,34 @@ def select_confident(
 def zero_shot_prototypes(
     text_encoder: Any, classnames: Sequence[str], templates: Sequence[str] = SINGLE_TEMPLATE
 ) -> Float[Tensor, "c d"]:
-    """Unit class prototypes (c, d): per class the mean of its normalised template embeddings, normalised again.
+    """Unit class prototypes: per class the mean of its normalised template embeddings, normalised again.
 
-    text_encoder: a function list of texts → (n, d), or an object with such an `encode` (`SentenceEncoder`).
+    Parameters
+    ----------
+    text_encoder
+        A function list of texts → (n, d), or an object with such an `encode` (`SentenceEncoder`).
+    classnames
+        One a class.
+    templates
+        Each with a {} for the class name.
+
+    Returns
+    -------
+    Tensor, (c, d).
+
+    Raises
+    ------
+    ValueError
+        For a template without {}, or an encoder with another number of rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import zero_shot_prototypes
+    >>> encoder = lambda texts: torch.tensor([[1.0 + text.count("cat"), 2.0 * text.count("dog")] for text in texts])
+    >>> prototypes = zero_shot_prototypes(encoder, ["cat", "dog"], ["a photo of a {}.", "{}"])
+    >>> torch.allclose(prototypes.norm(dim=1), torch.ones(2))
+    True
     """
     names = check_texts(classnames, "classnames", 2)
     prompts = check_texts(templates, "templates", 1)
@@ -89,9 +160,18 @@ def zero_shot_prototypes(
 class SteeringReport:
     """What an adaptation did to each of b images.
 
-    probabilities (b, c); coefficients (b, k) or (b, c, k) per class; shift (b, d) or (b, c, d) = basis coefficients;
-    entropy_before, entropy_after (b,): marginal entropy of the kept views, in nats; kept (b, m): indices of the
-    kept views, most confident first, -1 beyond an image's own count.
+    Attributes
+    ----------
+    probabilities
+        (b, c).
+    coefficients
+        (b, k), or (b, c, k) per class.
+    shift
+        Basis times coefficients: (b, d) or (b, c, d).
+    entropy_before, entropy_after
+        Marginal entropy (b,) of the kept views, in nats.
+    kept
+        Indices (b, m) of the kept views, most confident first, -1 beyond an image's own count.
     """
 
     probabilities: Float[Tensor, "b c"]
@@ -105,9 +185,32 @@ class SteeringReport:
 class ConfidentAverage(nn.Module):
     """Mean softmax of the most confident views under fixed prototypes: the zero-shot part of test-time steering.
 
-    prototypes (c, d), normalised here; logit_scale multiplies cosines (CLIP: about 100); keep: fraction of the views
-    kept, 1.0 for all; predict: "confident_mean" of the kept views, or "original" for the first view alone.
     Call with views (n, d) or (b, n, d), the original first, and get probabilities (b, c).
+
+    Parameters
+    ----------
+    prototypes
+        (c, d), normalised here.
+    logit_scale
+        Multiplies cosines (CLIP: about 100).
+    keep
+        Fraction of the views kept, 1.0 for all.
+    predict
+        "confident_mean" of the kept views, or "original" for the first view alone.
+
+    Raises
+    ------
+    ValueError
+        For fewer than 2 prototypes, one of zeros, and settings out of range.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import ConfidentAverage
+    >>> model = ConfidentAverage(torch.eye(2), keep=0.5)
+    >>> views = torch.tensor([[1.0, 0.99], [0.0, 1.0], [1.0, 1.01], [1.0, 2.0]])  # two of the four are sure
+    >>> model(views).round().tolist()
+    [[0.0, 1.0]]
     """
 
     prototypes: Tensor
@@ -242,11 +345,39 @@ class ConfidentAverage(nn.Module):
 class PrototypeShift(ConfidentAverage):
     """Test-time prototype shifting: entropy steps on a shift of the prototypes in all d dimensions.
 
-    per_class: one shift a class instead of one for all. steps, learning_rate, optimizer ("adamw" or "sgd"),
-    weight_decay (AdamW only); reg: weight of the shift's norm in the loss (penalty "norm") or of its square
-    ("squared"); without effect in a first step, which starts at zero. online: start each image from where the last one
-    ended (`reset` forgets). The other arguments are those of `ConfidentAverage`. Source: Sui et al. (2024), arXiv
-    2403.12952.
+    Parameters
+    ----------
+    prototypes, logit_scale, keep, predict
+        As in `ConfidentAverage`.
+    steps, learning_rate, optimizer
+        Of the shift; the optimizer is "adamw" or "sgd".
+    weight_decay
+        Of AdamW only.
+    reg, penalty
+        Weight of the shift's norm in the loss ("norm"), or of its square ("squared"); without effect in a first step,
+        which starts at zero.
+    per_class
+        One shift a class instead of one for all.
+    online
+        Start each image from where the last one ended (`reset` forgets).
+
+    Raises
+    ------
+    ValueError
+        For settings out of range.
+
+    References
+    ----------
+    Sui et al. (2024), arXiv 2403.12952.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import PrototypeShift
+    >>> views = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    >>> report = PrototypeShift(torch.eye(8), 10.0, keep=0.5).explain(views)
+    >>> bool(report.entropy_after < report.entropy_before)
+    True
     """
 
     def __init__(

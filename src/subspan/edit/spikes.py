@@ -40,8 +40,12 @@ class NoSpikesError(ValueError):
 class PairedMoments:
     """What a score is computed from: moments of clean rows, of their perturbed versions, and of the differences.
 
-    `clean` and `difference` are empty (count 0) where the two sets are not paired, `perturbed` where the score is
-    "energy", which does not need it.
+    Attributes
+    ----------
+    clean, difference
+        Empty (count 0) where the two sets are not paired.
+    perturbed
+        Empty where the score is "energy", which does not need it.
     """
 
     clean: Moments
@@ -55,14 +59,59 @@ class PairedMoments:
 
 
 def energy_score(spikes: Subspace, pairs: PairedMoments) -> Float[Tensor, " m"]:
-    """Energy of the perturbation over energy of the signal along each spike: E (u'(z' - z))^2 / E (u'(z - mean))^2."""
+    """Energy of the perturbation over energy of the signal along each spike: E (u'(z' - z))^2 / E (u'(z - mean))^2.
+
+    Parameters
+    ----------
+    spikes
+        Its m directions u are scored.
+    pairs
+        With clean rows z and differences z' - z.
+
+    Returns
+    -------
+    Tensor, (m,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import PairedMoments, energy_score
+    >>> from subspan.geometry import Subspace
+    >>> pairs = PairedMoments.empty(2)
+    >>> _ = pairs.clean.update(torch.tensor([[4.0, 1.0], [-4.0, -1.0]]))
+    >>> _ = pairs.difference.update(torch.tensor([[2.0, 3.0], [-2.0, 3.0]]))
+    >>> energy_score(Subspace(torch.eye(2).double()), pairs).tolist()
+    [0.25, 9.0]
+    """
     signal = _energy_along(spikes, pairs.clean, spikes.center)
     noise = _energy_along(spikes, pairs.difference, None)
     return noise / signal.clamp_min(torch.finfo(signal.dtype).tiny)
 
 
 def spectral_score(spikes: Subspace, pairs: PairedMoments) -> Float[Tensor, " m"]:
-    """Relative change of the variance along each spike, |u'S'u - variance| / variance; needs no pairs."""
+    """Relative change of the variance along each spike, |u'S'u - variance| / variance; needs no pairs.
+
+    Parameters
+    ----------
+    spikes
+        Its m directions u are scored; with variances.
+    pairs
+        With perturbed rows; S' is their covariance.
+
+    Returns
+    -------
+    Tensor, (m,).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import PairedMoments, spectral_score
+    >>> from subspan.geometry import Subspace
+    >>> pairs = PairedMoments.empty(2)
+    >>> _ = pairs.perturbed.update(torch.tensor([[2.0, 1.0], [-2.0, -1.0]]))
+    >>> spectral_score(Subspace(torch.eye(2).double(), variances=torch.ones(2).double()), pairs).tolist()
+    [3.0, 0.0]
+    """
     assert spikes.variances is not None
     changed = _energy_along(spikes, pairs.perturbed, None if spikes.center is None else pairs.perturbed.mean)
     return (changed - spikes.variances).abs() / spikes.variances
@@ -71,7 +120,31 @@ def spectral_score(spikes: Subspace, pairs: PairedMoments) -> Float[Tensor, " m"
 def alignment_score(
     spikes: Subspace, pairs: PairedMoments, *, rank: int | float | str | RankRule = "marchenko-pastur"
 ) -> Float[Tensor, " m"]:
-    """Share of each spike outside those of the perturbed rows, 1 - |P'u|^2 (`rank` picks those); needs no pairs."""
+    """Share of each spike outside those of the perturbed rows, 1 - |P'u|^2; needs no pairs.
+
+    Parameters
+    ----------
+    spikes
+        Its m directions u are scored.
+    pairs
+        With perturbed rows; P' projects to their spikes.
+    rank
+        Which directions of the perturbed rows are spikes.
+
+    Returns
+    -------
+    Tensor, (m,), in [0, 1].
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import PairedMoments, alignment_score
+    >>> from subspan.geometry import Subspace
+    >>> pairs = PairedMoments.empty(2)
+    >>> _ = pairs.perturbed.update(torch.tensor([[2.0, 0.0], [-2.0, 0.0]]))
+    >>> alignment_score(Subspace(torch.eye(2).double()), pairs, rank=1).tolist()
+    [0.0, 1.0]
+    """
     perturbed = pairs.perturbed.subspace(rank=rank, center=spikes.center is not None)
     return (1 - (perturbed.basis.mT @ spikes.basis).square().sum(0)).clamp(0, 1)
 
@@ -81,7 +154,31 @@ UNPAIRED = ("alignment", "spectral")
 
 
 def conformal_quantile(scores: Float[Tensor, " m"], alpha: float) -> float:
-    """The ceil((m + 1)(1 - alpha))-th smallest of m scores, the largest where that exceeds m (split conformal)."""
+    """The ceil((m + 1)(1 - alpha))-th smallest of m scores, the largest where that exceeds m (split conformal).
+
+    Parameters
+    ----------
+    scores
+        (m,).
+    alpha
+        In (0, 1).
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For another alpha.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import conformal_quantile
+    >>> conformal_quantile(torch.arange(1.0, 10.0), 0.2)
+    8.0
+    """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha: must lie in (0, 1), got {alpha}")
     position = math.ceil((len(scores) + 1) * (1 - alpha) - 1e-9)
@@ -91,9 +188,28 @@ def conformal_quantile(scores: Float[Tensor, " m"], alpha: float) -> float:
 class SpikeFilter(nn.Module):
     """z ↦ z - strength · removed, for z of any shape (…, d): the map that is installed in a model and exported.
 
-    basis (d, r): orthonormal. removes: False takes away all but the span of `basis` around `center`; True takes away
-    that span alone. keep_norm: rescale each vector to its length before, for heads that use the cosine. Works in the
-    dtype of z. `mask` (…): entries where it is 0 pass unchanged.
+    Works in the dtype of z. Called with a `mask` (…), entries where it is 0 pass unchanged.
+
+    Parameters
+    ----------
+    basis
+        (d, r), orthonormal.
+    center
+        (d,); None for 0.
+    removes
+        False takes away all but the span of `basis` around `center`; True takes away that span alone.
+    strength
+        Share of it that is taken away.
+    keep_norm
+        Rescale each vector to its length before, for heads that use the cosine.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import SpikeFilter
+    >>> z, first = torch.tensor([3.0, 4.0]), torch.eye(2)[:, :1]
+    >>> SpikeFilter(first)(z).tolist(), SpikeFilter(first, removes=True)(z).tolist()
+    ([3.0, 0.0], [0.0, 4.0])
     """
 
     center: Tensor
@@ -143,19 +259,59 @@ class RobustSpikes(OneToOneFeatureMixin, TransformerMixin, Estimator):
     kind of perturbation to such an array. Both may be streams (see `subspan.statistics.batches`). Rows given alone by
     `partial_fit(X)` estimate the spectrum only; where there are none, the clean side of the pairs does that too.
 
-    nonconformity: the score of a spike: "energy" (perturbation over signal along it, needs pairs), "alignment" and
-    "spectral" (the perturbed rows may be others), "bootstrap" (instability under resampling, `y` is not used), or a
-    function of (spikes, PairedMoments) → (m,), small = robust. All are this library's: the paper's is not known.
-    threshold: "quantile" keeps the spikes whose score is at most the conformal `alpha`-quantile (so about alpha of them
-    always go); a number is an absolute bound on the score (1 under "energy": the signal dominates; inf keeps all).
-    rank: which directions are spikes, by default those above the Marchenko-Pastur edge. center: affine filter around
-    the mean; False for the linear one, on uncentred moments. reduce: "mean" or "max" of the score over kinds.
-    space: "robust" keeps the robust spikes alone; "spikes" removes only the other spikes and keeps the bulk.
-    strength (0 … 1), keep_norm: as in `SpikeFilter`. resamples: for "bootstrap". on_empty: "raise" NoSpikesError where
-    nothing stands out of the noise, or "identity". random_state: for "bootstrap".
+    Parameters
+    ----------
+    nonconformity
+        The score of a spike: "energy" (perturbation over signal along it, needs pairs), "alignment" and "spectral" (the
+        perturbed rows may be others), "bootstrap" (instability under resampling, `y` is not used), or a function of
+        (spikes, PairedMoments) → (m,), small = robust. All are this library's: the paper's is not known.
+    alpha, threshold
+        "quantile" keeps the spikes whose score is at most the conformal `alpha`-quantile (so about alpha of them always
+        go); a number is an absolute bound on the score (1 under "energy": the signal dominates; inf keeps all).
+    rank
+        Which directions are spikes, by default those above the Marchenko-Pastur edge.
+    center
+        Affine filter around the mean; False for the linear one, on uncentred moments.
+    reduce
+        "mean" or "max" of the score over kinds.
+    space
+        "robust" keeps the robust spikes alone; "spikes" removes only the other spikes and keeps the bulk.
+    strength, keep_norm
+        As in `SpikeFilter`; the strength lies in [0, 1].
+    resamples, random_state
+        Of "bootstrap".
+    on_empty
+        "raise" NoSpikesError where nothing stands out of the noise, or "identity".
+    batch_size
+        Rows read at a time.
 
-    Attributes: subspace_ (robust spikes, "causal" in the paper's words), correlational_ (the removed spikes or None),
-    spikes_ (all), rbns_ (m,), threshold_, kept_ (m,), sigma2_, edge_, report_ (columns by name), filter_ (SpikeFilter).
+    Attributes
+    ----------
+    subspace_, correlational_, spikes_
+        The robust spikes ("causal" in the paper's words), the removed ones or None, and all.
+    rbns_, threshold_, kept_
+        Scores (m,) of the spikes, the bound on them, and which stay (m,).
+    sigma2_, edge_
+        Noise variance and the edge of its spectrum.
+    report_
+        Columns by name.
+    filter_
+        The `SpikeFilter`.
+
+    References
+    ----------
+    Darabi et al. (2025), arXiv 2502.14976.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import RobustSpikes
+    >>> spread = torch.tensor([9.0, 5.0] + [1.0] * 8)  # two spikes
+    >>> x = spread * torch.randn(400, 10, generator=torch.Generator().manual_seed(0))
+    >>> attacked = x + torch.tensor([0.0, 9.0] + [0.0] * 8)  # the attack hits the second
+    >>> model = RobustSpikes(threshold=1.0).fit(x, attacked)
+    >>> model.spikes_.dim, model.subspace_.dim, model.subspace_.basis.abs().argmax().item()
+    (2, 1, 0)
     """
 
     nonconformity: Nonconformity | Callable[..., Any] = "energy"

@@ -28,11 +28,42 @@ class SpectralSteering(PrototypeShift):
     """Spectrum-aware test-time steering: one entropy step on k coefficients shared by all classes.
 
     The prototypes move by basis @ coefficients, the basis being their leading right singular vectors, and are
-    normalised again. rank: how many (default Gavish–Donoho); center: subtract their mean before the SVD; subspace:
-    use this one instead. side="image" shifts the views instead, inside a `subspace` of image embeddings.
-    AdamW's first step is learning_rate in each coordinate, up to sign: it depends on the basis, and not on reg or
-    weight_decay. The other arguments are those of `PrototypeShift`; predict defaults to "confident_mean". Source:
+    normalised again. AdamW's first step is learning_rate in each coordinate, up to sign: it depends on the basis, and
+    not on reg or weight_decay.
+
+    Parameters
+    ----------
+    prototypes, logit_scale, steps, learning_rate, optimizer, weight_decay, reg, penalty, keep, per_class, online
+        As in `PrototypeShift`.
+    rank
+        Directions of the basis; Gavish–Donoho by default.
+    center
+        Subtract the prototypes' mean before the SVD.
+    subspace
+        Use this one instead.
+    side
+        "text" moves the prototypes; "image" shifts the views instead, inside a `subspace` of image embeddings.
+    predict
+        As in `ConfidentAverage`.
+
+    Raises
+    ------
+    ValueError
+        For another side, side="image" without a subspace or per class, and a subspace of another space.
+
+    References
+    ----------
     Dafnis & Metaxas (2025), arXiv 2511.09809.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import SpectralSteering
+    >>> random = torch.Generator().manual_seed(0)
+    >>> model = SpectralSteering(torch.randn(6, 16, generator=random), 10.0, rank=3, keep=0.5)
+    >>> report = model.explain(torch.randn(8, 16, generator=random))
+    >>> tuple(report.coefficients.shape), bool(report.entropy_after < report.entropy_before)
+    ((1, 3), True)
     """
 
     basis: Tensor
@@ -135,9 +166,37 @@ class SpectralSteering(PrototypeShift):
 class STSClassifier:
     """Zero-shot image classifier over a CLIP-like transformers model, steered to each image.
 
-    model, processor: a model with `get_image_features` and `get_text_features`, and its processor (tokenizer and image
-    processor). views: how many of each image, the original included. logit_scale: None reads the model's own.
-    crop_scale: share of the image's area that a view may cover. Further arguments go to `SpectralSteering`.
+    Parameters
+    ----------
+    model, processor
+        A model with `get_image_features` and `get_text_features`, and its processor (tokenizer and image processor).
+    classnames, templates
+        One name a class, and the texts that they are put in, each with a {}.
+    views
+        Of each image, the original included.
+    logit_scale
+        None reads the model's own.
+    crop_scale
+        Share of the image's area that a view may cover.
+    seed
+        Of the views.
+    **steering
+        Of `SpectralSteering`.
+
+    Raises
+    ------
+    ValueError
+        For views < 1, and where the model stores no logit scale and none is given.
+
+    References
+    ----------
+    Dafnis & Metaxas (2025), arXiv 2511.09809; protocol of Sui et al. (2024), arXiv 2403.12952.
+
+    Examples
+    --------
+    >>> from subspan.edit import STSClassifier
+    >>> classifier = STSClassifier(clip, processor, ["cat", "dog"])  # doctest: +SKIP
+    >>> names = classifier.predict(images)  # doctest: +SKIP
     """
 
     def __init__(

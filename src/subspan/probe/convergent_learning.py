@@ -39,15 +39,51 @@ class ConvergentLearning(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Pair
     """Units of two networks paired one to one, predicted from few, grouped many to many, and compared as subspaces.
 
     Rows are inputs (a feature map: every position of every image), columns are units. All comes from the joint moments
-    of the two layers: one pass, O((p + q)²) memory, whatever the number of rows.
-    method: what `transform` predicts the units of Y from: "matching", the partner in the one-to-one matching with the
-    largest total correlation · "semi", the most correlated unit, shared where several want it · "sparse", at most
-    `n_partners` units chosen by the lasso · "rotation", all units through an orthogonal map · "linear", all units.
-    sign: "signed" pairs units that rise together, "absolute" also opposite ones; "auto" is "signed" where no activation
-    is negative, as behind a ReLU. n_groups, power, within: of `groups`. Units that do not vary are left out.
-    Attributes: moments_; correlations_ (p, q), 0 for dead units; dead_x_, dead_y_; signed_; matching_, semi_matching_
-    (`Matching`); map_, the `AffineMap` of `method`.
-    Source: Li, Yosinski, Clune, Lipson & Hopcroft (2016), arXiv 1511.07543.
+    of the two layers: one pass, O((p + q)²) memory, whatever the number of rows. Units that do not vary are left out.
+
+    Parameters
+    ----------
+    method
+        What `transform` predicts the units of Y from: "matching", the partner in the one-to-one matching with the
+        largest total correlation; "semi", the most correlated unit, shared where several want it; "sparse", at most
+        `n_partners` units chosen by the lasso; "rotation", all units through an orthogonal map; "linear", all units.
+    sign
+        "signed" pairs units that rise together, "absolute" also opposite ones; "auto" is "signed" where no activation
+        is negative, as behind a ReLU.
+    n_partners
+        Of "sparse".
+    n_groups, power, within
+        Of `groups`.
+    random_state
+        Seed of `groups`.
+
+    Attributes
+    ----------
+    moments_
+        The `JointMoments` of the two layers.
+    correlations_
+        (p, q), 0 for dead units.
+    dead_x_, dead_y_
+        Units that do not vary.
+    signed_
+        Whether pairs must rise together.
+    matching_, semi_matching_
+        `Matching` each.
+    map_
+        The `AffineMap` of `method`.
+
+    References
+    ----------
+    Li, Yosinski, Clune, Lipson & Hopcroft (2016), arXiv 1511.07543.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.probe import ConvergentLearning
+    >>> x = torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).relu()
+    >>> y = 3 * x[:, [2, 0, 3, 1]] + 1  # the same units in another order and scale
+    >>> ConvergentLearning().fit(x, y).matching_.partner.tolist()
+    [2, 0, 3, 1]
     """
 
     method: Method = "matching"

@@ -19,10 +19,18 @@ from subspan.nn import CRATELayer
 
 
 class LayerRate(NamedTuple):
-    """Of one layer, a mean over sequences: R^c of its heads' unit tokens (nats), and the share of zeros it puts out.
+    """Of one layer, means over sequences.
 
-    zeros is None where nothing sparse was named; stability: η σ_max(D)² of a CRATE layer, below 2 where its steps
-    converge.
+    Attributes
+    ----------
+    layer
+        Its name.
+    compression
+        R^c of its heads' unit tokens (nats).
+    zeros
+        Share of zeros it puts out; None where nothing sparse was named.
+    stability
+        η σ_max(D)² of a CRATE layer, below 2 where its steps converge; else None.
     """
 
     layer: str
@@ -44,13 +52,48 @@ def rate_profile(
 ) -> list[LayerRate]:
     """R^c and sparsity, layer by layer: Σ over heads of ½ logdet(I + p/(n ε²) W'W) of the tokens W at unit length.
 
-    batches: as for `models.capture`; padding ("attention_mask") is left out. Without `layers` the CRATE layers of the
-    model are profiled: W = LN(z) U_k, and the zeros of their outputs. Of other transformers `layers` names the modules
-    that put out the values (b, n, heads · p), or query, key and value side by side (fused=True: the last third is
-    taken), and `sparse`, as many modules, those whose zeros are counted. drop_tokens: tokens at the front that do not
-    count (a class token does, as published). epsilon: 0.1, as published. A token of length 0 stays 0, with a warning.
-    Raises ValueError for no batch, layers without `heads`, or a width that they do not divide.
-    Source: Yu et al. (2023), arXiv 2311.13110.
+    A token of length 0 stays 0, with a warning.
+
+    Parameters
+    ----------
+    model
+        A network with CRATE layers, or any transformer.
+    batches
+        As for `models.capture`; padding ("attention_mask") is left out.
+    layers
+        None: the CRATE layers of the model; W = LN(z) U_k, and the zeros of their outputs. Of other transformers: the
+        modules that put out the values (b, n, heads · p).
+    heads
+        Their number, where `layers` is given.
+    fused
+        The modules put out query, key and value side by side; the last third is taken.
+    sparse
+        As many modules as layers, those whose zeros are counted.
+    drop_tokens
+        Tokens at the front that do not count (a class token does, as published).
+    epsilon
+        Precision ε; 0.1, as published.
+
+    Returns
+    -------
+    list of LayerRate
+
+    Raises
+    ------
+    ValueError
+        For no batch, layers without `heads`, or a width that they do not divide.
+
+    References
+    ----------
+    Yu et al. (2023), arXiv 2311.13110.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.probe import rate_profile
+    >>> (found,) = rate_profile(torch.nn.Sequential(torch.nn.Linear(4, 6)), [torch.randn(2, 7, 4)], "0", heads=2)
+    >>> found.layer, found.compression > 0, found.zeros
+    ('0', True, None)
     """
     if drop_tokens < 0:
         raise ValueError(f"drop_tokens: a count of 0 or more, got {drop_tokens}")

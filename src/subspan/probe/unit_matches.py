@@ -20,7 +20,15 @@ from subspan.statistics import JointMoments
 
 @dataclass(frozen=True)
 class Matching:
-    """Partner in x of each unit of y (-1 where it has none) and the correlation of the two (0 where none)."""
+    """Partner in x of each unit of y.
+
+    Attributes
+    ----------
+    partner
+        (q,), -1 where a unit has none.
+    correlation
+        (q,) of the two, 0 where there is none.
+    """
 
     partner: Int[Tensor, " q"]
     correlation: Float[Tensor, " q"]
@@ -33,7 +41,15 @@ class Matching:
 
 @dataclass(frozen=True)
 class SparsePrediction:
-    """Each unit of y from few units of x: the affine map, and the partners of each unit, in the order they entered."""
+    """Each unit of y from few units of x.
+
+    Attributes
+    ----------
+    map
+        The affine map.
+    partners
+        Of each unit of y, in the order they entered.
+    """
 
     map: AffineMap
     partners: tuple[tuple[int, ...], ...]
@@ -41,10 +57,18 @@ class SparsePrediction:
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of both networks that belong together: their numbers in x and in y, and how far the two spans agree.
+    """Units of both networks that belong together, and how far the two spans agree.
 
-    parity: smaller over larger number of members. inside: mean |correlation| between its members of x and of y.
-    canonical: canonical correlations of its two sets of units; None where one of them is empty.
+    Attributes
+    ----------
+    x, y
+        Their numbers in the two networks.
+    inside
+        Mean |correlation| between its members of x and of y.
+    canonical
+        Canonical correlations of its two sets of units; None where one of them is empty.
+    widths
+        Units of the two networks, all together.
     """
 
     x: Int[Tensor, " a"]
@@ -79,7 +103,26 @@ class UnitGroup:
 
 
 def mean_agreement(groups: Sequence[UnitGroup]) -> float:
-    """Mean canonical correlation inside groups with members of both networks, weighted by their units of Y."""
+    """Mean canonical correlation inside groups with members of both networks, weighted by their units of Y.
+
+    Parameters
+    ----------
+    groups
+        Of `ConvergentLearning.groups`.
+
+    Returns
+    -------
+    float, 0 where no group has both.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.probe import ConvergentLearning, mean_agreement
+    >>> x = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
+    >>> groups = ConvergentLearning().fit(x, x.flip(1)).groups(3)
+    >>> round(mean_agreement(groups), 3)
+    1.0
+    """
     both = [group for group in groups if group.canonical is not None]
     return float(np.average([g.agreement for g in both], weights=[len(g.y) for g in both])) if both else 0.0
 
@@ -115,12 +158,41 @@ def layer_moments(
     shift: int = 0,
     forward: Any = None,
 ) -> dict[tuple[int, int], list[JointMoments]]:
-    """Joint moments of layers of every two models (i < j) over batches of inputs, in the order of `layers`.
+    """Joint moments of layers of every two models (i < j) over batches of inputs.
 
-    Every position of a feature map, every selected token, is a row; each model runs once a batch. layers: names, or
-    one name a model. shift: inputs of a batch by which the second model's activations are moved on, so that they meet
-    another input's: the null of no correspondence. mask, layout, forward as in `iterate_representations`.
-    Raises ValueError for fewer than two models or layers with different grids.
+    Every position of a feature map, every selected token, is a row; each model runs once a batch.
+
+    Parameters
+    ----------
+    models
+        At least two.
+    layers
+        Names, each one for all models or a tuple of a name a model.
+    batches
+        What the models take.
+    layout, mask, forward
+        As in `iterate_representations`.
+    shift
+        Inputs of a batch by which the second model's activations are moved on, so that they meet another input's: the
+        null of no correspondence.
+
+    Returns
+    -------
+    dict of (i, j) → list of JointMoments, in the order of `layers`.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two models, no batch, or layers with different grids.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.probe import layer_moments
+    >>> models = [torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU()) for width in (3, 5)]
+    >>> found = layer_moments(models, ["1"], [torch.randn(16, 4), torch.randn(16, 4)])
+    >>> found[0, 1][0].count, found[0, 1][0].d_x, found[0, 1][0].d_y
+    (32.0, 3, 5)
     """
     named = [[layer] * len(models) if isinstance(layer, str) else list(layer) for layer in layers]
     if len(models) < 2 or not named or any(len(names) != len(models) for names in named):

@@ -25,10 +25,41 @@ from subspan.nn import MatryoshkaLinear
 class MatryoshkaCascade(Estimator):
     """Thresholds on the largest softmax probability of each prefix's classifier, found on held-out logits.
 
-    dims: the sizes of the logits, ascending. grid: thresholds tried, by default 100 from 0.1 to 1. For each size and
-    the next alone, the threshold is the smallest of the best: the smaller answers where its confidence is above it.
-    Attributes: thresholds_ (l - 1,); accuracy_, on the rows of `fit`; expected_dim_, mean size of the answering prefix;
-    expected_total_dim_, mean sum of all sizes evaluated on the way, the cost of separate heads.
+    For each size and the next alone, the threshold is the smallest of the best: the smaller answers where its
+    confidence is above it.
+
+    Parameters
+    ----------
+    dims
+        The sizes of the logits, ascending.
+    grid
+        Thresholds tried; None: 100 from 0.1 to 1.
+
+    Attributes
+    ----------
+    thresholds_
+        (l - 1,), one for each size but the largest.
+    accuracy_
+        On the rows of `fit`.
+    expected_dim_
+        Mean size of the answering prefix.
+    expected_total_dim_
+        Mean sum of all sizes evaluated on the way, the cost of separate heads.
+
+    References
+    ----------
+    Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.represent import MatryoshkaCascade
+    >>> large = 8 * torch.eye(2).repeat(10, 1)  # always right, and sure
+    >>> small = large.clone()
+    >>> small[:4] = torch.tensor([0.1, 0.0])  # not sure of four rows
+    >>> cascade = MatryoshkaCascade([8, 64], grid=[0.5, 0.9]).fit(torch.stack([small, large]), [0, 1] * 10)
+    >>> cascade.accuracy_, cascade.route(torch.stack([small, large])).bincount()[[8, 64]].tolist()
+    (1.0, [16, 4])
     """
 
     dims: Sequence[Count]

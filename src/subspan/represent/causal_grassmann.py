@@ -37,9 +37,37 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 class CausalGrassmannConfig(PreTrainedConfig):
     """Sizes of a `CausalGrassmannForCausalLM`; by default the paper's six-layer model.
 
-    offsets: those of every layer, or one list a layer. rank, normalize, epsilon, output_projection: of
-    `GrassmannMixing`. max_position_embeddings: the longest sequence. Raises ValueError for another number of lists than
-    layers. Source: Zhang Chong (2025), arXiv 2512.19428.
+    Parameters
+    ----------
+    vocab_size, hidden_size, num_hidden_layers
+        Tokens of the vocabulary, width, layers.
+    rank, normalize, epsilon, output_projection
+        Of `GrassmannMixing`.
+    offsets
+        Those of every layer, or one list a layer.
+    max_position_embeddings
+        The longest sequence.
+    dropout
+        Share of states that are dropped in training.
+    pad_token_id, bos_token_id, eos_token_id
+        Of the tokenizer, or None.
+    **kwargs
+        Of transformers' `PreTrainedConfig`.
+
+    Raises
+    ------
+    ValueError
+        For another number of lists of offsets than layers.
+
+    References
+    ----------
+    Zhang Chong (2025), arXiv 2512.19428.
+
+    Examples
+    --------
+    >>> from subspan.represent import CausalGrassmannConfig
+    >>> CausalGrassmannConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, rank=4).num_hidden_layers
+    2
     """
 
     model_type = "causal-grassmann"
@@ -87,6 +115,24 @@ class CausalGrassmannForCausalLM(PreTrainedModel, GenerationMixin):
 
     Weights start as those of the torch model. The embedding is the output head. Decoding keeps the reduced states that
     the offsets reach in transformers' own `DynamicCache`, as keys of a sliding window with values of width 0.
+
+    Parameters
+    ----------
+    config
+        A `CausalGrassmannConfig`.
+
+    References
+    ----------
+    Zhang Chong (2025), arXiv 2512.19428.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.represent import CausalGrassmannConfig, CausalGrassmannForCausalLM
+    >>> config = CausalGrassmannConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, rank=4)
+    >>> model = CausalGrassmannForCausalLM(config).eval()
+    >>> tuple(model(torch.arange(6)[None]).logits.shape)
+    (1, 6, 50)
     """
 
     config_class = CausalGrassmannConfig

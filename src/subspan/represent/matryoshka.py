@@ -43,18 +43,66 @@ _SAVED_ARRAYS: Schema = {
 class Matryoshka(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
     """Map embeddings X (n, d) to coordinates (n, max(dims)) of which the first m serve, for every m in `dims`.
 
-    kind: "pca", the principal directions in order (closed form, any stream of rows) · "rotation", a learnt orthogonal
-    map of the leading max(dims) principal directions, which keeps inner products among them · "linear", any linear map
-    · "mlp", one hidden layer of `hidden` units. All but "pca" are trained through Lightning (extra: train), for what y
-    says: class labels (n,) → cross entropy of one linear head a prefix; rows (n, d) paired with X → InfoNCE at
-    `temperature` in the batch; None → every prefix keeps the batch's cosines.
-    dims: by default d, d/2, … down to 8. weights: None, "inverse" or one number a size. center: the mean is subtracted,
-    which changes cosines. normalize: rows of unit length come out. efficient: heads share a weight (MRL-E).
-    learning_rate: None for 3e-3, and 1e-2 for a linear map or a rotation with labels, whose heads have further to go.
-    batch_size: None for 256 rows, of few rows so many (32 at least) that an epoch has 32 steps. epochs, weight_decay,
-    dims_per_step: of the training. trainer: options of Lightning's Trainer (devices, callbacks, progress, …).
-    Attributes: dims_; adapter_, a torch module; subspace_, for "pca" and "rotation", whose `truncate` and `split` are
-    the nested subspaces; heads_ and classes_, where trained with labels; losses_, the mean loss of each epoch.
+    All kinds but "pca" are trained through Lightning (extra: train), for what y says: class labels (n,) → cross entropy
+    of one linear head a prefix; rows (n, d) paired with X → InfoNCE in the batch; None → every prefix keeps the batch's
+    cosines.
+
+    Parameters
+    ----------
+    dims
+        Sizes; None: d, d/2, … down to 8.
+    kind
+        "pca", the principal directions in order (closed form, any stream of rows); "rotation", a learnt orthogonal map
+        of the leading max(dims) principal directions, which keeps inner products among them; "linear", any linear map;
+        "mlp", one hidden layer.
+    weights
+        Of the sizes in the loss: None for equal ones, "inverse" or one number a size.
+    center
+        The mean is subtracted, which changes cosines.
+    normalize
+        Rows of unit length come out.
+    efficient
+        Heads share a weight (MRL-E).
+    hidden
+        Units of "mlp".
+    temperature
+        Of InfoNCE.
+    epochs, weight_decay, dims_per_step
+        Of the training; the last: sizes drawn for each step, None for all.
+    batch_size
+        None for 256 rows, of few rows so many (32 at least) that an epoch has 32 steps.
+    learning_rate
+        None for 3e-3, and 1e-2 for a linear map or a rotation with labels, whose heads have further to go.
+    trainer
+        Options of Lightning's Trainer (devices, callbacks, progress, …).
+    random_state
+        Seed of the training.
+
+    Attributes
+    ----------
+    dims_, adapter_
+        The sizes, and the map as a torch module.
+    subspace_
+        For "pca" and "rotation"; its `truncate` and `split` are the nested subspaces.
+    heads_, classes_
+        Where trained with labels.
+    losses_
+        The mean loss of each epoch.
+
+    References
+    ----------
+    Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.represent import Matryoshka
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(200, 16)) * np.r_[np.ones(4), np.full(12, 0.01)]  # four directions hold nearly all
+    >>> model = Matryoshka([4, 16]).fit(x)
+    >>> short, cosines = model.shorten(x, 4), (x @ x.T) / np.outer(*2 * [np.linalg.norm(x, axis=1)])
+    >>> short.shape, bool(np.abs(short @ short.T - cosines).max() < 0.1)
+    ((200, 4), True)
     """
 
     dims: Sequence[Count] | None = None

@@ -38,15 +38,48 @@ _SAVED: Schema = {
 class MatryoshkaIndex(Estimator):
     """Nearest neighbours among rows X (n, d) by growing prefixes and shrinking lists; one database serves all sizes.
 
-    schedule: [(size, list length), …], the first from the whole database, each next re-ranking the list before it ·
-    "funnel", over `dims` (by default d, d/2, … down to 8) with `shortlist` halved at every size · "two-step", a
-    shortlist by the smallest of `dims`, re-ranked by the largest. The last list is as long as what is asked for.
-    metric: "cosine" (every prefix normalised on its own) or "euclidean". Inner products grow by the new block of
-    coordinates only, so a candidate costs what its longest prefix costs. backend: "exact", or "faiss" (extra: index)
-    for the shortlist, with an index by `factory`, such as "Flat" or "HNSW32".
-    X may be a memory map, which stays on disk; only the shortlist's prefix is copied.
-    Attributes: schedule_, the stages; cost_per_query_, multiply-adds a query (after `kneighbors` for approximate
-    shortlists, whose cost is counted); exact_cost_, those of one search by the last size.
+    Inner products grow by the new block of coordinates only, so a candidate costs what its longest prefix costs. X may
+    be a memory map, which stays on disk; only the shortlist's prefix is copied.
+
+    Parameters
+    ----------
+    dims
+        Sizes; None: d, d/2, … down to 8.
+    shortlist
+        Length of the first list of "funnel" and "two-step".
+    schedule
+        [(size, list length), …], the first from the whole database, each next re-ranking the list before it; "funnel",
+        over `dims` with `shortlist` halved at every size; "two-step", a shortlist by the smallest of `dims`, re-ranked
+        by the largest. The last list is as long as what is asked for.
+    metric
+        "cosine" (every prefix normalised on its own) or "euclidean".
+    backend
+        "exact", or "faiss" (extra: index) for the shortlist.
+    factory
+        Of the faiss index, such as "Flat" or "HNSW32".
+
+    Attributes
+    ----------
+    schedule_
+        The stages.
+    cost_per_query_
+        Multiply-adds a query (after `kneighbors` for approximate shortlists, whose cost is counted).
+    exact_cost_
+        Those of one search by the last size.
+
+    References
+    ----------
+    Kusupati et al. (2022), arXiv 2205.13147.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.represent import MatryoshkaIndex
+    >>> x = np.random.default_rng(0).normal(size=(500, 32))
+    >>> index = MatryoshkaIndex([8, 32], shortlist=50, schedule="two-step").fit(x)
+    >>> distances, found = index.kneighbors(x[:3], k=1)
+    >>> found[:, 0].tolist(), index.cost_per_query_ < index.exact_cost_
+    ([0, 1, 2], True)
     """
 
     dims: Sequence[Count] | None = None

@@ -27,9 +27,40 @@ def similarity_loss(z: Float[Tensor, "n m"], cosines: Float[Tensor, "n n"]) -> F
 class NestedTraining(torch.nn.Module):
     """An adapter (any module with rows in and nested coordinates out) and its nested objective.
 
-    objective: "labels", batches (x, class numbers), one head a prefix (`heads`) · "pairs", batches (x, paired x),
-    symmetric InfoNCE · "similarity", batches (x,), every prefix keeps the cosines of x.
-    `Trainer.fit(module.objective(…), batches)` trains.
+    `Trainer.fit(module.objective(…), batches)` trains (extra: train).
+
+    Parameters
+    ----------
+    adapter
+        Rows (n, d) → coordinates (n, max(dims)).
+    objective
+        "labels", batches (x, class numbers), one head a prefix (`heads`); "pairs", batches (x, paired x), symmetric
+        InfoNCE; "similarity", batches (x,), every prefix keeps the cosines of x.
+    dims
+        Sizes of the prefixes.
+    weights
+        None for equal ones, "inverse" or one number a size.
+    num_classes
+        Of "labels".
+    efficient
+        Heads share a weight (MRL-E).
+    temperature
+        Of "pairs".
+    dims_per_step
+        Sizes drawn for each step; None for all.
+
+    Raises
+    ------
+    ValueError
+        For another objective, or a temperature that is not positive.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.represent import NestedTraining
+    >>> module = NestedTraining(torch.nn.Identity(), "similarity", dims=[4])
+    >>> bool(module.training_loss([torch.randn(8, 4)]).abs() < 1e-6)  # all coordinates keep all cosines
+    True
     """
 
     def __init__(

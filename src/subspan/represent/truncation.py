@@ -13,10 +13,30 @@ from subspan.geometry import prefix
 
 
 def truncate(model_or_array: Any, m: int, *, normalize: bool = True) -> Any:
-    """The first m coordinates of rows (…, d), or a model that gives only these.
+    """The first m coordinates of rows, or a model that gives only these.
 
-    model_or_array: an array or tensor (numpy or torch as given); a torch module with an output (…, d); or an object
-    with `encode`, such as a sentence encoder. normalize: scale what is left to unit length.
+    Parameters
+    ----------
+    model_or_array
+        An array or tensor (…, d), numpy or torch as given; a torch module with an output (…, d); or an object with
+        `encode`, such as a sentence encoder.
+    m
+        Coordinates that are kept.
+    normalize
+        Scale what is left to unit length.
+
+    Returns
+    -------
+    Rows (…, m) in the kind of the input; of a model a `Truncated`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.represent import truncate
+    >>> truncate(torch.tensor([[0.0, 2.0, 5.0, 1.0]]), 2).tolist()
+    [[0.0, 1.0]]
+    >>> tuple(truncate(torch.nn.Linear(3, 8), 2)(torch.randn(5, 3)).shape)
+    (5, 2)
     """
     if isinstance(model_or_array, nn.Module) or hasattr(model_or_array, "encode"):
         return Truncated(model_or_array, m, normalize=normalize)
@@ -26,7 +46,26 @@ def truncate(model_or_array: Any, m: int, *, normalize: bool = True) -> Any:
 
 
 class Truncated(nn.Module):
-    """A model whose embeddings are cut to m coordinates (see `truncate`); everything else is the model's own."""
+    """A model whose embeddings are cut to m coordinates; everything else is the model's own.
+
+    Parameters
+    ----------
+    model, m, normalize
+        As in `truncate`.
+
+    Raises
+    ------
+    ValueError
+        For m < 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.represent import Truncated
+    >>> short = Truncated(torch.nn.Linear(3, 8), 2)(torch.randn(5, 3))
+    >>> torch.allclose(short.norm(dim=1), torch.ones(5))
+    True
+    """
 
     def __init__(self, model: Any, m: int, *, normalize: bool = True) -> None:
         super().__init__()
