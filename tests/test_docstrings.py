@@ -18,6 +18,7 @@ ROOMS: tuple[str, ...] = (
     "edit",
     "geometry",
     "measures",
+    "models",
     "nn",
     "probe",
     "represent",

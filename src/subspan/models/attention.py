@@ -28,13 +28,52 @@ def attended_representation(
 ) -> Float[Tensor, "b d"]:
     """Mean state, after one block, of the context tokens that the query tokens attend to most.
 
-    ScalSelect (Wu et al., 2026), stage 1: the block's attention is averaged over heads and over the query tokens and
-    normalised over the context tokens; of these the fewest are kept whose share first exceeds `mass` (all of them
-    alike where the query attends to none), and their states are averaged without weights, in float32.
-    query_mask, context_mask (b, t): nonzero = in; padding (`attention_mask`) is taken out of both. block: an index,
-    or a name where the model has several lists of blocks; the forward pass ends after it. on_empty: a sample without
-    query or context tokens raises ValueError, or gives NaN. Raises ValueError where the model's attention returns no
-    weights.
+    Stage 1 of ScalSelect: the block's attention is averaged over heads and over the query tokens and normalised over
+    the context tokens. Of these the fewest are kept whose share first exceeds `mass` (all of them alike where the query
+    attends to none), and their states are averaged without weights, in float32. The forward pass ends after the block.
+
+    Parameters
+    ----------
+    model
+        One whose attention returns its weights: of transformers, loaded with attn_implementation="eager".
+    batch
+        What the model takes as keywords.
+    query_mask, context_mask
+        (b, t), nonzero = in; padding (`attention_mask` of the batch) is taken out of both.
+    mass
+        Share of the attention, in (0, 1].
+    block
+        An index, or a name where the model has several lists of blocks.
+    on_empty
+        A sample without query or context tokens raises ValueError ("error") or gives NaN ("nan").
+
+    Returns
+    -------
+    Tensor, (b, d)
+
+    Raises
+    ------
+    ValueError
+        For empty samples, masks of another shape, and attention that returns no weights.
+
+    References
+    ----------
+    Wu et al. (2026), ScalSelect.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import attended_representation
+    >>> class Block(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    ...     def forward(self, x):
+    ...         return x + self.attention(x, x, x, average_attn_weights=False)[0]
+    >>> query = torch.tensor([[0, 0, 0, 1]] * 2)
+    >>> batch = {"input": torch.randn(2, 4, 8)}
+    >>> attended_representation(torch.nn.Sequential(Block()), batch, query, 1 - query).shape
+    torch.Size([2, 8])
     """
     if not 0 < mass <= 1:
         raise ValueError(f"mass: in (0, 1], got {mass}")
@@ -57,9 +96,25 @@ def attended_representation(
 
 
 def attended_tokens(weights: Float[Tensor, " n"], mass: float = 0.9) -> Int[Tensor, " k"]:
-    """Indices, ascending, of the fewest largest weights whose share of the sum first exceeds `mass`; ties by position.
+    """Indices of the fewest largest weights whose share of the sum first exceeds `mass`; ties by position.
 
-    Equal shares where all weights are 0; all indices where the mass is never exceeded.
+    Parameters
+    ----------
+    weights
+        (n,), none negative; where all are 0 their shares are equal.
+    mass
+        Share of the sum; all indices where it is never exceeded.
+
+    Returns
+    -------
+    Tensor of integers, (k,), ascending.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import attended_tokens
+    >>> attended_tokens(torch.tensor([0.1, 0.6, 0.3]), mass=0.8)
+    tensor([1, 2])
     """
     wide = weights.double()
     total = wide.sum()
@@ -72,10 +127,43 @@ def attended_tokens(weights: Float[Tensor, " n"], mass: float = 0.9) -> Int[Tens
 def block_attention(
     model: nn.Module, batch: Mapping[str, Any], block: int | str = 0
 ) -> tuple[Float[Tensor, "b h t t"], Float[Tensor, "b t d"]]:
-    """(attention weights of one block, states after it), of a forward pass that ends there; no gradients.
+    """Attention weights of one block and the states after it, of a forward pass that ends there; no gradients.
 
     They are the full pass's `attentions[block]` and `hidden_states[block + 1]` (of the last block, before any final
-    normalisation). Raises ValueError where the block's attention returns no weights.
+    normalisation).
+
+    Parameters
+    ----------
+    model
+        One whose attention returns its weights: of transformers, loaded with attn_implementation="eager".
+    batch
+        What the model takes as keywords.
+    block
+        An index, or a name where the model has several lists of blocks.
+
+    Returns
+    -------
+    (weights, states)
+        (b, heads, t, t) and (b, t, d).
+
+    Raises
+    ------
+    ValueError
+        Where the block's attention returns no weights, or `block` is more than one.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import block_attention
+    >>> class Block(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    ...     def forward(self, x):
+    ...         return x + self.attention(x, x, x, average_attn_weights=False)[0]
+    >>> weights, states = block_attention(torch.nn.Sequential(Block(), Block()), {"input": torch.randn(3, 5, 8)})
+    >>> weights.shape, states.shape
+    (torch.Size([3, 2, 5, 5]), torch.Size([3, 5, 8]))
     """
     name, *more = layer_names(model, block)
     if more:

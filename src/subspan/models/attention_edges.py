@@ -18,9 +18,32 @@ from .layers import Layers, find_blocks, layer_names
 
 
 def attention_modules(model: nn.Module, blocks: Layers | None = None) -> dict[str, nn.Module]:
-    """Name of a block → the attention inside it, of a transformers model.
+    """The attention inside each block of a transformers model.
 
-    blocks: as in `layer_names`; default every block. Raises ValueError where a block has none, or several.
+    Parameters
+    ----------
+    model
+        Of transformers: its attention modules have `is_causal`.
+    blocks
+        As in `layer_names`; None: every block.
+
+    Returns
+    -------
+    dict of block names to modules.
+
+    Raises
+    ------
+    ValueError
+        Where a block has no attention, or several.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import attention_modules
+    >>> class Attention(torch.nn.Module):
+    ...     is_causal = True
+    >>> attention_modules(torch.nn.Sequential(Attention(), Attention()), -1)
+    {'1': Attention()}
     """
     names = layer_names(model, f"{find_blocks(model)}.*".lstrip(".") if blocks is None else blocks)
     found: dict[str, nn.Module] = {}
@@ -61,7 +84,13 @@ def attention_rows(
 
     Examples
     --------
-    `attention_rows(model, batch, last_positions, [-1])` has the rows of the last block for the last tokens.
+    Rows of the last block for the last token of each text:
+
+    >>> from subspan.datasets import load_language_model
+    >>> from subspan.models import attention_rows
+    >>> model, tokenizer = load_language_model("smollm2")  # doctest: +SKIP
+    >>> batch = tokenizer(["A short text.", "Another text."], return_tensors="pt")  # doctest: +SKIP
+    >>> rows = attention_rows(model, batch, batch["attention_mask"].sum(1, keepdim=True) - 1, [-1])  # doctest: +SKIP
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -141,10 +170,29 @@ def cut_attention(
     keep_self
         Leave what a token sees of itself. A row without any key left attends to all alike.
 
+    Yields
+    ------
+    The model.
+
     Raises
     ------
     ValueError
         For edges of another shape than the batch, and heads that there are not.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import cut_attention, edges_between
+    >>> class Attention(torch.nn.Module):
+    ...     is_causal = True
+    ...     def forward(self, hidden_states, attention_mask=None):
+    ...         qkv = [hidden_states[:, None]] * 3
+    ...         return torch.nn.functional.scaled_dot_product_attention(*qkv, attention_mask)[:, 0]
+    >>> first, last = torch.tensor([[True, False, False]]), torch.tensor([[False, False, True]])
+    >>> with cut_attention(torch.nn.Sequential(Attention()), edges_between(last, first)) as model:
+    ...     states = model(torch.eye(3)[None])
+    >>> states[0, 2] > 0  # what the last token has of each of the three
+    tensor([False,  True,  True])
     """
     chosen = {} if isinstance(blocks, list | tuple) and not blocks else attention_modules(model, blocks)
     config: Any = getattr(model, "config", None)
@@ -190,5 +238,24 @@ def _cutting(cut: Bool[Tensor, "b h t t"]) -> Callable[..., tuple[Any, Any]]:
 
 
 def edges_between(queries: Bool[Tensor, "b t"], keys: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t t"]:
-    """The edges from every token of `queries` to every earlier token (or itself) of `keys`."""
+    """The edges from every token of some to every earlier token (or itself) of others.
+
+    Parameters
+    ----------
+    queries, keys
+        True for the tokens that look and for those looked at, (b, t).
+
+    Returns
+    -------
+    Boolean tensor, (b, query, key), for `cut_attention`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import edges_between
+    >>> edges_between(torch.tensor([[False, True, True]]), torch.tensor([[True, True, False]])).int()
+    tensor([[[0, 0, 0],
+             [1, 1, 0],
+             [1, 1, 0]]], dtype=torch.int32)
+    """
     return (queries[:, :, None] & keys[:, None, :]).tril()

@@ -26,7 +26,37 @@ class _StopForward(BaseException):
 
 
 class Capture(Mapping[str, Tensor]):
-    """The states of some layers during forward passes: a mapping from layer name to tensor (see `capture`)."""
+    """The states of some layers during forward passes: a mapping from layer name to tensor, as `capture` makes it.
+
+    Used as a context manager; the hooks are gone when the block is left, and what was captured stays readable.
+
+    Parameters
+    ----------
+    model, layers, site, item, transform
+        As in `capture`.
+
+    Attributes
+    ----------
+    names
+        Of the layers.
+    samples
+        Number of samples of the latest pass, where it is known.
+
+    Raises
+    ------
+    ValueError
+        For another site, and layers that there are not.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import Capture
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> with Capture(model, ["1", "2"], site="input") as states:
+    ...     found = {name: tuple(value.shape) for name, value in states.run(torch.randn(5, 4)).items()}
+    >>> found
+    {'1': (5, 3), '2': (5, 3)}
+    """
 
     def __init__(
         self,
@@ -172,15 +202,47 @@ def capture(
     item: int = 0,
     transform: Callable[[Tensor], Tensor] | Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Capture:
-    """Context manager that records what `layers` give (or get, `site="input"`) in each forward pass.
+    """Context manager that records what layers give, or get, in each forward pass.
 
-    `layers` as in `layer_names`. Inside the block either call the model yourself and read `states[name]` (the latest
-    pass; gradients flow), or `states.run(batch)`, which stops after the last layer needed. Tuple outputs: entry
-    `item`; inputs: the first positional one, or the first tensor among the keywords. `transform` is applied at once
-    in the hook (default: a copy, so that later in-place operations of the model do not change it), or one a layer, by
-    name. States are as the layer has them, tokens (t, b, d) too, except that nested tensors are padded with zeros. The
-    second run of a checkpointed part is not recorded; where the first is without gradients that are asked for, in
-    re-entrant checkpointing, ValueError is raised. Hooks are gone when the block is left.
+    Inside the block either call the model yourself and read `states[name]` (the latest pass; gradients flow), or
+    `states.run(batch)`, which stops after the last layer needed. States are as the layer has them, tokens (t, b, d)
+    too, except that nested tensors are padded with zeros. The second run of a checkpointed part is not recorded. Hooks
+    are gone when the block is left.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+    layers
+        As in `layer_names`.
+    site
+        What the layers give ("output") or get ("input": the first positional argument, or the first tensor among the
+        keywords).
+    item
+        Entry of a tuple output.
+    transform
+        Applied at once in the hook, one function or one a layer, by name. None: a copy, so that later in-place
+        operations of the model do not change it.
+
+    Returns
+    -------
+    Capture, a mapping from the names of layers that were reached.
+
+    Raises
+    ------
+    ValueError
+        For another site and layers that there are not; in a pass under re-entrant checkpointing that asks for
+        gradients.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import capture
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> with capture(model, ["0", -1]) as states:
+    ...     y = model(torch.randn(5, 4))
+    >>> states["0"].shape, bool((states["2"] == y).all())
+    (torch.Size([5, 3]), True)
     """
     return Capture(model, layers, site=site, item=item, transform=transform)
 
@@ -203,15 +265,54 @@ def iterate_representations(
 ) -> Iterator[Any]:
     """Yield the representations of one batch after another; memory does not grow with the number of batches.
 
-    Yields a tensor where `layers` is one name or index, else a dict from layer name to tensor.
-    pool: over the selected tokens (b, t, d) or the positions of a feature map (b, c, h, w): "mean", "sum", "last",
-    "first" → (b, d); "rows" → (selected, d); "none" → the layer's own tensor. States (b, d) are passed on as they
-    are. mask: which tokens are selected: a key of the batch (a key other than "attention_mask" is not passed to the
-    model) or a function of the batch, giving (b, t), nonzero = selected. drop_tokens: the first so many selected
-    tokens of each sequence are left out (CLS, registers). layout: "channels_first" or "channels_last" of maps;
-    "tokens_first" for tokens (t, b, d), which "auto" also finds out (ValueError where it cannot). What is yielded has
-    samples first. dtype, device: of what is yielded; None keeps the model's.
     The model runs without gradients and in evaluation mode; its training flags are put back after every batch.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+    batches
+        What the model takes: a tensor, a mapping of keywords, or a tuple or list of which the first entry counts.
+    layers
+        As in `layer_names`.
+    site, item
+        As in `capture`.
+    pool
+        Over the selected tokens (b, t, d) or the positions of a feature map (b, c, h, w): "mean", "sum", "last",
+        "first" → (b, d); "rows" → (selected, d); "none" → the layer's own tensor. States (b, d) are passed on as they
+        are.
+    mask
+        Which tokens are selected: a key of the batch (a key other than "attention_mask" is not passed to the model) or
+        a function of the batch, giving (b, t), nonzero = selected.
+    drop_tokens
+        The first so many selected tokens of each sequence are left out (CLS, registers).
+    layout
+        "channels_first" or "channels_last" of maps; "tokens_first" for tokens (t, b, d), which "auto" also finds out
+        (ValueError where it cannot). What is yielded has samples first.
+    early_exit
+        End the pass after the last layer asked for.
+    dtype, device
+        Of what is yielded; None keeps the model's.
+    forward
+        `forward(model, batch)`, how to call the model otherwise.
+
+    Yields
+    ------
+    A tensor where `layers` is one name or index, else a dict from layer name to tensor.
+
+    Raises
+    ------
+    ValueError
+        For values out of range, a layer that is not reached, and a sample of which no token is selected.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import iterate_representations
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh())
+    >>> batches = [torch.randn(2, 5, 4), torch.randn(3, 5, 4)]
+    >>> [tuple(found.shape) for found in iterate_representations(model, batches, "0")]
+    [(2, 3), (3, 3)]
     """
     if pool not in ("mean", "sum", "last", "first", "rows", "none"):
         raise ValueError(f"pool: one of mean, sum, last, first, rows, none, got {pool!r}")
@@ -246,9 +347,32 @@ def pool_states(
     drop_tokens: int = 0,
     layout: Layout = "auto",
 ) -> Tensor:
-    """Pool tokens (b, t, d) or a feature map to a vector a sample, or to rows; arguments as `iterate_representations`.
+    """Pool tokens (b, t, d) or a feature map to a vector a sample, or to rows.
 
-    Sums run in float32 or wider. Raises ValueError where a sample has no selected token or the mask's shape is another.
+    Parameters
+    ----------
+    states
+        Tokens or a map; states (b, d) are returned as they are.
+    mask
+        (b, t), nonzero = selected; None: all.
+    pool, drop_tokens, layout
+        As in `iterate_representations`.
+
+    Returns
+    -------
+    Tensor (b, d), or rows (selected, d); sums run in float32 or wider.
+
+    Raises
+    ------
+    ValueError
+        Where a sample has no selected token, or the mask another shape.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import pool_states
+    >>> pool_states(torch.tensor([[[1.0], [2.0], [9.0]]]), torch.tensor([[1, 1, 0]]))
+    tensor([[1.5000]])
     """
     if states.ndim <= 2:
         return states

@@ -33,14 +33,42 @@ _BATCHES_SORTED_TOGETHER = 16
 class SentenceEncoder:
     """Texts → sentence embeddings: masked pooling of the last hidden states, then L2 normalisation.
 
-    model: a transformers encoder or the folder it is saved in (then the tokenizer is read from there too). What a
-    folder of sentence-transformers says of pooling, length, prompts, layers and normalisation holds where it is not
-    given here; elsewhere it is the mean, 256 tokens, and unit length.
-    max_length: in tokens. pool: "mean", "last", "first", "max", "sqrt-mean" (the sum over the root of the count),
-    "weighted-mean" (by place) over the tokens of the text, several of them joined, or "projection" for the text tower
-    of a model with `get_text_features` (CLIP and kin). layer: take this layer's output (see `layer_names`) and stop
-    there, without the folder's own layers. prompt: the name of a prompt of the folder, for every text. Raises
-    ValueError, by name, for what a folder asks for and is not carried out.
+    What a folder of sentence-transformers says of pooling, length, prompts, layers and normalisation holds where it is
+    not given here. Elsewhere it is the mean, 256 tokens, and unit length. `encode` gives all rows, `iterate` a stream.
+
+    Parameters
+    ----------
+    model
+        A transformers encoder, or the folder it is saved in.
+    tokenizer
+        Needed beside a loaded model; of a folder it is read from there.
+    max_length
+        In tokens.
+    pool
+        "mean", "last", "first", "max", "sqrt-mean" (the sum over the root of the count) or "weighted-mean" (by place)
+        over the tokens of the text, or several of them joined; "projection" for the text tower of a model with
+        `get_text_features` (CLIP and kin).
+    layer
+        Take this layer's output (see `layer_names`) and stop there, without the folder's own layers.
+    normalize
+        Scale to unit length.
+    prompt
+        Name of a prompt of the folder, for every text.
+    device
+        To move the model to.
+
+    Raises
+    ------
+    ValueError
+        For values that do not fit together, and, by name, for what a folder asks for and is not carried out.
+
+    Examples
+    --------
+    >>> from subspan.datasets import load_sentence_encoder
+    >>> from subspan.models import SentenceEncoder
+    >>> encoder = SentenceEncoder(*load_sentence_encoder("minilm"))  # doctest: +SKIP
+    >>> encoder.encode(["A cat sat.", "A dog ran."]).shape  # doctest: +SKIP
+    (2, 384)
     """
 
     def __init__(
@@ -167,13 +195,34 @@ class SentenceEncoder:
 
 
 class ImageEncoder:
-    """Images → one vector each, from a frozen vision network.
+    """Images → one vector each, from a frozen vision network; `encode` gives all rows, `iterate` a stream.
 
-    layer: whose output is taken, averaged over positions or patches (see `layer_names`; the pass stops there). None:
-    the image tower's projection where the model has `get_image_features` (CLIP and kin), else the model's pooled
-    output. preprocessing: an `ImagePreprocessing`, or any function image → tensor (3, h, w). drop_tokens: leading
-    tokens that are no patches. normalize: L2. forward(model, batch): how to call the model otherwise; it gives (b, d)
-    where layer is None.
+    Parameters
+    ----------
+    model
+        Any torch module.
+    preprocessing
+        An `ImagePreprocessing`, or any function image → tensor (3, h, w).
+    layer
+        Whose output is taken, averaged over positions or patches (see `layer_names`; the pass stops there). None: the
+        image tower's projection where the model has `get_image_features` (CLIP and kin), else the model's pooled
+        output.
+    drop_tokens
+        Leading tokens that are no patches.
+    normalize
+        Scale to unit length.
+    forward
+        `forward(model, batch)`, how to call the model otherwise; it gives (b, d) where `layer` is None.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from subspan.models import ImageEncoder, ImagePreprocessing
+    >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    >>> encoder = ImageEncoder(model, ImagePreprocessing(4))
+    >>> encoder.encode([np.zeros((8, 8), np.uint8)] * 3).shape
+    (3, 5)
     """
 
     def __init__(

@@ -203,7 +203,27 @@ _SCHEMAS: dict[str, Any] = {
 def save_factored(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the factored layers of a model, and nothing else of it, to one safetensors file.
 
-    Raises ValueError where it has none.
+    Parameters
+    ----------
+    model
+        With `LowRankLinear` or `SparseDictLinear` layers.
+    path
+        Of the file; one that is there is replaced, whole or not at all.
+
+    Raises
+    ------
+    ValueError
+        Where the model has no such layers.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from safetensors.torch import load_file
+    >>> from subspan.models import LowRankLinear, save_factored
+    >>> layer = LowRankLinear.from_linear(torch.nn.Linear(6, 4), rank=2)
+    >>> save_factored(torch.nn.Sequential(layer), "saved.safetensors")
+    >>> sorted(load_file("saved.safetensors"))
+    ['0:bias', '0:down', '0:up']
     """
     words = {kind: word for word, kind in _KINDS.items()}
     layers: dict[str, Any] = {name: part for name, part in model.named_modules() if type(part) in words}
@@ -215,9 +235,33 @@ def save_factored(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load_factored(model: nn.Module, path: str | os.PathLike[str]) -> Surgery:
-    """Put the layers of a file by `save_factored` into a model in place of its own; `undo()` takes them out again.
+    """Put the layers of a file by `save_factored` into a model in place of its own.
 
-    Raises ValueError for another file, and where the model has no such layers or of other sizes.
+    Parameters
+    ----------
+    model
+        Changed in place.
+    path
+        Of the file.
+
+    Returns
+    -------
+    Surgery, whose `undo()` takes them out again.
+
+    Raises
+    ------
+    ValueError
+        For another file, and where the model has no such layers or of other sizes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import LowRankLinear, load_factored, save_factored
+    >>> layer, model = torch.nn.Linear(6, 4), torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> save_factored(torch.nn.Sequential(LowRankLinear.from_linear(layer, rank=4)), "loaded.safetensors")
+    >>> surgery, x = load_factored(model, "loaded.safetensors"), torch.randn(3, 6)
+    >>> torch.allclose(model(x), layer(x), atol=1e-5)
+    True
     """
     facts = {"layers": dict[str, Literal["low rank", "sparse dictionary"]]}
     parts = {part for schema in _SCHEMAS.values() for part in schema}

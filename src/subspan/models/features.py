@@ -25,13 +25,46 @@ Aggregate = Literal["mean", "concat", "group"]
 class FeatureGrid:
     """Images → patch features (b, h, w, d) of some layers of a frozen vision network.
 
-    layers: as in `layer_names`; the forward pass ends after the last of them. Coarser maps are upsampled (bilinear)
-    to the finest one. aggregate: "mean" = mean over the layers of equal width, the widths concatenated (SubspaceAD,
-    2026, for tokens of one width: the plain mean); "concat" = all layers concatenated; "group" = mean inside each of
-    `groups` (lists of layers), the groups concatenated. drop_tokens: leading tokens that are no patches (CLS,
-    registers); None infers it from the patch size, else from the largest square grid. layout: as in
-    `iterate_representations`. forward: how the model is called. Float32 on the model's device; no gradients,
-    evaluation mode.
+    The forward pass ends after the last of the layers. Coarser maps are upsampled (bilinear) to the finest one.
+    Features are float32 on the model's device; no gradients, evaluation mode. A call takes images or a batch (b, 3, h,
+    w) that is already prepared.
+
+    Parameters
+    ----------
+    model
+        Any torch module.
+    layers
+        As in `layer_names`.
+    aggregate
+        "mean": mean over the layers of equal width, the widths concatenated (SubspaceAD, 2026, for tokens of one width:
+        the plain mean). "concat": all layers concatenated. "group": mean inside each of `groups`, the groups
+        concatenated.
+    groups
+        Lists of layers, with "group".
+    preprocessing
+        None: `ImagePreprocessing()`. Where its `resize` is None, the whole image is squashed to the size.
+    drop_tokens
+        Leading tokens that are no patches (CLS, registers); None infers it from the patch size, else from the largest
+        square grid.
+    layout
+        As in `iterate_representations`.
+    forward
+        `forward(model, batch)`, how to call the model otherwise.
+
+    Raises
+    ------
+    ValueError
+        For another aggregate, groups without "group", and groups of layers that are not asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from subspan.models import FeatureGrid, ImagePreprocessing
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, stride=4), torch.nn.ReLU())
+    >>> features = FeatureGrid(model, "1", preprocessing=ImagePreprocessing(16))
+    >>> features([np.zeros((20, 30), np.uint8)] * 2).shape
+    torch.Size([2, 4, 4, 8])
     """
 
     def __init__(
@@ -107,9 +140,34 @@ class FeatureGrid:
 def token_grid(
     model: nn.Module, n_tokens: int, size: Sequence[int], drop_tokens: int | None = None
 ) -> tuple[int, int, int]:
-    """(rows, columns, leading tokens to drop) of a token model's grid for an input of `size` (height, width) pixels.
+    """Grid of a token model: rows, columns, and leading tokens to drop.
 
-    Raises ValueError where the tokens do not make a grid.
+    Parameters
+    ----------
+    model
+        Its patch size is read where transformers' configuration or timm's patch embedding states it.
+    n_tokens
+        Tokens of an image.
+    size
+        (height, width) of the input, in pixels.
+    drop_tokens
+        Leading tokens that are no patches; None infers it.
+
+    Returns
+    -------
+    (rows, columns, leading tokens to drop)
+
+    Raises
+    ------
+    ValueError
+        Where the tokens do not make a grid.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import token_grid
+    >>> token_grid(torch.nn.Identity(), 50, (224, 224))
+    (7, 7, 1)
     """
     patch = _patch_size(model)
     if patch is not None:

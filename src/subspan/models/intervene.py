@@ -27,14 +27,43 @@ def intervene(
     item: int = 0,
     layout: Layout = "auto",
 ) -> Iterator[nn.Module]:
-    """Within the block the states of `layers` are replaced by `function(states)`; the model is as before after it.
+    """Within the block the states of layers are replaced by a function of them; the model is as before after it.
 
-    layers as in `layer_names`, or a mapping from layer to its own function. The function gets vectors along the last
-    axis: (b, t, d) also where the layer has tokens first (layout as in `iterate_representations`), nested ones padded
-    with zeros; (b, d); or a feature map moved to (b, h, w, d); and returns the same shape; dtype and device are put
-    back to the layer's. site="input" changes what the layer gets. item: the entry of a tuple output. Raises ValueError
-    in the forward pass where the function changes the shape, and at the end of the block where a checkpointed layer has
-    still to run again, in a backward pass that would not see the change.
+    Parameters
+    ----------
+    model
+        Any torch module.
+    layers
+        As in `layer_names`, or a mapping from layer to its own function.
+    function
+        Gets vectors along the last axis and returns the same shape: (b, t, d) also where the layer has tokens first,
+        nested ones padded with zeros; (b, d); or a feature map moved to (b, h, w, d). Dtype and device are put back to
+        the layer's.
+    site
+        Change what the layer gives ("output") or gets ("input").
+    item
+        Entry of a tuple output.
+    layout
+        As in `iterate_representations`.
+
+    Yields
+    ------
+    The model.
+
+    Raises
+    ------
+    ValueError
+        In the forward pass where the function changes the shape, and at the end of the block where a checkpointed layer
+        has still to run again, in a backward pass that would not see the change.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import intervene
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
+    >>> with intervene(model, "0", torch.zeros_like):
+    ...     print(model(torch.randn(1, 4)).detach())
+    tensor([[0., 0.]])
     """
     if site not in ("output", "input"):
         raise ValueError(f"site: 'output' or 'input', got {site!r}")

@@ -17,7 +17,27 @@ Layers = Layer | Sequence[Layer]
 def find_blocks(model: nn.Module) -> str:
     """Dotted name of the model's one outermost list of like blocks (`model.layers`, `encoder.layer`, `blocks`, …).
 
-    Raises ValueError where there is none, or several (encoder–decoder and vision–language models): then name it.
+    Parameters
+    ----------
+    model
+        Any torch module; of a list or a sequence the name is empty.
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    ValueError
+        Where there is none, or several (encoder–decoder and vision–language models): then name it.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import find_blocks
+    >>> layer = torch.nn.TransformerEncoderLayer(8, 2, batch_first=True)
+    >>> find_blocks(torch.nn.TransformerEncoder(layer, 3))
+    'layers'
     """
     if isinstance(model, nn.Sequential | nn.ModuleList):
         return ""
@@ -37,11 +57,33 @@ def find_blocks(model: nn.Module) -> str:
 
 
 def layer_names(model: nn.Module, layers: Layers) -> list[str]:
-    """Dotted names of the modules that `layers` asks for, in the order asked for and without repeats.
+    """Dotted names of the modules that are asked for, in the order asked for and without repeats.
 
-    A layer is a dotted name (`"model.layers.3"`, an index may be negative: `"model.layers.-1"`), a glob in which `*`
-    stays within a dot and `**` crosses it (`"encoder.layer.*"`), a compiled regular expression (full match), or an int
-    into the model's list of blocks (see `find_blocks`). Raises ValueError with the nearest names when nothing matches.
+    Parameters
+    ----------
+    model
+        Any torch module.
+    layers
+        One or several of: a dotted name (`"model.layers.3"`, an index may be negative: `"model.layers.-1"`), a glob in
+        which `*` stays within a dot and `**` crosses it (`"encoder.layer.*"`), a compiled regular expression (full
+        match), or an int into the model's list of blocks (see `find_blocks`).
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ValueError
+        With the nearest names when nothing matches, and for an empty list.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import layer_names
+    >>> model = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(8, 2, batch_first=True), 3)
+    >>> layer_names(model, ["layers.*.self_attn", -1])
+    ['layers.0.self_attn', 'layers.1.self_attn', 'layers.2.self_attn', 'layers.2']
     """
     asked = [layers] if isinstance(layers, str | int | re.Pattern) else list(layers)
     if not asked:
@@ -56,8 +98,14 @@ def linear_names(model: nn.Module, inside: Layers | None = None) -> list[str]:
 
     Parameters
     ----------
+    model
+        Any torch module.
     inside
         As in `layer_names`. Default: the model's blocks (see `find_blocks`), so that embeddings and heads are left out.
+
+    Returns
+    -------
+    list of str
 
     Raises
     ------
@@ -89,9 +137,30 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def linear_weight(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight (d_out, d_in), bias or None) of a linear layer, of transformers' `Conv1D` too: no copies.
+    """Weight and bias of a linear layer, of transformers' `Conv1D` too: no copies.
 
-    Raises ValueError for other layers, and for weights that are not floating-point (quantised).
+    Parameters
+    ----------
+    module
+        The layer.
+
+    Returns
+    -------
+    (weight, bias)
+        (d_out, d_in), and (d_out,) or None.
+
+    Raises
+    ------
+    ValueError
+        For other layers, and for weights that are not floating-point (quantised).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import linear_weight
+    >>> weight, bias = linear_weight(torch.nn.Linear(4, 3))
+    >>> weight.shape, bias.shape
+    (torch.Size([3, 4]), torch.Size([3]))
     """
     weight = getattr(module, "weight", None)
     if not (isinstance(module, nn.Linear) or is_conv1d(module)) or not isinstance(weight, torch.Tensor):

@@ -129,7 +129,28 @@ class LowRankChange(nn.Module):
 
 
 class LowRankEdit:
-    """What `add_low_rank` did to a model: its layers, and the ways to end it."""
+    """What `add_low_rank` did to a model: its layers, and the ways to end it.
+
+    `undo()` puts the model back, `merge()` changes its own weights, `export(folder)` writes a plain LoRA adapter.
+
+    Parameters
+    ----------
+    surgery
+        The replacements.
+    layers
+        The `LowRankChange` of each changed layer, by name.
+    trained
+        The model's parameters that were trained before, which `undo` unfreezes.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import add_low_rank
+    >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    >>> edit = add_low_rank(model, {"0": 2})
+    >>> edit.layers["0"].rank, edit.undo()[0]
+    (2, Linear(in_features=6, out_features=4, bias=True))
+    """
 
     def __init__(self, surgery: Surgery, layers: dict[str, LowRankChange], trained: list[nn.Parameter]) -> None:
         self.surgery, self.layers = surgery, layers
@@ -205,6 +226,8 @@ def add_low_rank(
 
     Parameters
     ----------
+    model
+        Any torch module; changed in place.
     sites
         Name of a linear layer → the subspace to start in, or a rank (see `LowRankChange.from_subspace`).
     side

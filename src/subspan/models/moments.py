@@ -35,12 +35,26 @@ class SiteMoments(Mapping[str, Any]):
 
     `a + b` merges two passes, `all_reduce` those of several processes, `save` and `load` keep them in one file.
 
-    Attributes
+    Parameters
     ----------
+    site
+        "input" or "output": what of the layers.
+    moments
+        Name of a leader → its `Moments`, or `GroupedMoments`.
     leaders
         Name of a site → name of the first site that sees the same tensor, maybe its own.
     skipped
         Name of a leader → rows left out since they were not finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import collect_moments
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    >>> first, second = (collect_moments(model, torch.randn(5, 8, 4), ["0", "1"]) for _ in range(2))
+    >>> found = first + second
+    >>> list(found), found["0"].count
+    (['0', '1'], 80.0)
     """
 
     def __init__(self, site: Site, moments: dict[str, Any], leaders: dict[str, str], skipped: dict[str, int]) -> None:

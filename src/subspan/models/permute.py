@@ -15,9 +15,35 @@ from .layers import Layers, layer_names
 def permute_units(model: nn.Module, producers: Layers, consumers: Layers, order: Sequence[int] | Tensor) -> nn.Module:
     """A copy of the model in which unit i of the producers is what was unit order[i]; its outputs stay the same.
 
-    producers: the layer that makes the units and the normalisations that follow it (everything with one number, filter
-    or row a unit); consumers: the layers that read them. A linear consumer behind a flattened feature map reads a block
-    of positions a channel. Raises ValueError for an order that is no permutation, or widths that do not fit.
+    Parameters
+    ----------
+    model
+        Any torch module.
+    producers
+        The layer that makes the units and the normalisations that follow it: everything with one number, filter or row
+        a unit. As in `layer_names`.
+    consumers
+        The layers that read them. A linear one behind a flattened feature map reads a block of positions a channel.
+    order
+        A permutation of the units.
+
+    Returns
+    -------
+    A copy of the model.
+
+    Raises
+    ------
+    ValueError
+        For an order that is no permutation, or widths that do not fit.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import permute_units
+    >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)), torch.randn(5, 4)
+    >>> changed = permute_units(model, "0", "2", [2, 0, 1])
+    >>> torch.equal(changed[0](x)[:, 0], model[0](x)[:, 2]), torch.allclose(changed(x), model(x), atol=1e-5)
+    (True, True)
     """
     index = torch.as_tensor(order, dtype=torch.int64)
     units = len(index)

@@ -15,13 +15,39 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Image(s) → float32 network input (3, h, w).
+    """Image(s) → float32 network input (3, h, w): resized and normalised.
 
-    size: side length or (height, width). resize: "squash" to the size whatever the shape; "crop" = short side to size
-    / crop_fraction, then centre crop; "none" leaves the size. None is "crop" for a vector of the whole picture, but
-    "squash" where patches are told apart (`FeatureGrid`, `SubspaceAD`), so that its border is seen too. mean, std: of
-    pixel values in [0, 1], one number or three. Images may be PIL images, uint8 or uint16 arrays (h, w), (h, w, 1|3|4),
-    uint8 tensors (3, h, w), or floats in [0, 1].
+    Images may be PIL images, uint8 or uint16 arrays (h, w), (h, w, 1|3|4), uint8 tensors (3, h, w), or floats in [0,
+    1].
+
+    Parameters
+    ----------
+    size
+        Side length or (height, width), in pixels.
+    mean, std
+        Of pixel values in [0, 1], one number or three.
+    resize
+        "squash" to the size whatever the shape; "crop": short side to size / crop_fraction, then centre crop; "none"
+        leaves the size. None is "crop" for a vector of the whole picture, but "squash" where patches are told apart
+        (`FeatureGrid`, `SubspaceAD`), so that its border is seen too.
+    crop_fraction
+        In (0, 1].
+    interpolation
+        "bilinear" or "bicubic", both antialiased.
+
+    Raises
+    ------
+    ValueError
+        For values out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.models import ImagePreprocessing
+    >>> white = np.full((4, 6, 3), 255, np.uint8)
+    >>> prepared = ImagePreprocessing(8, mean=0.5, std=0.5, resize="squash")(white)
+    >>> prepared.shape, prepared.unique()
+    (torch.Size([3, 8, 8]), tensor([1.]))
     """
 
     size: int | tuple[int, int] = 224
@@ -103,7 +129,28 @@ class ImagePreprocessing:
 def image_tensor(image: Any) -> Float[Tensor, "3 h w"]:
     """An image as float32 RGB in [0, 1]; grey is repeated, alpha is composited on white, 16 bit is scaled.
 
-    Raises TypeError for what is not an image and ValueError for a wrong shape, NaN or floats outside [0, 1].
+    Parameters
+    ----------
+    image
+        A PIL image, an array (h, w) or (h, w, 1|3|4), or a tensor (h, w) or (1|3|4, h, w).
+
+    Returns
+    -------
+    Tensor, (3, h, w)
+
+    Raises
+    ------
+    TypeError
+        For what is not an image.
+    ValueError
+        For a wrong shape, NaN or floats outside [0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.models import image_tensor
+    >>> image_tensor(np.array([[0, 255]], np.uint8)).tolist()
+    [[[0.0, 1.0]], [[0.0, 1.0]], [[0.0, 1.0]]]
     """
     if isinstance(image, Tensor):
         tensor = image if image.ndim == 3 else image[None] if image.ndim == 2 else None

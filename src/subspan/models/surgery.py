@@ -17,9 +17,20 @@ from subspan.base.modules import evaluation
 
 @dataclass(frozen=True)
 class Site:
-    """One replaced module: its name, parameters before and after, and multiply-adds of one run where they were counted.
+    """One replaced module, before and after.
 
-    error: |f(x) - g(x)|_F / |f(x)|_F of the old and the new module on what reached the old one.
+    Attributes
+    ----------
+    name
+        Of the module.
+    before, after
+        Names of the classes.
+    parameters, new_parameters
+        Their numbers.
+    multiply_adds, new_multiply_adds
+        Of one run, where they were counted.
+    error
+        |f(x) - g(x)|_F / |f(x)|_F of the old and the new module on what reached the old one, where it was measured.
     """
 
     name: str
@@ -33,7 +44,28 @@ class Site:
 
 
 class Surgery:
-    """What `replace` did to `model`: `sites`, `report()`, and `undo()`, which puts the very same modules back."""
+    """What `replace` did to a model; `undo()` puts the very same modules back, `report()` is a line a site.
+
+    Parameters
+    ----------
+    model
+        The changed model.
+    originals
+        The old modules, by name.
+    sites
+        An account of each replacement.
+    reversals
+        What `undo` calls, the last one first.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import replace
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    >>> surgery = replace(model, {"0": torch.nn.Identity()})
+    >>> surgery.sites[0].after, surgery.undo()[0]
+    ('Identity', Linear(in_features=8, out_features=8, bias=True))
+    """
 
     def __init__(
         self, model: nn.Module, originals: dict[str, nn.Module], sites: list[Site], reversals: list[Callable[[], Any]]
@@ -70,16 +102,40 @@ def replace(
     sites: Mapping[str, Callable[[Any], nn.Module]] | Mapping[str, nn.Module],
     example: Any = None,
 ) -> Surgery:
-    """Replace submodules of `model`, in place, by what a function makes of each, or by a given module.
+    """Replace submodules of a model, in place, by what a function makes of each, or by a given module.
 
-    sites: names or patterns ("layers.*.fc") → a function of the old module, such as `Butterfly.from_linear`,
-    `HouseholderProjector.from_linear` or `lambda m: nn.Identity()` (the control), or a module. A new module has the old
-    one's device and mode; in a model of half precision it stays as it is, and tensors are converted on the way in and
-    out. example: an input of the model, a tuple of them, or a mapping of keywords (what a tokenizer gives); with it
-    multiply-adds and errors are measured, and where the old module gave a tuple, as the attention of torch and of
-    transformers does, the new one is given its first tensor and has its output put first in such a tuple. Raises
-    ValueError for a pattern that names nothing, and, with an example, where shapes would change; then nothing is
-    replaced.
+    A new module has the old one's device and mode. In a model of half precision it stays as it is, and tensors are
+    converted on the way in and out.
+
+    Parameters
+    ----------
+    model
+        Any torch module; changed in place.
+    sites
+        Names or patterns ("layers.*.fc") → a function of the old module, such as `Butterfly.from_linear`,
+        `HouseholderProjector.from_linear` or `lambda m: nn.Identity()` (the control), or a module.
+    example
+        An input of the model, a tuple of them, or a mapping of keywords (what a tokenizer gives). With it multiply-adds
+        and errors are measured. Where the old module gave a tuple, as the attention of torch and of transformers does,
+        the new one is given its first tensor and has its output put first in such a tuple.
+
+    Returns
+    -------
+    Surgery
+
+    Raises
+    ------
+    ValueError
+        For a pattern that names nothing, and, with an example, where shapes would change; then nothing is replaced.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import LowRankLinear, replace
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
+    >>> surgery = replace(model, {"0": lambda old: LowRankLinear.from_linear(old, rank=2)}, example=torch.randn(5, 8))
+    >>> surgery.sites[0].parameters, surgery.sites[0].new_parameters, model(torch.randn(5, 8)).shape
+    (72, 40, torch.Size([5, 8]))
     """
     chosen: dict[str, Any] = {}
     for pattern, maker in sites.items():
@@ -117,10 +173,28 @@ def replace(
 
 
 def multiply_adds(module: nn.Module, *inputs: Any, **named: Any) -> int:
-    """Multiply-adds of all linear maps and convolutions in one run of `module`.
+    """Multiply-adds of all linear maps and convolutions in one run of a module.
 
     Other layers count where they say so, by a method `multiply_adds(input)`; products of activations with one another
     and elementwise operations do not.
+
+    Parameters
+    ----------
+    module
+        Any torch module; runs in evaluation mode.
+    *inputs, **named
+        What it is called with.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import multiply_adds
+    >>> multiply_adds(torch.nn.Linear(8, 2), torch.randn(5, 8))
+    80
     """
     return _counted_run(module, *inputs, **named)[1]
 

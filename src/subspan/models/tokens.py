@@ -20,9 +20,18 @@ _OPEN, _CLOSE = "\ue0f0", "\ue0f1"
 
 @dataclass(frozen=True)
 class TokenRoles:
-    """A batch of conversations in tokens, with a boolean mask (b, t) for each role.
+    """A batch of conversations in tokens, with a boolean mask (b, t) for each role; see `from_messages`.
 
-    assistant: what assistants say. context: documents or images that are talked about. query: what asks about them.
+    Attributes
+    ----------
+    input_ids, attention_mask
+        (b, t).
+    assistant
+        What assistants say.
+    query
+        What asks about the context.
+    context
+        Documents or images that are talked about.
     """
 
     input_ids: Int[Tensor, "b t"]

@@ -87,7 +87,25 @@ def _files(path: Path) -> dict[str, Path]:
 
 
 def weights_of(source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> Mapping[str, Tensor]:
-    """Tensors by name: of a module (tied ones once), a mapping itself, or a checkpoint's path (`StoredWeights`)."""
+    """Tensors by name, of a module, a mapping or a checkpoint.
+
+    Parameters
+    ----------
+    source
+        A module (tied tensors count once), a mapping, which is returned itself, or the path of a checkpoint
+        (`StoredWeights`).
+
+    Returns
+    -------
+    Mapping of names to tensors; nothing is copied.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import weights_of
+    >>> list(weights_of(torch.nn.Linear(4, 2)))
+    ['weight', 'bias']
+    """
     if isinstance(source, nn.Module):
         kept = source.state_dict().keys()
         return dict(source.named_parameters()) | {n: b for n, b in source.named_buffers() if n in kept}
@@ -115,6 +133,14 @@ def write_weights(
     ------
     ValueError
         Where the folder exists, a name comes twice, or there is nothing to write.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import StoredWeights, write_weights
+    >>> write_weights({"a": torch.ones(2), "b": torch.zeros(3)}, "written")
+    >>> StoredWeights("written")["a"]
+    tensor([1., 1.])
     """
     target = Path(os.path.realpath(folder))
     if target.exists():
