@@ -100,7 +100,7 @@ def batches(source: Any, batch_size: int = 8192, *, skip: int = 0) -> Iterator[T
         An array or tensor (n, d); a memory map; a path to a table (see `subspan.datasets.read_table`); an iterable (or
         DataLoader) of batches, where of a tuple or dict the first entry is taken; a Dask array.
     batch_size
-        Rows of a tensor, at most; batches of an iterable and blocks of a Dask array stay as they are.
+        Rows of a yielded tensor at most; batches of an iterable and blocks of a Dask array stay as they are.
     skip
         Rows that are passed over first.
 
