@@ -14,6 +14,7 @@ import pytest
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
 ROOMS: tuple[str, ...] = (
     "cluster",
+    "datasets",
     "detect",
     "edit",
     "geometry",

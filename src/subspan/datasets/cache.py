@@ -26,7 +26,28 @@ KINDS = ("features", "models", "dual-encoder", "point-network", "small-networks"
 
 
 def cache_folder() -> Path:
-    """SUBSPAN_CACHE, else `subspan` in the platform's folder for caches; made when absent."""
+    """The folder that features and converted models are kept in; made when absent.
+
+    It is SUBSPAN_CACHE, else `subspan` in the platform's folder for caches.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ValueError
+        Where the folder cannot be made.
+
+    Examples
+    --------
+    >>> import os
+    >>> from unittest import mock
+    >>> from subspan.datasets import cache_folder
+    >>> with mock.patch.dict(os.environ, SUBSPAN_CACHE="kept"):
+    ...     print(cache_folder().name)
+    kept
+    """
     chosen = os.environ.get("SUBSPAN_CACHE")
     if chosen:
         folder = Path(chosen).expanduser()
@@ -65,7 +86,22 @@ class CacheEntry:
 
 
 def cache_entries() -> list[CacheEntry]:
-    """What the cache holds, finished or not, oldest first."""
+    """What the cache holds, finished or not, oldest first.
+
+    Returns
+    -------
+    list of CacheEntry
+        Each with folder, kind, key, megabytes, modified (seconds since 1970), options, and whether it is finished.
+
+    Examples
+    --------
+    >>> import os
+    >>> from unittest import mock
+    >>> from subspan.datasets import cache_entries
+    >>> with mock.patch.dict(os.environ, SUBSPAN_CACHE="empty"):
+    ...     print(cache_entries())
+    []
+    """
     entries = []
     for kind in KINDS:
         for parent in _parents(kind):
@@ -76,7 +112,27 @@ def cache_entries() -> list[CacheEntry]:
 
 
 def clear_cache(*, older_than_days: float = 0.0) -> float:
-    """Remove the entries that are at least so old and that no process is making; returns the megabytes freed."""
+    """Remove the entries of the cache that are old enough and that no process is making.
+
+    Parameters
+    ----------
+    older_than_days
+        The least age, in days; 0: all.
+
+    Returns
+    -------
+    float: the megabytes freed.
+
+    Examples
+    --------
+    >>> import os
+    >>> from unittest import mock
+    >>> from subspan.datasets import cache_entries, clear_cache
+    >>> with mock.patch.dict(os.environ, SUBSPAN_CACHE="cleared"):
+    ...     freed = clear_cache(older_than_days=30)
+    >>> freed
+    0.0
+    """
     freed = 0.0
     for entry in cache_entries():
         if time.time() - entry.modified < older_than_days * 86400:

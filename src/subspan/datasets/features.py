@@ -29,14 +29,44 @@ def cached_features(
     options: Mapping[str, Any] | None = None,
     shard_rows: int = 4096,
 ) -> np.ndarray:
-    """The rows that `compute` gives, from the cache where they were computed before; a read-only memory map (n, …).
+    """The rows that a function gives, from the cache where they were computed before.
 
-    compute(start) yields blocks of rows (arrays or tensors) from row `start` on; it is called with 0 at first, and
-    with the number of finished rows where an earlier run was stopped. The key is what `fingerprint` makes of model,
-    data, options (everything the rows depend on: layers, pooling, sizes, …) and the version of this library. Rows are
-    kept in shards of at least `shard_rows` until all are there. Of several processes with the same key one computes,
-    the others wait for it. Damaged files are computed again. Raises ValueError where `compute` yields no rows or
-    blocks of different widths.
+    The key is what `fingerprint` makes of model, data, options and the version of this library. Rows are kept in shards
+    until all are there, so that a run that was stopped goes on where it was. Of several processes with the same key one
+    computes, the others wait for it. Damaged files are computed again.
+
+    Parameters
+    ----------
+    compute
+        compute(start) yields blocks of rows (arrays or tensors) from row `start` on: 0 at first, the number of finished
+        rows where an earlier run was stopped.
+    model, data
+        What the rows are computed with and of; anything that `fingerprint` takes.
+    options
+        Everything else that the rows depend on: layers, pooling, sizes, …
+    shard_rows
+        The least number of rows in a shard.
+
+    Returns
+    -------
+    Read-only memory map, (n, …)
+
+    Raises
+    ------
+    ValueError
+        Where `compute` yields no rows or blocks of different widths.
+
+    Examples
+    --------
+    >>> import os
+    >>> from unittest import mock
+    >>> import numpy as np
+    >>> from subspan.datasets import cached_features
+    >>> with mock.patch.dict(os.environ, SUBSPAN_CACHE="rows"):
+    ...     first = cached_features(lambda start: [np.eye(3)[start:]], options={"pool": "mean"})
+    ...     again = cached_features(lambda start: [], options={"pool": "mean"})
+    >>> first.shape, bool((first == again).all())
+    ((3, 3), True)
     """
     if shard_rows < 1:
         raise ValueError(f"shard_rows: at least 1, got {shard_rows}")
@@ -68,9 +98,28 @@ def cached_features(
 def fingerprint(value: Any) -> str:
     """SHA-256, in hexadecimal, of a value's content.
 
-    Takes None, numbers, texts, bytes, paths (a file's content), arrays, tensors, modules (class, and every parameter's
-    and buffer's name, type, shape and content), dataclasses, image collections (the files' content), and mappings and
-    sequences of these. Raises TypeError for others.
+    Parameters
+    ----------
+    value
+        None, numbers, texts, bytes, paths (a file's content), arrays, tensors, modules (class, and every parameter's
+        and buffer's name, type, shape and content), dataclasses, image collections (the files' content), and mappings
+        and sequences of these.
+
+    Returns
+    -------
+    str of 64 digits.
+
+    Raises
+    ------
+    TypeError
+        For other values.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.datasets import fingerprint
+    >>> fingerprint([np.eye(2), "a"]) == fingerprint([np.eye(2), "a"]) != fingerprint([np.eye(2), "b"])
+    True
     """
     digest = hashlib.sha256()
     for piece in _pieces(value):

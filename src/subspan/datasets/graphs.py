@@ -33,9 +33,32 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @dataclass(frozen=True)
 class AttributedGraph:
-    """Adjacency (n, n) and attributes (n, d), both CSR, with a class (n,) and a name for each node where known.
+    """A graph whose nodes have attributes, and a class and a name where known.
 
-    labels: integers, -1 for nodes without a class; classes: what the class 0, 1, … is called, where it has a name.
+    Parameters
+    ----------
+    title
+        What reports call it.
+    adjacency
+        (n, n), CSR.
+    attributes
+        (n, d), CSR.
+    labels
+        Class of each node (n,), integers, -1 for nodes without one.
+    names
+        Of the nodes.
+    classes
+        What the class 0, 1, … is called, where it has a name.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from scipy import sparse
+    >>> from subspan.datasets import AttributedGraph
+    >>> edges = sparse.csr_matrix(np.array([[0, 1, 0], [1, 0, 1], [0, 1, 0]]))
+    >>> graph = AttributedGraph("path", edges, sparse.csr_matrix(np.eye(3))).with_classes(["end", "middle", "end"])
+    >>> graph.n_edges, graph.labels.tolist(), graph.classes
+    (2, [0, 1, 0], ('end', 'middle'))
     """
 
     title: str
@@ -91,7 +114,31 @@ class AttributedGraph:
 
 
 def load_graph(name: str, folder: str | os.PathLike[str] | None = None) -> AttributedGraph:
-    """A shared attributed graph: "acm", "wiki", "citeseer" or "cora" (see `datasets.load`), or "docstrings"."""
+    """A shared attributed graph by name.
+
+    Parameters
+    ----------
+    name
+        "acm", "wiki", "citeseer" or "cora" (see `load`), or "docstrings" (see `docstring_graph`).
+    folder
+        Of the shared data sets; None: see `data_folder`.
+
+    Returns
+    -------
+    AttributedGraph
+
+    Raises
+    ------
+    ValueError
+        For another name, and where the data set is not there.
+
+    Examples
+    --------
+    >>> from subspan.datasets import load_graph
+    >>> load_graph("karate")
+    Traceback (most recent call last):
+    ValueError: name: unknown graph 'karate'; known are acm, wiki, citeseer, cora, docstrings
+    """
     if name == "docstrings":
         return docstring_graph()
     if name not in GRAPHS:
@@ -100,11 +147,26 @@ def load_graph(name: str, folder: str | os.PathLike[str] | None = None) -> Attri
 
 
 def docstring_graph(n_classes: int = 8) -> AttributedGraph:
-    """Docstrings of the `n_classes` best documented packages of the standard library, linked where one names another.
+    """Docstrings of the best documented packages of the standard library, linked where one names another.
 
-    Attributes are counts of the words that stand in 2 docstrings or more (names of the objects themselves left out);
-    an edge joins two objects of which one's text or code has the other's name, where no more than 5 objects have it.
-    The class is the package. About 1 500 nodes.
+    Attributes are counts of the words that stand in 2 docstrings or more (names of the objects themselves left out). An
+    edge joins two objects of which one's text or code has the other's name, where no more than 5 objects have it. The
+    class is the package. About 1 500 nodes; takes some seconds.
+
+    Parameters
+    ----------
+    n_classes
+        Number of packages.
+
+    Returns
+    -------
+    AttributedGraph
+
+    Examples
+    --------
+    >>> from subspan.datasets import docstring_graph
+    >>> docstring_graph(n_classes=4).n_classes  # doctest: +SKIP
+    4
     """
     found = stdlib_docstrings()
     kept = {label for label, _ in Counter(entry.label for entry in found).most_common(n_classes)}
@@ -150,10 +212,42 @@ def attributed_block_model(
     topical: float = 0.5,
     random_state: int | None = None,
 ) -> AttributedGraph:
-    """A generated graph of blocks: n_nodes * mean_degree / 2 edges drawn, a share `inside` of them inside a block.
+    """A generated graph of blocks whose nodes have words, for tests of scale: O(edges + n_nodes words).
 
-    Each node has `words` words, a share `topical` of them from its block's own part of the vocabulary and the others
-    from all of it. Time and memory O(edges + n_nodes words).
+    n_nodes * mean_degree / 2 edges are drawn; loops and repeated ones are left out.
+
+    Parameters
+    ----------
+    n_nodes, n_clusters
+        Nodes and blocks; each node's block is drawn.
+    mean_degree
+        Edges of a node.
+    inside
+        Share of the edges that are drawn inside a block.
+    n_attributes
+        Words of the vocabulary, cut into one part a block.
+    words
+        Words of a node.
+    topical
+        Share of them from the block's own part; the others are from all of it.
+    random_state
+        Seed.
+
+    Returns
+    -------
+    AttributedGraph, with the blocks as `labels`.
+
+    Raises
+    ------
+    ValueError
+        For more clusters than nodes or attributes.
+
+    Examples
+    --------
+    >>> from subspan.datasets import attributed_block_model
+    >>> graph = attributed_block_model(60, 3, random_state=0)
+    >>> graph.adjacency.shape, graph.attributes.shape, graph.n_classes
+    ((60, 60), (60, 200), 3)
     """
     if not 1 <= n_clusters <= min(n_nodes, n_attributes):
         raise ValueError(f"n_clusters: must lie in [1, {min(n_nodes, n_attributes)}], got {n_clusters}")
@@ -190,14 +284,40 @@ def read_graph(
     id_column: str | None = None,
     label_column: str | None = None,
 ) -> AttributedGraph:
-    """A graph from an edge list and a table of attributes, or from one .npz of two CSR matrices.
+    r"""A graph from an edge list and a table of attributes, or from one .npz of two CSR matrices.
 
-    edges: a text file (.txt, .tsv, .csv, .edges, also .gz), a pair of nodes a line, with a weight or none, separated
-    by commas, tabs or spaces; lines that start with # and a header are passed over. Nodes are named by `id_column` of
-    the attributes, else they are row numbers from 0. attributes: any table that `read_table` reads; label_column:
-    classes in it. An .npz has the arrays adj_ and attr_ with data, indices, indptr, shape, and labels or none;
-    label_column, id_column: other arrays in it. Raises ValueError, naming the line, for what is no edge, names no node,
-    or has a negative or infinite weight.
+    Parameters
+    ----------
+    edges
+        A text file (.txt, .tsv, .csv, .edges, also .gz): a pair of nodes a line, with a weight or none, separated by
+        commas, tabs or spaces; lines that start with # and a header are passed over. Or an .npz with the arrays adj_
+        and attr_ with data, indices, indptr, shape, and labels or none.
+    attributes
+        Any table that `open_table` reads, a row a node; None with an .npz.
+    id_column
+        Names of the nodes in the table (in an .npz: another array); None: edges have row numbers from 0.
+    label_column
+        Classes in the table, or in the .npz.
+
+    Returns
+    -------
+    AttributedGraph
+
+    Raises
+    ------
+    ValueError
+        Naming the line, for what is no edge, names no node, or has a negative or infinite weight.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from subspan.datasets import read_graph
+    >>> _ = Path("edges.txt").write_text("0 1\n1 2\n")
+    >>> np.save("attributes.npy", np.eye(3))
+    >>> graph = read_graph("edges.txt", "attributes.npy")
+    >>> len(graph), graph.n_edges
+    (3, 2)
     """
     source = Path(edges)
     if not source.exists():

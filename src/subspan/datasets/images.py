@@ -27,10 +27,35 @@ MAX_BYTES = 512 * 2**20
 
 
 def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) -> Any:
-    """A decoded, upright PIL image from a file or its bytes; `name` is what errors call it.
+    """A decoded, upright PIL image from a file or its bytes.
 
-    The stored mode is kept (grey, RGBA, 16 bit, …), of several frames the first is taken. Raises ValueError for what is
-    broken, truncated, no image, or declares more than MAX_PIXELS pixels.
+    The stored mode is kept (grey, RGBA, 16 bit, …), of several frames the first is taken. Needs the extra `vision`.
+
+    Parameters
+    ----------
+    source
+        Path or bytes.
+    name
+        What errors call it; None: the path.
+
+    Returns
+    -------
+    PIL image
+
+    Raises
+    ------
+    ValueError
+        For what is broken, truncated, no image, or declares more than 100 million pixels.
+
+    Examples
+    --------
+    >>> import io
+    >>> from PIL import Image
+    >>> from subspan.datasets import open_image
+    >>> file = io.BytesIO()
+    >>> Image.new("L", (4, 3)).save(file, "png")
+    >>> open_image(file.getvalue()).size
+    (4, 3)
     """
     image_module, operations = require("PIL.Image", extra="vision"), require("PIL.ImageOps", extra="vision")
     shown = readable_name(name or (os.fspath(source) if not isinstance(source, bytes) else "image"))
@@ -51,9 +76,30 @@ def open_image(source: str | os.PathLike[str] | bytes, name: str | None = None) 
 
 
 class ImageCollection(Sequence[Any]):
-    """Images of a folder or zip archive by index, each decoded when asked for; `names`, and `labels` by folder.
+    """Images of a folder or zip archive by index, each decoded when asked for.
 
     A slice or `subset(indices)` is a collection again. Safe to index from several threads and worker processes.
+
+    Parameters
+    ----------
+    root
+        Folder or zip archive.
+    names
+        Of the images, below the root.
+    labels
+        One an image; None: the folder that it lies in.
+
+    Raises
+    ------
+    ValueError
+        Where there is not one label an image.
+
+    Examples
+    --------
+    >>> from subspan.datasets import ImageCollection
+    >>> images = ImageCollection("pets", ["cats/tom.png", "dogs/rex.png"])
+    >>> images.labels, images[1:].names
+    (['cats', 'dogs'], ['dogs/rex.png'])
     """
 
     def __init__(self, root: str | os.PathLike[str], names: Iterable[str], labels: Iterable[str] | None = None) -> None:
@@ -106,8 +152,32 @@ def image_folder(
 ) -> ImageCollection:
     """All images under a folder or in a zip archive, sorted by name; an image's label is the folder that it lies in.
 
-    on_broken: "error" names the file when it is decoded; "skip" tries all now and leaves the broken ones out with a
-    warning. Raises ValueError for a missing path, and where no image (or none that decodes) is there.
+    Parameters
+    ----------
+    path
+        Folder or zip archive.
+    on_broken
+        "error" names the file when it is decoded; "skip" tries all now and leaves the broken ones out with a warning.
+    limit
+        Only the first so many.
+
+    Returns
+    -------
+    ImageCollection
+
+    Raises
+    ------
+    ValueError
+        For a missing path, and where no image (or none that decodes) is there.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import image_folder
+    >>> Path("pictures/cats").mkdir(parents=True)
+    >>> Path("pictures/cats/tom.png").touch()
+    >>> image_folder("pictures").labels
+    ['cats']
     """
     if on_broken not in ("error", "skip"):
         raise ValueError(f"on_broken: 'error' or 'skip', got {on_broken!r}")
@@ -128,8 +198,14 @@ def image_folder(
 class AnomalyImages:
     """Normal training images, and test images with defects: the layout of MVTec AD (Bergmann et al., 2019).
 
-    test.labels are the defect types, "good" = none. mask_names: the file of each test image's mask, None where there is
-    none.
+    Attributes
+    ----------
+    train
+        Normal images.
+    test
+        Test images; `test.labels` are the defect types, "good" = none.
+    mask_names
+        File of each test image's mask, None where there is none.
     """
 
     train: ImageCollection
@@ -191,7 +267,26 @@ def _marked(values: np.ndarray, white: float, lossy: bool) -> Bool[np.ndarray, "
 
 
 def is_anomaly_layout(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder or zip archive has train/good and test, as MVTec AD has."""
+    """Whether a folder or zip archive has train/good and test, as MVTec AD has.
+
+    Parameters
+    ----------
+    path
+        Folder or zip archive.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import is_anomaly_layout
+    >>> Path("screws/train/good").mkdir(parents=True)
+    >>> Path("screws/test").mkdir()
+    >>> is_anomaly_layout("screws"), is_anomaly_layout("screws/train")
+    (True, False)
+    """
     root = Path(path)
     if root.is_dir():
         return (root / "train" / "good").is_dir() and (root / "test").is_dir()
@@ -203,11 +298,37 @@ def is_anomaly_layout(path: str | os.PathLike[str]) -> bool:
 
 
 def anomaly_folder(path: str | os.PathLike[str], category: str | None = None) -> AnomalyImages:
-    """Read train/good, test/<type>, ground_truth/<type>/<name>_mask.png from a folder or zip archive, images lazily.
+    """Read images with defects from a folder or zip archive, lazily.
 
-    category: the subfolder (or top folder of the archive) where several such layouts lie side by side. A defect may
-    have no mask (see `AnomalyImages.located`). Raises ValueError naming what is missing: the category, the training or
-    the test images.
+    The layout is that of MVTec AD: train/good, test/<type>, ground_truth/<type>/<name>_mask.png. A defect may have no
+    mask (see `AnomalyImages.located`).
+
+    Parameters
+    ----------
+    path
+        Folder or zip archive.
+    category
+        The subfolder (or top folder of the archive) where several such layouts lie side by side.
+
+    Returns
+    -------
+    AnomalyImages
+
+    Raises
+    ------
+    ValueError
+        Naming what is missing: the category, the training or the test images.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import anomaly_folder
+    >>> for name in ("train/good/0.png", "test/good/1.png", "test/crack/2.png"):
+    ...     Path("tiles", name).parent.mkdir(parents=True, exist_ok=True)
+    ...     Path("tiles", name).touch()
+    >>> found = anomaly_folder("tiles")
+    >>> found.test.labels, found.anomalous.tolist()
+    (['crack', 'good'], [True, False])
     """
     every = [name for name in _file_names(Path(path)) if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     roots = sorted({found.group(1) or "" for name in every if (found := re.match(r"(?:(.*)/)?train/good/", name))})

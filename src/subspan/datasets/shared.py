@@ -29,7 +29,15 @@ class SharedDataset:
 
 @dataclass(frozen=True)
 class ImageRecords:
-    """Images with a record each: `images[i]` is described by `records[i]`."""
+    """Images with a record each: `images[i]` is described by `records[i]`.
+
+    Attributes
+    ----------
+    images
+        Decoded when asked for.
+    records
+        A dict an image.
+    """
 
     images: ImageCollection
     records: tuple[dict[str, Any], ...]
@@ -113,9 +121,29 @@ SHARED: dict[str, SharedDataset] = {
 
 
 def data_folder(option: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of shared data sets: `option`, else the environment variable SUBSPAN_DATA, else None.
+    """The folder of shared data sets: the one given, else the environment variable SUBSPAN_DATA, else None.
 
-    Raises ValueError where the one that is given is no folder.
+    Parameters
+    ----------
+    option
+        A folder, which comes before the variable.
+
+    Returns
+    -------
+    Path or None
+
+    Raises
+    ------
+    ValueError
+        Where the one that is given is no folder.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import data_folder
+    >>> Path("collected").mkdir()
+    >>> data_folder("collected").name
+    'collected'
     """
     name, value = (
         ("data", os.fspath(option)) if option is not None else ("SUBSPAN_DATA", os.environ.get("SUBSPAN_DATA"))
@@ -129,20 +157,61 @@ def data_folder(option: str | os.PathLike[str] | None = None) -> Path | None:
 
 
 def is_available(name: str, folder: str | os.PathLike[str] | None = None) -> bool:
-    """Whether `load(name)` would find the data set."""
+    """Whether `load` would find a data set.
+
+    Parameters
+    ----------
+    name, folder
+        As in `load`.
+
+    Returns
+    -------
+    bool
+
+    Examples
+    --------
+    >>> from subspan.datasets import is_available
+    >>> is_available("digits"), is_available("no such data")
+    (True, False)
+    """
     root = data_folder(folder)
     top = name.partition("/")[0]
     return name in BUNDLED or (top in SHARED and root is not None and (root / top).is_dir())
 
 
 def load(name: str, folder: str | os.PathLike[str] | None = None) -> Any:
-    """Load a data set by name: a bundled one (BUNDLED), or one of the data folder (SHARED, see `data_folder`).
+    """Load a data set by name.
 
     What comes back depends on how it is stored: arrays → a dict of numpy arrays; records → a list of dicts; text → a
-    str; several files → a dict of these by file (`load("stsb")["train"]`), one of which is named with a slash
-    (`load("icl_text/trec")`, `load("icl_text/agnews")` for its train and test); images with records → `ImageRecords`;
-    the MVTec AD layout → `AnomalyImages`. A folder that holds the authors' own files is read as such.
-    Raises ValueError that says where the data set comes from when it is not there.
+    str; several files → a dict of these by file; images with records → `ImageRecords`; the MVTec AD layout →
+    `AnomalyImages`. A folder that holds the authors' own files is read as such.
+
+    Parameters
+    ----------
+    name
+        A bundled data set (`BUNDLED`), or one of the data folder (`SHARED`). One of several files is named with a
+        slash: `load("icl_text/trec")`, or `load("icl_text/agnews")` for its train and test.
+    folder
+        Of the shared data sets; None: see `data_folder`.
+
+    Returns
+    -------
+    dict, list, str, ImageRecords or AnomalyImages
+
+    Raises
+    ------
+    ValueError
+        That says where the data set comes from when it is not there.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> import numpy as np
+    >>> from subspan.datasets import load
+    >>> Path("data/usps").mkdir(parents=True)
+    >>> np.savez("data/usps/usps.npz", x=np.zeros((5, 256)), y=np.arange(5))
+    >>> {name: array.shape for name, array in load("usps", "data").items()}
+    {'x': (5, 256), 'y': (5,)}
     """
     top, _, part = name.partition("/")
     if name in BUNDLED:

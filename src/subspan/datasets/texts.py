@@ -25,7 +25,13 @@ _UNCOUNTED_PACKAGES = frozenset(
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts with a label and an id each, or none: `texts[i]`, `labels[i]`, `ids[i]`."""
+    """Texts with a label and an id each, or none: `texts[i]`, `labels[i]`, `ids[i]`.
+
+    Attributes
+    ----------
+    texts, labels, ids
+        One a text; labels and ids None where the file has none.
+    """
 
     texts: tuple[str, ...]
     labels: tuple[str, ...] | None = None
@@ -43,10 +49,35 @@ def read_texts(
     id_column: str | None = None,
     limit: int | None = None,
 ) -> Texts:
-    """Read a column of texts from .jsonl, .csv, .tsv (also .gz), or the lines of .txt (also .gz).
+    r"""Read a column of texts from .jsonl, .csv, .tsv (also .gz), or the lines of .txt (also .gz).
 
-    column: needed unless it is called "text" or is the only column of texts. Raises ValueError naming file and line
-    for what is not UTF-8, not JSON, ragged, empty, or no text.
+    Parameters
+    ----------
+    path
+        Of the file.
+    column
+        Needed unless it is called "text" or is the only column of texts.
+    label_column, id_column
+        Columns that are read beside it.
+    limit
+        Only the first so many.
+
+    Returns
+    -------
+    Texts
+
+    Raises
+    ------
+    ValueError
+        Naming file and line, for what is not UTF-8, not JSON, ragged, empty, or no text.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import read_texts
+    >>> _ = Path("reviews.csv").write_text("text,stars\ngood,5\nbad,1\n")
+    >>> read_texts("reviews.csv", label_column="stars")
+    Texts(texts=('good', 'bad'), labels=('5', '1'), ids=None)
     """
     source = Path(path)
     records = iterate_records(source)
@@ -70,7 +101,30 @@ def read_texts(
 
 
 def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl, .csv, .tsv or .txt file (also .gz) one at a time; a line of .txt is {"text": line}."""
+    r"""The records of a .jsonl, .csv, .tsv or .txt file (also .gz) one at a time.
+
+    Parameters
+    ----------
+    path
+        Of the file.
+
+    Yields
+    ------
+    dict; of a line of .txt {"text": line}.
+
+    Raises
+    ------
+    ValueError
+        For another kind of file, and lines that are none of it.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import iterate_records
+    >>> _ = Path("lines.txt").write_text("first\nsecond\n")
+    >>> list(iterate_records("lines.txt"))
+    [{'text': 'first'}, {'text': 'second'}]
+    """
     source = Path(path)
     kind = suffix_of(source)
     readers = {".jsonl": _json_lines, ".ndjson": _json_lines, ".txt": _plain_lines, ".csv": _comma, ".tsv": _tab}
@@ -81,7 +135,19 @@ def iterate_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Docstring:
-    """A docstring of the standard library: `text`, of what (`module`, `name`, `kind`), and the `code` without it."""
+    """A docstring of the standard library, and what it is of.
+
+    Attributes
+    ----------
+    module, name
+        Dotted names of the module and of the object, the module's included.
+    kind
+        "module", "class" or "function".
+    text
+        The docstring.
+    code
+        The source without it.
+    """
 
     module: str
     name: str
@@ -98,10 +164,36 @@ class Docstring:
 def stdlib_docstrings(
     *, min_length: int = 40, kinds: Sequence[str] = ("module", "class", "function"), folder: Path | None = None
 ) -> tuple[Docstring, ...]:
-    """Docstrings of the running Python's standard library, read from its source files without importing them.
+    r"""Docstrings of the running Python's standard library, read from its source files without importing them.
 
-    min_length: in characters, shorter ones are left out. Sorted by module and place, so the order is the same each
-    time. folder: another tree of Python sources. Raises ValueError where no source is there.
+    Sorted by module and place, so the order is the same each time. Takes some seconds.
+
+    Parameters
+    ----------
+    min_length
+        In characters; shorter ones are left out.
+    kinds
+        Of "module", "class" and "function".
+    folder
+        Another tree of Python sources.
+
+    Returns
+    -------
+    tuple of Docstring
+
+    Raises
+    ------
+    ValueError
+        For other kinds, and where no docstring is there.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.datasets import stdlib_docstrings
+    >>> Path("sources").mkdir()
+    >>> _ = Path("sources/area.py").write_text("def area(side):\n    'Area of a square.'\n    return side**2\n")
+    >>> [(entry.name, entry.text) for entry in stdlib_docstrings(min_length=5, folder=Path("sources"))]
+    [('area.area', 'Area of a square.')]
     """
     unknown = set(kinds) - {"module", "class", "function"}
     if unknown:
@@ -120,9 +212,25 @@ def stdlib_docstrings(
 
 
 def code_and_docstrings(*, min_length: int = 40, max_code: int = 4000) -> tuple[tuple[str, str, str], ...]:
-    """(code, docstring, label) of the standard library's functions; the code does not hold the docstring.
+    """Code, docstring and label of the standard library's functions; the code does not hold the docstring.
 
-    max_code: longer functions, in characters, are left out.
+    Takes some seconds. The label is the top-level module.
+
+    Parameters
+    ----------
+    min_length
+        Of a docstring, in characters; shorter ones are left out.
+    max_code
+        Of a function, in characters; longer ones are left out.
+
+    Returns
+    -------
+    tuple of (code, docstring, label)
+
+    Examples
+    --------
+    >>> from subspan.datasets import code_and_docstrings
+    >>> code, docstring, label = code_and_docstrings()[0]  # doctest: +SKIP
     """
     functions = stdlib_docstrings(min_length=min_length, kinds=("function",))
     return tuple((entry.code, entry.text, entry.label) for entry in functions if 0 < len(entry.code) <= max_code)
