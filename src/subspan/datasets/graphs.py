@@ -197,7 +197,7 @@ def docstring_graph(n_classes: int = 8) -> AttributedGraph:
         adjacency,
         sparse.csr_matrix((counts.astype(np.float64), (i, j)), shape=(n, len(place))),
         np.array([names.index(entry.label) for entry in entries]),
-        tuple(f"{entry.module}.{entry.name}" for entry in entries),
+        tuple(entry.name for entry in entries),
     )
 
 
