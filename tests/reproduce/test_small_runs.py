@@ -18,6 +18,7 @@ from subspan.datasets import attributed_block_model
 from subspan.models import SentenceEncoder
 from subspan.reproduce import Table
 from subspan.reproduce.materials import JointSpace, LabelledImages, Views
+from subspan.reproduce.materials.text_tasks import TextTask
 from subspan.select import LeverageSelector
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -135,6 +136,29 @@ def sts(module: Any, patch: Any) -> None:
     patch(module, "cost", lambda *_: (EMPTY, 0.1, 50.0))
 
 
+def concrete_merging(module: Any, patch: Any) -> None:
+    class Base(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, batch: Any) -> torch.Tensor:
+            return nn.functional.normalize(self.layer(batch[0]), dim=-1)
+
+    def tasks(fit: int, held: int, seed: int) -> Any:
+        torch.manual_seed(seed)
+        found = {}
+        for number, task in enumerate(("first", "second")):
+            x, y = normal(fit + held, 6, seed=number), torch.arange(fit + held) % 2
+            x[:, number] += 2 * y
+            columns = (x, torch.zeros(len(x)), y)
+            found[task] = TextTask(*(tuple(c[part] for c in columns) for part in (slice(fit), slice(fit, None))))
+        return "planted", Base(), found
+
+    patch(module, "text_tasks", tasks)
+    patch(module, "RATE", 3e-2)
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -145,6 +169,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
     subspacead: set(),
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
+    concrete_merging: {"there is something to merge"},
 }
 
 

@@ -236,14 +236,18 @@ class ConcreteMerging:
         if self.learn_mask:
             self.mask_ = ConcreteMasks(self._merged.shapes, self.temperature, self.init_logit, self.random_state)
             self._learn_mask(self.mask_.to(self._merged.coefficients.device), loaders, holdout, trainer)
-        with torch.no_grad():
-            masks = None if self.mask_ is None else self._evaluation_masks(self.mask_)
+        self._draw()
         if self.base_merge != "task_arithmetic":
-            self._learn_coefficients(masks, loaders, trainer)
+            self._learn_coefficients(self._masks, loaders, trainer)
         self._warn_of_collapse()
-        self._masks = masks
-        self.merged_model_ = self._merged.unloaded(masks)
+        self.merged_model_ = self._merged.unloaded(self._masks)
         self.coefficients_ = dict(zip(deltas, self._merged.used_coefficients().detach().cpu(), strict=True))
+        return self
+
+    def remerged(self) -> ConcreteMerging:
+        """Make `merged_model_` again, with the mask that `eval_mask` says now; coefficients stay."""
+        self._draw()
+        self.merged_model_ = self._merged.unloaded(self._masks)
         return self
 
     def masked_expert(self, task: str) -> nn.Module:
@@ -254,6 +258,10 @@ class ConcreteMerging:
         return self._merged.unloaded(self._masks, self._merged.coefficients.new_tensor(chosen).unsqueeze(1))
 
     # ------------------------------------------------------------------ learning
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        self._masks = None if self.mask_ is None else self._evaluation_masks(self.mask_)
 
     def _learn_mask(self, masks: ConcreteMasks, loaders: Any, holdout: Any, trainer: Any) -> None:
         merged = self._merged
