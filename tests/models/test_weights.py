@@ -151,6 +151,38 @@ def test_shards_are_read_one_tensor_at_a_time_and_written_whole(tmp_path, base, 
         write_weights(base, tmp_path / "base")
 
 
+def test_a_killed_run_goes_on_after_the_shards_it_has(tmp_path, base, delta):
+    computed = []
+
+    def sums(kill_at=None):
+        def noted(name, value):
+            computed.append(name)
+            if name == kill_at:
+                raise KeyboardInterrupt
+            return value
+
+        return delta.map(noted).added_to(base)
+
+    options = {"shard_bytes": 64, "resume": "sum of two"}
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(sums("scale"), tmp_path / "model", **options)
+    assert not (tmp_path / "model").exists()
+    first, computed[:] = list(computed), []
+    write_weights(sums(), tmp_path / "model", **options, finish=lambda made: (made / "config.json").write_text("{}"))
+    assert 0 < len(computed) < len(first) + len(delta) - 1  # of what is in whole shards nothing is computed twice
+    same(dict(StoredWeights(tmp_path / "model")), dict(delta.added_to(base)))
+    assert (tmp_path / "model" / "config.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # Other settings start from the beginning.
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(sums("scale"), tmp_path / "other", **options)
+    computed.clear()
+    write_weights(sums(), tmp_path / "other", shard_bytes=64, resume="another sum")
+    assert set(computed) == set(delta)
+    with pytest.raises(ValueError, match="resume: needs a mapping"):
+        write_weights(delta.items(), tmp_path / "third", resume="x")
+
+
 def test_a_run_that_fails_leaves_nothing(tmp_path, base, delta):
     broken = delta.map(lambda name, value: value / (0 if name == "filters" else 1))
     with pytest.raises(ValueError, match="'filters' contains NaN or infinity"):

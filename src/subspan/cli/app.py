@@ -13,6 +13,7 @@ from .clustering import cluster
 from .describing import report
 from .detecting import detect
 from .mapping import align, shorten, upgrade
+from .merging import merge
 from .selecting import select
 from .systems import cache_clear, cache_info, install_models, list_models, list_systems, reproduce
 
@@ -29,7 +30,7 @@ models = typer.Typer(help="Pretrained models that are installed as packages.", n
 cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
-for verb in (report, detect, select, cluster, shorten, align, upgrade):
+for verb in (report, detect, select, cluster, shorten, align, upgrade, merge):
     app.command()(verb)
 app.command("list")(list_systems)
 app.command()(reproduce)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from subspan.base.files import temporary_folder
+from subspan.base.files import temporary_folder, write_text
 from subspan.base.reading import quoted, read_json, reading, regular_file
 
 _INDEX = ".safetensors.index.json"
@@ -117,6 +117,8 @@ def write_weights(
     folder: str | os.PathLike[str],
     *,
     shard_bytes: int = 5 << 30,
+    resume: str | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> None:
     """Write tensors to a new folder as transformers does: one file, or shards and their index; whole or not at all.
 
@@ -128,6 +130,11 @@ def write_weights(
         Must not exist yet.
     shard_bytes
         Upper size of a shard; a larger tensor has one to itself.
+    resume
+        What the tensors depend on, in a text: where the process was killed, a call with the same text goes on after
+        the shards that it finds. For a mapping, whose tensors are computed when they are asked for.
+    finish
+        Is called with the folder once the weights are in it, before it gets its name: to add a configuration.
 
     Raises
     ------
@@ -147,19 +154,30 @@ def write_weights(
         raise ValueError(f"folder: {str(folder)!r} exists; give a new one")
     if not target.parent.is_dir():
         raise ValueError(f"folder: {str(target.parent)!r} does not exist")
-    pairs: Any = tensors.items() if isinstance(tensors, Mapping) else tensors
-    shards: list[list[str]] = []
-    with temporary_folder(target, exclusive=True) as unfinished:
-        made = unfinished / "made"
-        made.mkdir()
+    if resume is not None and not isinstance(tensors, Mapping):
+        raise ValueError("resume: needs a mapping, of which the tensors that are written are not computed again")
+    with temporary_folder(target, exclusive=True, resumable=resume is not None) as unfinished:
+        made, so_far = unfinished / "made", unfinished / "so_far.json"
+        settings = f"{resume} in shards of {shard_bytes} bytes"
+        shards, total = _so_far(so_far, settings)
+        if not shards and made.exists():
+            shutil.rmtree(made)
+        made.mkdir(exist_ok=True)
         part: dict[str, Tensor] = {}
-        written: set[str] = set()
-        total = size = 0
+        written = {name for listed in shards for name in listed}
+        size = 0
+        if isinstance(tensors, Mapping):
+            left = [name for name in tensors if name not in written]
+            pairs: Iterable[tuple[str, Tensor]] = ((name, tensors[name]) for name in left)
+        else:
+            pairs = tensors
         for name, value in pairs:
             if name in written:
                 raise ValueError(f"tensors: {name!r} comes twice")
             if part and size + value.nbytes > shard_bytes:
                 shards.append(_write_shard(part, made / f"{len(shards)}"))
+                if resume is not None:
+                    write_text(so_far, json.dumps({"settings": settings, "shards": shards, "total": total}))
                 part, size = {}, 0
             # A copy, as the format refuses tensors that share memory.
             part[name] = value.detach().cpu().contiguous().clone()
@@ -176,7 +194,20 @@ def write_weights(
             weight_map = {tensor: name for name, listed in zip(names, shards) for tensor in listed}
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (made / f"model{_INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if finish is not None:
+            finish(made)
         made.replace(target)
+
+
+def _so_far(path: Path, settings: str) -> tuple[list[list[str]], int]:
+    """The names in the shards that a run of the same settings has finished, and the bytes in them."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] == settings:
+            return found["shards"], found["total"]
+    except (OSError, ValueError, KeyError):  # no run before, or killed while it wrote this
+        pass
+    return [], 0
 
 
 def _write_shard(part: dict[str, Tensor], path: Path) -> list[str]:

@@ -220,24 +220,22 @@ class StateDelta(Mapping[str, Tensor]):
             raise ValueError("other: one of the two deltas is zero and has no direction")
         return self.dot(other) / length
 
-    def added_to(self, base: Source) -> Iterator[tuple[str, Tensor]]:
-        """(name, base + delta) of every tensor of base, in base's type, one after the other: see `write_weights`."""
+    def added_to(self, base: Source) -> Mapping[str, Tensor]:
+        """Name → base + delta of every tensor of base, in base's type, computed when it is asked for.
+
+        `write_weights` takes it.
+        """
         weights = weights_of(base)
         self._known_in(weights)
-        for name in weights:
-            value = weights[name].detach()
-            if name in self.shapes:
-                delta = self[name]
-                value = (value.to(delta.dtype) + delta.to(value.device)).to(value.dtype)
-            yield name, value
+        return _Sum(weights, self)
 
     @torch.no_grad()
     def apply_(self, model: nn.Module) -> nn.Module:
         """Add to the parameters and buffers of a module, in place; in half precision this rounds."""
         weights = weights_of(model)
-        for name, value in self.added_to(model):
-            if name in self.shapes:
-                weights[name].copy_(value)
+        sums = self.added_to(model)
+        for name in self:
+            weights[name].copy_(sums[name])
         return model
 
     def _known(self, named: Mapping[str, Any], what: str) -> None:
@@ -249,6 +247,24 @@ class StateDelta(Mapping[str, Tensor]):
         wrong = [name for name in self if name not in weights or _described(weights, name)[0] != self.shapes[name]]
         if wrong:
             raise ValueError(f"base: lacks, or has in another shape, {_listed(wrong)}")
+
+
+class _Sum(Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], delta: StateDelta) -> None:
+        self._weights, self._delta = weights, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._weights[name].detach()
+        if name not in self._delta.shapes:
+            return value
+        delta = self._delta[name]
+        return (value.to(delta.dtype) + delta.to(value.device)).to(value.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 class SubspaceMap(Mapping[str, Subspace]):
