@@ -194,6 +194,10 @@ def test_clusters_are_counted_and_a_close_call_is_said():
     assert clear.certainty > 0.5
     vague = count_clusters(blocks([20, 20, 20, 20], 0.9)[0])
     assert vague.certainty < clear.certainty
+    # Three items can be two clusters, and nothing else; two cannot be counted.
+    assert count_clusters(blocks([2, 1], 0.01)[0]).n_clusters == 2
+    with pytest.raises(ValueError, match="2 items are too few"):
+        count_clusters(np.ones((2, 2)))
 
 
 def test_components_and_isolated_items_are_said():

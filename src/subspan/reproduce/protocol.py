@@ -29,12 +29,11 @@ Sizes that a quick run changes stand in one NamedTuple with its `QUICK` values, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-Progress = Callable[[str, float], None]
-"""Called with a message and the fraction done in [0, 1]."""
+from subspan.base import Progress as Progress
 
 
 @dataclass(frozen=True)
