@@ -13,6 +13,8 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
 ROOMS: tuple[str, ...] = (
+    "align",
+    "base",
     "cluster",
     "datasets",
     "detect",

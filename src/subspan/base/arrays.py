@@ -48,7 +48,28 @@ def has_finite_square(x: Tensor) -> bool:
 def check_finite(x: Tensor, name: str = "x") -> Tensor:
     """Return `x`, in double precision where its squares would overflow its own.
 
-    Raises ValueError for NaN or infinity, with a count of the rows and the first, and for squares beyond float64.
+    Parameters
+    ----------
+    x
+        Any tensor.
+    name
+        What the errors call it.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    ValueError
+        For NaN or infinity, with a count of the rows and the first, and for squares beyond float64.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.base import check_finite
+    >>> check_finite(torch.tensor([1.0, 1e30])).dtype
+    torch.float64
     """
     if not x.numel() or not (x.is_floating_point() or x.is_complex()) or has_finite_square(x):
         return x
@@ -67,10 +88,35 @@ def check_finite(x: Tensor, name: str = "x") -> Tensor:
 
 
 def as_tensor(x: Any, name: str = "x", *, ndim: int | None = None, floating: bool = True) -> Tensor:
-    """Turn an array-like into a tensor (no copy where possible); integers become float64 when `floating`.
+    """Turn an array-like into a tensor (no copy where possible).
 
-    Raises TypeError for what is no numeric array or sparse, ValueError for masked entries or another number of
-    dimensions.
+    Parameters
+    ----------
+    x
+        Tensor, numpy array or what numpy makes one of.
+    name
+        What the errors call it.
+    ndim
+        Dimensions it must have; None for any.
+    floating
+        Integers become float64.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    TypeError
+        For what is no numeric array, or sparse.
+    ValueError
+        For masked entries or another number of dimensions.
+
+    Examples
+    --------
+    >>> from subspan.base import as_tensor
+    >>> as_tensor([[1, 2], [3, 4]], ndim=2).dtype
+    torch.float64
     """
     refuse_masked(x, name)
     refuse_sparse(x, name)
@@ -99,9 +145,36 @@ def as_tensor(x: Any, name: str = "x", *, ndim: int | None = None, floating: boo
 
 
 def check_matrix(x: Any, name: str = "x", *, columns: int | None = None, min_rows: int = 1) -> Tensor:
-    """Return `x` as a finite matrix (n, d) of real numbers, detached, or raise a ValueError that says what is right.
+    """Return `x` as a finite matrix of real numbers, detached, or raise a ValueError that says what is right.
 
     Single precision becomes double where the squares of the values would overflow.
+
+    Parameters
+    ----------
+    x
+        Array-like (n, d).
+    name
+        What the errors call it.
+    columns
+        The d it must have; None for any.
+    min_rows
+        The least n.
+
+    Returns
+    -------
+    Tensor, (n, d).
+
+    Raises
+    ------
+    ValueError
+        For NaN, infinity, complex numbers, and other shapes.
+
+    Examples
+    --------
+    >>> from subspan.base import check_matrix
+    >>> check_matrix([[1.0, float("nan")]], "X")
+    Traceback (most recent call last):
+    ValueError: X: 1 of 1 rows contain NaN or infinity (the first is row 0); remove or impute them
     """
     tensor = as_tensor(x, name, ndim=2).detach()
     if tensor.is_complex():
@@ -116,7 +189,27 @@ def check_matrix(x: Any, name: str = "x", *, columns: int | None = None, min_row
 
 
 def like(result: Tensor, reference: Any) -> Any:
-    """Return `result` in the kind of `reference`: a tensor on its device, or a numpy array."""
+    """Return `result` in the kind of `reference`: a tensor on its device, or a numpy array.
+
+    Parameters
+    ----------
+    result
+        Any tensor.
+    reference
+        What came in: a tensor, or anything else.
+
+    Returns
+    -------
+    Tensor or numpy array, in the shape of `result`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from subspan.base import like
+    >>> like(torch.ones(2), np.zeros(5))
+    array([1., 1.], dtype=float32)
+    """
     if isinstance(reference, Tensor):
         return result.to(reference.device)
     return result.detach().cpu().numpy()
@@ -139,9 +232,30 @@ def centre(rows: Inexact[Tensor, "*n d"], center: Inexact[Tensor, "*b d"]) -> In
 
 
 def normalize_rows(x: Tensor, *, keep_zero: bool = True) -> Tensor:
-    """Scale rows (*b, d) to unit length without overflow or underflow; zero rows stay zero.
+    """Scale rows to unit length without overflow or underflow; zero rows stay zero.
 
-    Raises ValueError on zero rows when `keep_zero` is False.
+    Parameters
+    ----------
+    x
+        (*b, d).
+    keep_zero
+        False: zero rows are an error.
+
+    Returns
+    -------
+    Tensor, (*b, d).
+
+    Raises
+    ------
+    ValueError
+        For zero rows where `keep_zero` is False.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.base import normalize_rows
+    >>> normalize_rows(torch.tensor([[0.0, 1e30], [0.0, 0.0]])).tolist()
+    [[0.0, 1.0], [0.0, 0.0]]
     """
     # The scale cancels, so that no gradient has to pass through it.
     rows = x.detach()

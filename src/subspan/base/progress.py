@@ -7,4 +7,17 @@ Progress = Callable[[str, float], None]
 
 
 def silent(message: str, fraction: float) -> None:
-    """Progress that nobody watches."""
+    """Progress that nobody watches.
+
+    Parameters
+    ----------
+    message
+        What is being done.
+    fraction
+        Of it that is done, in [0, 1].
+
+    Examples
+    --------
+    >>> from subspan.base import silent
+    >>> silent("reading", 0.5)
+    """

@@ -47,8 +47,18 @@ class Matrix(Protocol):
 class Table:
     """Embeddings of a file, one row each; only what is asked for is read where the format allows it.
 
-    ids, labels, texts: one entry a row, or None; id_column: where the ids are from. Rows come as float32, or float64
-    where the file holds that (or, in Parquet and Arrow, wide integers).
+    Rows come as float32, or float64 where the file holds that (or, in Parquet and Arrow, wide integers).
+
+    Attributes
+    ----------
+    source
+        Path of the file.
+    values
+        The rows (n, d), read where they are asked for.
+    ids, labels, texts
+        One entry a row, or None.
+    id_column
+        Where the ids are from.
     """
 
     source: Path
@@ -138,7 +148,30 @@ class Parts:
 
 
 class FiniteCheck:
-    """Passes batches on unchanged and counts NaN and infinite values: `n_values`, `n_rows`, `first_row` (or None)."""
+    """Passes batches on unchanged and counts NaN and infinite values.
+
+    The counts are complete when all batches were read.
+
+    Parameters
+    ----------
+    batches
+        Arrays (b, d); read again where it is iterated again.
+
+    Attributes
+    ----------
+    n_values, n_rows
+        Values that are not finite, and rows that hold one.
+    first_row
+        The first of these rows, or None.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.base import FiniteCheck
+    >>> check = FiniteCheck([np.ones((3, 2)), np.array([[1.0, np.nan]])])
+    >>> len(list(check)), check.n_values, check.first_row
+    (2, 1, 3)
+    """
 
     def __init__(self, batches: Iterable[np.ndarray]) -> None:
         self._batches = batches

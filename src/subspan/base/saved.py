@@ -36,10 +36,40 @@ def saved_object(
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
     """Yield the tensors and the facts of a file of one `kind`; whatever is wrong with it is a ValueError that names it.
 
-    arrays: name, or pattern of names such as "heads.*" → jaxtyping annotation; equal names of axes are equal lengths.
-    facts: name → what `fits` takes, or a mapping for an inner object. What may be missing is annotated `| None`. Names
-    that are not listed, NaN and infinity are refused.
     What the caller makes of the contents belongs into the `with`: what does not fit together there is the file's fault.
+
+    Parameters
+    ----------
+    path
+        Of a file that `save_arrays` wrote.
+    kind
+        What the file must be.
+    arrays
+        Name, or pattern of names such as "heads.*" → jaxtyping annotation; equal names of axes are equal lengths.
+    facts
+        Name → what `fits` takes, or a mapping for an inner object. What may be missing is annotated `| None`.
+
+    Yields
+    ------
+    Two dicts: tensors and facts by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        Where there is no file.
+    ValueError
+        For another kind, names that are not listed, what does not fit its annotation, NaN and infinity.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from jaxtyping import Float
+    >>> from torch import Tensor
+    >>> from subspan.base import save_arrays, saved_object
+    >>> save_arrays("map.safetensors", "map", {"weight": torch.eye(3)}, rank=2)
+    >>> with saved_object("map.safetensors", "map", {"weight": Float[Tensor, "d d"]}, {"rank": int}) as (arrays, facts):
+    ...     tuple(arrays["weight"].shape), facts["rank"]
+    ((3, 3), 2)
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: no file {os.fspath(path)!r}")
@@ -152,9 +182,34 @@ def _shown(annotation: Any) -> str:
 
 
 def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Tensor], **facts: Any) -> None:
-    """Write tensors of one `kind` to a safetensors file, whole or not at all; `facts` are JSON values kept beside.
+    """Write tensors of one `kind` to a safetensors file, whole or not at all.
 
-    Such files are read by `subspan.base.saved.saved_object`. Raises ValueError for facts that are NaN or infinite.
+    Such files are read by `saved_object`.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kind
+        What it is, for `saved_object`.
+    arrays
+        Tensors by name.
+    **facts
+        JSON values kept beside.
+
+    Raises
+    ------
+    ValueError
+        For facts that are NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from safetensors.torch import load_file
+    >>> from subspan.base import save_arrays
+    >>> save_arrays("map.safetensors", "map", {"weight": torch.eye(3)}, rank=2)
+    >>> sorted(load_file("map.safetensors"))
+    ['weight']
     """
     metadata = {"subspan": json.dumps({**facts, "kind": kind}, allow_nan=False)}
     # Copies, as the format refuses tensors that share memory (a subspace's variances are part of its spectrum).

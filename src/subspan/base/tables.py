@@ -26,14 +26,38 @@ def read_table(
     label_column: str | None = None,
     text_column: str | None = None,
 ) -> Table:
-    """Open a table of embeddings: .npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .tsv or .jsonl.
+    r"""Open a table of embeddings: .npy, .npz, .safetensors, .parquet, .arrow, .feather, .csv, .tsv or .jsonl.
 
-    column: the array of an archive, or the column of vectors: lists of numbers, or texts of JSON lists. Where None, the
-    only one that fits, or all numeric columns beside the others named here, without ids, pandas' index, whole numbers
-    that only rise, and constant whole numbers (a warning names those). id_, label_, text_column: columns, or one-axis
-    arrays of an archive, with an entry a row; ids default to a column called id, else to one of those left out. Raises
-    ValueError, in one line, for what is missing, cut off, empty, ragged, not numeric, not two-dimensional, pickled, or
-    unpacks to far more than it should.
+    Parameters
+    ----------
+    path
+        The file.
+    column
+        The array of an archive, or the column of vectors: lists of numbers, or texts of JSON lists. None: the only one
+        that fits, or all numeric columns beside the others named here, without ids, pandas' index, whole numbers that
+        only rise, and constant whole numbers (a warning names those).
+    id_column, label_column, text_column
+        Columns, or one-axis arrays of an archive, with an entry a row; ids default to a column called id, else to one
+        of those left out.
+
+    Returns
+    -------
+    Table
+
+    Raises
+    ------
+    ValueError
+        In one line, for what is missing, cut off, empty, ragged, not numeric, not two-dimensional, pickled, or unpacks
+        to far more than it should.
+
+    Examples
+    --------
+    >>> from pathlib import Path
+    >>> from subspan.base import read_table
+    >>> _ = Path("rows.csv").write_text("id,x,y\na,1,2\nb,3,4\n")
+    >>> table = read_table("rows.csv")
+    >>> table.shape, table.ids, table.array().tolist()
+    ((2, 2), ('a', 'b'), [[1.0, 2.0], [3.0, 4.0]])
     """
     source = regular_file(path)
     names = {"ids": id_column, "labels": label_column, "texts": text_column}

@@ -39,11 +39,40 @@ class BT2Output(NamedTuple):
 class BasisTransform(nn.Module):
     """Unit vectors f (…, d_new) and e (…, k) → [R₂ m₁; m₂] with m = [e; R₁ C f] cut after d_old, R₁ and R₂ orthogonal.
 
-    k: dimensions that are added. scale: C > 0. Every output has length √(1 + C²); inner products of outputs are
-    ⟨e, e'⟩ + C² ⟨f, f'⟩ whatever R₁ and R₂ are, so the full vector is as good as f, while the compatible part sees f
-    through a (d_old - k)-dimensional subspace, which is learnt. init, orthogonal_map: see `OrthogonalLinear`.
-    Both maps and their application stay in float32 (or wider) whatever the type of f and e, autocast included.
-    Raises ValueError unless 0 <= k <= d_old <= d_new + k. Source: Zhou et al. (2023), arXiv 2211.03989.
+    Every output has length √(1 + C²); inner products of outputs are ⟨e, e'⟩ + C² ⟨f, f'⟩ whatever R₁ and R₂ are, so the
+    full vector is as good as f, while the compatible part sees f through a (d_old - k)-dimensional subspace, which is
+    learnt. Both maps and their application stay in float32 (or wider) whatever the type of f and e, autocast included.
+
+    Parameters
+    ----------
+    d_new, d_old
+        Dimensions of the new and the old embedding.
+    k
+        Dimensions that are added.
+    scale
+        C > 0.
+    orthogonal_map, init, generator
+        See `OrthogonalLinear`.
+
+    Raises
+    ------
+    ValueError
+        Unless 0 <= k <= d_old <= d_new + k and scale > 0.
+
+    References
+    ----------
+    Zhou et al. (2023), arXiv 2211.03989.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import BasisTransform
+    >>> f, e = (torch.nn.functional.normalize(torch.randn(5, d), dim=1) for d in (8, 2))
+    >>> found = BasisTransform(8, 6, k=2, scale=2.0)(f, e)
+    >>> torch.allclose(found.full @ found.full.mT, e @ e.mT + 4 * f @ f.mT, atol=1e-5)
+    True
+    >>> tuple(found.compatible.shape), tuple(found.residual.shape)
+    ((5, 6), (5, 4))
     """
 
     def __init__(
@@ -148,8 +177,35 @@ class BT2Head(nn.Module):
     """Pooled features g of any backbone → class logits, f, e and the vectors of `BasisTransform`.
 
     f is the first d_new numbers of g, scaled to one; e the first k of a learnt linear map of relu(g) to d_old numbers,
-    scaled to one before they are cut and again after. Where in_features is not d_new + d_old a linear layer brings g to
-    that width first. Zero vectors stay zero. k, scale and the rest: see `BasisTransform`.
+    scaled to one before they are cut and again after. Zero vectors stay zero.
+
+    Parameters
+    ----------
+    in_features
+        Width of g; where it is not d_new + d_old a linear layer brings g to that width first.
+    d_new, d_old, k, scale
+        See `BasisTransform`.
+    num_classes
+        Of the logits.
+    **options
+        Of `BasisTransform`.
+
+    Raises
+    ------
+    ValueError
+        For sizes that do not fit.
+
+    References
+    ----------
+    Zhou et al. (2023), arXiv 2211.03989.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import BT2Head
+    >>> out = BT2Head(16, 8, 6, k=2, num_classes=3)(torch.randn(5, 16))
+    >>> tuple(out.logits.shape), tuple(out.full.shape), tuple(out.compatible.shape)
+    ((5, 3), (5, 10), (5, 6))
     """
 
     def __init__(
@@ -187,8 +243,35 @@ class BT2Head(nn.Module):
 class BT2Loss(nn.Module):
     """CE(logits) + λ₁ (1 - cos(f, new)) + λ₂ CE(Q b, y) + λ₃ (1 - cos(b, old)), b the compatible part at unit length.
 
-    class_means: Q (classes, d_old), see `old_class_means`. lambdas: (λ₁, λ₂, λ₃). temperature: of the second cross
-    entropy (1 as published). label_smoothing: of the first.
+    Parameters
+    ----------
+    class_means
+        Q (classes, d_old), see `old_class_means`.
+    lambdas
+        (λ₁, λ₂, λ₃), at least 0.
+    temperature
+        Of the second cross entropy; 1 as published.
+    label_smoothing
+        Of the first cross entropy.
+
+    Raises
+    ------
+    ValueError
+        For other lambdas.
+
+    References
+    ----------
+    Zhou et al. (2023), arXiv 2211.03989.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import BT2Head, BT2Loss
+    >>> unit = lambda d: torch.nn.functional.normalize(torch.randn(5, d), dim=1)
+    >>> out = BT2Head(16, 8, 6, k=2, num_classes=3)(torch.randn(5, 16))
+    >>> total, terms = BT2Loss(torch.randn(3, 6))(out, torch.tensor([0, 1, 2, 0, 1]), unit(6), unit(8))
+    >>> len(terms), bool(total > 0)
+    (4, True)
     """
 
     class_means: Tensor
@@ -236,10 +319,35 @@ def _unit(rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
 def old_class_means(
     old: Any, labels: Any, num_classes: int | None = None, *, missing: str = "raise"
 ) -> Float[Tensor, "c d_old"]:
-    """Mean of an old model's unit features (n, d_old) in each class, not scaled to one: the rows of the influence loss.
+    """Mean of an old model's unit features in each class, not scaled to one: the rows of the influence loss.
 
-    labels: class numbers; num_classes: by default the largest number + 1. missing: a class without a sample raises
-    ValueError, or, with "drop", has a row of zeros, which leaves it out of `influence_loss`. Reads in blocks.
+    Parameters
+    ----------
+    old
+        Unit features (n, d_old); read in blocks.
+    labels
+        Class numbers (n,).
+    num_classes
+        None: the largest number + 1.
+    missing
+        A class without a sample raises ValueError ("raise"), or has a row of zeros ("drop"), which leaves it out of
+        `influence_loss`.
+
+    Returns
+    -------
+    Tensor, (classes, d_old).
+
+    Raises
+    ------
+    ValueError
+        For labels that are no class number a row.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import old_class_means
+    >>> old_class_means(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), [0, 0, 1]).tolist()
+    [[0.5, 0.5], [0.0, 1.0]]
     """
     if missing not in ("raise", "drop"):
         raise ValueError(f"missing: expected 'raise' or 'drop', got {missing!r}")
@@ -267,12 +375,39 @@ def old_class_means(
 def teacher_features(
     encoder: Callable[[Any], Tensor], inputs: Any, path: str | os.PathLike[str], *, batch_size: int = 256
 ) -> np.ndarray:
-    """Unit float32 features (n, d) of a frozen encoder, computed once, kept at `path` (.npy) as a memory map.
+    """Unit float32 features of a frozen encoder, computed once, kept in a file as a memory map.
 
-    inputs: an array or tensor (n, …), read in batches in order: deterministic views, the same that the student sees.
     The file is one encoder's on one data set; where it exists it is read, not computed, but for its first and last row,
-    which must be what the encoder gives. Written whole or not at all. Raises ValueError for NaN in the features, or a
-    file of another encoder or of other inputs.
+    which must be what the encoder gives. Written whole or not at all.
+
+    Parameters
+    ----------
+    encoder
+        A batch of inputs → features (b, d).
+    inputs
+        An array or tensor (n, …), read in batches in order: deterministic views, the same that the student sees.
+    path
+        The file, .npy.
+    batch_size
+        Inputs a call of the encoder.
+
+    Returns
+    -------
+    numpy memory map, (n, d).
+
+    Raises
+    ------
+    ValueError
+        For NaN in the features, or a file of another encoder or of other inputs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import torch
+    >>> from subspan.align import teacher_features
+    >>> features = teacher_features(torch.nn.Linear(4, 3).eval(), torch.randn(10, 4), "teacher.npy")
+    >>> features.shape, bool(np.allclose(np.linalg.norm(features, axis=1), 1))
+    ((10, 3), True)
     """
     file = Path(path)
     if file.suffix != ".npy":
@@ -311,9 +446,31 @@ def teacher_features(
 class TeacherDataset(Dataset):
     """Items (input, class number, old teacher's unit features, new teacher's), for training a compatible model.
 
-    inputs: array, tensor or sequence of n items. labels (n,): any sortable ids; `classes` holds them in the order
-    of the class numbers. old (n, d_old), new (n, d_new): arrays or memory maps; rows that are not of unit length are
-    scaled, with a warning. `loader` reads whole batches at once. Raises ValueError for NaN or unequal numbers of rows.
+    `loader` reads whole batches at once.
+
+    Parameters
+    ----------
+    inputs
+        Array, tensor or sequence of n items.
+    labels
+        (n,), any sortable ids; the attribute `classes` holds them in the order of the class numbers.
+    old, new
+        (n, d_old) and (n, d_new), arrays or memory maps; rows that are not of unit length are scaled, with a warning.
+
+    Raises
+    ------
+    ValueError
+        For NaN or unequal numbers of rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import TeacherDataset
+    >>> unit = lambda d: torch.nn.functional.normalize(torch.randn(4, d), dim=1)
+    >>> data = TeacherDataset(torch.randn(4, 3, 8, 8), ["cat", "dog", "cat", "dog"], unit(6), unit(8))
+    >>> inputs, numbers, old, new = next(iter(data.loader(4, shuffle=False)))
+    >>> numbers.tolist(), tuple(old.shape), tuple(new.shape)
+    ([0, 1, 0, 1], (4, 6), (4, 8))
     """
 
     def __init__(self, inputs: Any, labels: Any, old: Any, new: Any) -> None:

@@ -23,9 +23,25 @@ _SPACES = ("full", "compatible")
 class BackwardCompatibleModule(nn.Module):
     """Backbone and compatible head, trained against cached teachers; afterwards `encode` gives either space.
 
-    backbone: inputs → pooled features. head: pooled features → an output with `full` and `compatible`, such as
-    `BT2Head`. loss(output, labels, old, new) → total and a dict of terms, such as `BT2Loss`. Batches are those of
-    `TeacherDataset`; `Trainer.fit(module.objective(), dataset.loader(…))` trains.
+    Batches are those of `TeacherDataset`; `Trainer.fit(module.objective(), dataset.loader(…))` trains (extra: train).
+
+    Parameters
+    ----------
+    backbone
+        Inputs → pooled features.
+    head
+        Pooled features → an output with `full` and `compatible`, such as `BT2Head`.
+    loss
+        (output, labels, old, new) → total and a dict of terms, such as `BT2Loss`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import BackwardCompatibleModule, BT2Head, BT2Loss
+    >>> head, loss = BT2Head(16, 8, 6, k=2, num_classes=3), BT2Loss(torch.randn(3, 6))
+    >>> module = BackwardCompatibleModule(torch.nn.Linear(4, 16), head, loss)
+    >>> tuple(module.encode(torch.randn(5, 4), "compatible").shape)
+    (5, 6)
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, loss: nn.Module) -> None:

@@ -64,20 +64,71 @@ class LambdaOrthogonalAdapter(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
 
     B: R^d_new → R^d_new brings new embeddings to old coordinates, F: R^d_old → R^d_new lifts old ones to B(new); both
     are trained together by Adam on
-        w₁ |F(y) - B(x)|² + w₂ |B(x) - y|² + w₃ [contrast(F(y), B(x)) + contrast(F(y), y)] + penalty · L_λ(B),
+    w₁ |F(y) - B(x)|² + w₂ |B(x) - y|² + w₃ [contrast(F(y), B(x)) + contrast(F(y), y)] + penalty · L_λ(B),
     squares averaged over coordinates. Vectors of unequal width are compared on their first min(d_old, d_new) numbers.
+    Embeddings are best searched by cosine.
 
-    backward: "lambda", affine and drawn to within λ of the orthogonal matrices (adapts to the pairs, keeps what the new
-    model knows elsewhere) · "strict", a rotation or reflection: the new model's own retrieval is untouched · "affine",
-    unconstrained · "none", new embeddings stay as they are and only F is trained (forward-compatible training).
-    forward: "affine" or "mlp" (d → 2d → 2 d_new → d_new, batch normalisation). lam: λ; by default lam_rel · √d_new.
-    alpha: sharpness of the gate (None: 100 / λ). penalty: weight of L_λ. weights: (w₁, w₂, w₃). temperature, symmetric:
-    of the contrast, whose positives are rows of one label, or the row itself without labels. normalize: rows are scaled
-    to unit length first (a single column has no direction and stays). start: B begins as "procrustes" (or "identity").
-    determinant: +1 or -1 fixes the side that a Procrustes start may take. safeguard: after each epoch of "lambda" the
-    defect is cut back to λ. weight_decay: of Adam. batch_size: None for 512, fewer where that leaves few steps.
-    Attributes: backward_, forward_ (torch modules on prepared rows); map_, B as an `AffineMap`; orthogonality_defect_;
-    lam_; singular_values_ of B; history_, the terms of each epoch. Embeddings are best searched by cosine.
+    Parameters
+    ----------
+    backward
+        "lambda", affine and drawn to within λ of the orthogonal matrices (adapts to the pairs, keeps what the new model
+        knows elsewhere); "strict", a rotation or reflection: the new model's own retrieval is untouched; "affine",
+        unconstrained; "none", new embeddings stay as they are and only F is trained (forward-compatible training).
+    forward
+        "affine" or "mlp" (d → 2d → 2 d_new → d_new, batch normalisation).
+    lam, lam_rel
+        λ; where lam is None, lam_rel · √d_new.
+    alpha
+        Sharpness of the gate; None: 100 / λ.
+    penalty
+        Weight of L_λ.
+    weights
+        (w₁, w₂, w₃).
+    temperature, symmetric
+        Of the contrast, whose positives are rows of one label, or the row itself without labels.
+    normalize
+        Rows are scaled to unit length first (a single column has no direction and stays).
+    start
+        B begins as "procrustes" or "identity".
+    determinant
+        +1 or -1 fixes the side that a Procrustes start may take; None for either.
+    safeguard
+        After each epoch of "lambda" the defect is cut back to λ.
+    learning_rate, weight_decay
+        Of Adam.
+    batch_size
+        None for 512, fewer where that leaves few steps.
+    epochs
+        Passes over the pairs.
+    random_state
+        Seed of the training.
+
+    Attributes
+    ----------
+    backward_, forward_
+        Torch modules on prepared rows.
+    map_
+        B as an `AffineMap`.
+    lam_, orthogonality_defect_, singular_values_
+        λ, how far B is from the orthogonal matrices, and its singular values.
+    history_
+        The terms of each epoch.
+
+    References
+    ----------
+    Ricci et al. (2025), arXiv 2509.16664.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.align import LambdaOrthogonalAdapter
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(100, 6))
+    >>> y = x @ np.linalg.qr(rng.normal(size=(6, 6)))[0]  # the old embeddings, rotated
+    >>> model = LambdaOrthogonalAdapter(backward="strict", epochs=2, random_state=0).fit(x, y)
+    >>> unit = y / np.linalg.norm(y, axis=1, keepdims=True)
+    >>> bool((model.transform(x) * unit).sum(1).min() > 0.99), model.orthogonality_defect_ < 1e-3
+    (True, True)
     """
 
     backward: Literal["strict", "lambda", "affine", "none"] = "lambda"

@@ -26,11 +26,39 @@ _SMALLEST_RATE = 1e-5
 class StationaryModule(nn.Module):
     """A backbone and a `SimplexClassifier`, trained one task at a time; embeddings of all times can be compared.
 
-    backbone: items → features (n, head.in_features). lam: share of cross entropy beside the HOC loss (1: cross entropy
-    alone; more than the published 0.1 where classes of later tasks are not learnt); mu: its inverse temperature.
-    memory: items kept of every class.
-    A task: `start_task`, then `Trainer.fit(module.objective(), module.loader(data, labels))`, then `end_task(data,
-    labels)`.
+    A task: `start_task`, then `Trainer.fit(module.objective(), module.loader(data, labels))` (extra: train), then
+    `end_task(data, labels)`.
+
+    Parameters
+    ----------
+    backbone
+        Items → features (n, head.in_features).
+    head
+        The fixed classifier.
+    lam
+        Share of cross entropy beside the HOC loss; 1: cross entropy alone. More than the published 0.1 where classes of
+        later tasks are not learnt.
+    mu
+        Inverse temperature of the HOC loss.
+    memory
+        Items kept of every class.
+    batch_size
+        Half of it is memory.
+    seed
+        Of the memory and the batches.
+
+    References
+    ----------
+    Biondi et al. (2024), arXiv 2405.02581.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import SimplexClassifier, StationaryModule
+    >>> module = StationaryModule(torch.nn.Linear(4, 9), SimplexClassifier(3, preallocated=10))
+    >>> unit = module(torch.randn(5, 4))
+    >>> tuple(unit.shape), torch.allclose(unit.norm(dim=1), torch.ones(5))
+    ((5, 9), True)
     """
 
     def __init__(

@@ -35,7 +35,32 @@ def make_stationary(
 ) -> SimplexClassifier:
     """Put a `SimplexClassifier` in the place of a model's last linear layer, in place, and return it.
 
-    layer: its dotted name, such as "fc" or "classifier.1". Raises ValueError where it is missing or not linear.
+    Parameters
+    ----------
+    model
+        Changed in place.
+    layer
+        Dotted name of the layer, such as "fc" or "classifier.1".
+    num_classes, preallocated, index
+        See `SimplexClassifier`.
+
+    Returns
+    -------
+    SimplexClassifier
+
+    Raises
+    ------
+    ValueError
+        Where the layer is missing or not linear.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import make_stationary
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> head = make_stationary(model, "2", 3, preallocated=16)
+    >>> model[2] is head
+    True
     """
     parent_name, _, name = layer.rpartition(".")
     try:
@@ -52,9 +77,31 @@ def make_stationary(
 
 
 class Rehearsal:
-    """A random memory of `per_class` items of every class seen; items stay in the data sets that they came from.
+    """A random memory of items of every class seen; items stay in the data sets that they came from.
 
     The same seed keeps the same items on every process.
+
+    Parameters
+    ----------
+    per_class
+        Items kept of every class.
+    seed
+        Of the draws.
+
+    Raises
+    ------
+    ValueError
+        For per_class < 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import Rehearsal
+    >>> data = torch.utils.data.TensorDataset(torch.arange(10))
+    >>> memory = Rehearsal(2)
+    >>> memory.remember(data, [0] * 5 + [1] * 5)
+    >>> len(memory.joined(data))  # ten items and two of each class
+    14
     """
 
     def __init__(self, per_class: int = 20, *, seed: int = 0) -> None:
@@ -93,6 +140,27 @@ class BalancedBatches(Sampler[list[int]]):
     An epoch is one pass over the new rows; the memory is drawn with repetition where it is smaller. Without a memory
     all rows are new. In a torch.distributed group every process takes its share of the batches, the same number each
     (Lightning's Trainer needs use_distributed_sampler=False).
+
+    Parameters
+    ----------
+    n_new, n_memory
+        Numbers of rows.
+    batch_size
+        At least 2.
+    seed
+        Of the draws.
+
+    Raises
+    ------
+    ValueError
+        For n_new < 1, n_memory < 0 or batch_size < 2.
+
+    Examples
+    --------
+    >>> from subspan.align import BalancedBatches
+    >>> batches = list(BalancedBatches(8, 3, batch_size=4))
+    >>> [sum(row >= 8 for row in batch) for batch in batches]  # rows of the memory
+    [2, 2, 2, 2]
     """
 
     def __init__(self, n_new: int, n_memory: int, batch_size: int = 128, *, seed: int = 0) -> None:

@@ -21,7 +21,31 @@ from .modality_map import ModalityMap
 
 @dataclass(eq=False, repr=False)
 class MeanShift(ModalityMap):
-    """Source rows moved by the difference of the means, then to unit length (Unicorn; Yu et al., 2025)."""
+    """Source rows moved by the difference of the means, then to unit length.
+
+    The attributes are those of `ModalityMap`.
+
+    Parameters
+    ----------
+    normalize
+        As in `ModalityMap`.
+
+    References
+    ----------
+    Yu et al. (2025), Unicorn.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import MeanShift
+    >>> from subspan.base import normalize_rows
+    >>> random = torch.Generator().manual_seed(0)
+    >>> texts = normalize_rows(torch.randn(200, 8, generator=random) + torch.eye(8)[0] * 3)
+    >>> images = normalize_rows(torch.randn(300, 8, generator=random) + torch.eye(8)[1] * 3)
+    >>> model = MeanShift().fit(texts, images)
+    >>> model.gap_after_ < 0.5 * model.gap_before_
+    True
+    """
 
     _: KW_ONLY
     normalize: bool = True
@@ -35,10 +59,34 @@ class MeanShift(ModalityMap):
 
 @dataclass(eq=False, repr=False)
 class C3(MeanShift):
-    """Mean shift, then isotropic Gaussian noise, then to unit length (connect, collapse, corrupt; Zhang et al., 2024).
+    """Mean shift, then isotropic Gaussian noise, then to unit length (connect, collapse, corrupt).
 
-    sigma: standard deviation of the noise in each dimension. random_state: of the noise; an int gives the same noise
-    at each call.
+    The attributes are those of `ModalityMap`.
+
+    Parameters
+    ----------
+    normalize
+        As in `ModalityMap`.
+    sigma
+        Standard deviation of the noise in each dimension.
+    random_state
+        Of the noise; an int gives the same noise at each call.
+
+    References
+    ----------
+    Zhang et al. (2024), C3.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import C3
+    >>> from subspan.base import normalize_rows
+    >>> random = torch.Generator().manual_seed(0)
+    >>> texts = normalize_rows(torch.randn(200, 8, generator=random) + torch.eye(8)[0] * 3)
+    >>> images = normalize_rows(torch.randn(300, 8, generator=random) + torch.eye(8)[1] * 3)
+    >>> model = C3(random_state=0).fit(texts, images)
+    >>> torch.equal(model.transform(texts), model.transform(texts))
+    True
     """
 
     sigma: NonNegative = 0.02
@@ -63,10 +111,39 @@ class BlockwiseCovariance(ModalityMap):
     """Whitening and colouring of two blocks, the leading subspace U of Σ_x + Σ_y and its complement, then centroid.
 
     Within each block the source's covariance becomes the target's, Σ_x^(1/2) Σ_y^(-1/2). It matches more moments than
-    ReAlign and keeps less of the geometry: the tail of the source, where Σ_y is noise, is blown up.
-    rank: of U, by default 90 % of the variance (see `rank_rule`). ridge: added to both covariances, as a share of their
-    mean variance. n_centroid: rounds of the centroid step. Attribute subspace_: U. Time O(n d² + d³), memory O(d²).
-    Source: the comparison of Yu et al. (2026), arXiv 2602.07026.
+    ReAlign and keeps less of the geometry: the tail of the source, where Σ_y is noise, is blown up. Time O(n d² + d³),
+    memory O(d²). The other attributes are those of `ModalityMap`.
+
+    Parameters
+    ----------
+    rank
+        Of U; 0.9 is 90 % of the variance (see `rank_rule`).
+    ridge
+        Added to both covariances, as a share of their mean variance.
+    n_centroid
+        Rounds of the centroid step.
+    normalize
+        As in `ModalityMap`.
+
+    Attributes
+    ----------
+    subspace_
+        U.
+
+    References
+    ----------
+    The comparison of Yu et al. (2026), arXiv 2602.07026.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import BlockwiseCovariance
+    >>> random = torch.Generator().manual_seed(0)
+    >>> texts = torch.randn(200, 4, generator=random)
+    >>> images = torch.randn(300, 4, generator=random) * torch.tensor([1.0, 2.0, 3.0, 4.0]) + 5
+    >>> model = BlockwiseCovariance(ridge=0.0, normalize=False).fit(texts, images)
+    >>> torch.allclose(model.transform(texts).mean(0), images.mean(0), atol=1e-3)
+    True
     """
 
     rank: Rank = 0.9

@@ -28,13 +28,44 @@ class ModalityGap(Estimator):
 
     The frame U is the principal subspace of Cov(x) + Cov(y), V its complement. With gap Δ and mean m = E[Δ]:
     principal bias β = P_U m, orthogonal bias γ = P_V m, residuals δ = P_U(Δ - m) and ζ = P_V(Δ - m).
-    rank: of U, by default 90 % of the variance. frame: a `Subspace` fitted at a reference time, used instead.
-    coupling: ridge penalty of the regression of ζ on δ, relative to the mean variance of δ.
-    Attributes: subspace_ (U); gap_ = |m|; principal_bias_, orthogonal_bias_ (d,); moments_; table_, a dict of numbers:
-    |β|, |γ|, the share of |m|² outside U, traces and effective condition numbers of Cov δ and Cov ζ (largest eigenvalue
-    over the smallest within 99 % of the variance; the definition is ours), the angle in radians between γ and the top
-    eigenvector of Cov ζ, and the spectral norm and R² of the coupling ζ ≈ Lδ (zeros where U is the whole space).
-    Source: Yu et al. (2026), arXiv 2602.07026.
+
+    Parameters
+    ----------
+    rank
+        Of U; 0.9 is 90 % of the variance.
+    frame
+        A `Subspace` fitted at a reference time, used instead.
+    coupling
+        Ridge penalty of the regression of ζ on δ, relative to the mean variance of δ.
+
+    Attributes
+    ----------
+    subspace_
+        U.
+    gap_
+        |m|.
+    principal_bias_, orthogonal_bias_
+        β and γ, (d,) each.
+    moments_
+        Of the pairs.
+    table_
+        A dict of numbers: |β|, |γ|, the share of |m|² outside U, traces and effective condition numbers of Cov δ and
+        Cov ζ (largest eigenvalue over the smallest within 99 % of the variance; the definition is ours), the angle in
+        radians between γ and the top eigenvector of Cov ζ, and the spectral norm and R² of the coupling ζ ≈ Lδ (zeros
+        where U is the whole space).
+
+    References
+    ----------
+    Yu et al. (2026), arXiv 2602.07026.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import ModalityGap
+    >>> y = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 5, 1, 1, 1, 1])
+    >>> model = ModalityGap(rank=2).fit(y + torch.eye(6)[5], y)  # a shift outside the plane of most variance
+    >>> round(model.gap_, 4), bool(model.orthogonal_bias_.norm() > 0.9)
+    (1.0, True)
     """
 
     rank: Rank = 0.9
@@ -135,6 +166,25 @@ def mixing_rate(X: Any, Y: Any, k: int = 20) -> float:
     """Mean share, among the k nearest neighbours (cosine) of each row of X and Y together, of the other modality.
 
     About one half where the two are indistinguishable (equal numbers of rows), 0 where they are apart.
+
+    Parameters
+    ----------
+    X, Y
+        Rows (n, d) and (m, d).
+    k
+        Neighbours asked.
+
+    Returns
+    -------
+    float
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import mixing_rate
+    >>> x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    >>> mixing_rate(x + 20 * torch.eye(4)[0], x + 20 * torch.eye(4)[1], k=5)
+    0.0
     """
     x = check_matrix(X, "X")
     y = check_matrix(Y, "Y", columns=x.shape[1]).to(x)
@@ -147,7 +197,34 @@ def mixing_rate(X: Any, Y: Any, k: int = 20) -> float:
 def cosine_divergence(X: Any, Y: Any, *, bins: int = 100, pairs: int = 50_000, random_state: int = 0) -> float:
     """Jensen-Shannon divergence (nats, at most log 2) between the pairwise cosines within X and within Y.
 
-    Estimated on histograms of `bins` cells over [-1, 1] from `pairs` random pairs of different rows each.
+    Parameters
+    ----------
+    X, Y
+        Rows (n, d) and (m, d).
+    bins
+        Cells of the histograms over [-1, 1].
+    pairs
+        Random pairs of different rows of each.
+    random_state
+        Seed of the pairs.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For zero rows.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import cosine_divergence
+    >>> x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    >>> rotated = x @ torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(1))).Q
+    >>> cosine_divergence(x, rotated) < 0.01 < cosine_divergence(x, x + 2)
+    True
     """
     histograms = []
     for rows, name in ((check_matrix(X, "X", min_rows=2), "X"), (check_matrix(Y, "Y", min_rows=2), "Y")):

@@ -34,8 +34,28 @@ _BLOCK = 256
 class ProjectedAffine(nn.Module):
     """Rows e → π(weight e + bias), then for each drift δ: e → π(e - δ), where π scales to unit length.
 
-    weight: a scalar () or a matrix (d, d). noise: standard deviation of Gaussian noise added before the projection.
     Zero rows stay zero, and a step that would leave a row without direction (length < 1e-10) is skipped for that row.
+
+    Parameters
+    ----------
+    weight
+        A scalar () or a matrix (d, d).
+    bias
+        (d,).
+    drift
+        (rounds, d), one δ a row.
+    normalize
+        False leaves π out.
+    noise
+        Standard deviation of Gaussian noise added before the projection.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import ProjectedAffine
+    >>> move = ProjectedAffine(torch.tensor(1.0), torch.tensor([0.0, 3.0]), torch.zeros(0, 2), normalize=False)
+    >>> move(torch.tensor([[1.0, 1.0]])).tolist()
+    [[1.0, 4.0]]
     """
 
     weight: Tensor
@@ -104,13 +124,32 @@ class ProjectedAffine(nn.Module):
 class ModalityMap(OneToOneFeatureMixin, TransformerMixin, Estimator):
     """Base of the maps from a source modality (rows X) into the distribution of a target modality (rows Y), unpaired.
 
-    A subclass gives `_accumulator(d)`, `_weight()` → what multiplies the centred source, from `self._source` and
-    `self._target`, and the number of centroid rounds. Rows may come as arrays of unequal numbers of rows, or as
-    anything that `subspan.statistics.batches` reads. Zero rows are left out of the statistics and stay zero.
-    Y is required and has the columns of X, but rows of its own: scikit-learn's tags have no word for that, and its
-    checks, which know no second matrix of rows, hold for a subclass that makes one up.
-    Attributes after fitting: mean_source_, mean_target_ (d,); drift_ (rounds, d), what each centroid round subtracts;
-    gap_before_, gap_after_, distance between the means of the modalities before and after; n_source_, n_target_.
+    A subclass is a dataclass with the field `normalize`: rows are scaled to unit length first and after each step. It
+    gives `_accumulator(d)`, `_weight()` → what multiplies the centred source, from `self._source` and `self._target`,
+    and the number of centroid rounds. Rows may come as arrays of unequal numbers of rows, or as anything that
+    `subspan.statistics.batches` reads. Zero rows are left out of the statistics and stay zero. Y is required and has
+    the columns of X, but rows of its own: scikit-learn's tags have no word for that, and its checks, which know no
+    second matrix of rows, hold for a subclass that makes one up.
+
+    Attributes
+    ----------
+    mean_source_, mean_target_
+        (d,) each.
+    drift_
+        (rounds, d), what each centroid round subtracts.
+    gap_before_, gap_after_
+        Distance between the means of the modalities before and after.
+    n_source_, n_target_
+        Rows in the statistics.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import ModalityMap, ReAlign
+    >>> texts, images = torch.randn(40, 4) + torch.tensor([3.0, 0, 0, 0]), torch.randn(50, 4)
+    >>> model = ReAlign(normalize=False).fit(texts, images)
+    >>> isinstance(model, ModalityMap), model.n_source_, model.n_target_
+    (True, 40, 50)
     """
 
     normalize: bool

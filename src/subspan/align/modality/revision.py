@@ -30,11 +30,39 @@ class ReVision(nn.Module):
     Stage 1 (modality substitution): text embeddings, mapped into the image distribution by `aligner`, are the picture
     and the same texts the caption; the language model is frozen, the adapter learns. Stage 2: real image embeddings,
     never mapped; adapter and language model learn, the loss counts answers only. Afterwards `generate` takes images.
+    `Trainer.fit(model.objective(), batches)` trains, on batches of `RevisionCollator`. Needs the extras llm and train.
 
-    llm: a transformers causal language model. aligner: a fitted `ReAlign` (or other map), a module, or None for no
-    alignment. n_tokens: how often the one adapted embedding is repeated in the input; the authors repeat it 576 times,
-    which adds no content. projector: "mlp2x_gelu" (linear, GELU, linear) or "linear". d: dimension of the embeddings,
-    read from a `ModalityMap`. `Trainer.fit(model.objective(), batches)` trains, on batches of `RevisionCollator`.
+    Parameters
+    ----------
+    llm
+        A transformers causal language model.
+    aligner
+        A fitted `ReAlign` (or other map), a module, or None for no alignment.
+    d
+        Dimension of the embeddings; None reads it from a `ModalityMap`.
+    n_tokens
+        How often the one adapted embedding is repeated in the input; the authors repeat it 576 times, which adds no
+        content.
+    projector
+        "mlp2x_gelu" (linear, GELU, linear) or "linear".
+    stage
+        1 or 2, see `set_stage`.
+
+    Raises
+    ------
+    ValueError
+        For another projector or stage, n_tokens < 1, and where d is not known.
+
+    References
+    ----------
+    Yu et al. (2026), arXiv 2602.07026.
+
+    Examples
+    --------
+    >>> from subspan.align import ReVision, RevisionCollator
+    >>> model = ReVision(llm, aligner)  # doctest: +SKIP
+    >>> batch = RevisionCollator(tokenizer)(items)  # doctest: +SKIP
+    >>> loss = model.training_loss(batch)  # doctest: +SKIP
     """
 
     def __init__(
@@ -173,6 +201,18 @@ class RevisionCollator:
     Stage-1 items have "embedding" (d,) and "text": placeholder and caption, labels on the caption and its end. Stage-2
     items have "embedding", "prompt" and "answer": the tokenizer's chat template where it has one, else placeholder,
     prompt and answer on lines of their own; labels on the answer alone.
+
+    Parameters
+    ----------
+    tokenizer
+        Of the language model.
+    max_length
+        Tokens a row, at most.
+
+    Raises
+    ------
+    ValueError
+        On call, for a prompt that leaves no room for an answer or contains the placeholder.
     """
 
     tokenizer: Any

@@ -27,10 +27,21 @@ _RIDGE_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 class CrossModalReport:
     """Scores of held-out pairs for every subspace, method, k, number of anchors and direction.
 
-    rows: dicts with the keys subspace ("full", "pca", "cca"), method (of METHODS), k (0 for full), n_anchors,
-    direction, and METRICS. cka: linear CKA of the held-out pairs, full and in the subspaces. permutation: the same as
-    rows for the canonical subspace fitted to anchors whose partners were shuffled, and its CKA. chance: expected scores
-    of a random order. canonical: canonical correlations, on the anchors and held out.
+    Attributes
+    ----------
+    rows
+        Dicts with the keys subspace ("full", "pca", "cca"), method (of METHODS), k (0 for full), n_anchors, direction,
+        and METRICS.
+    cka
+        Linear CKA of the held-out pairs, full and in the subspaces.
+    permutation, permutation_cka
+        The same as rows for the canonical subspace fitted to anchors whose partners were shuffled, and its CKA.
+    chance
+        Expected scores of a random order.
+    canonical
+        Canonical correlations, on the anchors and held out.
+    n_queries
+        Pairs held out.
     """
 
     rows: list[dict[str, Any]]
@@ -73,13 +84,55 @@ def cross_modal_report(
     groups: Any = None,
     random_state: int = 0,
 ) -> CrossModalReport:
-    """Compare paired rows X (n, p), Y (n, q) in their full spaces and in subspaces of both, on pairs held out.
+    """Compare paired rows in their full spaces and in subspaces of both, on pairs held out.
 
-    n_anchors: sizes to sweep, the largest (all but the queries by default) takes the whole k sweep, smaller ones the k
-    nearest 50. groups (n,): queries come from groups that no anchor is of. Of queries with equal rows
-    of Y one is kept. "ridge" takes its penalty from a fifth of
-    the anchors; "relative" are cosines to the anchors (Moschella et al., 2023). k above what the anchors span are left
-    out. Raises ValueError for unequal n, NaN, or too few rows for the queries and 10 anchors.
+    Of queries with equal rows of Y one is kept.
+
+    Parameters
+    ----------
+    X, Y
+        Paired rows (n, p) and (n, q).
+    n_components
+        Sizes k of the subspaces; k above what the anchors span are left out.
+    n_anchors
+        Sizes to sweep; the largest takes the whole k sweep, smaller ones the k nearest 50. None: all but the queries.
+    n_queries
+        Pairs held out.
+    methods
+        Some of "none", "affine", "ridge" (penalty from a fifth of the anchors), "local_cka", and "relative" (cosines to
+        the anchors; Moschella et al., 2023).
+    subspaces
+        Some of "full", "pca", "cca".
+    shrinkage
+        Of the canonical directions, as in `SubspaceAligner`.
+    groups
+        (n,): queries come from groups that no anchor is of.
+    random_state
+        Seed of the draws.
+
+    Returns
+    -------
+    CrossModalReport
+
+    Raises
+    ------
+    ValueError
+        For unequal n, NaN, or too few rows for the queries and 10 anchors.
+
+    References
+    ----------
+    Hadgi et al. (2025), arXiv 2503.05283.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import cross_modal_report
+    >>> random = torch.Generator().manual_seed(0)
+    >>> z = torch.randn(150, 3, generator=random)  # what the two spaces share; the rest is their own
+    >>> x, y = (torch.cat([z, torch.randn(150, 5, generator=random)], 1) for _ in range(2))
+    >>> report = cross_modal_report(x, y, n_components=[3], n_queries=50, methods=["affine"])
+    >>> report.value("top5", subspace="cca") > 0.9, report.value("top5", subspace="cca", permuted=True) < 0.5
+    (True, True)
     """
     x, y = check_matrix(X, "X").double(), check_matrix(Y, "Y").double()
     if len(x) != len(y):
@@ -217,9 +270,29 @@ def _held_cka(model: SubspaceAligner, held: tuple[Tensor, Tensor]) -> float:
 
 
 def relative_coordinates(rows: Any, anchors: Any) -> Float[Tensor, "m n"]:
-    """Cosines of rows (m, d) with anchors (n, d): coordinates that paired anchors make comparable across spaces.
+    """Cosines of rows with anchors: coordinates that paired anchors make comparable across spaces.
 
-    Source: Moschella et al. (2023).
+    Parameters
+    ----------
+    rows
+        (m, d).
+    anchors
+        (n, d).
+
+    Returns
+    -------
+    Tensor, (m, n).
+
+    References
+    ----------
+    Moschella et al. (2023), arXiv 2209.15430.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import relative_coordinates
+    >>> relative_coordinates(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])).tolist()
+    [[1.0, 0.0]]
     """
     a = check_matrix(rows, "rows")
     b = check_matrix(anchors, "anchors", columns=a.shape[1]).to(a)
@@ -227,9 +300,29 @@ def relative_coordinates(rows: Any, anchors: Any) -> Float[Tensor, "m n"]:
 
 
 def distance_correlation(a: Any, b: Any) -> float:
-    """Pearson correlation of two sets of distances (n, n) between the same things, over pairs i < j.
+    """Pearson correlation of two sets of distances between the same things, over pairs i < j.
 
-    Raises ValueError for unequal n, fewer than 3, or constant distances.
+    Parameters
+    ----------
+    a, b
+        Distances (n, n).
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        For unequal n, fewer than 3, or constant distances.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import distance_correlation
+    >>> x = torch.randn(6, 3)
+    >>> round(distance_correlation(torch.cdist(x, x), 5 * torch.cdist(x, x)), 4)
+    1.0
     """
     first, second = (as_tensor(d, name, ndim=2).double() for d, name in ((a, "a"), (b, "b")))
     if first.shape != second.shape or first.shape[0] != first.shape[1] or len(first) < 3:

@@ -31,19 +31,56 @@ class RepresentationAlignment(nn.Module):
     2. h = output of `layer` in the student's own forward pass (on noised images), taken by a hook.
     3. `loss(images)` = weight · mean over the teachers of -mean cos(projector(h), x̃).
 
-    student: any module, also compiled (before its first call) or wrapped in DistributedDataParallel; its parameters
-    are not those of this module, the projector's are. layer: as in `subspan.models.layer_names`, one layer. teacher:
-    images → tokens (b, t, d), a map (b, d, h, w), or a `FeatureGrid`; None where `loss` is given cached features; or a
-    list of teachers, then with a list of projectors. A teacher that is a module runs in evaluation mode and is neither
-    trained nor saved. projector: `PatchProjector`, or any module of tokens. norm: `SpatialNorm()` (iREPA; the default),
-    None (REPA). weight: a number, or a function of the step. tokens: how h and x become tokens (b, t, d): "infer" takes
-    (b, t, d), also where the student has tokens first, without the first `drop_tokens` (`teacher_drop_tokens`) and
-    flattens (b, d, h, w); or a function of the layer's output, for h alone. hw, teacher_hw: (rows, columns) of the
-    token grids, None = square. resize: how teacher tokens of another grid are brought to the student's: "bicubic",
-    "bilinear", "area", or None = an error.
-    The hook is taken off by `remove()`, or at the end of a with-block. Raises ValueError for a layer that is not there,
-    states that are no tokens, grids or widths that do not fit.
-    Source: Singh et al. (2026), arXiv 2512.10794; with MLP projectors and norm=None: Yu et al. (2024), REPA.
+    The hook is taken off by `remove()`, or at the end of a with-block.
+
+    Parameters
+    ----------
+    student
+        Any module, also compiled (before its first call) or wrapped in DistributedDataParallel; its parameters are not
+        those of this module, the projector's are.
+    layer
+        As in `subspan.models.layer_names`, one layer.
+    teacher
+        Images → tokens (b, t, d), a map (b, d, h, w), or a `FeatureGrid`; None where `loss` is given cached features;
+        or a list of teachers. A teacher that is a module runs in evaluation mode and is neither trained nor saved.
+    projector
+        `PatchProjector`, or any module of tokens; a list of them for a list of teachers.
+    norm
+        "spatial" or `SpatialNorm()` (iREPA), another module, or None (REPA).
+    weight
+        A number, or a function of the step.
+    tokens
+        How h and x become tokens (b, t, d): "infer" takes (b, t, d), also where the student has tokens first, and
+        flattens (b, d, h, w); or a function of the layer's output, for h alone.
+    hw, teacher_hw
+        (rows, columns) of the token grids; None = square.
+    drop_tokens, teacher_drop_tokens
+        First tokens that are left out by "infer".
+    resize
+        How teacher tokens of another grid are brought to the student's: "bicubic", "bilinear", "area", or None = an
+        error.
+
+    Raises
+    ------
+    ValueError
+        For a layer that is not there, states that are no tokens, grids or widths that do not fit.
+
+    References
+    ----------
+    Singh et al. (2026), arXiv 2512.10794; with MLP projectors and norm=None: Yu et al. (2024), REPA.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import RepresentationAlignment
+    >>> from subspan.nn import PatchProjector
+    >>> student, teacher = (torch.nn.Sequential(torch.nn.Conv2d(3, d, 4, stride=4)) for d in (8, 5))
+    >>> images = torch.rand(2, 3, 16, 16)
+    >>> with RepresentationAlignment(student, "0", teacher, PatchProjector(8, 5)) as alignment:
+    ...     states = student(images + 0.1 * torch.randn(2, 3, 16, 16))
+    ...     loss = alignment.loss(images)
+    >>> loss.requires_grad, bool(loss.abs() <= 0.5)
+    (True, True)
     """
 
     def __init__(
@@ -214,10 +251,42 @@ def spatial_structure_of(
     preprocessing: Any = None,
     **options: Any,
 ) -> dict[str, Float[Tensor, " n"]]:
-    """`subspan.geometry.spatial_structure` of one layer of a vision network (timm, transformers, torchvision, own).
+    """`spatial_structure` of one layer of a vision network (timm, transformers, torchvision, own).
 
-    images, preprocessing, drop_tokens (CLS and registers; None infers their number): as in
-    `subspan.models.FeatureGrid`. norm: applied to the tokens first. options: metrics, masks (n, h, w), near, far, dmax.
+    Parameters
+    ----------
+    model
+        The network.
+    images, preprocessing, drop_tokens
+        As in `subspan.models.FeatureGrid`; drop_tokens are CLS and registers, None infers their number.
+    layer
+        Index or name.
+    norm
+        Applied to the tokens first.
+    batch_size
+        Images a forward pass.
+    **options
+        Of `spatial_structure`: metrics, masks (n, h, w), near, far, dmax.
+
+    Returns
+    -------
+    dict of metric → Tensor (n,).
+
+    Raises
+    ------
+    ValueError
+        For no image, or another number of masks.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import spatial_structure_of
+    >>> from subspan.models import ImagePreprocessing
+    >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 2, stride=2))
+    >>> images = (torch.rand(4, 3, 16, 16) * 255).to(torch.uint8)
+    >>> prepare = ImagePreprocessing(size=16, resize="squash")
+    >>> tuple(spatial_structure_of(network, images, "0", preprocessing=prepare)["lds"].shape)
+    (4,)
     """
     grid = FeatureGrid(model, layer, preprocessing=preprocessing, drop_tokens=drop_tokens)
     masks = options.pop("masks", None)

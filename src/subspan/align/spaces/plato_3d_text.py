@@ -70,26 +70,65 @@ class _SharedSpace:
 class SubspaceAligner(PairedEstimator):
     """Compare rows of two spaces that were never trained together, from paired anchors X (n, p) and Y (n, q).
 
-    1. Both spaces are centred at the anchors' means and projected to `n_components` coordinates. subspace: "cca"
-       (canonical directions), "pca" (the dominant directions of each, the control), "svcca" (canonical directions
-       within 99 % of each variance), None (all of both spaces).
-    2. method: "affine", least squares from the one to the other and then the cosine · "procrustes", an isometry and
-       then the cosine · "cosine", the coordinates as they are · "local_cka", the alignment (CKA) of the anchors with
-       the query pair added to them.
+    1. Both spaces are centred at the anchors' means and projected to `n_components` coordinates of a subspace.
+    2. The coordinates are compared by a `method`.
 
-    n_components: k, or "cv" for as many canonical pairs as correlate on held-out anchors (5 folds, 3 standard errors).
-    shrinkage: weight in [0, 1] of the scaled identity in the covariances of step 1, or "auto" (oracle approximating).
-    direction: "x->y" maps x and lets x search y, "y->x" the other way. kernel: of local CKA, "linear" (closed form) or
-    "rbf" (median width, at most 5000 anchors, which are kept). scale: "whiten", unit variance of each canonical
-    coordinate, or "rho", its correlation as weight. alpha: penalty of the affine map, relative to the mean variance; 0
-    is the paper's least squares.
     The anchors are read once, in any form that `subspan.statistics.batches` takes, or by `partial_fit`; memory
     O((p + q)²), everything in float64. Queries are centred by the anchors' means, never by their own.
-    Attributes: canonical_correlations_ (k,) of the anchors; held_out_correlations_, on a fifth of the anchors of
-    directions fitted to the others (all that were tried with "cv"); n_components_; subspace_x_, subspace_y_,
-    orthonormal bases of the two spans; coordinates_, the `AffineMap`s of step 1; map_x_, map_y_, those behind
-    transform_x and transform_y; moments_.
-    Source: Hadgi et al. (2025), arXiv 2503.05283; local CKA from Maniparambil et al. (2024).
+
+    Parameters
+    ----------
+    n_components
+        k, or "cv" for as many canonical pairs as correlate on held-out anchors (5 folds, 3 standard errors).
+    method
+        "affine", least squares from the one to the other and then the cosine; "procrustes", an isometry and then the
+        cosine; "cosine", the coordinates as they are; "local_cka", the alignment (CKA) of the anchors with the query
+        pair added to them.
+    subspace
+        "cca" (canonical directions), "pca" (the dominant directions of each, the control), "svcca" (canonical
+        directions within 99 % of each variance), None (all of both spaces).
+    shrinkage
+        Weight in [0, 1] of the scaled identity in the covariances of step 1, or "auto" (oracle approximating).
+    direction
+        "x->y" maps x and lets x search y, "y->x" the other way.
+    kernel
+        Of local CKA: "linear" (closed form) or "rbf" (median width, at most 5000 anchors, which are kept).
+    scale
+        "whiten", unit variance of each canonical coordinate, or "rho", its correlation as weight.
+    alpha
+        Penalty of the affine map, relative to the mean variance; 0 is the paper's least squares.
+
+    Attributes
+    ----------
+    canonical_correlations_
+        (k,) of the anchors.
+    held_out_correlations_
+        On a fifth of the anchors of directions fitted to the others (all that were tried with "cv").
+    n_components_
+        Coordinates a side.
+    subspace_x_, subspace_y_
+        Orthonormal bases of the two spans.
+    coordinates_
+        The two `AffineMap`s of step 1.
+    map_x_, map_y_
+        Those behind `transform_x` and `transform_y`.
+    moments_
+        `JointMoments` of the anchors.
+
+    References
+    ----------
+    Hadgi et al. (2025), arXiv 2503.05283; local CKA from Maniparambil et al. (2024).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import SubspaceAligner
+    >>> random = torch.Generator().manual_seed(0)
+    >>> z = torch.randn(150, 3, generator=random)  # what the two spaces share; the rest is their own
+    >>> x, y = (torch.cat([z, torch.randn(150, 5, generator=random)], 1) for _ in range(2))
+    >>> model = SubspaceAligner(3).fit(x[:100], y[:100])
+    >>> model.score(x[100:], y[100:], "top5") > 0.9
+    True
     """
 
     n_components: Count | Literal["cv"] = 50

@@ -20,14 +20,49 @@ from subspan.statistics import JointMoments
 class SpaceMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstimator):
     """Affine map from rows X (n, d_x) to the rows Y (n, d_y) that they are paired with, in closed form.
 
-    method: "translation", a shift of the mean · "procrustes", the isometry nearest to the pairs (rotation or
-    reflection; Schönemann, 1966) · "scaled", the same times one factor · "ridge", linear regression with penalty
-    `alpha`, relative to the mean variance of X · "cca", regression through the first `k` canonical pairs (all where
-    None), covariances shrunk by `shrinkage`. Of fewer pairs than (d_x + d_y) / 2 it is fitted in what their rows span,
-    and the isometry sends what lies outside to the mean.
-    One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory,
-    of so few pairs O(d_x d_y). Raises ValueError where such a matrix takes over an eighth of the machine's memory.
-    Attributes: map_, an `AffineMap`; moments_, the `JointMoments`; canonical_, the canonical directions (method "cca").
+    One pass over data in any form that `subspan.statistics.batches` reads, or `partial_fit`; O((d_x + d_y)²) memory. Of
+    fewer pairs than (d_x + d_y) / 2 it is fitted in what their rows span, in O(d_x d_y) memory, and the isometry sends
+    what lies outside to the mean.
+
+    Parameters
+    ----------
+    method
+        "translation", a shift of the mean; "procrustes", the isometry nearest to the pairs (rotation or reflection);
+        "scaled", the same times one factor; "ridge", linear regression; "cca", regression through canonical pairs.
+    alpha
+        Penalty of "ridge", relative to the mean variance of X.
+    k
+        Canonical pairs; None for all.
+    shrinkage
+        Of the covariances of "cca": a share, or "oas".
+
+    Attributes
+    ----------
+    map_
+        An `AffineMap`.
+    moments_
+        The `JointMoments`.
+    canonical_
+        The canonical directions ("cca").
+
+    Raises
+    ------
+    ValueError
+        Where a matrix of these sizes takes over an eighth of the machine's memory.
+
+    References
+    ----------
+    Schönemann, 1966 (Procrustes).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.align import SpaceMap
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(50, 4))
+    >>> y = x @ np.linalg.qr(rng.normal(size=(4, 4)))[0] + 1
+    >>> bool(np.allclose(SpaceMap("procrustes").fit(x, y).transform(x), y))
+    True
     """
 
     method: Literal["translation", "procrustes", "scaled", "ridge", "cca"] = "procrustes"

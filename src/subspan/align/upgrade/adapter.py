@@ -21,8 +21,25 @@ _SMALLEST_LENGTH = 1e-30
 class EmbeddingAdapter(nn.Module):
     """Rows e → π_out(W π_in(e) + b + MLP(π_in(e))), π to unit length where asked for; zero rows stay zero under π.
 
-    hidden: (first weight (h, d_in), first bias, second weight (d_out, h), second bias) of the residual MLP with GELU,
-    or None for a linear map.
+    Parameters
+    ----------
+    weight
+        W (d_out, d_in).
+    bias
+        b (d_out,); None for 0.
+    hidden
+        (First weight (h, d_in), first bias, second weight (d_out, h), second bias) of the residual MLP with GELU, or
+        None for a linear map.
+    normalize_input, normalize_output
+        Whether π is applied before and after.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.align import EmbeddingAdapter
+    >>> adapter = EmbeddingAdapter(torch.tensor([[0.0, 2.0], [2.0, 0.0]]), normalize_output=True)
+    >>> adapter(torch.tensor([[0.0, 5.0]])).tolist()
+    [[1.0, 0.0]]
     """
 
     weight: Tensor

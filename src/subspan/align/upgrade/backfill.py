@@ -30,17 +30,54 @@ def backfill_order(
     n_clusters: int | None = None,
     random_state: int = 0,
 ) -> Int[np.ndarray, " n"]:
-    """Rows of a gallery (n, d), the one to embed anew first at the front.
+    """Rows of a gallery, the one to embed anew first at the front.
 
-    gallery: what the old items look like in the space that is searched (for a forward map F, the rows F(old)); an
-    array, a memory map or a list of batches. metric: "euclidean" or "cosine". Equal values keep the gallery's order.
-    order: "density", ours: first the items that lie nearest to the ten nearest of the expected `queries` (q, d), of
-    which at most 2000 are looked at; by default rows of the gallery stand for them. "farthest", as published: farthest
-    from the mean of its class first; labels (n,): any hashable classes, and where None, the nearest of `n_clusters`
-    k-means centres (by default sqrt(n / 2)) stands for the class mean. On real embeddings "farthest" was mostly worse
-    than a random order; "density" was mostly better where neighbours count, and by label no order beat random.
-    Raises ValueError for NaN, an unknown metric or order, labels of another length, and arguments of the other order.
-    Source of "farthest": Ricci et al. (2025), arXiv 2509.16664, section on partial backfilling.
+    On real embeddings "farthest" was mostly worse than a random order; "density" was mostly better where neighbours
+    count, and by label no order beat random.
+
+    Parameters
+    ----------
+    gallery
+        (n, d), what the old items look like in the space that is searched (for a forward map F, the rows F(old)): an
+        array, a memory map or a list of batches.
+    labels
+        Of "farthest": any hashable classes (n,); where None, the nearest of `n_clusters` k-means centres stands for the
+        class mean.
+    metric
+        "euclidean" or "cosine". Equal values keep the gallery's order.
+    order
+        "density", ours: first the items that lie nearest to the ten nearest of the expected queries. "farthest", as
+        published: farthest from the mean of its class first.
+    queries
+        Of "density": the expected ones (q, d), of which at most 2000 are looked at; where None, rows of the gallery
+        stand for them.
+    n_clusters
+        Of "farthest"; None: sqrt(n / 2).
+    random_state
+        Seed of the draws and of k-means.
+
+    Returns
+    -------
+    numpy array, (n,), of row numbers.
+
+    Raises
+    ------
+    ValueError
+        For NaN, an unknown metric or order, labels of another length, and arguments of the other order.
+
+    References
+    ----------
+    "farthest": Ricci et al. (2025), arXiv 2509.16664, section on partial backfilling.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.align import backfill_order
+    >>> rng = np.random.default_rng(0)
+    >>> gallery = np.vstack([rng.normal(size=(20, 3)), rng.normal(size=(20, 3)) + 50])
+    >>> order = backfill_order(gallery, queries=rng.normal(size=(10, 3)))  # all queries are near the first twenty
+    >>> sorted(order[:20].tolist()) == list(range(20))
+    True
     """
     if metric not in _METRICS:
         raise ValueError(f"metric: expected one of {_METRICS}, got {metric!r}")

@@ -38,10 +38,20 @@ _LEAST_RECALL = 0.5
 class UnpairedReport:
     """Whether alignment without pairs worked.
 
-    agreement: the two best maps, found from independent starts, send held-out rows to the same k neighbours this often;
-    chance: the same for different rows. Where known pairs are given their recall decides, else the agreement: right
-    maps of few rows may be doubted. mutual_share: rows that are each other's nearest after the map. recall: of the
-    known pairs that were given to check, else None. converged: the matches settled; rounds: of matching.
+    Attributes
+    ----------
+    agreement
+        How often the two best maps, found from independent starts, send held-out rows to the same k neighbours.
+    chance
+        The same for different rows.
+    mutual_share
+        Rows that are each other's nearest after the map.
+    converged, rounds
+        Whether the matches settled, and rounds of matching.
+    recall
+        Of the known pairs that were given to check, else None.
+    succeeded, reason
+        The verdict: by the recall where it is known, else by the agreement: right maps of few rows may be doubted.
     """
 
     agreement: float

@@ -42,22 +42,60 @@ class UpgradeMap(ClassNamePrefixFeaturesOutMixin, TransformerMixin, PairedEstima
     """Map from one encoder's embeddings, rows X (n, d_x), to another's, the rows Y (n, d_y) that they are paired with.
 
     For an index whose encoder is replaced: X from the new encoder, Y from the old one, both of the same items; mapped
-    queries then search the old index.
-    method: "none" (identity; padded or cut for unequal widths) · "translation" (the same and a shift of the mean) ·
-    "procrustes" (Schönemann, 1966) · "scaled" · "low-rank" (the rotation plus a reduced-rank ridge regression of what
-    it leaves) · "cca" (through k canonical pairs) · "ridge" · "mlp" (a small residual network on top of the best of
-    these; extra: train) · "auto", the simplest whose held-out recall is within one standard error of the best.
-    candidates: the methods that "auto" tries, by default all. alpha, rank, k: fixed hyper-parameters; those left None
-    are chosen in inner splits. metric: of the search, "cosine", "euclidean" or "inner". target: what recall counts,
-    "neighbours" (share of the true item's `n_neighbors` nearest in the old space that the mapped query finds too) or
-    "pair" (whether the paired item is found among them). normalize: rows to unit length before and after the map.
-    folds: of the cross-validation. max_queries, max_gallery: rows that it scores and keeps; the network is trained on
-    those that are kept.
-    Rows may be arrays, memory maps, or streams as for `SpaceMap`, read once in O(d²) memory. Fewer pairs than
-    dimensions: a warning, and only a shift, rotations of their span and shrunken ridge are tried.
-    Attributes: method_, parameters_, adapter_ (an `EmbeddingAdapter`), map_ (its linear part, an `AffineMap`), scores_
-    (one dict a candidate: method, parameters, recall, low, high, standard_error, complexity, queries, note), recall_,
-    n_pairs_, unpaired_ (an `UnpairedReport` after `fit_unpaired`).
+    queries then search the old index. Rows may be arrays, memory maps, or streams as for `SpaceMap`, read once in O(d²)
+    memory. Fewer pairs than dimensions: a warning, and only a shift, rotations of their span and shrunken ridge are
+    tried.
+
+    Parameters
+    ----------
+    method
+        "none" (identity; padded or cut for unequal widths), "translation" (the same and a shift of the mean),
+        "procrustes" (Schönemann, 1966), "scaled", "low-rank" (the rotation plus a reduced-rank ridge regression of what
+        it leaves), "cca" (through k canonical pairs), "ridge", "mlp" (a small residual network on top of the best of
+        these; extra: train), or "auto", the simplest whose held-out recall is within one standard error of the best.
+    candidates
+        The methods that "auto" tries; None for all.
+    alpha, rank, k
+        Fixed hyper-parameters; those left None are chosen in inner splits.
+    metric
+        Of the search: "cosine", "euclidean" or "inner".
+    target
+        What recall counts: "neighbours" (share of the true item's `n_neighbors` nearest in the old space that the
+        mapped query finds too) or "pair" (whether the paired item is found among them).
+    n_neighbors
+        See `target`.
+    normalize
+        Rows to unit length before and after the map.
+    folds
+        Of the cross-validation.
+    max_queries, max_gallery
+        Rows that it scores and keeps; the network is trained on those that are kept.
+    random_state
+        Seed of the splits and draws.
+
+    Attributes
+    ----------
+    method_, parameters_
+        What was chosen.
+    adapter_, map_
+        An `EmbeddingAdapter`, and its linear part, an `AffineMap`.
+    scores_
+        One dict a candidate: method, parameters, recall, low, high, standard_error, complexity, queries, note.
+    recall_, n_pairs_
+        Held-out recall of the chosen method, and the number of pairs.
+    unpaired_
+        An `UnpairedReport` after `fit_unpaired`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.align import UpgradeMap
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(60, 4))
+    >>> y = x @ np.linalg.qr(rng.normal(size=(4, 4)))[0]  # the old encoder's space is the new one's, rotated
+    >>> model = UpgradeMap(candidates=["none", "procrustes"], folds=3).fit(x, y)
+    >>> model.method_, round(model.recall_, 3)
+    ('procrustes', 1.0)
     """
 
     method: Literal["auto"] | Method = "auto"
