@@ -212,7 +212,7 @@ def attributed_block_model(
     topical: float = 0.5,
     random_state: int | None = None,
 ) -> AttributedGraph:
-    """A generated graph of blocks whose nodes have words, for tests of scale: O(edges + n_nodes words).
+    """A generated graph of blocks whose nodes have words; time and memory O(edges + n_nodes words).
 
     n_nodes * mean_degree / 2 edges are drawn; loops and repeated ones are left out.
 
@@ -221,7 +221,7 @@ def attributed_block_model(
     n_nodes, n_clusters
         Nodes and blocks; each node's block is drawn.
     mean_degree
-        Edges of a node.
+        Mean number of edges of a node.
     inside
         Share of the edges that are drawn inside a block.
     n_attributes

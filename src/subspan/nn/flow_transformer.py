@@ -26,7 +26,7 @@ class FlowTransformer(nn.Module):
     patch
         Side of a patch, in pixels.
     width, depth, heads
-        Of the tokens, number of blocks, and heads of each; a multiple of 4 and of the heads is needed as width.
+        Width of the tokens, a multiple of 4 and of the heads; number of blocks; heads of each.
     classes
         Their number; label `classes` stands for no class (`null`).
     mlp_ratio

@@ -61,7 +61,7 @@ class LambdaOrthogonality(nn.Module):
         λ / √n in place of `lam`, n the size of the smaller Gram matrix: it means the same for every size. 0.375 where
         both are None.
     alpha
-        Sharpness α. None: 100 / λ, which comes to rest within about a tenth of any λ.
+        Sharpness α. None: 100 / λ, with which a weight rests within about a tenth of any λ.
 
     Raises
     ------
