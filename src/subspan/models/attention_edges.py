@@ -229,9 +229,7 @@ def _cutting(cut: Bool[Tensor, "b h t t"]) -> Callable[..., tuple[Any, Any]]:
             mask = torch.zeros(mask.shape, dtype=states.dtype, device=mask.device).masked_fill(
                 ~mask, torch.finfo(states.dtype).min
             )
-        cut_here = cut.to(mask.device)
-        whole = torch.broadcast_shapes(mask.shape, cut_here.shape)
-        given.arguments["attention_mask"] = mask.expand(whole).masked_fill(cut_here, torch.finfo(mask.dtype).min)
+        given.arguments["attention_mask"] = mask.masked_fill(cut.to(mask.device), torch.finfo(mask.dtype).min)
         return given.args, given.kwargs
 
     return hook
