@@ -68,7 +68,7 @@ class UnitGroup:
     canonical
         Canonical correlations of its two sets of units; None where one of them is empty.
     widths
-        Units of the two networks, all together.
+        Numbers of units of the two networks.
     """
 
     x: Int[Tensor, " a"]
