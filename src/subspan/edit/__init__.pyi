@@ -11,6 +11,7 @@ from .prototypes import (
     select_confident,
     zero_shot_prototypes,
 )
+from .resrl import ResidualCredit, entropy_mask, head_interference, length_scaled_reward, quantile_gate
 from .spikes import (
     NoSpikesError,
     PairedMoments,
@@ -30,6 +31,7 @@ __all__ = [
     "NoSpikesError",
     "PairedMoments",
     "PrototypeShift",
+    "ResidualCredit",
     "RobustSpikes",
     "SINGLE_TEMPLATE",
     "STSClassifier",
@@ -41,13 +43,17 @@ __all__ = [
     "displacement_mixing",
     "displacements",
     "energy_score",
+    "entropy_mask",
     "gaussian_blur",
+    "head_interference",
     "jpeg",
     "latent_directions",
+    "length_scaled_reward",
     "marginal_entropy",
     "orthogonalize_projections",
     "path_length",
     "pgd",
+    "quantile_gate",
     "random_noise",
     "select_confident",
     "spectral_score",
