@@ -151,6 +151,14 @@ def test_shards_are_read_one_tensor_at_a_time_and_written_whole(tmp_path, base, 
         write_weights(base, tmp_path / "base")
 
 
+def test_names_that_the_delta_lacks_are_said(delta):
+    spaces = delta.subspaces(1)
+    with pytest.raises(ValueError, match="subspaces: the delta has no other"):
+        delta.projected({"other": next(iter(spaces.values()))})
+    with pytest.raises(ValueError, match="masks: the delta has no other"):
+        delta.masked({"other": torch.ones(2)})
+
+
 def test_a_killed_run_goes_on_after_the_shards_it_has(tmp_path, base, delta):
     computed = []
 
