@@ -192,6 +192,24 @@ def test_every_public_layer_is_in_the_battery():
     assert {name.split(",")[0] for name in LAYERS} == modules - OTHERS
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda generator: Butterfly(6, 5, generator=generator),
+        lambda generator: GrassmannHead(6, 3, rank=2, generator=generator),
+        lambda generator: HouseholderProjector(6, 5, rank=2, generator=generator),
+        lambda generator: OrthogonalLinear(4, init="random", generator=generator),
+        lambda generator: ResidualSimVQ(4, 8, depth=2, generator=generator),
+    ],
+    ids=["Butterfly", "GrassmannHead", "HouseholderProjector", "OrthogonalLinear", "ResidualSimVQ"],
+)
+def test_a_generator_draws_all_of_the_start(make):
+    first, second = (make(torch.Generator().manual_seed(0)).state_dict() for _ in range(2))
+    other = make(torch.Generator().manual_seed(1)).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not all(torch.equal(first[key], other[key]) for key in first)
+
+
 @each_layer
 def test_state_survives_a_file_and_a_copy(name):
     layer, x = made(name)

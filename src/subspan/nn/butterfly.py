@@ -50,7 +50,7 @@ class Butterfly(nn.Module):
     constraint
         "orthogonal" (an angle a pair, real) or "unitary" (four, complex), both exact; None: free twiddles.
     generator
-        Of the random start; the bias is drawn from torch's global one.
+        Of the random start.
 
     Raises
     ------
@@ -121,7 +121,8 @@ class Butterfly(nn.Module):
         self.factors = nn.Parameter(start)
         dtype = torch.complex64 if complex and not real_part else torch.float32
         limit = 1 / math.sqrt(in_features)
-        self.bias = nn.Parameter(torch.empty(out_features).uniform_(-limit, limit).to(dtype)) if bias else None
+        start = torch.empty(out_features).uniform_(-limit, limit, generator=generator) if bias else None
+        self.bias = None if start is None else nn.Parameter(start.to(dtype))
 
     permutation: Tensor | None
 

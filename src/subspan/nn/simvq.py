@@ -68,7 +68,7 @@ class SimVQ(nn.Module):
     block
         No matrix larger than so many distances is formed.
     generator
-        Of C; W and b start as torch's linear layers do.
+        Of C, and of W and b, which start as in torch's linear layers.
 
     Raises
     ------
@@ -131,6 +131,10 @@ class SimVQ(nn.Module):
         self.block = block
         basis = torch.randn(num_codes, width, generator=generator) / math.sqrt(width)
         self.transform = nn.Linear(width, dim, bias=bias)
+        if generator is not None:
+            # As torch draws them.
+            for parameter in self.transform.parameters():
+                nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width), generator=generator)
         if train_basis:
             self.basis = nn.Parameter(basis)
             self.transform.requires_grad_(False)
