@@ -8,14 +8,14 @@ from subspan.datasets.shapes import FAMILIES, _ball, _disc, _ring, _tube
 
 
 def test_shapes_are_in_the_unit_ball_and_the_same_for_the_same_seed():
-    shapes = procedural_shapes(60, points=100, seed=1)
+    shapes = procedural_shapes(60, points=100, random_state=1)
     assert shapes.points.shape == (60, 100, 3)
     assert shapes.points.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(shapes.points, axis=2).max(1), 1, atol=1e-5)
-    again = procedural_shapes(60, points=100, seed=1)
+    again = procedural_shapes(60, points=100, random_state=1)
     np.testing.assert_array_equal(shapes.points, again.points)
     assert shapes.captions == again.captions
-    assert procedural_shapes(60, points=100, seed=2).captions != shapes.captions
+    assert procedural_shapes(60, points=100, random_state=2).captions != shapes.captions
 
 
 def test_every_family_is_drawn_and_named():

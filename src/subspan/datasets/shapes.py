@@ -35,7 +35,7 @@ class Shapes:
         return len(self.points)
 
 
-def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
+def procedural_shapes(n: int, *, points: int = 1024, random_state: int = 0) -> Shapes:
     """Draw shapes as point clouds, evenly from their families: each with its parameters, a turn about z and a caption.
 
     Captions name the family and its proportions in words ("a very tall table with a round top and four legs").
@@ -46,7 +46,7 @@ def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
         Number of shapes.
     points
         Points of each.
-    seed
+    random_state
         Of all that is drawn.
 
     Returns
@@ -67,7 +67,7 @@ def procedural_shapes(n: int, *, points: int = 1024, seed: int = 0) -> Shapes:
     """
     if n < 1 or points < 1:
         raise ValueError(f"n, points: at least 1, got {n} and {points}")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(random_state)
     names = list(FAMILIES)
     clouds, families, captions = np.empty((n, points, 3), np.float32), [], []
     for row in range(n):

@@ -56,12 +56,12 @@ class PointContrast(nn.Module):
     Batches are tensors (b, n, 3). keep: points a view. Source: Chen et al. (2020), SimCLR, on point clouds.
     """
 
-    def __init__(self, width: int = 256, *, keep: int = 192, temperature: float = 0.1, seed: int = 0) -> None:
+    def __init__(self, width: int = 256, *, keep: int = 192, temperature: float = 0.1, random_state: int = 0) -> None:
         super().__init__()
         self.keep, self.temperature = keep, temperature
         self.encoder = PointNet(width)
         self.head = MLP((2 * width, width, 128))
-        self._views = torch.Generator().manual_seed(seed)
+        self._views = torch.Generator().manual_seed(random_state)
 
     def forward(self, points: Float[Tensor, "b n 3"]) -> Float[Tensor, "b d"]:
         """Features of clouds, before the head that the contrast uses."""

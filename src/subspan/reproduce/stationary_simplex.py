@@ -125,7 +125,7 @@ def train(module: StationaryModule, data: TensorDataset, labels: Tensor, epochs:
 
 
 def _module(backbone: nn.Module, head: SimplexClassifier, lam: float, seed: int) -> StationaryModule:
-    return StationaryModule(backbone, head, lam=lam, batch_size=BATCH, seed=seed)
+    return StationaryModule(backbone, head, lam=lam, batch_size=BATCH, random_state=seed)
 
 
 def _head(fixed: bool, classes: int, index: Any) -> SimplexClassifier:

@@ -44,7 +44,7 @@ class StationaryModule(nn.Module):
         Items kept of every class.
     batch_size
         Half of it is memory.
-    seed
+    random_state
         Of the memory and the batches.
 
     References
@@ -70,16 +70,16 @@ class StationaryModule(nn.Module):
         mu: float = 10.0,
         memory: int = 20,
         batch_size: int = 128,
-        seed: int = 0,
+        random_state: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.teacher: nn.ModuleDict | None = None
         self.loss = CompatibleCE(lam, hoc=HOCLoss(mu))
-        self.rehearsal = Rehearsal(memory, seed=seed)
+        self.rehearsal = Rehearsal(memory, random_state=random_state)
         self.batch_size = batch_size
-        self.seed = seed
+        self.random_state = random_state
         self.tasks = 0
 
     def start_task(
@@ -113,7 +113,7 @@ class StationaryModule(nn.Module):
     def loader(self, data: Dataset[Any], labels: Any, **options: Any) -> DataLoader[Any]:
         """Batches (x, label) for a trainer, half of `data`, half of the memory; labels (n,): those of `data`."""
         self.head.class_index(torch.as_tensor(labels))
-        sampler = BalancedBatches(len(labels), len(self.rehearsal), self.batch_size, seed=self.seed)
+        sampler = BalancedBatches(len(labels), len(self.rehearsal), self.batch_size, random_state=self.random_state)
         return DataLoader(self.rehearsal.joined(data), batch_sampler=sampler, **options)
 
     def end_task(self, data: Dataset[Any], labels: Any) -> None:

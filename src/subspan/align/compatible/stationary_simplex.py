@@ -85,7 +85,7 @@ class Rehearsal:
     ----------
     per_class
         Items kept of every class.
-    seed
+    random_state
         Of the draws.
 
     Raises
@@ -104,11 +104,11 @@ class Rehearsal:
     14
     """
 
-    def __init__(self, per_class: int = 20, *, seed: int = 0) -> None:
+    def __init__(self, per_class: int = 20, *, random_state: int = 0) -> None:
         if per_class < 1:
             raise ValueError(f"per_class: must be at least 1, got {per_class}")
         self.per_class = per_class
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(random_state)
         self.parts: list[Subset[Any]] = []
         self.classes: set[int] = set()
 
@@ -147,7 +147,7 @@ class BalancedBatches(Sampler[list[int]]):
         Numbers of rows.
     batch_size
         At least 2.
-    seed
+    random_state
         Of the draws.
 
     Raises
@@ -163,14 +163,14 @@ class BalancedBatches(Sampler[list[int]]):
     [2, 2, 2, 2]
     """
 
-    def __init__(self, n_new: int, n_memory: int, batch_size: int = 128, *, seed: int = 0) -> None:
+    def __init__(self, n_new: int, n_memory: int, batch_size: int = 128, *, random_state: int = 0) -> None:
         if n_new < 1 or n_memory < 0:
             raise ValueError(f"n_new, n_memory: expected at least 1 and 0, got {n_new} and {n_memory}")
         if batch_size < 2:
             raise ValueError(f"batch_size: must be at least 2, got {batch_size}")
         self.n_new, self.n_memory = n_new, n_memory
         self.batch_size = batch_size
-        self.seed = seed
+        self.random_state = random_state
         self.epoch = 0
 
     @property
@@ -181,7 +181,7 @@ class BalancedBatches(Sampler[list[int]]):
         return -(-self.n_new // (self._new_per_batch * _process()[1]))
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        generator = torch.Generator().manual_seed(self.random_state + self.epoch)
         self.epoch += 1
         remembered = self._memory(generator)
         batches = []
