@@ -33,6 +33,6 @@ def test_projectors_start_where_the_layers_were_and_recovery_is_timed():
         assert directions.shape == (3, 16, 3)
         torch.testing.assert_close(directions.mT @ directions, torch.eye(3).expand(3, 3, 3), atol=1e-5, rtol=0)
     edits = protocol.measure(warm, images, found["jacobian"], distance, 0)
-    assert edits.pipl > 0
-    assert 0 <= edits.mixing <= 1
-    assert 0 <= edits.perceptible <= 1
+    assert edits["PIPL"] > 0
+    assert 0 <= edits["mean |cos|"] <= 1
+    assert 0 <= edits["perceptible"] <= 1

@@ -85,7 +85,7 @@ def s2cag(module: Any, patch: Any) -> None:
 
 def subspace_clustering(module: Any, patch: Any) -> None:
     patch(module, "data_folder", lambda: "planted")
-    patch(module, "pictures", lambda name, most, seed: module.Pictures(name, *subspaces(75, 15), 3))
+    patch(module, "pictures", lambda name, most, seed: module.Pictures(name.upper(), *subspaces(75, 15), 3))
 
 
 def scalselect(module: Any, patch: Any) -> None:
@@ -165,7 +165,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     ulsam: {"multiply-adds drop"},
     lambda_orthogonality: {"a rotation changes nothing of the new model"},
     s2cag: {"unseen nodes are clustered like seen ones"},
-    subspace_clustering: {"orl: a self-expressive method beats k-means"},
+    subspace_clustering: {"ORL: a self-expressive method beats k-means"},
     scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
     subspacead: set(),
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},

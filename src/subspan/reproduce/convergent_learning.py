@@ -274,6 +274,48 @@ def tuned_units(steps: int, seed: int) -> float:
     return float(torch.where(own, found.correlation.abs(), 0).mean())
 
 
+def layer_table(world: World, layers: dict[str, list[Layer]]) -> Table:
+    """Every layer's agreement, and how good the networks are."""
+    scores = [accuracy(network, world.held, world.held_labels) for network in world.trained]
+    title = f"{world.name}, {len(scores)} networks of one architecture (accuracy {min(scores):.3f} to {max(scores):.3f}"
+    rows = [[name, *cells(*found)] for name, found in layers.items()]
+    return Table(f"{title}), mean over pairs, R² held out", ["layer", "units", *COLUMNS], rows)
+
+
+def control_table(world: World, correlations: dict[str, list[float]]) -> Table:
+    """Matched correlations by layer, and the error that the choice of pictures leaves."""
+    blocks = [layer_moments(world.trained[:2], LAYERS[:1], [part])[0, 1][0] for part in world.fit.chunk(10)]
+    estimate, error = jackknife(
+        blocks, lambda moments: ConvergentLearning.from_moments(moments, sign="signed").matching_.mean()
+    )
+    title = f"mean matched correlation (trained, first layer, first pair: {estimate:.3f}, standard error {error:.3f} "
+    rows = [[kind, *values] for kind, values in correlations.items()]
+    return Table.rounded(f"{title}by pictures)", ["networks", *LAYERS], rows, 3)
+
+
+def layer_checks(layers: dict[str, list[Layer]], mean: dict[str, dict[str, float]], untrained: float) -> list[Check]:
+    """What training and depth do, what more units than one or the right group explain, what a change of basis hides."""
+    first, third = (mean[name]["matching"] for name in (LAYERS[0], LAYERS[2]))
+
+    def least(more: str, less: str) -> float:
+        return min(facts[more] - facts[less] for facts in mean.values())
+
+    few, groups = least("R² of few partners", "R² of one partner"), least("group agreement", "random groups")
+    every = [layer.facts for found in layers.values() for layer in found]
+    rotated = min(facts["matching"] - facts["rotated"] for facts in every)
+    moved, change = max(facts["moved"] for facts in every), "largest change of "
+    permuted = max(abs(facts["permuted"] - facts["matching"]) for facts in every)
+    return [
+        Check.at_least("agreement falls with depth", "matched correlation, first - third layer", first - third, 0.1),
+        Check.at_least("training makes units agree", "first layer, trained - untrained", first - untrained, 0.15),
+        Check.at_least("few partners explain more than one", "least held-out R² difference of the layers", few, 0.1),
+        Check.at_least("groups beat random groups of their sizes", "least difference of the layers", groups, 0.1),
+        Check.at_least("a rotation hides the units", "least fall of the matched correlation", rotated, 0.2, quick=True),
+        Check.at_most("a rotation leaves the subspaces", f"{change}canonical correlations", moved, 1e-6, quick=True),
+        Check.at_most("an order of units is undone", f"{change}the matched correlation", permuted, 1e-6, quick=True),
+    ]
+
+
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Units and subspaces that independently trained networks share, by layer, beside what chance and basis give."""
     setting = QUICK if quick else Setting()
@@ -282,76 +324,34 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     layers = profile(world.trained, world, seed)
     progress("controls", 0.62)
     mean = {name: mean_facts(found) for name, found in layers.items()}
-    first, third = mean[LAYERS[0]], mean[LAYERS[2]]
     correlations = {
         "trained, different seeds": [mean[name]["matching"] for name in LAYERS],
         "untrained networks": matched(world.untrained, world.fit),
         "shuffled labels": matched(world.shuffled, world.fit),
         "another picture": matched(world.trained, world.fit, shift=7),
     }
-    blocks = [layer_moments(world.trained[:2], LAYERS[:1], [part])[0, 1][0] for part in world.fit.chunk(10)]
-    estimate, error = jackknife(
-        blocks, lambda moments: ConvergentLearning.from_moments(moments, sign="signed").matching_.mean()
-    )
+    tables = [layer_table(world, layers), control_table(world, correlations)]
     progress("stitching", 0.66)
-    stitched_rows, stitched = stitches(world, layers)
+    rows, stitched = stitches(world, layers)
+    ways = ["cut after", "units as numbered", "one partner", "few partners", "all units"]
     path = [
         [name, penalty, round(partners, 2), round(explained, 4), round((1 - explained) / 2, 4)]
         for name in LAYERS[:2]
         for penalty, partners, explained in layers[name][0].model.sparse_path(PENALTIES)
     ]
-    progress("mutual information", 0.7)
-    same_partner, alike = information(world, LAYERS[0], seed)
-    scores = [accuracy(network, world.held, world.held_labels) for network in world.trained]
-    tables = [
-        Table(
-            f"{world.name}, {len(scores)} networks of one architecture (accuracy {min(scores):.3f} to "
-            f"{max(scores):.3f}), mean over pairs, R² held out",
-            ["layer", "units", *COLUMNS],
-            [[name, *cells(*found)] for name, found in layers.items()],
-        ),
-        Table.rounded(
-            f"mean matched correlation (trained, first layer, first pair: {estimate:.3f}, standard error {error:.3f} "
-            "by pictures)",
-            ["networks", *LAYERS],
-            [[kind, *values] for kind, values in correlations.items()],
-            3,
-        ),
-        Table.rounded(
-            "accuracy of the first network's front joined to the second's back",
-            ["cut after", "units as numbered", "one partner", "few partners", "all units"],
-            stitched_rows,
-        ),
+    tables += [
+        Table.rounded("accuracy of the first network's front joined to the second's back", ways, rows),
         Table("the lasso path, first pair", ["layer", "penalty", "partners", "R²", "half mean squared error"], path),
     ]
-
-    def least(more: str, less: str) -> float:
-        return min(facts[more] - facts[less] for facts in mean.values())
-
-    every = [layer.facts for found in layers.values() for layer in found]
-    rotated = min(facts["matching"] - facts["rotated"] for facts in every)
-    permuted = max(abs(facts["permuted"] - facts["matching"]) for facts in every)
-    of_layers, untrained = "least difference of the layers", correlations["untrained networks"][0]
+    progress("mutual information", 0.7)
+    same, alike = information(world, LAYERS[0], seed)
+    gain, share = stitched["matching"] - stitched["unaligned"], "share of the eight best pairs with the same"
     checks = [
-        Check.at_least("agreement falls with depth", "matched correlation, first - third layer",
-                       first["matching"] - third["matching"], 0.1),
-        Check.at_least("training makes units agree", "first layer, trained - untrained", first["matching"] - untrained,
-                       0.15),
-        Check.at_least("few partners explain more than one", "least held-out R² difference of the layers",
-                       least("R² of few partners", "R² of one partner"), 0.1),
-        Check.at_least("groups beat random groups of their sizes", of_layers, least("group agreement", "random groups"),
-                       0.1),
-        Check.at_least("a rotation hides the units", "least fall of the matched correlation", rotated, 0.2, quick=True),
-        Check.at_most("a rotation leaves the subspaces", "largest change of canonical correlations",
-                      max(facts["moved"] for facts in every), 1e-6, quick=True),
-        Check.at_most("an order of units is undone", "largest change of the matched correlation", permuted, 1e-6,
-                      quick=True),
-        Check.at_least("matched units can be exchanged", "stitched accuracy, matched - as numbered",
-                       stitched["matching"] - stitched["unaligned"], 0.05),
+        *layer_checks(layers, mean, correlations["untrained networks"][0]),
+        Check.at_least("matched units can be exchanged", "stitched accuracy, matched - as numbered", gain, 0.05),
         Check.at_least("information ranks pairs alike", "rank correlation with |correlation| over pairs", alike, 0.7),
-        Check.at_least("partners by correlation and by information", "share of the eight best pairs with the same",
-                       same_partner, 0.75),
-    ]  # fmt: skip
+        Check.at_least("partners by correlation and by information", share, same, 0.75),
+    ]
     if setting.pretrained and all(is_installed(name) for name in MODELS):
         progress("EfficientNet-Lite", 0.75)
         table, fall = pretrained_world(setting.pretrained, seed)
@@ -362,8 +362,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             Check.at_least("pretrained units agree beyond a rotation", "least fall when rotated", fall, 0.05),
             Check.at_least("units stay in a light fine-tuning", "mean correlation with itself", kept, 0.9),
         ]
-    basis = min(facts["basis choice"] for facts in mean.values())
-    metric = "agreement of groups minus that of matched units, least of the layers"
+    lowest = {fact: min(facts[fact] for facts in mean.values()) for fact in mean[LAYERS[0]]}
+    basis, metric = lowest["basis choice"], "agreement of groups minus that of matched units, least of the layers"
     return Outcome(
         claim="networks that differ in their seed alone learn some units in common, and beyond them subspaces "
         "in common whose basis each chooses for itself; agreement is best in the first layer",
@@ -373,8 +373,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         metric=metric,
         ours=basis,
         baselines={
-            "smallest group agreement of a layer": min(facts["group agreement"] for facts in mean.values()),
-            "smallest matched correlation of a layer": min(facts["matching"] for facts in mean.values()),
+            "smallest group agreement of a layer": lowest["group agreement"],
+            "smallest matched correlation of a layer": lowest["matching"],
         },
         main=Check.at_least("subspaces are shared where units are not", metric, basis, 0.15),
         checks=checks,

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,18 +26,27 @@ from .materials import FeatureDistance, StyleAutoencoder
 from .materials.style_generator import FactorNetwork, Pictures, factor_network, garments, sprites
 from .protocol import Check, Outcome, Progress, Table
 from .training import kept, one_cycle, shuffled, train
+from .trials import Trials
 
 LATENT, RANK, BATCH, BETA, STEP = 64, 10, 32, 1e-3, 0.1
 BASE_STEPS, TUNED_STEPS, COLD_STEPS, SPRITE_STEPS = 1500, 150, 600, 1000
+QUICK_STEPS = (20, 10, 10)
 BASE_RATE, TUNED_RATE, EVERY = 3e-3, 5e-4, 10
 N_TRAIN, N_CHECK, N_TEST = 10_000, 128, 500
 TARGETS = "generator.first.*.style"
 # A direction counts where a step as long as a latent's own deviation changes this share of what two pictures differ by.
 PERCEPTIBLE = 0.05
+EDITS = ("PIPL", "mean |cos|", "perceptible", "effect of a typical step")
 TEXT_RANKS = (32, 64, 128, 256)
 # Ways to find directions: of a plain layer, and of one with a projector.
 OF_LAYERS = {"SeFa": "sefa", "canonical axes in SeFa's plane": "jacobian", "PCA of w": "pca", "random": "random"}
 OF_PROJECTORS = {"columns of V": "householder", "canonical axes": "jacobian"}
+UNTOUCHED, TUNED = "untouched", "tuned without projectors"
+OURS, SMALL, COLD = (f"projector, k = {k}, {start}" for k, start in ((RANK, "warm"), (4, "warm"), (RANK, "cold")))
+# Of each arm with projectors their rank, and whether it starts cold; of all arms the ways to find directions.
+PROJECTED = {OURS: (RANK, False), SMALL: (4, False), COLD: (RANK, True)}
+WAYS = {UNTOUCHED: OF_LAYERS, TUNED: {"SeFa": "sefa"}, OURS: OF_PROJECTORS, SMALL: OF_PROJECTORS,
+        COLD: {"columns of V": "householder"}}  # fmt: skip
 
 
 def tuned(
@@ -110,15 +119,6 @@ class Recovery:
         return self.steps is not None and step >= self.least
 
 
-class Edits(NamedTuple):
-    """What the directions (layers, latent, k) of one method do: measured on the same held-out latents."""
-
-    pipl: float
-    mixing: float
-    perceptible: float
-    effect: float
-
-
 def moved(model: StyleAutoencoder, w: Float[Tensor, "n l"]) -> Callable[[Tensor], Tensor]:
     """Latents (n, 3, l) of the three upsampling convolutions → pictures, all other layers being given w."""
     return lambda each: torch.cat([model.generator(a, b) for a, b in zip(w.split(100), each.split(100))])
@@ -127,7 +127,7 @@ def moved(model: StyleAutoencoder, w: Float[Tensor, "n l"]) -> Callable[[Tensor]
 @torch.no_grad()
 def measure(
     model: StyleAutoencoder, images: Tensor, directions: Float[Tensor, "r l k"], distance: FeatureDistance, seed: int
-) -> Edits:
+) -> dict[str, float]:
     """PIPL, mean |cos| of displacements, share of perceptible directions, and mean effect of a typical step."""
     w = model.latents(images)
     random = torch.Generator().manual_seed(seed)
@@ -142,8 +142,8 @@ def measure(
         edit = partial(edited, model, few, index)
         mixing.append(displacement_mixing(displacements(edit, few, directions[index], eps=STEP)))
         effects += [float(distance(start, edit(few + spread * v)).mean()) / between for v in directions[index].mT]
-    share = float(np.mean([value > PERCEPTIBLE for value in effects]))
-    return Edits(pipl, float(np.mean(mixing)), share, float(np.mean(effects)))
+    share = np.mean([value > PERCEPTIBLE for value in effects])
+    return dict(zip(EDITS, map(float, (pipl, np.mean(mixing), share, np.mean(effects)))))
 
 
 def edited(model: StyleAutoencoder, w: Tensor, index: int, x: Float[Tensor, "n l"]) -> Float[Tensor, "n c h w"]:
@@ -219,7 +219,7 @@ def truncated(layer: Any, rank: int) -> nn.Linear:
     return made
 
 
-def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
+def sentence_table(count: int, ranks: tuple[int, ...]) -> Table:
     """Cosine of MiniLM's sentence vectors, before and after the 384 → 384 maps of layer 3 are replaced at a rank."""
     if is_available("stsb"):
         texts = [record["sentence1"] for record in load("stsb")["test"]]
@@ -235,14 +235,15 @@ def sentence_rows(count: int, ranks: tuple[int, ...]) -> list[list[Any]]:
         surgery = replace(model, dict.fromkeys(names, lambda layer: make(layer, rank)))
         after = encoder.encode(texts)
         surgery.undo()
-        return round(float((before * after).sum(1).mean()), 4)
+        return float((before * after).sum(1).mean())
 
-    return [
-        [rank, *(cosine_with(make, rank) for make in (HouseholderProjector.from_linear, truncated))] for rank in ranks
-    ]
+    ways = {"projector, equal gains": HouseholderProjector.from_linear, "truncated SVD": truncated}
+    title = "MiniLM, the four 384 → 384 maps of layer 3 at rank k: cosine with the sentence vectors before"
+    rows = ([rank, *(cosine_with(make, rank) for make in ways.values())] for rank in ranks)
+    return Table.rounded(title, ["k", *ways], rows)
 
 
-def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
+def factor_table(distance: FeatureDistance, seed: int) -> Table:
     """Purity of directions on sprites: untouched generator, and one tuned with projectors."""
     data = sprites(N_TEST)
     network, right = factor_network(data, 3, seed)
@@ -255,104 +256,114 @@ def factor_rows(distance: FeatureDistance, seed: int) -> list[list[Any]]:
             rows.append([generator, name, round(purity(model, data.test, found, network), 3)])
     far = {name: error(model, data.test, distance)[0] for name, model in (("untouched", base), ("ours", ours))}
     rows.append(["accuracy of the factor network", "", round(right, 3)])
-    return rows + [["feature distance of reconstructions", name, round(value, 4)] for name, value in far.items()]
+    rows += [["feature distance of reconstructions", name, round(value, 4)] for name, value in far.items()]
+    title = "sprites: share of the most changed factor, a mean over directions"
+    return Table(title, ["generator", "directions", "value"], rows)
+
+
+class Study:
+    """The untouched generator and its copies, tuned and turned into facts arm by arm."""
+
+    def __init__(self, data: Pictures, distance: FeatureDistance, *, quick: bool, seed: int) -> None:
+        self.images, self.check = data.train[N_CHECK:], data.train[:N_CHECK]
+        self.test = data.test[: 40 if quick else N_TEST]
+        self.distance, self.steps = distance, QUICK_STEPS if quick else (BASE_STEPS, TUNED_STEPS, COLD_STEPS)
+        base = base_model(data, distance, self.steps[0], seed)
+        self.models = {UNTOUCHED: base, TUNED: copy.deepcopy(base)}
+        self.models |= {arm: projected(base, k, cold=cold, seed=seed) for arm, (k, cold) in PROJECTED.items()}
+        self.goal = 1.05 * error(base, self.check, distance)[0]
+
+    def tune(self, arm: str, seed: int) -> dict[str, float]:
+        """Errors before and after all but the untouched are tuned, PPL, and the steps until it is back, if it is."""
+        model, steps = self.models[arm], {}
+        before = error(model, self.test, self.distance)[0]
+        if arm != UNTOUCHED:
+            least, most = self.steps[1:]
+            watch = Recovery(model, self.check, self.distance, self.goal, least)
+            watch.steps = 0 if watch.now() <= self.goal else None
+            tuned(model, self.images, self.distance, most if arm == COLD else least, seed, after_step=watch)
+            steps = {} if watch.steps is None else {"steps": watch.steps}
+        far, squared = error(model, self.test, self.distance)
+        random: Any = {"random": torch.Generator().manual_seed(seed)}
+        with torch.no_grad():
+            ppl = path_length(model.generator, model.latents(self.test), distance=self.distance, eps=STEP, **random)
+        return {"before tuning": before, "after": far, "squared error": squared, "PPL": ppl, **steps}
+
+    def edit(self, arm: tuple[str, str], seed: int) -> dict[str, float]:
+        """What the directions of one generator do that are found in one way."""
+        model, rank = self.models[arm[0]], PROJECTED.get(arm[0], (RANK, False))[0]
+        found = found_directions(model, self.test, WAYS[arm[0]][arm[1]], seed, rank)
+        return measure(model, self.test, found, self.distance, seed)
+
+
+def checks(tuning: Trials[str], edits: Trials[tuple[str, str]], most: int) -> list[Check]:
+    """What directions mix, and what tuning costs in fidelity and in steps, `most` where it never came back."""
+    mixing = edits.means(EDITS[1])
+    ours, canonical = mixing[OURS, "columns of V"], mixing[OURS, "canonical axes"]
+    sefa, turned = mixing[UNTOUCHED, "SeFa"], mixing[UNTOUCHED, "canonical axes in SeFa's plane"]
+    warm, cold = (max(1, *(tuning.values(arm, "steps") or [most])) for arm in (OURS, COLD))
+    fidelity = tuning.mean(OURS, "after") / tuning.mean(UNTOUCHED, "after")
+    apart, axes = "mean |cos| of displacements, ours less SeFa's", "mean |cos|, canonical "
+    plane = f"{axes}axes of ours less those of the untouched"
+    return [
+        Check.below("directions mix less", apart, ours - sefa, 0),
+        Check.at_most("fidelity is kept", "feature distance of reconstructions, tuned over untouched", fidelity, 1.05),
+        Check.at_most("a warm start is sooner back", "steps over those of the cold start", warm / cold, 1 / 3),
+        Check.below("canonical axes mix less", f"{axes}less SeFa's", canonical - sefa, 0, required=False),
+        Check.below("and less than in SeFa's plane", plane, canonical - turned, 0, required=False),
+    ]
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Train a generator, put projectors into it warm and cold, and measure what each method's directions do."""
     progress("data", 0.0)
     data, distance = garments(N_TRAIN, N_TEST), FeatureDistance()
-    base_steps, tuned_steps, cold_steps = (20, 10, 10) if quick else (BASE_STEPS, TUNED_STEPS, COLD_STEPS)
-    images, check, test = data.train[N_CHECK:], data.train[:N_CHECK], data.test[: 40 if quick else N_TEST]
     progress("generator", 0.02)
-    base = base_model(data, distance, base_steps, seed)
-    goal = 1.05 * error(base, check, distance)[0]
-    ours, small, cold = f"projector, k = {RANK}, warm", "projector, k = 4, warm", f"projector, k = {RANK}, cold"
-    arms = {
-        "untouched": base,
-        "tuned without projectors": copy.deepcopy(base),
-        ours: projected(base, RANK, cold=False, seed=seed),
-        small: projected(base, 4, cold=False, seed=seed),
-        cold: projected(base, RANK, cold=True, seed=seed),
-    }
-    start = {arm: error(model, test, distance)[0] for arm, model in arms.items()}
-    back: dict[str, int | None] = {}
-    for done, (arm, model) in enumerate(list(arms.items())[1:]):
-        progress(arm, 0.43 + 0.08 * done)
-        watch = Recovery(model, check, distance, goal, tuned_steps)
-        watch.steps = 0 if watch.now() <= goal else None
-        tuned(model, images, distance, cold_steps if arm == cold else tuned_steps, seed, after_step=watch)
-        back[arm] = watch.steps
-    errors = {arm: error(model, test, distance) for arm, model in arms.items()}
-    progress("directions", 0.75)
-    wanted = {"untouched": OF_LAYERS, "tuned without projectors": {"SeFa": "sefa"}, ours: OF_PROJECTORS,
-              small: OF_PROJECTORS, cold: {"columns of V": "householder"}}  # fmt: skip
-    found: dict[tuple[str, str], Edits] = {}
-    for arm, methods in wanted.items():
-        for name, method in methods.items():
-            directions = found_directions(arms[arm], test, method, seed, 4 if arm == small else RANK)
-            found[arm, name] = measure(arms[arm], test, directions, distance, seed)
-    with torch.no_grad():
-        ppl = {
-            arm: path_length(model.generator, model.latents(test), distance=distance, eps=STEP,
-                             random=torch.Generator().manual_seed(seed))
-            for arm, model in arms.items()
-        }  # fmt: skip
-    steps = {arm: "not reached" if taken is None else taken for arm, taken in back.items()} | {"untouched": ""}
+    study = Study(data, distance, quick=quick, seed=seed)
+    steps, least, most = study.steps
+    tuning = Trials(WAYS, [seed], study.tune, progress=progress, span=(0.43, 0.75))
+    ways = [(arm, way) for arm, ways in WAYS.items() for way in ways]
+    edits = Trials(ways, [seed], study.edit, progress=progress, span=(0.75, 0.8))
+    back = {arm: (tuning.values(arm, "steps") or ["not reached"])[0] for arm in tuning.arms if arm != UNTOUCHED}
     tables = [
-        Table.rounded(
+        tuning.table(
             "generators: feature distance and squared error of held-out reconstructions, and steps until the distance "
             "is within 5 % of the untouched one's",
-            ["generator", "before tuning", "after", "squared error", "PPL", "steps"],
-            [[arm, start[arm], *errors[arm], ppl[arm], steps[arm]] for arm in arms],
+            "generator",
+            {**{fact: fact for fact in ("before tuning", "after", "squared error", "PPL")}, "steps": back},
+            digits=4,
         ),
-        Table.rounded(
+        edits.table(
             "directions, 10 (or 4) in each of three layers",
-            ["generator", "directions", "PIPL", "mean |cos|", "perceptible", "effect of a typical step"],
-            [[arm, name, *edits] for (arm, name), edits in found.items()],
+            ["generator", "directions"],
+            EDITS,
+            digits=4,
         ),
     ]
     if is_available("lpc_sprites") and not quick:
         progress("sprites", 0.8)
-        title = "sprites: share of the most changed factor, a mean over directions"
-        tables.append(Table(title, ["generator", "directions", "value"], factor_rows(distance, seed)))
+        tables.append(factor_table(distance, seed))
     if is_installed("minilm"):
         progress("sentences", 0.95)
-        title = "MiniLM, the four 384 → 384 maps of layer 3 at rank k: cosine with the sentence vectors before"
-        rows = sentence_rows(*((16, TEXT_RANKS[:1]) if quick else (128, TEXT_RANKS)))
-        tables.append(Table(title, ["k", "projector, equal gains", "truncated SVD"], rows))
-    edits, sefa, canonical = found[ours, "columns of V"], found["untouched", "SeFa"], found[ours, "canonical axes"]
-    turned = found["untouched", "canonical axes in SeFa's plane"]
-    # A start that never came back is given all the steps that the cold one had.
-    needed = {arm: cold_steps if taken is None else max(1, taken) for arm, taken in back.items()}
+        tables.append(sentence_table(*((16, TEXT_RANKS[:1]) if quick else (128, TEXT_RANKS))))
+    pipl = edits.means("PIPL")
+    ours, sefa = pipl[OURS, "columns of V"], pipl[UNTOUCHED, "SeFa"]
     return Outcome(
         claim="Projections U S V' with orthonormal factors and k equal gains, put into a trained generator and tuned "
         "for about 1 % of its training, give k directions that change more of one attribute each, at no loss of "
         "fidelity.",
-        data=f"{data.name} at 32 pixels: {len(images)} training and {len(test)} test pictures",
-        model=f"style-modulated autoencoder (w of {LATENT}, 4 resolutions), {base_steps} steps of {BATCH}; then "
-        f"{tuned_steps} steps of all weights ({cold_steps} at most from a cold start); distance: {distance.name}",
+        data=f"{data.name} at 32 pixels: {len(study.images)} training and {len(study.test)} test pictures",
+        model=f"style-modulated autoencoder (w of {LATENT}, 4 resolutions), {steps} steps of {BATCH}; then "
+        f"{least} steps of all weights ({most} at most from a cold start); distance: {distance.name}",
         metric=f"PIPL of the projector's directions, k = {RANK}",
-        ours=edits.pipl,
+        ours=ours,
         baselines={
-            "SeFa, untouched": sefa.pipl,
-            "PCA of w": found["untouched", "PCA of w"].pipl,
-            "random": found["untouched", "random"].pipl,
-            "projector, k = 4": found[small, "columns of V"].pipl,
+            "SeFa, untouched": sefa,
+            **{way: pipl[UNTOUCHED, way] for way in ("PCA of w", "random")},
+            "projector, k = 4": pipl[SMALL, "columns of V"],
         },
-        main=Check.at_most("steps are smoother than SeFa's", "PIPL over SeFa's", edits.pipl / sefa.pipl, 0.9),
-        checks=[
-            Check.below("directions mix less", "mean |cos| of displacements, ours less SeFa's",
-                        edits.mixing - sefa.mixing, 0),
-            Check.at_most("fidelity is kept", "feature distance of reconstructions, tuned over untouched",
-                          errors[ours][0] / errors["untouched"][0], 1.05),
-            Check.at_most("a warm start is sooner back", "steps over those of the cold start",
-                          needed[ours] / needed[cold], 1 / 3),
-            Check.below("canonical axes mix less", "mean |cos|, canonical less SeFa's",
-                        canonical.mixing - sefa.mixing, 0, required=False),
-            Check.below("and less than in SeFa's plane", "mean |cos|, canonical axes of ours less those of the "
-                        "untouched", canonical.mixing - turned.mixing, 0, required=False),
-        ],
+        main=Check.at_most("steps are smoother than SeFa's", "PIPL over SeFa's", ours / sefa, 0.9),
+        checks=checks(tuning, edits, most),
         tables=tables,
         notes=[
             "Directions of one layer move that layer's latent alone. A typical step is as long as the latents' "
@@ -361,4 +372,4 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             "A small PIPL is no merit by itself: random directions have one because they change little.",
             "Neither the Hessian penalty nor the orthogonal Jacobian regulariser was run.",
         ],
-    )  # fmt: skip
+    )

@@ -6,7 +6,7 @@ MiniLM embeddings of functions and of their docstrings under an adapter trained 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -264,6 +264,41 @@ def text_checks(trials: Trials[str], m: int) -> list[Check]:
     ]
 
 
+def picture_tables(trials: Trials[str], source: str, sizes: tuple[int, ...], seeds: int) -> list[Table]:
+    """By measure: every arm at every size."""
+    shown = [arm for arm in ARMS if any(trials.runs[arm])]
+    return [
+        trials.table(
+            f"{name}, {source}, {seeds} seeds", "arm", {str(m): f"{name}, {m}" for m in sizes}, digits=4, arms=shown
+        )
+        for name in MEASURES
+    ]
+
+
+def search_tables(
+    between: list[list[float]], cascade: Float[np.ndarray, "r 4"], funnel: list[list[Any]]
+) -> list[Table]:
+    """What a nested embedding is good for beside its trained sizes."""
+    caps = [[int(cap) if np.isfinite(cap) else "none: the largest head", *values] for cap, *values in cascade.tolist()]
+    return [
+        Table.rounded(
+            "MRL at sizes it was not trained for",
+            ["size", "top-1 of a fitted probe", "line through its neighbours"],
+            between,
+        ),
+        Table.rounded(
+            "cascade by cap (thresholds from half of the held-out rows)",
+            ["cap", "accuracy", "expected dimension", "with all prefixes summed"],
+            caps,
+        ),
+        Table(
+            "funnel search",
+            ["schedule", "1-NN", "mAP@10", "multiply-adds a query"],
+            [[name, round(a, 4), round(b, 4), round(cost)] for name, a, b, cost in funnel],
+        ),
+    ]
+
+
 def funnel_checks(funnel: list[list[Any]]) -> list[Check]:
     """One check, or none where the rows are so few that no schedule is ten times cheaper than exact search."""
     exact = funnel[0]
@@ -272,7 +307,20 @@ def funnel_checks(funnel: list[list[Any]]) -> list[Check]:
     return [Check.at_most("funnel", metric, min(losses), 0.005)] if losses else []
 
 
-# ---------------------------------------------------------------------- the protocol
+def between_rows(trials: Trials[str], sizes: tuple[int, ...]) -> list[list[float]]:
+    """Of sizes that nothing was trained for, top-1 of a fitted probe, and the line through the neighbours'."""
+    rows = []
+    for m, (low, high) in between_sizes(sizes).items():
+        probe, first, last = (trials.mean("MRL", f"{MEASURES[1]}, {size}") for size in (m, low, high))
+        rows.append([m, probe, first + (last - first) * (m - low) / (high - low)])
+    return rows
+
+
+def least_gain(trials: Trials[str], other: str, sizes: Iterable[int]) -> tuple[str, float]:
+    """The smallest gain of MRL on another arm over sizes, and what is measured in words."""
+    sizes = list(sizes)
+    found = min(trials.gap("MRL", other, f"linear top-1, {m}") for m in sizes)
+    return f"smallest difference of linear top-1 at m <= {max(sizes)}, MRL - {other}", found
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
@@ -288,73 +336,33 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     cascade = np.mean([cascade_row(m, split, one, 5 if quick else 30) for m, one in zip(nested, seeds)], axis=0)
     funnels = [funnel_rows(model, split) for model in nested]
     funnel = [[rows[0][0], *np.mean([row[1:] for row in rows], axis=0).tolist()] for rows in zip(*funnels)]
-    top = {arm: {m: trials.mean(arm, f"linear top-1, {m}") for m in sizes} for arm in ("MRL", _FF, *PLAIN)}
-    probe = {m: trials.mean("MRL", f"top-1 of a fitted probe, {m}") for m in (*sizes, *between_sizes(sizes))}
-    line = {
-        m: probe[low] + (probe[high] - probe[low]) * (m - low) / (high - low)
-        for m, (low, high) in between_sizes(sizes).items()
-    }
-
-    def least_gain(name: str, other: str, most: int) -> tuple[str, str, float]:
-        gain = min(top["MRL"][m] - top[other][m] for m in sizes if m <= most)
-        return name, f"smallest difference of linear top-1 at m <= {most}, MRL - {other}", gain
-
+    between = between_rows(trials, sizes)
+    # Of the caps whose accuracy is within half a point of the whole embedding's.
+    narrow, last = min(float(row[2]) for row in cascade if row[1] >= cascade[-1][1] - 0.005), DIMS[-1]
+    shorter, above = (
+        f"expected dimensions at the accuracy of {last} less 0.005",
+        min(row[1] - row[2] for row in between),
+    )
+    few, many = ([m for m in sizes if m <= most] for most in (8, 16))
+    line = "smallest top-1 of a fitted probe above the line"
     checks = [
-        Check.at_least(*least_gain("beyond cutting a plain model", "plain, first m", 8), 0.2),
-        Check.above(*least_gain("beyond principal components", "plain, PCA", 16), 0),
-        Check.at_least(
-            "sizes between the trained ones",
-            "smallest top-1 of a fitted probe above the line",
-            min(probe[m] - expected for m, expected in line.items()),
-            -0.01,
-        ),
-        # Of the caps whose accuracy is within half a point of the whole embedding's.
-        Check.at_most(
-            "cascade",
-            f"expected dimensions at the accuracy of {DIMS[-1]} less 0.005",
-            min(float(row[2]) for row in cascade if row[1] >= cascade[-1][1] - 0.005),
-            DIMS[-1] / 4,
-        ),
+        Check.at_least("beyond cutting a plain model", *least_gain(trials, "plain, first m", few), 0.2),
+        Check.above("beyond principal components", *least_gain(trials, "plain, PCA", many), 0),
+        Check.at_least("sizes between the trained ones", line, above, -0.01),
+        Check.at_most("cascade", shorter, narrow, last / 4),
         *funnel_checks(funnel),
     ]
-    tables = [
-        *(
-            trials.table(
-                f"{name}, {source}, {len(seeds)} seeds",
-                "arm",
-                {str(m): f"{name}, {m}" for m in sizes},
-                digits=4,
-                arms=[arm for arm in ARMS if any(trials.runs[arm])],
-            )
-            for name in MEASURES
-        ),
-        Table.rounded(
-            "MRL at sizes it was not trained for",
-            ["size", "top-1 of a fitted probe", "line through its neighbours"],
-            [[m, probe[m], expected] for m, expected in line.items()],
-        ),
-        Table(
-            "cascade by cap (thresholds from half of the held-out rows)",
-            ["cap", "accuracy", "expected dimension", "with all prefixes summed"],
-            [
-                [int(cap) if np.isfinite(cap) else "none: the largest head", *(round(float(v), 4) for v in values)]
-                for cap, *values in cascade
-            ],
-        ),
-        Table(
-            "funnel search",
-            ["schedule", "1-NN", "mAP@10", "multiply-adds a query"],
-            [[name, round(a, 4), round(b, 4), round(cost)] for name, a, b, cost in funnel],
-        ),
-    ]
-    enough = {arm: smallest_sufficient(sizes, [top[arm][m] for m in sizes]) for arm in ("MRL", PLAIN[0], PLAIN[-1])}
+    tables = [*picture_tables(trials, source, sizes, len(seeds)), *search_tables(between, cascade, funnel)]
     notes = [
         "The paper trains ResNet-50 end to end; here the backbone is frozen and a network with one hidden layer of "
         f"{HIDDEN} units is its trainable last block. Linear top-1 is by the head that was trained with "
         "a prefix; where there is none (a cut model, directions without training) a shrunk discriminant analysis is "
         "fitted, which all arms have in a table of their own.",
-        f"Smallest size within a point of {DIMS[-1]} dimensions: "
-        + ", ".join(f"{arm} {m}" for arm, m in enough.items())
+        f"Smallest size within a point of {last} dimensions: "
+        + ", ".join(
+            f"{arm} {smallest_sufficient(sizes, [trials.mean(arm, f'linear top-1, {m}') for m in sizes])}"
+            for arm in ("MRL", PLAIN[0], PLAIN[-1])
+        )
         + ".",
         "Slimmable networks, a baseline of the paper, were not run.",
     ]
@@ -377,7 +385,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         metric="linear top-1 of the first 8 coordinates",
         ours=trials.mean("MRL", fact),
         baselines={f"{arm} (m = 8)": value for arm, value in trials.means(fact, but="MRL").items()},
-        main=Check.at_least(*least_gain("as good as one model a size", _FF, DIMS[-1]), -0.01),
+        main=Check.at_least("as good as one model a size", *least_gain(trials, _FF, sizes), -0.01),
         checks=checks,
         tables=tables,
         notes=notes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from subspan.measures import clustering_accuracy, partition_scores
 from subspan.solvers.spectral import spectral_labels
 
 from .materials.image_features import image_encoder, labelled_images, pooled_features
-from .protocol import Check, Outcome, Progress
+from .protocol import Check, Outcome, Progress, Table
 from .trials import Column, Trials
 
 _PIXELS = 128
@@ -91,54 +92,61 @@ def imbalanced(truth: np.ndarray) -> np.ndarray:
     return np.flatnonzero(kept)
 
 
+class Study:
+    """Labels of every arm under every seed; what is trained or costs much is made once."""
+
+    def __init__(self, rows: Float[Tensor, "n p"], truth: np.ndarray, setting: Setting) -> None:
+        self.rows, self.truth, self.thinned, k = rows, truth, imbalanced(truth), len(np.unique(truth))
+        self.k, affinity = k, elastic_net_affinity(rows, k)
+        usual = cache(lambda seed: rivals(rows, k, seed))
+
+        def model(seed: int, *, thinned: bool = False, **options: Any) -> ManifoldLinearizingClustering:
+            options |= {"z_dim": setting.z_dim, "hidden": setting.hidden, "epochs": setting.epochs}
+            made = ManifoldLinearizingClustering(k, random_state=seed, batch_size=500, **options)
+            return made.fit(rows[self.thinned] if thinned else rows)
+
+        self.model: Callable[..., ManifoldLinearizingClustering] = cache(model)
+        self.labels: dict[str, Callable[[int], np.ndarray]] = {
+            **{arm: lambda seed, arm=arm: usual(seed)[arm] for arm in _RIVALS},
+            "EnSC": lambda seed: spectral_labels(affinity, k, random_state=seed),
+            # Memberships of stage one are those of the representation itself.
+            _FIRST: lambda seed: self.first(seed).spectral_labels(self.first(seed).transform(rows)),
+            _MLC: lambda seed: self.model(seed).labels_,
+            "MLC, nearest subspace": lambda seed: np.asarray(self.model(seed).predict(rows)),
+        }
+
+    def first(self, seed: int) -> ManifoldLinearizingClustering:
+        """The model that never leaves stage one."""
+        return self.model(seed, warmup=_NEVER)
+
+    def facts(self, arm: str, seed: int) -> dict[str, float]:
+        """Agreement with the classes; of an arm with a representation of its own, what that is like, too."""
+        found = partition_scores(self.truth, self.labels[arm](seed))
+        if arm in (_FIRST, _MLC):
+            z = (self.first if arm == _FIRST else self.model)(seed).transform(self.rows)
+            found |= linearization(z, self.truth)
+            found["K-subspaces on it"] = clustering_accuracy(self.truth, subspace_tool(z, self.k, seed))
+        if arm == _MLC:
+            few = self.model(seed, thinned=True).labels_
+            found["thinned"] = clustering_accuracy(self.truth[self.thinned], few)
+        return found
+
+
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """Accuracy without labels, and how far the representation is a union of subspaces."""
     setting = QUICK if quick else Setting()
     progress("features", 0.0)
     name, rows, truth = features(setting)
-    k, thinned = len(np.unique(truth)), imbalanced(truth)
-    affinity = elastic_net_affinity(rows, k)
-    usual = cache(lambda seed: rivals(rows, k, seed))
-
-    @cache
-    def model(seed: int, warmup: int | None = None, part: str = "whole") -> ManifoldLinearizingClustering:
-        options: Any = {"z_dim": setting.z_dim, "hidden": setting.hidden, "epochs": setting.epochs}
-        options |= {} if warmup is None else {"warmup": warmup}
-        made = ManifoldLinearizingClustering(k, random_state=seed, batch_size=500, **options)
-        return made.fit(rows[thinned] if part == "thinned" else rows)
-
-    def representation(z: Float[Tensor, "n d"], seed: int) -> dict[str, float]:
-        found = clustering_accuracy(truth, subspace_tool(z, k, seed))
-        return {**linearization(z, truth), "K-subspaces on it": found}
-
-    def measure(arm: str, seed: int) -> dict[str, float]:
-        if arm in _RIVALS:
-            return partition_scores(truth, usual(seed)[arm])
-        if arm == "EnSC":
-            return partition_scores(truth, spectral_labels(affinity, k, random_state=seed))
-        if arm == _FIRST:
-            # Memberships of stage one are those of the representation itself.
-            first = model(seed, _NEVER)
-            z = first.transform(rows)
-            return partition_scores(truth, first.spectral_labels(z)) | representation(z, seed)
-        if arm == "MLC, nearest subspace":
-            return partition_scores(truth, np.asarray(model(seed).predict(rows)))
-        few = clustering_accuracy(truth[thinned], model(seed, part="thinned").labels_)
-        return (
-            partition_scores(truth, model(seed).labels_)
-            | representation(model(seed).transform(rows), seed)
-            | {"thinned": few}
-        )
-
-    arms = [*_RIVALS, "EnSC", _FIRST, _MLC, "MLC, nearest subspace"]
-    trials = Trials(arms, range(seed, seed + setting.seeds), measure, progress=progress, span=(0.1, 1.0))
+    study = Study(rows, truth, setting)
+    trials = Trials(study.labels, range(seed, seed + setting.seeds), study.facts, progress=progress, span=(0.1, 1.0))
     median = trials.means("accuracy", of=np.median)
     ours, raw = median[_MLC], max(median[arm] for arm in (*_RIVALS, "EnSC"))
     tool = trials.means("K-subspaces on it", of=np.median)
     fall = 1 - trials.mean(_MLC, "rank of a cluster") / trials.mean(_FIRST, "rank of a cluster")
-    lost = ours - trials.statistic(_MLC, "thinned", np.median)
-    gain = "accuracy difference"
+    lost, rank = ours - trials.statistic(_MLC, "thinned", np.median), trials.mean(_MLC, "rank") / setting.z_dim
+    gain, on_it = "accuracy difference", "accuracy of K-subspaces gained"
     shape = [fact for fact in trials.runs[_FIRST][0] if fact not in (*trials.runs["EnSC"][0], "K-subspaces on it")]
+    both = (_FIRST, _MLC)
     return Outcome(
         claim="maximising the coding-rate reduction over a representation and a doubly stochastic membership gives "
         "orthogonal low-dimensional subspaces, and a better clustering than of the features it starts from",
@@ -151,12 +159,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         checks=[
             Check.at_least("beside stage one alone", gain, ours - median[_FIRST], 0.03),
             Check.at_least("classes become lower-dimensional", "fall of a class's rank", fall, 0.25),
-            Check.at_least(
-                "the whole stays high-dimensional", "rank over z_dim", trials.mean(_MLC, "rank") / setting.z_dim, 0.8
-            ),
-            Check.at_least(
-                "subspace tools work better on it", "accuracy of K-subspaces gained", tool[_MLC] - tool[_FIRST], 0.04
-            ),
+            Check.at_least("the whole stays high-dimensional", "rank over z_dim", rank, 0.8),
+            Check.at_least("subspace tools work better on it", on_it, tool[_MLC] - tool[_FIRST], 0.04),
             Check.at_most("every second picture of odd classes left out", "accuracy lost", lost, 0.08),
         ],
         tables=[
@@ -170,20 +174,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 },
                 digits=4,
             ),
-            trials.table(
-                "the representation by true classes, mean over seeds",
-                "after",
-                {fact: fact for fact in shape},
-                digits=3,
-                arms=(_FIRST, _MLC),
-            ),
-            trials.table(
-                "K-subspaces on the representation, accuracy",
-                "after",
-                {"median": Column("K-subspaces on it", np.median)},
-                digits=4,
-                arms=(_FIRST, _MLC),
-            ),
+            trials.table("the representation by true classes, mean over seeds", "after", shape, digits=3, arms=both),
+            Table.rounded("K-subspaces on the representation, accuracy", ["after", "median"], tool.items()),
         ],
         notes=[
             "The paper trains ResNet-18 and its own self-supervised start on a GPU; here the encoder is frozen and was "

@@ -73,151 +73,54 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     quick: 300 + 150 samples, probe features after block 6 of 30, no perplexity baseline, no repeated-document pool.
     """
     random = np.random.default_rng(seed)
-    n, held_out = (300, 150) if quick else (3000, 750)
-    source, train, test, instructions = _records(random, n, held_out)
-    pool = [_sample(record, instructions, int(random.integers(len(instructions)))) for record in train]
-    exam = [_sample(record, instructions, int(random.integers(len(instructions)))) for record in test]
-    n = len(pool)
-
+    source, *records, instructions = _records(random, *((300, 150) if quick else (3000, 750)))
+    pool, exam = (
+        [_sample(record, instructions, int(random.integers(len(instructions)))) for record in part] for part in records
+    )
     progress("representations after the first block", 0.02)
     model, tokenizer = load_language_model("smollm2", attn_implementation="eager")
     scal, rows = _represent(model, tokenizer, pool)
-    scores, k = scal.scores_, scal.k_
-
+    m = len(scal.select(BUDGET))
     progress("features for the probe", 0.15 if quick else 0.1)
     model = load_language_model("smollm2", dtype=torch.bfloat16)[0]
     depth = 6 if quick else None
     features, means, losses = _deep(model, tokenizer, pool + exam, depth)
     del model
-    labels = np.asarray([f"{sample.kind} {sample.answer}" for sample in pool + exam])
-
     progress("selections", 0.8)
-    m = len(scal.select(BUDGET))
-    texts = [sample.document + sample.instruction + sample.answer for sample in pool]
-    lengths = np.array([len(tokenizer(text)["input_ids"]) for text in texts])
+    lengths = np.array([len(tokenizer("".join(sample[:3]))["input_ids"]) for sample in pool])
+    selections = _selections(scal, rows, m, lengths, seed)
     uncentred = LeverageSelector(m, center=False).fit(rows)
-    drawn = [select_rows(scores, m, strategy="sample", random_state=seed + draw)[0] for draw in range(5)]
-    selections: dict[str, list[np.ndarray]] = {
-        _WHOLE: [np.arange(n)],
-        _OURS: [scal.select(m)],
-        "leverage, sampled": drawn,
-        "random": [random_rows(n, m, random_state=seed + draw) for draw in range(20)],
-        "longest": [largest_rows(lengths, m)],
-        "k-centre": [k_center(rows, m, random_state=seed)],
-        "k-medoids": [k_medoids(rows, m, random_state=seed)],
-        "herding": [herding(rows, m)],
-        "leverage, mean-pooled late layer": [LeverageSelector(m).fit(means[:n]).indices_],
-        "leverage, not centred": [uncentred.indices_],
-    }
-    selections |= {} if quick else {"highest perplexity": [largest_rows(losses[:n], m)]}
-
+    selections["leverage, mean-pooled late layer"] = [LeverageSelector(m).fit(means[: len(pool)]).indices_]
+    selections["leverage, not centred"] = [uncentred.indices_]
+    if not quick:
+        selections["highest perplexity"] = [largest_rows(losses[: len(pool)], m)]
     progress("retention and probes", 0.85)
-    penalty = _penalty(features[:n], labels[:n], seed)
-
-    def accuracy(indices: np.ndarray) -> float:
-        head = _probe(penalty).fit(features[:n][indices], labels[:n][indices])
-        return float(head.score(features[n:], labels[n:]))
-
-    full = accuracy(np.arange(n))
-
-    def measure(name: str, draw: int) -> dict[str, float]:
-        chosen = selections[name][draw]
-        return {
-            "retention": retention(rows, chosen, k),
-            "error": reconstruction_error(rows, chosen, k),
-            "accuracy": 1.0 if name == _WHOLE else accuracy(chosen) / full,
-            "answers": _effective_classes(labels[chosen]),
-            "tokens": float(lengths[chosen].mean()),
-        }
-
-    trials = Trials(selections, range(20), measure, where=lambda name, draw: draw < len(selections[name]))
-
-    def above_chance(fact: str) -> float:
-        """Standard deviations of the random selections."""
-        drawn = np.asarray(trials.values("random", fact))
-        return float((trials.mean(_OURS, fact) - drawn.mean()) / drawn.std(ddof=1))
-
+    study = Study(rows, scal.k_, features, np.asarray([f"{s.kind} {s.answer}" for s in pool + exam]), seed)
+    trials = Trials(
+        selections,
+        range(20),
+        lambda name, draw: study.facts(selections[name][draw], lengths),
+        where=lambda name, draw: draw < len(selections[name]),
+    )
     progress("scaling", 0.93)
-    scaling, ratio, growth = _scaling((20_000, 80_000) if quick else (50_000, 100_000, 200_000), 256)
-    relative = trials.mean(_OURS, "accuracy")
-    checks = [
-        Check.at_least("probe accuracy relative to the full pool", "accuracy(subset) / accuracy(pool)", relative, 0.97),
-        Check.at_least(
-            "probe accuracy beside random selection",
-            "relative accuracy less the random mean",
-            relative - trials.mean("random", "accuracy"),
-            0,
-        ),
-        Check.above(
-            "probe accuracy above chance selection",
-            "standard deviations above the random mean",
-            above_chance("accuracy"),
-            1,
-            required=False,
-        ),
-        Check.below(
-            "reconstruction from the selected rows",
-            "energy outside their leading row space, standard deviations from the random mean",
-            above_chance("error"),
-            -2,
-            quick=True,
-        ),
-        *collapse(uncentred, k),
-        *parity(rows, scores, m),
-        Check.within(
-            "time is linear in the number of rows",
-            "time per row at the largest size over that at the smallest",
-            ratio,
-            0.85,
-            1.15,
-        ),
-        Check.at_most(
-            "memory is constant in the number of rows",
-            "growth of the peak from the smallest size to the largest (MiB)",
-            growth,
-            32,
-            quick=True,
-        ),
-    ]
+    scaling, *costs = _scaling((20_000, 80_000) if quick else (50_000, 100_000, 200_000), 256)
+    checks = [*_use(trials), *collapse(uncentred, scal.k_), *parity(rows, scal.scores_, m), *_cost(*costs)]
     if not quick:
         progress("a pool that repeats its documents", 0.96)
-        checks.append(_repeated_documents(train[: n // len(instructions)], instructions, tokenizer, seed))
-    curve = retention_curve(rows, scal.ranking_, k)
-    by_chance = retention_curve(rows, np.random.default_rng(seed).permutation(n), k, sizes=curve.sizes.tolist())
+        checks.append(_repeated_documents(records[0][: len(pool) // len(instructions)], instructions, tokenizer, seed))
+    metric = "standard deviations above the random mean"
     return Outcome(
         claim="A training-free 16 % of the pool keeps over 97.5 % of full-data performance, above random (95.7 %).",
-        data=f"{source}: {n} samples, one of {len(instructions)} instructions each; probe tested on {len(exam)} others",
+        data=f"{source}: {len(pool)} samples, one of {len(instructions)} instructions each; probe tested on "
+        f"{len(exam)} others",
         model="SmolLM2-135M-Instruct (4-bit weights), block 1 for selection, "
         + (f"block {depth} of 30 for the probe" if quick else "last layer for the probe"),
-        metric=f"retention of the pool's dominant subspace (k = {k}) by {m} samples",
+        metric=f"retention of the pool's dominant subspace (k = {scal.k_}) by {m} samples",
         ours=trials.mean(_OURS, "retention"),
         baselines={name: value for name, value in trials.means("retention", but=_OURS).items() if name != _WHOLE},
-        main=Check.above(
-            "retention", "standard deviations above the random mean", above_chance("retention"), 2, quick=True
-        ),
+        main=Check.above("retention", metric, _above_chance(trials, "retention"), 2, quick=True),
         checks=checks,
-        tables=[
-            trials.table(
-                f"{m} of {n} samples; random: 20 draws, mean ± sd (accuracy of the whole pool: {full:.4f})",
-                "selection",
-                {
-                    "retention": Column("retention", _shown),
-                    "reconstruction error": Column("error", _shown),
-                    "relative probe accuracy": Column("accuracy", _shown),
-                    "effective number of answers": "answers",
-                    "tokens a sample": Column("tokens", digits=0),
-                },
-            ),
-            Table(
-                "Retention as the ranking is followed",
-                ["samples", "ScalSelect", "random"],
-                [
-                    [int(size), round(float(a), 4), round(float(b), 4)]
-                    for size, a, b in zip(curve.sizes, curve.retention, by_chance.retention)
-                ],
-            ),
-            scaling,
-        ],
+        tables=[_side_by_side(trials, m, study), _as_followed(rows, scal, seed), scaling],
         notes=[
             "The paper tunes vision-language models on images; here the context is text and a frozen-feature probe "
             "stands for tuning. Its benchmark scores were not reproduced.",
@@ -302,6 +205,22 @@ def _deep(
     return rows[:, :width], rows[:, width:-1], rows[:, -1]
 
 
+def _selections(scal: Any, rows: np.ndarray, m: int, lengths: np.ndarray, seed: int) -> dict[str, list[np.ndarray]]:
+    """Ways to choose m samples in the space of stage 1 or by length: one choice, or one a draw."""
+    n = len(rows)
+    drawn = [select_rows(scal.scores_, m, strategy="sample", random_state=seed + draw)[0] for draw in range(5)]
+    return {
+        _WHOLE: [np.arange(n)],
+        _OURS: [scal.select(m)],
+        "leverage, sampled": drawn,
+        "random": [random_rows(n, m, random_state=seed + draw) for draw in range(20)],
+        "longest": [largest_rows(lengths, m)],
+        "k-centre": [k_center(rows, m, random_state=seed)],
+        "k-medoids": [k_medoids(rows, m, random_state=seed)],
+        "herding": [herding(rows, m)],
+    }
+
+
 def _probe(c: float) -> Pipeline:
     """A logistic head on frozen features; `c` is the inverse of its penalty."""
     return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000, tol=1e-3))
@@ -311,6 +230,84 @@ def _penalty(x: np.ndarray, y: np.ndarray, seed: int) -> float:
     """The inverse penalty that does best on the whole pool in cross-validation; every selection's probe uses it."""
     folds = StratifiedKFold(3, shuffle=True, random_state=seed)
     return max((0.001, 0.01, 0.1, 1.0), key=lambda c: cross_val_score(_probe(c), x, y, cv=folds).mean())
+
+
+class Study:
+    """What a selection keeps of the pool's rows, and what a probe learns from it of the exam.
+
+    features, labels: of the pool, then of the exam.
+    """
+
+    def __init__(self, rows: np.ndarray, k: int, features: np.ndarray, labels: np.ndarray, seed: int) -> None:
+        self.rows, self.k, n = rows, k, len(rows)
+        self.pool, self.exam = (features[:n], labels[:n]), (features[n:], labels[n:])
+        self.penalty = _penalty(*self.pool, seed)
+        self.full = self.accuracy(np.arange(n))
+
+    def accuracy(self, chosen: np.ndarray) -> float:
+        """Of a probe that is trained on the chosen samples."""
+        return float(_probe(self.penalty).fit(*(part[chosen] for part in self.pool)).score(*self.exam))
+
+    def facts(self, chosen: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+        """Of one selection; lengths: tokens of the samples."""
+        return {
+            "retention": retention(self.rows, chosen, self.k),
+            "error": reconstruction_error(self.rows, chosen, self.k),
+            "accuracy": 1.0 if len(chosen) == len(self.rows) else self.accuracy(chosen) / self.full,
+            "answers": _effective_classes(self.pool[1][chosen]),
+            "tokens": float(lengths[chosen].mean()),
+        }
+
+
+def _side_by_side(trials: Trials[str], m: int, study: Study) -> Table:
+    title = f"{m} of {len(study.rows)} samples; random: 20 draws, mean ± sd (accuracy of the whole pool: "
+    columns = {
+        "retention": Column("retention", _shown),
+        "reconstruction error": Column("error", _shown),
+        "relative probe accuracy": Column("accuracy", _shown),
+        "effective number of answers": "answers",
+        "tokens a sample": Column("tokens", digits=0),
+    }
+    return trials.table(f"{title}{study.full:.4f})", "selection", columns)
+
+
+def _as_followed(rows: np.ndarray, scal: Any, seed: int) -> Table:
+    """Retention by the number of samples taken from the head of the ranking, and of a random order."""
+    curve = retention_curve(rows, scal.ranking_, scal.k_)
+    order = np.random.default_rng(seed).permutation(len(rows))
+    by_chance = retention_curve(rows, order, scal.k_, sizes=curve.sizes.tolist())
+    found = zip(curve.sizes.tolist(), curve.retention, by_chance.retention)
+    return Table.rounded("Retention as the ranking is followed", ["samples", "ScalSelect", "random"], found)
+
+
+def _above_chance(trials: Trials[str], fact: str) -> float:
+    """How far ours lies above the mean of the random selections, in their standard deviations."""
+    drawn = np.asarray(trials.values("random", fact))
+    return float((trials.mean(_OURS, fact) - drawn.mean()) / drawn.std(ddof=1))
+
+
+def _use(trials: Trials[str]) -> list[Check]:
+    """What a probe learns from the samples, and what they leave out."""
+    relative, above = trials.mean(_OURS, "accuracy"), _above_chance(trials, "accuracy")
+    beside = relative - trials.mean("random", "accuracy")
+    chance, outside = "standard deviations above the random mean", "energy outside their leading row space, standard "
+    return [
+        Check.at_least("probe accuracy relative to the full pool", "accuracy(subset) / accuracy(pool)", relative, 0.97),
+        Check.at_least("probe accuracy beside random selection", "relative accuracy less the random mean", beside, 0),
+        Check.above("probe accuracy above chance selection", chance, above, 1, required=False),
+        Check.below("reconstruction from the selected rows", f"{outside}deviations from the random mean",
+                    _above_chance(trials, "error"), -2, quick=True),
+    ]  # fmt: skip
+
+
+def _cost(ratio: float, growth: float) -> list[Check]:
+    """What more rows cost."""
+    per_row = "time per row at the largest size over that at the smallest"
+    peak = "growth of the peak from the smallest size to the largest (MiB)"
+    return [
+        Check.within("time is linear in the number of rows", per_row, ratio, 0.85, 1.15),
+        Check.at_most("memory is constant in the number of rows", peak, growth, 32, quick=True),
+    ]
 
 
 def collapse(uncentred: LeverageSelector, k: int) -> list[Check]:

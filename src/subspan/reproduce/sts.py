@@ -52,6 +52,20 @@ def _cifar_linear(encoder: SentenceEncoder, images: int) -> JointSpace:
     return replace(space, logit_scale=fitted_logit_scale(space.views(other)[:, 0], prototypes, other.labels))
 
 
+def _spaces(encoder: SentenceEncoder, *, bundled: bool, quick: bool, seed: int, progress: Progress) -> list[JointSpace]:
+    """The joint spaces: the linear one where its data is there, the trained one without it and in a full run."""
+    spaces = []
+    if not bundled:
+        progress("linear joint space", 0.05)
+        spaces.append(_cifar_linear(encoder, 60 if quick else 200))
+    if bundled or not quick:
+        progress("dual encoder", 0.1)
+        trained = dual_encoder(quick=quick, seed=seed)
+        heads = (trained.encode_image_features, trained.heads.encode_text_features)
+        spaces.append(JointSpace("dual encoder: heads on EfficientNet-Lite0 and MiniLM", *heads, trained.logit_scale))
+    return spaces
+
+
 # ---------------------------------------------------------------- methods
 
 
@@ -318,22 +332,14 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     bundled = not all(is_available(name) for name in ("cifar10", "cifar100", "imagenet1k_sample"))
     source, crop = "digits" if bundled else "cifar10", (0.4, 1.0)
     views, images, clean, seeds = (16, 12, 20, 1) if quick else (32, 42, 20, 3)
-    spaces: list[JointSpace] = []
+    spaces = _spaces(encoder, bundled=bundled, quick=quick, seed=seed, progress=progress)
     tables: list[Table] = []
-    if not bundled:
-        progress("linear joint space", 0.05)
-        spaces.append(_cifar_linear(encoder, 60 if quick else 200))
-    if bundled or not quick:
-        progress("dual encoder", 0.1)
-        trained = dual_encoder(quick=quick, seed=seed)
-        heads = (trained.encode_image_features, trained.heads.encode_text_features)
-        spaces.append(JointSpace("dual encoder: heads on EfficientNet-Lite0 and MiniLM", *heads, trained.logit_scale))
     if not (bundled or quick):
         progress("choice of the crops", 0.15)
         crop, table = _chosen_crop(spaces[0], encoder, seed)
         tables.append(table)
-    parts = [(shift, seed + repeat) for repeat in range(seeds) for shift in (*SHIFTS, "clean")]
     drawn = {}
+    parts = [(shift, seed + repeat) for repeat in range(seeds) for shift in (*SHIFTS, "clean")]
     for number, (shift, each) in enumerate(parts):
 
         def say(done: float, number: int = number, shift: str = shift) -> None:
@@ -367,31 +373,24 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         metric="accuracy on disturbed pictures, %",
         ours=main.accuracy("STS"),
         baselines={name: main.accuracy(name) for name in main.probabilities if not name.startswith("STS")},
-        main=Check.at_least(
-            "STS against the zero-shot classifier of the original view", points + _interval(over_zero), over_zero[0], 1
-        ),
+        main=Check.at_least("STS against the zero-shot classifier of the original view", points + _interval(over_zero),
+                            over_zero[0], 1),
         checks=[
             Check.at_least("STS against confident-view average", points + _interval(over_average), over_average[0], 0),
             # Otherwise the change came from choosing and averaging views.
-            Check.above(
-                "gain of the steering itself", "lower end of that interval", over_average[1], 0, required=False
-            ),
+            Check.above("gain of the steering itself", "lower end of that interval", over_average[1], 0,
+                        required=False),
             Check.below("time of adaptation, batched", "processor ms an image", batch, 1, quick=True),
             Check.at_least("cost of prompt tuning", "multiple of ours", multiple, 5, quick=True),
-            Check.above(
-                "AdamW's step depends on the basis",
-                f"change of probabilities ({turned['adamw']:.1e}) under a turn of the basis, over that of SGD",
-                turned["adamw"] / max(turned["sgd"], 1e-12),
-                100,
-                quick=True,
-            ),
-            Check.above(
-                "accuracy over lr rises, then falls", "smaller of rise and fall, points", off_ends, 0, required=False
-            ),
+            Check.above("AdamW's step depends on the basis", f"change of probabilities ({turned['adamw']:.1e}) under a "
+                        "turn of the basis, over that of SGD", turned["adamw"] / max(turned["sgd"], 1e-12), 100,
+                        quick=True),
+            Check.above("accuracy over lr rises, then falls", "smaller of rise and fall, points", off_ends, 0,
+                        required=False),
         ],
         tables=[*tables, by_rank, by_rate, costs],
         notes=_notes(main, bundled),
-    )
+    )  # fmt: skip
 
 
 def _notes(main: Setting, bundled: bool) -> list[str]:

@@ -83,6 +83,13 @@ class Trials(Generic[Arm]):
         """The mean (or another statistic) of every arm that has the fact; `but`: without this arm."""
         return {arm: self.statistic(arm, fact, of) for arm in self.arms if arm != but and self.values(arm, fact)}
 
+    def over_sets(self, fact: str = "value", *, of: Callable[[Any], Any] = np.mean) -> dict[Any, float]:
+        """Of arms (set, method): for every method the mean over sets of a statistic over seeds."""
+        found: dict[Any, list[float]] = {}
+        for arm in self.arms:
+            found.setdefault(arm[-1], []).append(self.statistic(arm, fact, of))  # pyright: ignore
+        return {method: float(np.mean(values)) for method, values in found.items()}
+
     def gap(self, arm: Arm, other: Arm, fact: str = "value", *, of: Callable[[Any], Any] | None = None) -> float:
         """The mean of one arm less that of another; of (min, max, …): that statistic of the differences by seed."""
         if of is None:
@@ -97,12 +104,12 @@ class Trials(Generic[Arm]):
         self,
         title: str,
         label: str | Sequence[str],
-        columns: Mapping[str, str | Column | Mapping[Arm, Any]],
+        columns: Mapping[str, str | Column | Mapping[Arm, Any]] | Iterable[str],
         *,
         digits: int = 2,
         arms: Iterable[Arm] | None = None,
     ) -> Table:
-        """A row an arm; each column is a fact (its mean), a `Column`, or cells by arm.
+        """A row an arm; each column is a fact (its mean), a `Column`, or cells by arm; names alone are facts.
 
         label: heading of the arm's name, or of the parts of its tuple. A statistic that an arm lacks is None.
         """
@@ -118,6 +125,7 @@ class Trials(Generic[Arm]):
             kept = digits if column.digits is None else column.digits
             return round(float(found), kept) if kept else round(float(found))
 
+        columns = columns if isinstance(columns, Mapping) else {fact: fact for fact in columns}
         labels = [label] if isinstance(label, str) else list(label)
         rows = [
             [*([arm] if isinstance(label, str) else arm), *(cell(arm, column) for column in columns.values())]  # pyright: ignore
@@ -129,3 +137,8 @@ class Trials(Generic[Arm]):
 def spread(fact: str = "value", mean: str = "mean") -> dict[str, Column]:
     """Columns of the mean, the lowest and the highest of a fact."""
     return {mean: Column(fact), "lowest": Column(fact, min), "highest": Column(fact, max)}
+
+
+def median_and_range(fact: str = "value") -> Column:
+    """The median of a fact with its lowest and highest value in brackets, as text."""
+    return Column(fact, lambda values: f"{np.median(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
