@@ -32,6 +32,9 @@ BELOW = {room: frozenset().union(*FLOORS[:floor]) for floor, rooms in enumerate(
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"})
 MODULE_NAME = re.compile(rf"subspan\.({'|'.join(filter(None, BELOW))})(\.\w+)*")
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
+# One loop, compiled by numba, whose steps share all of their scratch space.
+LONG_FUNCTIONS = {"subspan.solvers.homotopy.elastic_net_homotopy"}
 NAMES_THAT_SAY_NOTHING = frozenset({"utils", "util", "helpers", "helper", "common", "misc"})
 
 
@@ -108,6 +111,16 @@ def unsafe_reads(source: str, module: str) -> list[str]:
     return [f"{module}:{line} {what}" for line, what in sorted(found)]
 
 
+def long_functions(source: str, module: str) -> list[str]:
+    """Functions, and methods by their own name, of more lines than one can take in at once."""
+    return [
+        f"{module}.{node.name}"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+    ]
+
+
 def modules() -> list[tuple[str, Path]]:
     """Dotted name and file of every module of the package."""
     result = []
@@ -158,6 +171,20 @@ def test_nothing_is_unpickled() -> None:
     source = (SOURCE / "datasets" / "qdrant_folder.py").read_text(encoding="utf-8")
     assert re.findall(r"\bpickle\.\w+", source) == ["pickle.Unpickler"]
     assert found == allowed, "\n".join(found)
+
+
+def test_no_function_and_no_file_is_too_long() -> None:
+    sources = {module: path.read_text(encoding="utf-8") for module, path in modules()}
+    assert {fault for module, source in sources.items() for fault in long_functions(source, module)} == LONG_FUNCTIONS
+    assert not [module for module, source in sources.items() if len(source.splitlines()) > MOST_LINES]
+
+
+def test_a_long_function_is_seen() -> None:
+    def source(lines: int) -> str:
+        return "class A:\n    @staticmethod\n    async def f():\n" + "        pass\n" * (lines - 1)
+
+    assert long_functions(source(MOST_LINES_OF_A_FUNCTION), "subspan.a") == []
+    assert long_functions(source(MOST_LINES_OF_A_FUNCTION + 1), "subspan.a") == ["subspan.a.f"]
 
 
 def test_every_module_has_a_telling_name() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -23,6 +22,8 @@ from subspan.measures import local_kernel_cka
 from subspan.measures.kernel_alignment import MOST_KERNEL_ROWS
 from subspan.solvers import assign, nearest
 from subspan.statistics import JointMoments
+
+from .shared_coordinates import FOLDS, SharedCoordinates, SharedSpace, centred, total
 
 _PARAMETERS: Schema = {
     "n_components": int | str,
@@ -46,24 +47,6 @@ _SAVED: Schema = {
     "held_out": optional(Float[Tensor, " h"]),
 }
 Direction = Literal["x->y", "y->x"]
-_FOLDS = 5
-_SVCCA_ENERGY = 0.99
-# Standard errors that a held-out correlation must exceed to count as shared.
-_STANDARD_ERRORS = 3.0
-
-
-@dataclass(frozen=True)
-class _SharedSpace:
-    """Coordinates of the two spaces, and the moments of the anchors in them."""
-
-    map_x: AffineMap
-    map_y: AffineMap
-    mean_x: Float[Tensor, " p"]
-    mean_y: Float[Tensor, " q"]
-    moments: JointMoments
-    correlations: Float[Tensor, " k"] | None = None
-    # Of all pairs that were tried where cross-validation chose k.
-    held_out: Float[Tensor, " m"] | None = None
 
 
 @dataclass(eq=False, repr=False)
@@ -163,7 +146,7 @@ class SubspaceAligner(PairedEstimator):
         self.__dict__.pop("_shared", None)
         for x, y in self._pairs(X, Y, reset=not hasattr(self, "_folds")):
             if not hasattr(self, "_folds"):
-                number = _FOLDS if self.n_components == "cv" else 2
+                number = FOLDS if self.n_components == "cv" else 2
                 self._folds = [JointMoments(x.shape[1], y.shape[1], device=x.device) for _ in range(number)]
                 self._anchors: list[tuple[Tensor, Tensor]] = []
             self._add(x, y)
@@ -179,11 +162,11 @@ class SubspaceAligner(PairedEstimator):
                     f"anchors, got {have}; use fewer, or kernel='linear', which needs no kernel matrix"
                 )
             self._anchors.append((x.double(), y.double()))
-        place = (torch.arange(len(x), device=x.device) + int(sum(fold.count for fold in self._folds))) % _FOLDS
+        place = (torch.arange(len(x), device=x.device) + int(sum(fold.count for fold in self._folds))) % FOLDS
         for number, fold in enumerate(self._folds):
             # Two folds: the fifth pairs and all others.
             last = number == len(self._folds) - 1
-            chosen = place == number if len(self._folds) == _FOLDS else (place == _FOLDS - 1) == last
+            chosen = place == number if len(self._folds) == FOLDS else (place == FOLDS - 1) == last
             fold.update(x[chosen].double(), y[chosen].double())
 
     def _check_parameters(self) -> None:
@@ -193,49 +176,16 @@ class SubspaceAligner(PairedEstimator):
 
     # ------------------------------------------------------------------ the algorithm
 
-    def _solve(self) -> _SharedSpace:
+    def _solve(self) -> SharedSpace:
         if not hasattr(self, "_folds"):
             raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet; call fit first")
-        moments = self.moments_
-        self._check_anchors(moments)
-        if self.subspace is None:
-            k, held_out = 0, None
-        elif self.n_components == "cv":
-            k, held_out = self._cross_validated(moments)
-        else:
-            k = int(self.n_components)
-            available = self._available(moments)
-            if k > available:
-                raise ValueError(
-                    f"n_components: the anchors give at most {available} (columns, and rank of both sides), got {k}"
-                )
-            held_out = self._held_out(_total(self._folds[:-1]), self._folds[-1], k)
-        map_x, map_y, correlations = self._coordinates(moments, k)
-        self._shared = _SharedSpace(
-            map_x, map_y, moments.mean_x, moments.mean_y, moments.map(map_x, map_y), correlations, held_out
-        )
-        self._warn_if_overfitted()
+        shrinkage = "oas" if self.shrinkage == "auto" else float(self.shrinkage)
+        rule = SharedCoordinates(self.subspace, shrinkage, self.scale)
+        rule.check(self.moments_)
+        self._shared = rule.find(self._folds, None if self.n_components == "cv" else int(self.n_components))
+        self._shared.warn_if_overfitted()
         self._align()
         return self._shared
-
-    def _coordinates(self, moments: JointMoments, k: int) -> tuple[AffineMap, AffineMap, Tensor | None]:
-        """Maps of both spaces to their k coordinates, centred at the anchors' means."""
-        if self.subspace is None:
-            whole_x, whole_y = (torch.eye(d, dtype=torch.float64) for d in (moments.d_x, moments.d_y))
-            return _centred(whole_x, moments.mean_x), _centred(whole_y, moments.mean_y), None
-        if self.subspace == "pca":
-            return _principal(moments.x.subspace(k)), _principal(moments.y.subspace(k)), None
-        weight = "oas" if self.shrinkage == "auto" else float(self.shrinkage)
-        if self.subspace == "cca":
-            found = moments.cca(k, shrinkage=weight)
-            factor = found.correlations if self.scale == "rho" else torch.ones_like(found.correlations)
-            map_x = _centred((found.x_directions * factor).mT, moments.mean_x)
-            return map_x, _centred((found.y_directions * factor).mT, moments.mean_y), found.correlations
-        inner_x, inner_y = (_principal(part.subspace(_SVCCA_ENERGY)) for part in (moments.x, moments.y))
-        found = moments.map(inner_x, inner_y).cca(k, shrinkage=weight)
-        factor = found.correlations if self.scale == "rho" else torch.ones_like(found.correlations)
-        map_x, map_y = (AffineMap((w * factor).mT) for w in (found.x_directions, found.y_directions))
-        return map_x @ inner_x, map_y @ inner_y, found.correlations
 
     def _align(self) -> None:
         """Step 2: the map between the two sets of coordinates, from the moments of the anchors in them."""
@@ -250,77 +200,9 @@ class SubspaceAligner(PairedEstimator):
             else:
                 self._map_y = between @ shared.map_y
 
-    def _cross_validated(self, moments: JointMoments) -> tuple[int, Tensor]:
-        """The leading canonical pairs whose correlation, averaged over folds held out, stands above its noise."""
-        parts = range(len(self._folds))
-        rest = [_total([self._folds[j] for j in parts if j != i]) for i in parts]
-        if min(part.count for part in (*rest, *self._folds)) < 2:
-            raise ValueError(f"X: 'cv' needs at least {2 * _FOLDS} anchors, got {moments.count:g}")
-        k = min(self._available(part) for part in (moments, *rest))
-        curves = [self._held_out(rest[i], self._folds[i], k) for i in parts]
-        curve = torch.stack([c for c in curves if c is not None]).mean(0)
-        weak = (curve <= _STANDARD_ERRORS / moments.count**0.5).nonzero()
-        return max(1, int(weak[0]) if len(weak) else k), curve
-
-    def _held_out(self, fitted: JointMoments, held: JointMoments, k: int) -> Float[Tensor, " k"] | None:
-        """Correlations on `held` of the k canonical pairs found in `fitted`; None where there are too few anchors."""
-        if self.subspace not in ("cca", "svcca") or held.count < 3 or fitted.count < 3:
-            return None
-        k = min(k, self._available(fitted))
-        if k < 1:
-            return None
-        map_x, map_y, _ = self._coordinates(fitted, k)
-        there = held.map(map_x, map_y)
-        spread = (there.cov_xx.diagonal() * there.cov_yy.diagonal()).clamp_min(0).sqrt()
-        return torch.where(spread > 0, there.cov_xy.diagonal() / spread, torch.zeros_like(spread))
-
-    def _available(self, moments: JointMoments) -> int:
-        """How many coordinates both sides have: the smaller of their numerical ranks."""
-        ranks = []
-        for part in (moments.x, moments.y):
-            values = torch.linalg.eigvalsh(part.covariance())
-            rank = int((values > 1e-12 * values[-1]).sum())
-            if self.subspace == "svcca" and rank:
-                share = values.flip(0).clamp_min(0).cumsum(0) / values.clamp_min(0).sum()
-                rank = min(rank, int((share < _SVCCA_ENERGY).sum()) + 1)
-            ranks.append(rank)
-        return min(ranks)
-
-    # ------------------------------------------------------------------ checks of the anchors
-
-    def _check_anchors(self, moments: JointMoments) -> None:
-        if moments.count < 3:
-            raise ValueError(f"X, Y: need at least 3 pairs, got {moments.count:g}")
-        for name, part in (("X", moments.x), ("Y", moments.y)):
-            # What is left of the spread of equal rows after centring is rounding.
-            if part.total_variance <= 1e-24 * float(part.mean.square().sum()):
-                raise ValueError(f"{name}: the rows are constant; there is nothing to align")
-        columns = moments.d_x + moments.d_y
-        if self.subspace in ("cca", "svcca") and self.shrinkage == 0 and moments.count < 5 * columns:
-            warnings.warn(
-                f"X, Y: {moments.count:g} anchors are few for {columns} columns without shrinkage (5 to 30 a column "
-                "are needed); canonical correlations will be optimistic: set shrinkage to 0.1 or 'auto'",
-                stacklevel=4,
-            )
-
-    def _warn_if_overfitted(self) -> None:
-        seen, held = self._shared.correlations, self._shared.held_out
-        if seen is None or held is None:
-            return
-        length = min(len(seen), len(held))
-        lost = (seen[:length] > 0.9) & (held[:length] < 0.5)
-        if bool(lost.any()):
-            first = int(lost.nonzero()[0, 0])
-            warnings.warn(
-                f"X, Y: {int(lost.sum())} canonical correlations are near 1 on the anchors but not on anchors left out "
-                f"(pair {first + 1}: {float(seen[first]):.2f} against {float(held[first]):.2f}): over-fitted; "
-                "regularise (larger shrinkage), use fewer components, or more anchors",
-                stacklevel=4,
-            )
-
     # ------------------------------------------------------------------ what was found
 
-    def _fitted(self) -> _SharedSpace:
+    def _fitted(self) -> SharedSpace:
         return self._shared if hasattr(self, "_shared") else self._solve()
 
     @property
@@ -328,7 +210,7 @@ class SubspaceAligner(PairedEstimator):
         """Moments of all anchors."""
         if not hasattr(self, "_folds"):
             raise NotFittedError("moments_: no anchors were given (a file does not keep their moments)")
-        return _total(self._folds)
+        return total(self._folds)
 
     @property
     def map_x_(self) -> AffineMap:
@@ -374,14 +256,12 @@ class SubspaceAligner(PairedEstimator):
     @property
     def subspace_x_(self) -> Subspace:
         """Span of the coordinates in the space of x, through the anchors' mean."""
-        shared = self._fitted()
-        return Subspace.span(shared.map_x.matrix.mT, center=shared.mean_x)
+        return self._fitted().subspaces()[0]
 
     @property
     def subspace_y_(self) -> Subspace:
         """Span of the coordinates in the space of y, through the anchors' mean."""
-        shared = self._fitted()
-        return Subspace.span(shared.map_y.matrix.mT, center=shared.mean_y)
+        return self._fitted().subspaces()[1]
 
     def truncate(self, n_components: int | None = None, **parameters: Any) -> SubspaceAligner:
         """A copy with the first n_components coordinates and other `parameters` of step 2 (method, direction, alpha).
@@ -398,21 +278,8 @@ class SubspaceAligner(PairedEstimator):
                 raise ValueError("n_components: subspace=None keeps all coordinates")
             if not 1 <= n_components <= self.n_components_:
                 raise ValueError(f"n_components: must lie in [1, {self.n_components_}], got {n_components}")
-            k = int(n_components)
-            first = [
-                AffineMap(torch.eye(len(m.matrix), dtype=torch.float64)[:k].to(m.matrix))
-                for m in (shared.map_x, shared.map_y)
-            ]
-            shared = _SharedSpace(
-                first[0] @ shared.map_x,
-                first[1] @ shared.map_y,
-                shared.mean_x,
-                shared.mean_y,
-                shared.moments.map(*first),
-                None if shared.correlations is None else shared.correlations[:k],
-                None if shared.held_out is None else shared.held_out[:k],
-            )
-            new.n_components = k
+            shared = shared.truncate(int(n_components))
+            new.n_components = int(n_components)
         new._check_parameters()
         if new.method == "local_cka" and new.kernel == "rbf" and not getattr(self, "_anchors", []):
             raise ValueError("method: kernel='rbf' needs the anchors, which this aligner did not keep")
@@ -528,7 +395,7 @@ class SubspaceAligner(PairedEstimator):
             new = cls(**facts["parameters"])
             new._check_parameters()
             mean_x, mean_y = arrays["mean_x"], arrays["mean_y"]
-            map_x, map_y = _centred(arrays["matrix_x"], mean_x), _centred(arrays["matrix_y"], mean_y)
+            map_x, map_y = centred(arrays["matrix_x"], mean_x), centred(arrays["matrix_y"], mean_y)
             moments = JointMoments(len(map_x.matrix), len(map_y.matrix))
             joint = type(moments.joint).from_state(
                 {name: arrays[f"moments_{name}"] for name in ("count", "mean", "scatter")}
@@ -537,7 +404,7 @@ class SubspaceAligner(PairedEstimator):
                 raise ValueError(f"moments of {joint.d} dimensions, expected {moments.joint.d}")
             moments.joint = joint
             found = arrays.get("correlations"), arrays.get("held_out")
-            new._shared = _SharedSpace(map_x, map_y, mean_x, mean_y, moments, *found)
+            new._shared = SharedSpace(map_x, map_y, mean_x, mean_y, moments, *found)
             new._anchors = []
             new.n_features_in_ = map_x.matrix.shape[1]
             new._align()
@@ -559,20 +426,3 @@ def pair_score(scores: Float[Tensor, "m n"], metric: str) -> float:
         raise ValueError(f"metric: expected 'matching', 'top1', 'top5', 'top10', …, got {metric!r}")
     rank = (scores >= scores.diagonal().unsqueeze(1)).sum(1)
     return float((rank <= int(metric[3:])).double().mean())
-
-
-def _total(parts: list[JointMoments]) -> JointMoments:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _centred(matrix: Float[Tensor, "k d"], mean: Float[Tensor, " d"]) -> AffineMap:
-    matrix = matrix.to(mean)
-    return AffineMap(matrix, -(matrix @ mean))
-
-
-def _principal(space: Subspace) -> AffineMap:
-    assert space.center is not None
-    return _centred(space.basis.mT, space.center)
