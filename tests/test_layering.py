@@ -32,6 +32,7 @@ BELOW = {room: frozenset().union(*FLOORS[:floor]) for floor, rooms in enumerate(
 
 UNSAFE_MODULES = frozenset({"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal"})
 MODULE_NAME = re.compile(rf"subspan\.({'|'.join(filter(None, BELOW))})(\.\w+)*")
+# Docstrings are not counted: the better a thing is described, the longer they are.
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 80
 # One loop, compiled by numba, whose steps share all of their scratch space.
 LONG_FUNCTIONS = {"subspan.solvers.homotopy.elastic_net_homotopy"}
@@ -111,13 +112,24 @@ def unsafe_reads(source: str, module: str) -> list[str]:
     return [f"{module}:{line} {what}" for line, what in sorted(found)]
 
 
+def lines_of(node: ast.AST, total: int) -> int:
+    """Of `total` lines those that are not the docstring, nor the docstrings of what is defined inside."""
+    texts = [
+        each.body[0]
+        for each in ast.walk(node)
+        if isinstance(each, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and ast.get_docstring(each, clean=False) is not None
+    ]
+    return total - sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
+
+
 def long_functions(source: str, module: str) -> list[str]:
-    """Functions, and methods by their own name, of more lines than one can take in at once."""
+    """Functions, and methods by their own name, of more lines of code than one can take in at once."""
     return [
         f"{module}.{node.name}"
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (node.end_lineno or 0) - node.lineno + 1 > MOST_LINES_OF_A_FUNCTION
+        and lines_of(node, (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
     ]
 
 
@@ -176,12 +188,14 @@ def test_nothing_is_unpickled() -> None:
 def test_no_function_and_no_file_is_too_long() -> None:
     sources = {module: path.read_text(encoding="utf-8") for module, path in modules()}
     assert {fault for module, source in sources.items() for fault in long_functions(source, module)} == LONG_FUNCTIONS
-    assert not [module for module, source in sources.items() if len(source.splitlines()) > MOST_LINES]
+    lengths = {module: lines_of(ast.parse(source), len(source.splitlines())) for module, source in sources.items()}
+    assert not {module: lines for module, lines in lengths.items() if lines > MOST_LINES}
 
 
 def test_a_long_function_is_seen() -> None:
     def source(lines: int) -> str:
-        return "class A:\n    @staticmethod\n    async def f():\n" + "        pass\n" * (lines - 1)
+        text = '        """Says\n\n        much."""\n'
+        return f"class A:\n    @staticmethod\n    async def f():\n{text}" + "        pass\n" * (lines - 1)
 
     assert long_functions(source(MOST_LINES_OF_A_FUNCTION), "subspan.a") == []
     assert long_functions(source(MOST_LINES_OF_A_FUNCTION + 1), "subspan.a") == ["subspan.a.f"]
