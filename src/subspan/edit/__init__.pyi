@@ -1,5 +1,7 @@
+from .decoupling import Refresh, SubspaceDecoupling
 from .eigenshield import EigenShield
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
+from .leace import leace
 from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
 from .prototypes import (
     ENSEMBLE_TEMPLATES,
@@ -23,6 +25,7 @@ from .spikes import (
     spectral_score,
 )
 from .sts import SpectralSteering, STSClassifier
+from .variational_probe import VariationalLinear, VariationalProbe, dominant_subspace
 
 __all__ = [
     "ConfidentAverage",
@@ -31,6 +34,7 @@ __all__ = [
     "NoSpikesError",
     "PairedMoments",
     "PrototypeShift",
+    "Refresh",
     "ResidualCredit",
     "RobustSpikes",
     "SINGLE_TEMPLATE",
@@ -38,16 +42,21 @@ __all__ = [
     "SpectralSteering",
     "SpikeFilter",
     "SteeringReport",
+    "SubspaceDecoupling",
+    "VariationalLinear",
+    "VariationalProbe",
     "alignment_score",
     "conformal_quantile",
     "displacement_mixing",
     "displacements",
+    "dominant_subspace",
     "energy_score",
     "entropy_mask",
     "gaussian_blur",
     "head_interference",
     "jpeg",
     "latent_directions",
+    "leace",
     "length_scaled_reward",
     "marginal_entropy",
     "orthogonalize_projections",

@@ -1,0 +1,267 @@
+"""Fine-tuning that keeps hidden states out of what tells a dominant variety from the others (arXiv 2508.12803)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from subspan.base.parameters import Count, Positive, check_parameters
+from subspan.geometry import Subspace
+from subspan.models import iterate_representations, layer_names, pool_states
+from subspan.models.capture import select_tokens, split_mask
+from subspan.nn import ProjectionPenalty
+
+from .variational_probe import VariationalProbe, dominant_subspace
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """What one estimate of the subspace found.
+
+    Attributes
+    ----------
+    step
+        Optimizer steps taken before it.
+    accuracy, chance
+        Of the probe on rows that it was not fitted to, and of the commonest label there.
+    bits
+        Compression of the labels by the probe: above 1 it says something.
+    angle
+        Mean principal angle (radians) to the subspace before, None for the first.
+    active
+        False where the probe was at chance: there is no subspace then, and no penalty.
+    """
+
+    step: int
+    accuracy: float
+    chance: float
+    bits: float
+    angle: float | None
+    active: bool
+
+
+@dataclass(eq=False, repr=False)
+class SubspaceDecoupling:
+    """A penalty on the part of a layer's states in the dominant variety's subspace, estimated again as states drift.
+
+    Inside the context the layer's states of each forward pass are seen, and `penalty()` is to be added to the loss:
+    weight · mean over tokens of |h U| (over |h|, which does not count for the gradient, where `relative`). Every
+    `every` optimizer steps a probe is fitted to states of `batches`, and U becomes what tells the dominant variety from
+    the others there. Where the probe is at chance, there is nothing to penalise until the next look.
+
+    Parameters
+    ----------
+    model
+        Any torch or transformers model.
+    layer
+        As in `models.layer_names`; -1 the last.
+    batches
+        Batches for the probe, looked at in each estimate; a list, or another iterable that can be read again.
+    labels
+        Of each sample of `batches`, in order, the variety.
+    dominant
+        One of them.
+    weight
+        λ.
+    every
+        Optimizer steps between two estimates.
+    kind
+        "variety"; or a control: "random", a subspace of the same rank drawn anew; "fixed", the first estimate.
+    probe
+        "multiclass": the span of the differences of the dominant class's weights; "ovr": one direction against all
+        others together.
+    relative
+        Penalty relative to the length of the states; the published one is not.
+    pool
+        How a sample's tokens become rows of the probe: "rows", every token; or "mean".
+    settings
+        Of `VariationalProbe`.
+    random_state
+        Seed of the control and of the split.
+
+    Attributes
+    ----------
+    subspace_ : Subspace or None
+        The one of now.
+    history_ : list of Refresh
+
+    Raises
+    ------
+    ValueError
+        For labels without the dominant one, or with it alone; for values out of range.
+
+    References
+    ----------
+    When Alignment Hurts (2025), arXiv 2508.12803. The published method penalises all varieties, as here.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import SubspaceDecoupling
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    >>> x, labels = torch.randn(200, 4), ["new"] * 100 + ["old"] * 100
+    >>> x[100:] += 3
+    >>> options = {"epochs": 10, "learning_rate": 0.02}
+    >>> with SubspaceDecoupling(model, "0", [x], labels, "old", settings=options) as decoupling:
+    ...     _ = model(x)
+    ...     print(decoupling.subspace_.dim, bool(decoupling.penalty() > 0))
+    1 True
+    """
+
+    # Values are checked where the context is entered: run-time type checkers leave the constructor alone.
+    __no_type_check__ = True
+
+    model: nn.Module
+    layer: str | int
+    batches: Iterable[Any]
+    labels: Any
+    dominant: Any
+    weight: Positive = 0.01
+    every: Count = 500
+    kind: Literal["variety", "random", "fixed"] = "variety"
+    probe: Literal["multiclass", "ovr"] = "multiclass"
+    relative: bool = True
+    pool: Literal["rows", "mean"] = "rows"
+    settings: dict[str, Any] = field(default_factory=dict)
+    random_state: int = 0
+
+    def __enter__(self) -> SubspaceDecoupling:
+        check_parameters(self)
+        self._labels = np.asarray(self.labels)
+        found = set(self._labels.tolist())
+        if self.dominant not in found or len(found) < 2:
+            raise ValueError(
+                f"labels: {self.dominant!r} and at least one other are needed, got {sorted(map(str, found))}"
+            )
+        self._penalty = ProjectionPenalty(power=1, relative=self.relative)
+        self.history_: list[Refresh] = []
+        self.subspace_: Subspace | None = None
+        self._states: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._looking = False
+        (name,) = layer_names(self.model, self.layer)
+        self._name = name
+        self._hooks = [
+            self.model.get_submodule(name).register_forward_hook(self._see),
+            self.model.register_forward_pre_hook(self._see_mask, with_kwargs=True),
+        ]
+        try:
+            self.refresh(0)
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def penalty(self) -> Float[Tensor, ""]:
+        """λ times the penalty of the latest forward pass, with its gradient."""
+        if self._states is None:
+            raise ValueError("penalty: no forward pass was seen; call the model inside the context first")
+        mask = self._mask if self._mask is not None and self._mask.shape == self._states.shape[:-1] else None
+        return self.weight * self._penalty(self._states, mask)
+
+    def step(self, step: int) -> None:
+        """To be called after each optimizer step with the number taken: estimates again where it is time."""
+        if step % self.every == 0 and self.kind != "fixed":
+            self.refresh(step)
+
+    def callback(self) -> Any:
+        """A callback of transformers' Trainer that calls `step`; add `penalty()` in its `compute_loss`."""
+        from subspan.base import require
+
+        base = require("transformers", extra="llm").TrainerCallback
+        decoupling = self
+
+        class Decouple(base):
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                decoupling.step(state.global_step)
+
+        return Decouple()
+
+    def added_to(self, loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+        """A loss of `nn.Objective` with the penalty; `step` goes into its `after_step`."""
+
+        def total(model: Any, batch: Any) -> Tensor:
+            found = loss(model, batch)
+            return found + self.penalty()
+
+        return total
+
+    def refresh(self, step: int) -> None:
+        """Fit the probe to the states of now, and penalise its subspace from here on."""
+        rows, labels = self._rows()
+        if self.probe == "ovr":
+            labels = labels == self.dominant
+        order = np.random.default_rng(self.random_state).permutation(len(rows))
+        held, fitted = order[: len(rows) // 4], order[len(rows) // 4 :]
+        probe = VariationalProbe(**{"random_state": self.random_state, **self.settings}).fit(
+            rows[fitted], labels[fitted]
+        )
+        accuracy = probe.score(rows[held], labels[held])
+        chance = float(np.unique(labels[held], return_counts=True)[1].max() / len(held))
+        active = accuracy > chance + 2 * (chance * (1 - chance) / len(held)) ** 0.5
+        before, self.subspace_ = self.subspace_, None
+        if active:
+            self.subspace_ = dominant_subspace(probe, True if self.probe == "ovr" else self.dominant)
+            if self.kind == "random":
+                generator = torch.Generator().manual_seed(self.random_state + step)
+                self.subspace_ = Subspace.random(rows.shape[1], self.subspace_.dim, generator=generator)
+        else:
+            warnings.warn(
+                f"step {step}: the probe is at chance ({accuracy:.2f}, commonest label {chance:.2f}); no penalty now",
+                stacklevel=3,
+            )
+        self._penalty.set_subspace(self.subspace_)
+        self._penalty.to(rows.device)
+        both = before is not None and self.subspace_ is not None
+        angle = float(self.subspace_.angles(before).mean()) if both else None  # pyright: ignore
+        self.history_.append(Refresh(step, accuracy, chance, probe.compression_, angle, active))
+
+    # ------------------------------------------------------------------ states
+
+    def _rows(self) -> tuple[Float[Tensor, "n d"], np.ndarray]:
+        """States of the probe's batches, a row a token or a sample, and the variety of each."""
+        rows, labels, place = [], [], 0
+        self._looking = True
+        try:
+            for batch in self.batches:
+                states = next(iter(iterate_representations(self.model, [batch], self._name, pool="none")))
+                named = self._labels[place : place + len(states)]
+                place += len(states)
+                if place > len(self._labels):
+                    break
+                mask = split_mask(batch, "attention_mask")[1]
+                if self.pool == "rows" and states.ndim == 3:
+                    kept = select_tokens(states, mask)
+                    states, named = states[kept], np.repeat(named, kept.sum(1).cpu().numpy())
+                else:
+                    states = pool_states(states, mask, pool="mean")
+                rows.append(states)
+                labels.append(named)
+        finally:
+            self._looking = False
+        if place != len(self._labels):
+            raise ValueError(f"labels: {len(self._labels)} for other than so many samples; one a sample is needed")
+        return torch.cat(rows).float(), np.concatenate(labels)
+
+    def _see(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if not self._looking:
+            self._states = output[0] if isinstance(output, tuple) else output
+
+    def _see_mask(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        self._mask = keywords.get("attention_mask")
+
+    def _leave(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._states = None

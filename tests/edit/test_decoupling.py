@@ -1,0 +1,273 @@
+"""Variational probes against Monte Carlo and planted directions; erasure; a penalty that follows drifting states."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from subspan.edit import SubspaceDecoupling, VariationalLinear, VariationalProbe, dominant_subspace, leace
+from subspan.geometry import Subspace
+from subspan.nn import Objective
+from subspan.nn.training import quiet_trainer
+from subspan.statistics import GroupedMoments
+
+FAST = {"epochs": 15, "learning_rate": 0.02}
+
+
+def varieties(n=600, d=12, groups=3, shift=3.0, seed=0):
+    """Rows of a few varieties, apart in the first dimensions alone."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) % groups
+    x = rng.normal(size=(n, d)).astype(np.float32)
+    x[:, :groups] += shift * np.eye(groups, dtype=np.float32)[y]
+    return x, np.array(["abcdef"[i] for i in y])
+
+
+# ---------------------------------------------------------------------- the probe
+
+
+def test_divergences_are_those_of_sampled_variables():
+    torch.manual_seed(0)
+    layer = VariationalLinear(6, 4).double()
+    for name, parameter in layer.named_parameters():
+        with torch.no_grad():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 - (3.5 if "variance" in name else 0.0))
+    prior = torch.distributions.Normal(0, 1)
+    parts = {}
+    for name in ("weight", "bias"):
+        log_variance = getattr(layer, f"{name}_log_variance").clamp(max=math.log(0.04) if name == "weight" else 99)
+        posterior = torch.distributions.Normal(getattr(layer, f"{name}_mean"), (log_variance / 2).exp())
+        drawn = posterior.sample((200_000,))
+        parts[name] = (posterior.log_prob(drawn) - prior.log_prob(drawn)).mean(0).sum()
+    gates = 0.0
+    for alpha in layer.log_alpha().exp().tolist():  # Molchanov et al. (2017): their approximation, term by term
+        gates -= 0.63576 / (1 + math.exp(-(1.8732 + 1.48695 * math.log(alpha)))) - 0.5 * math.log1p(1 / alpha) - 0.63576
+    assert layer.kl().item() == pytest.approx((parts["weight"] + parts["bias"]).item() + gates, rel=1e-2)
+    # Nothing is said by what is its prior.
+    with torch.no_grad():
+        layer.weight_mean.zero_(), layer.bias_mean.zero_(), layer.bias_log_variance.zero_()
+    layer.largest = 0.0
+    with torch.no_grad():
+        layer.weight_log_variance.zero_()
+    assert layer.kl().item() == pytest.approx(gates, abs=1e-6)
+
+
+def test_drawn_logits_have_the_moments_of_the_variables():
+    torch.manual_seed(0)
+    layer = VariationalLinear(5, 3).double()
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.5 - (4.0 if "variance" in name else 0.0))
+    x = torch.randn(5, dtype=torch.float64)
+    drawn = layer(x.expand(200_000, 5))
+    z, w = layer.gate_mean, layer.weight_mean
+    variances = [
+        layer.gate_log_variance.exp(),
+        layer.weight_log_variance.clamp(max=math.log(0.04)).exp(),
+        layer.bias_log_variance.exp(),
+    ]
+    of_z, of_w, of_b = variances
+    second = x.square() * ((z.square() + of_z) * (w.square() + of_w) - (z * w).square())
+    torch.testing.assert_close(drawn.mean(0), layer.eval()(x.unsqueeze(0))[0], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(drawn.var(0), second.sum(1) + of_b, rtol=2e-2, atol=0)
+
+
+def test_random_labels_cost_what_labels_cost_and_planted_ones_less():
+    x, y = varieties()
+    planted = VariationalProbe(**FAST).fit(x, y)
+    random = VariationalProbe(**FAST).fit(x, np.random.default_rng(1).permutation(y))
+    alone = len(y) * math.log2(3)
+    assert planted.code_length_ < 0.6 * alone
+    assert random.code_length_ > 0.95 * alone
+    assert planted.compression_ == pytest.approx(alone / planted.code_length_)
+    assert 0 < planted.kl_ < planted.code_length_
+    assert planted.score(x, y) > 0.9
+    assert planted.predict_proba(x).sum(1) == pytest.approx(1.0)
+    # Dimensions that say nothing have the noisier gates.
+    assert planted.gates_[:3].max() < planted.gates_[3:].min()
+    again = VariationalProbe(**FAST).fit(torch.from_numpy(x), y)
+    assert np.array_equal(again.coef_, planted.coef_)
+    # The unit of the states does not decide, unless it is asked for.
+    assert VariationalProbe(**FAST).fit(x / 256, y).code_length_ == pytest.approx(planted.code_length_, rel=1e-4)
+    assert VariationalProbe(**FAST, scale=False).fit(x / 256, y).code_length_ > 1.3 * planted.code_length_
+
+
+def test_the_dominant_subspace_is_the_planted_one():
+    x, y = varieties(n=900, shift=5.0)
+    probe = VariationalProbe(epochs=40, learning_rate=0.02).fit(x, y)
+    found = dominant_subspace(probe, "a", energy=1.0)
+    planted = torch.zeros(12, 2)
+    planted[:3] = torch.tensor([[1.0, 1], [-1, 0], [0, -1]])
+    assert found.dim == 2
+    assert math.degrees(float(found.angles(Subspace.span(planted)).max())) < 8
+    assert dominant_subspace(VariationalProbe(epochs=2).fit(x, y == "a"), True).dim == 1
+    with pytest.raises(ValueError, match="dominant: 'z' is none of the classes"):
+        dominant_subspace(probe, "z")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"y": np.zeros(20)}, "y: at least two classes"),
+        ({"y": np.zeros(3)}, "y: expected 20 labels"),
+        ({"x": np.full((20, 2), np.nan)}, "X"),
+        ({"options": {"epochs": 0}}, "epochs: expected an integer >= 1"),
+        ({"options": {"held_out": 2.0}}, "held_out"),
+    ],
+)
+def test_a_probe_refuses_what_it_cannot_use(change, message):
+    x, y = change.get("x", np.ones((20, 2))), change.get("y", np.arange(20) % 2)
+    with pytest.raises(ValueError, match=message):
+        VariationalProbe(**change.get("options", {})).fit(x, y)
+
+
+# ---------------------------------------------------------------------- erasure
+
+
+def test_erasure_takes_out_what_is_linear_and_moves_least():
+    x, y = varieties()
+    x = x.astype(np.float64) @ np.random.default_rng(2).normal(size=(12, 12))
+    moments = GroupedMoments(12).update(x, y)
+    erased = leace(moments).map(torch.from_numpy(x))
+    after = GroupedMoments(12).update(erased, y)
+    assert float((after.means - after.pooled().mean).abs().max()) < 1e-8
+    torch.testing.assert_close(leace(moments).matrix @ leace(moments).matrix, leace(moments).matrix)
+    # An orthogonal projection that removes the same differences moves rows further.
+    plain = Subspace.span((moments.means - moments.pooled().mean).mT[:, :2])
+    moved = (torch.from_numpy(x) - erased).square().sum(1).mean()
+    assert float(moved) < float(plain.project(torch.from_numpy(x) - moments.pooled().mean).square().sum(1).mean())
+    with pytest.raises(ValueError, match="one mean already"):
+        leace(GroupedMoments(2).update(torch.tensor([[1.0, 2], [3, 4], [1, 2], [3, 4]]), [0, 0, 1, 1]))
+    with pytest.raises(ValueError, match="at least two groups"):
+        leace(GroupedMoments(2).update(torch.ones(3, 2), [0, 0, 0]))
+
+
+# ---------------------------------------------------------------------- the penalty
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 4))
+
+
+@pytest.fixture
+def data():
+    x, y = varieties()
+    return torch.from_numpy(x), y
+
+
+def test_the_penalty_is_the_mean_length_in_the_subspace(data):
+    x, y = data
+    model = network()
+    with SubspaceDecoupling(model, "0", [x], y, "a", weight=0.5, relative=False, settings=FAST) as decoupling:
+        model(x[:7])
+        states = model[0](x[:7])
+        expected = 0.5 * (states @ decoupling.subspace_.basis).norm(dim=1).mean()
+        model(x[:7])
+        found = decoupling.penalty()
+        torch.testing.assert_close(found, expected)
+        found.backward()
+        assert bool(model[0].weight.grad.any())
+    assert not model[0]._forward_hooks
+    with SubspaceDecoupling(model, "0", [x], y, "a", settings=FAST) as decoupling:
+        model(x)
+        once = decoupling.penalty()
+        model[0].weight.data *= 3
+        model[0].bias.data *= 3
+        model(x)
+        torch.testing.assert_close(decoupling.penalty(), once)  # relative to the length of the states
+
+
+def test_training_leaves_the_subspace_and_estimates_follow_the_steps(data):
+    x, y = data
+    options = {"settings": FAST, "weight": 1.0, "every": 10}
+
+    def trained(**more):
+        model = network()
+        with SubspaceDecoupling(model, "0", [x], y, "a", **{**options, **more}) as decoupling:
+            loss = decoupling.added_to(lambda model, batch: model(batch).square().mean() * 1e-3)
+            objective = Objective(model, loss, learning_rate=3e-3, after_step=lambda _, step: decoupling.step(step))
+            with quiet_trainer(max_epochs=1) as trainer:
+                trainer.fit(objective, DataLoader([x] * 25, batch_size=None))
+            model(x)
+            return decoupling, decoupling.penalty().item()
+
+    online, last = trained()
+    assert [each.step for each in online.history_] == [0, 10, 20]
+    assert online.history_[0].angle is None
+    assert all(each.angle is not None for each in online.history_[1:])
+    with SubspaceDecoupling(network(), "0", [x], y, "a", **options) as start:
+        start.model(x)
+        assert last < 0.8 * start.penalty().item()
+    fixed, _ = trained(kind="fixed")
+    assert [each.step for each in fixed.history_] == [0]
+    random, _ = trained(kind="random")
+    assert random.subspace_.dim == online.subspace_.dim
+    assert float(random.subspace_.overlap(online.subspace_)) < 0.7
+
+
+def test_a_probe_at_chance_is_said_and_penalises_nothing(data):
+    x, _ = data
+    labels = np.random.default_rng(0).permutation(np.arange(len(x)) % 2)
+    model = network()
+    decoupling = SubspaceDecoupling(model, "0", [x], labels, 1, settings={"epochs": 2})
+    with pytest.warns(UserWarning, match="step 0: the probe is at chance"):
+        decoupling.__enter__()
+    model(x)
+    assert float(decoupling.penalty()) == 0
+    assert decoupling.subspace_ is None
+    assert not decoupling.history_[0].active
+    decoupling.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("pool", ["rows", "mean"])
+def test_padding_of_a_transformer_is_never_seen(pool):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = transformers.LlamaModel(config).eval()
+    ids = torch.randint(5, 40, (40, 9))
+    ids[20:] = 3 + ids[20:] % 2
+    labels = ["new"] * 20 + ["old"] * 20
+    found = []
+    for side in ("none", "right", "left"):
+        pad, ones = torch.full((40, 3), 7), torch.ones(40, 9, dtype=torch.int64)
+        parts = {"none": [ids], "right": [ids, pad], "left": [pad, ids]}[side]
+        masks = {"none": [ones], "right": [ones, pad * 0], "left": [pad * 0, ones]}[side]
+        mask = torch.cat(masks, 1)
+        batch = {
+            "input_ids": torch.cat(parts, 1),
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(0),
+        }
+        options = {"pool": pool, "settings": {"epochs": 40, "learning_rate": 0.05, "held_out": 0.0}}
+        with SubspaceDecoupling(model, -1, [batch], labels, "old", probe="ovr", **options) as decoupling:
+            model(**batch)
+            found.append((decoupling.subspace_.basis.abs(), decoupling.penalty().detach()))
+    for basis, penalty in found[1:]:
+        torch.testing.assert_close(basis, found[0][0], atol=1e-3, rtol=0)
+        torch.testing.assert_close(penalty, found[0][1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dominant": "z"}, "labels: 'z' and at least one other are needed"),
+        ({"labels": ["a"] * 600}, "labels: 'a' and at least one other"),
+        ({"labels": ["a", "b"]}, "labels: 2 for other than so many samples"),
+        ({"every": 0}, "every: expected an integer >= 1"),
+        ({"kind": "none"}, "kind"),
+    ],
+)
+def test_a_context_is_not_entered_with(data, options, message):
+    x, y = data
+    model = network()
+    given = {"labels": y, "dominant": "a", "settings": {"epochs": 1}, **options}
+    with pytest.raises(ValueError, match=message), SubspaceDecoupling(model, "0", [x], **given):
+        pass
+    assert not model[0]._forward_hooks
