@@ -24,7 +24,8 @@ Table = Annotated[
     ),
 ]
 Clusters = Annotated[
-    int | None, typer.Option("-c", "--clusters", min=1, help="How many. Left out: counted, and said how far to trust.")
+    int | None,
+    typer.Option("-c", "-k", "--clusters", min=1, help="How many. Left out: counted, and said how far to trust."),
 ]
 Method = Annotated[
     Literal["auto", "lsr", "lrr", "ssc", "ensc", "omp", "tsc", "ksubspaces"],

@@ -53,6 +53,9 @@ def select(
 ) -> None:
     """Choose a few rows that stand for all: the middles of clusters, or those that span the main subspace.
 
+    What is printed as retention is the share of the data's energy in its main directions (`--rank`) that lies in those
+    of the chosen rows: 1 where nothing of them is lost.
+
     Examples:
 
     - `subspan select vectors.npy -m 1000 -o chosen.csv`

@@ -164,7 +164,7 @@ class ISTA(nn.Module):
         if dim < 1 or steps < 1 or expansion < 1:
             raise ValueError(f"dim, steps, expansion: must be at least 1, got {dim}, {steps} and {expansion}")
         if not (step > 0 and threshold >= 0):
-            raise ValueError(f"step, threshold: must be positive, got {step} and {threshold}")
+            raise ValueError(f"step, threshold: must be > 0 and >= 0, got {step} and {threshold}")
         self.step = step
         self.threshold = threshold
         self.steps = steps

@@ -395,6 +395,7 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
             },
             "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
             "shapes": [shape],
-            "annotations": [words],
+            # At the right, below the line: the first points of the curves lie at the left.
+            "annotations": [words | {"x": 1, "xanchor": "right", "yanchor": "top"}],
         },
     }

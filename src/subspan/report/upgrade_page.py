@@ -85,11 +85,12 @@ def _upgrade_recall(facts: dict[str, Any]) -> str:
 def _upgrade_backfill(facts: dict[str, Any]) -> str:
     curves, shares = facts["backfill"]["curves"], facts["backfill"]["share_needed"]
     needed = shares["ordered"]
-    lead = (
-        "No share of new vectors reaches the target for sure."
-        if needed is None
-        else f"{percent(needed)} of the items, about {counted(needed * facts['items'])}, have to be embedded anew."
-    )
+    if needed is None:
+        lead = "No share of new vectors reaches the target for sure."
+    elif needed == 0:
+        lead = "No item has to be embedded anew for it: the mapped queries reach the target by themselves."
+    else:
+        lead = f"{percent(needed)} of the items, about {counted(needed * facts['items'])}, have to be embedded anew."
     if shares["random"] is not None and needed is not None:
         lead += f" In random order it would be {percent(shares['random'])}."
     rows = [
