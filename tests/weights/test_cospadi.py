@@ -80,7 +80,7 @@ def test_whitened_svd_is_the_best_low_rank_on_the_data(d_out):
     x, weight = inputs(200, 24), normal(d_out, 24)
     found = factorise(weight, Moments(24).update(x), 0.4, solver="svd", rounded=False)
     sizes = torch.linalg.svdvals(x @ weight.mT)
-    assert found.error == pytest.approx(float((sizes[found.rank :].norm() / sizes.norm())), rel=1e-6)
+    assert found.error == pytest.approx(float(sizes[found.rank :].norm() / sizes.norm()), rel=1e-6)
     assert found.history[-1] == pytest.approx(found.error**2, rel=1e-6)
     assert factorise(weight, None, 0.4, solver="svd").error > 0
     plain = factorise(weight, None, 0.4, solver="svd").dense()
@@ -135,12 +135,12 @@ def test_procrustes_never_rises_and_its_atoms_are_orthonormal_on_the_data():
 
 def test_a_planted_dictionary_is_found():
     atoms = nn.functional.normalize(normal(30, 20), dim=1)
-    codes = torch.zeros(900, 30, dtype=torch.float64)
-    places = torch.rand(900, 30, generator=torch.Generator().manual_seed(3)).topk(2).indices
-    codes.scatter_(1, places, normal(900, 2, seed=4) + normal(900, 2, seed=4).sign())
-    bits = 30 * (16 * 20 + 900) + 14 * 2 * 900
+    codes = torch.zeros(1500, 30, dtype=torch.float64)
+    places = torch.rand(1500, 30, generator=torch.Generator().manual_seed(3)).topk(2).indices
+    codes.scatter_(1, places, normal(1500, 2, seed=4) + normal(1500, 2, seed=4).sign())
+    bits = 30 * (16 * 20 + 1500) + 14 * 2 * 1500
     found = factorise(
-        codes @ atoms, bits=bits, density=15, solver="ksvd", init="data", tolerance=-1.0, rounded=False, max_iter=40
+        codes @ atoms, bits=bits, density=15, solver="ksvd", init="data", tolerance=-1.0, rounded=False, max_iter=30
     )
     assert (found.rank, found.nonzero) == (30, 2)
     learnt = nn.functional.normalize(found.layer.dictionary.detach().mT, dim=1)

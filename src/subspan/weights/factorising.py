@@ -32,6 +32,7 @@ Found = tuple[Tensor, SparseCodes, list[float]]
 VALUE_BITS, CODE_BITS = 16, 14
 MAX_ITER = {"procrustes": 20, "ksvd": 60, "mod": 60}
 _WARM = 10
+_TWINS = 0.95
 _GROUP = 32
 
 
@@ -351,7 +352,8 @@ def _pursuit(name: str, step: Callable[..., tuple[Tensor, SparseCodes]]) -> Call
         atoms, history = _start(job, rows, k, s), []
         best: tuple[float, Tensor, SparseCodes] | None = None
         options = {"n_power": job.n_power} if name == "ksvd" else {}
-        for _ in range(max(1, job.iterations(name))):
+        turns = max(1, job.iterations(name))
+        for turn in range(turns):
             codes = omp(rows, atoms, s)
             atoms, codes = step(rows, codes, atoms, **options)
             history.append(float(coding_error(rows, codes, atoms)))
@@ -359,10 +361,22 @@ def _pursuit(name: str, step: Callable[..., tuple[Tensor, SparseCodes]]) -> Call
                 best = (history[-1], atoms, codes)
             if _settled(history, job.tolerance):
                 break
+            if turn < turns // 2:
+                atoms = _spread(rows, codes, atoms)
         assert best is not None
         return best[1], best[2], history
 
     return run
+
+
+def _spread(rows: Tensor, codes: SparseCodes, atoms: Tensor) -> Tensor:
+    """Atoms of which the second of two that are nearly one is the row that is coded worst, as Aharon et al. do."""
+    twins = ((atoms @ atoms.mT).abs().triu(1) > _TWINS).any(0).nonzero()[:, 0][: len(rows)]
+    residual = rows - codes.decode(atoms)
+    error, worst = residual.square().sum(1).topk(len(twins))
+    atoms = atoms.clone()
+    atoms[twins[error > 0]] = normalize_rows(rows[worst[error > 0]])
+    return atoms
 
 
 def _start(job: _Job, rows: Tensor, k: int, s: int) -> Tensor:
