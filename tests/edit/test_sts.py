@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from subspan.edit.prototypes import (
+from subspan.edit import (
     ENSEMBLE_TEMPLATES,
     ConfidentAverage,
     PrototypeShift,
     marginal_entropy,
     select_confident,
-    view_entropies,
     zero_shot_prototypes,
 )
+from subspan.edit.confident_views import view_entropies
 from subspan.edit.sts import SpectralSteering, STSClassifier
 from subspan.geometry import GavishDonoho, Subspace, random_matrix
 from subspan.geometry.grassmann import random_basis

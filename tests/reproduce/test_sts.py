@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("lightning", reason="the shared dual encoder needs the train extra")
 
-from subspan.edit.prototypes import ConfidentAverage, marginal_entropy
+from subspan.edit import ConfidentAverage, marginal_entropy
 from subspan.models import SentenceEncoder
 from subspan.reproduce import sts
 from subspan.reproduce.materials import (

@@ -1,3 +1,4 @@
+from .confident_views import marginal_entropy, select_confident
 from .decoupling import Refresh, SubspaceDecoupling
 from .eigenshield import EigenShield
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
@@ -9,21 +10,11 @@ from .prototypes import (
     ConfidentAverage,
     PrototypeShift,
     SteeringReport,
-    marginal_entropy,
-    select_confident,
     zero_shot_prototypes,
 )
 from .resrl import ResidualCredit, entropy_mask, head_interference, length_scaled_reward, quantile_gate
-from .spikes import (
-    NoSpikesError,
-    PairedMoments,
-    RobustSpikes,
-    SpikeFilter,
-    alignment_score,
-    conformal_quantile,
-    energy_score,
-    spectral_score,
-)
+from .spike_scores import PairedMoments, alignment_score, conformal_quantile, energy_score, spectral_score
+from .spikes import NoSpikesError, RobustSpikes, SpikeFilter
 from .sts import SpectralSteering, STSClassifier
 from .variational_probe import VariationalLinear, VariationalProbe, dominant_subspace
 

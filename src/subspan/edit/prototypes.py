@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from subspan.base import as_tensor, check_finite, check_matrix, normalize_rows
+
+from .confident_views import entropy_of, log_mean_probabilities, marginal_entropy, select_confident
 
 SINGLE_TEMPLATE = ("a photo of a {}.",)
 ENSEMBLE_TEMPLATES = (
@@ -29,87 +30,6 @@ _ADAM_BETAS = (0.9, 0.999)
 _ADAM_EPSILON = 1e-8
 # Numbers held at once per tensor of a chunk; more images than fit are adapted one chunk after the other.
 _CHUNK_NUMBERS = 1 << 24
-
-
-def marginal_entropy(logits: Float[Tensor, "*b n c"], mask: Bool[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b"]:
-    """Entropy (nats) of the mean over n views of the softmax over c classes.
-
-    Parameters
-    ----------
-    logits
-        (*b, n, c).
-    mask
-        The views (*b, n) that count; None for all.
-
-    Returns
-    -------
-    Tensor, (*b).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.edit import marginal_entropy
-    >>> sure = torch.tensor([[50.0, 0.0], [0.0, 50.0]])  # two sure views that disagree
-    >>> round(marginal_entropy(sure).exp().item(), 4), round(marginal_entropy(sure[:1]).item(), 4)
-    (2.0, 0.0)
-    """
-    return _entropy(_log_mean_probabilities(logits.log_softmax(-1), mask))
-
-
-def view_entropies(logits: Float[Tensor, "*b n c"]) -> Float[Tensor, "*b n"]:
-    """Entropy (nats) of the softmax of each view."""
-    return _entropy(logits.log_softmax(-1))
-
-
-def select_confident(
-    logits: Float[Tensor, "*b n c"], keep: float = 0.1, mask: Bool[Tensor, "*b n"] | None = None
-) -> tuple[Int[Tensor, "*b m"], Bool[Tensor, "*b m"]]:
-    """Indices of the int(keep * n) views of lowest entropy, most confident first, and which of them count.
-
-    With unequal numbers of views m is the largest count, and the second result marks the entries beyond an image's own
-    count as False. A count of 0 becomes 1, with a warning where n > 1.
-
-    Parameters
-    ----------
-    logits
-        (*b, n, c).
-    keep
-        Fraction of the views, in (0, 1].
-    mask
-        The views (*b, n) that exist; None for all.
-
-    Returns
-    -------
-    Tensors, (*b, m) each: indices, and whether they count.
-
-    Raises
-    ------
-    ValueError
-        For another fraction, or an image without a view.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.edit import select_confident
-    >>> chosen, counts = select_confident(torch.tensor([[1.0, 0.0], [9.0, 0.0], [0.0, 4.0], [0.0, 0.0]]), keep=0.5)
-    >>> chosen.tolist(), counts.tolist()
-    ([1, 2], [True, True])
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: a fraction of the views in (0, 1], got {keep}")
-    entropy = view_entropies(logits)
-    if mask is None:
-        mask = torch.ones_like(entropy, dtype=torch.bool)
-    available = mask.sum(-1)
-    if bool((available == 0).any()):
-        raise ValueError("mask: every image needs at least one view")
-    counts = (keep * available.double()).long()
-    if bool(((counts == 0) & (available > 1)).any()):
-        warnings.warn(f"keep={keep} of {int(available.min())} views is less than one view; keeping one", stacklevel=2)
-    counts = counts.clamp_min(1)
-    order = entropy.masked_fill(~mask, torch.inf).argsort(dim=-1, stable=True)
-    largest = int(counts.max())
-    return order[..., :largest], torch.arange(largest, device=logits.device) < counts.unsqueeze(-1)
 
 
 def zero_shot_prototypes(
@@ -311,7 +231,7 @@ class ConfidentAverage(nn.Module):
         kept_cosines = cosines.gather(1, index.unsqueeze(-1).expand(-1, -1, cosines.shape[-1]))
         coefficients = self._coefficients(kept, kept_cosines, counts)
         adapted = self._steered(kept, kept_cosines, coefficients)
-        log_mean = _log_mean_probabilities((self.logit_scale * adapted).log_softmax(-1), counts)
+        log_mean = log_mean_probabilities((self.logit_scale * adapted).log_softmax(-1), counts)
         if self.predict == "original":
             first = self._steered(views[:, :1], cosines[:, :1], coefficients)
             probabilities = (self.logit_scale * first).softmax(-1)[:, 0]
@@ -322,7 +242,7 @@ class ConfidentAverage(nn.Module):
             coefficients=coefficients,
             shift=self._embed(coefficients),
             entropy_before=marginal_entropy(self.logit_scale * kept_cosines, counts),
-            entropy_after=_entropy(log_mean),
+            entropy_after=entropy_of(log_mean),
             kept=index.masked_fill(~counts, -1),
         )
 
@@ -482,7 +402,7 @@ class PrototypeShift(ConfidentAverage):
         """Gradient (b, k) or (b, c, k) of the loss over the kept views, in closed form."""
         steered = self._steered(views, cosines, value)
         log_p = (self.logit_scale * steered).log_softmax(-1)
-        surprise = -_log_mean_probabilities(log_p, counts).unsqueeze(1)
+        surprise = -log_mean_probabilities(log_p, counts).unsqueeze(1)
         p = log_p.exp()
         # dH/dlogit of view j, class c: p (surprise_c - its mean under p), averaged over the views that count.
         weight = p * (surprise - (p * surprise).sum(-1, keepdim=True))
@@ -534,16 +454,3 @@ def check_texts(texts: Sequence[str], name: str, least: int) -> list[str]:
     if len(listed) < least:
         raise ValueError(f"{name}: at least {least} are needed, got {len(listed)}")
     return listed
-
-
-def _log_mean_probabilities(log_p: Tensor, mask: Tensor | None) -> Tensor:
-    """Log of the mean over views (*b, n, c) of probabilities given by their logs: (*b, c)."""
-    if mask is None:
-        return log_p.logsumexp(-2) - float(np.log(log_p.shape[-2]))
-    log_sum = log_p.masked_fill(~mask.unsqueeze(-1), -torch.inf).logsumexp(-2)
-    return log_sum - mask.sum(-1, keepdim=True).to(log_p.dtype).log()
-
-
-def _entropy(log_p: Tensor) -> Tensor:
-    # exp(-inf) (-inf) is 0 times infinity; the clamp makes it the limit, 0.
-    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
