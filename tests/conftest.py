@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxtyping import install_import_hook
+import shape_checking
 
 # Before anything imports subspan: from here on each call in it is checked against its annotated shapes and dtypes.
-install_import_hook("subspan", "shape_checking.check")
+shape_checking.install()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,12 +1,9 @@
 """Deep subspace clusterers: planted subspaces, stages, what ends them, networks that are given, bad input."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from subspace_clusters import union_of_subspaces
@@ -28,21 +25,6 @@ def images(*, seed=0):
 
 
 SHORT = {"encoder": "linear", "pretrain_steps": 3, "max_steps": 25, "n_init": 1, "hidden": (8, 4)}
-
-
-@pytest.mark.slow
-@parametrize_with_checks(
-    [
-        DeepSubspaceClustering(3, retain=5, affine=True, structure_steps=3, **SHORT),
-        DSCNetClustering(
-            3, **{**SHORT, "hidden": (16,), "pretrain_steps": 200, "max_steps": 200}, expression_weight=1.0
-        ),
-    ]
-)
-def test_scikit_learn_checks(estimator, check):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        check(estimator)
 
 
 def test_planted_subspaces_are_found_and_labels_are_not_looked_at():

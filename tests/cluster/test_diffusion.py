@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.cluster import KSubspaces, LowRankMixtureDiffusion
 from subspan.cluster.diffusion import shape_interaction_labels
@@ -180,9 +179,3 @@ def test_bad_rows_are_named():
         model.predict(x[:, :3])
     with pytest.raises(ValueError, match="at least 1"):
         model.sample(0)
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([LowRankMixtureDiffusion(2, 1)])
-def test_scikit_learn_contract(estimator, check):
-    check(estimator)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.cluster import ManifoldLinearizingClustering, ManifoldLinearizingModule, linearization
 from subspan.geometry import coding_rate, compressed_coding_rate
@@ -180,10 +179,3 @@ def test_numbers_of_a_union_of_subspaces():
 def test_bad_parameters_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ManifoldLinearizingClustering(**{"n_clusters": 2, **options}).fit(arcs()[0])
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([ManifoldLinearizingClustering(2, z_dim=4, hidden=16, epochs=2, warmup=1, batch_size=32)])
-def test_scikit_learn_contract(estimator, check):
-    pytest.importorskip("lightning")
-    check(estimator)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.cluster import S2CAG
 from subspan.datasets import attributed_block_model
@@ -15,13 +14,6 @@ from subspan.solvers import geometric_weights, smooth, transition_matrix
 
 STRONG = attributed_block_model(240, 4, mean_degree=12, inside=0.9, n_attributes=40, words=12, random_state=0)
 WEAK = attributed_block_model(200, 3, mean_degree=8, inside=0.6, n_attributes=30, words=8, topical=0.3, random_state=1)
-
-
-@parametrize_with_checks([S2CAG(features="l2", order=2, n_init=1)])
-def test_scikit_learn_checks(estimator, check):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        check(estimator)
 
 
 def normalized(x):

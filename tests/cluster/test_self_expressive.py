@@ -1,15 +1,12 @@
 """The classic subspace clusterers: planted subspaces, prediction, affine data, bad input, scikit-learn's checks."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from subspace_clusters import check_estimator_but_clustering, union_of_subspaces
+from subspace_clusters import union_of_subspaces
 from subspan.cluster import (
     ElasticNetSubspaceClustering,
     KSubspaces,
@@ -32,38 +29,6 @@ ALL = [
     ElasticNetSubspaceClustering,
     SparseSubspaceClustering,
 ]
-
-
-@parametrize_with_checks(
-    [
-        LeastSquaresRepresentation(n_init=1, affine=True),
-        KSubspaces(rank=1, n_init=2),
-    ]
-)
-def test_scikit_learn_checks(estimator, check):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        check(estimator)
-
-
-@pytest.mark.slow
-@parametrize_with_checks(
-    [
-        LowRankRepresentation(n_init=1, affine=True, retain=5),
-        ThresholdingSubspaceClustering(n_init=1, affine=True),
-        ElasticNetSubspaceClustering(n_init=1, affine=True),
-        SparseSubspaceClustering(n_init=1, affine=True),
-    ]
-)
-def test_scikit_learn_checks_of_those_with_the_same_base(estimator, check):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        check(estimator)
-
-
-def test_scikit_learn_checks_of_omp():
-    # Its clustering check wants blobs in the plane told apart; there a pursuit fits any row with two or three others.
-    check_estimator_but_clustering(OMPSubspaceClustering(n_init=1, affine=True))
 
 
 @pytest.mark.parametrize("method", ALL)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.detect import SubspaceDetector, subspace_score
 from subspan.geometry import Subspace, oas_shrinkage
@@ -17,20 +16,6 @@ from subspan.statistics import Moments
 
 PUBLISHED = ["residual", "mahalanobis", "cosine", "euclidean"]
 DISTANCES = ["combined", *PUBLISHED]
-
-
-@parametrize_with_checks(
-    [
-        SubspaceDetector(),
-        SubspaceDetector(distance="residual"),
-        SubspaceDetector(distance="mahalanobis", contamination=0.1),
-        SubspaceDetector(1, drop_k=0),
-    ]
-)
-def test_scikit_learn_checks(estimator, check):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        check(estimator)
 
 
 def official(x, rank):
@@ -270,7 +255,6 @@ def with_nan():
         ({"epsilon": -1.0}, np.eye(5), "epsilon"),
         ({"rank": 5, "strict": True}, np.eye(5), "span at most 4"),
         ({}, np.ones((10, 4)), "total variance is zero"),
-        ({}, with_nan(), "NaN"),
         ({}, torch.from_numpy(with_nan()), "1 of 10 rows"),
         ({}, iter([with_nan()]), "1 of 10 rows"),
         ({}, iter([]), "no rows"),
@@ -293,14 +277,6 @@ def test_an_integer_rank_is_capped_with_a_warning():
     with pytest.warns(UserWarning, match="more than the"):
         detector = SubspaceDetector(9).fit(np.random.default_rng(0).standard_normal((5, 6)))
     assert detector.subspace_.dim == 4
-
-
-@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
-def test_another_width_is_refused(kind):
-    x = np.random.default_rng(0).standard_normal((50, 6))
-    detector = SubspaceDetector(2).fit(kind(x))
-    with pytest.raises(ValueError, match=r"6"):
-        detector.anomaly_score(kind(x[:, :5]))
 
 
 # ---------------------------------------------------------------------------- strange rows among those fitted to

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.estimator_checks import estimator_checks_generator
 from torch import nn
 
 from subspan.edit import (
@@ -327,18 +326,6 @@ def test_partial_fit_waits_until_there_is_enough():
     found = RobustSpikes().partial_fit(z)
     assert not hasattr(found, "filter_")
     assert hasattr(found.partial_fit(z[:50], perturbed[:50]), "filter_")
-
-
-def _checks():
-    with pytest.MonkeyPatch.context():
-        return list(estimator_checks_generator(RobustSpikes("bootstrap", on_empty="identity"), mark="skip"))
-
-
-@pytest.mark.parametrize(
-    ("estimator", "check"), _checks(), ids=lambda value: getattr(value, "func", value).__class__.__name__
-)
-def test_scikit_learn(estimator, check):
-    check(estimator)
 
 
 def test_set_output_names_the_columns():

@@ -26,6 +26,14 @@ def test_probes_read_planted_labels_and_no_others(kind):
     assert given.chance == (LABELS[400:] == np.bincount(LABELS[:400]).argmax()).mean()
 
 
+def test_neighbours_of_a_probe_are_near_in_angle():
+    # Along two directions at any distance from the origin: by distance the short rows of both lie together.
+    rows = np.array([[1.0, 0.1], [0.1, 1.0]])[np.arange(200) % 2] * np.geomspace(1e-3, 1e3, 200)[:, None]
+    given = {"kind": "knn", "test": (rows[::-1] * 1e-4, np.arange(200)[::-1] % 2)}
+    assert probe_score(rows, np.arange(200) % 2, **given).score == 1
+    assert probe_score(rows, np.arange(200) % 2, **given, metric="euclidean").score < 0.8
+
+
 def test_regression_scores_numbers():
     target = ROWS[:, 2] * 3 - 1
     assert probe_score(ROWS, target, kind="regression").score > 0.99

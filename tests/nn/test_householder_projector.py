@@ -105,12 +105,12 @@ def test_a_zero_reflection_reflects_nothing():
     torch.testing.assert_close(found.mT @ found, torch.eye(2), atol=1e-6, rtol=0)
 
 
-def test_thousands_of_steps_leave_the_factors_orthonormal():
+def test_many_steps_leave_the_factors_orthonormal():
     layer = HouseholderProjector(12, 9, 3, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
     x = torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
     y = torch.randn(32, 9, generator=torch.Generator().manual_seed(2))
-    for _ in range(2000):
+    for _ in range(600):
         optimizer.zero_grad()
         (layer(x) - y).square().mean().backward()
         optimizer.step()

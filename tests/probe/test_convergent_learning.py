@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Lasso
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch import nn
 
 from subspan.probe import ConvergentLearning, layer_moments, mean_agreement
@@ -247,9 +246,3 @@ def test_bad_input_is_named(call, message):
 def test_fewer_rows_than_units_are_said():
     with pytest.warns(UserWarning, match="by chance"):
         ConvergentLearning().fit(draw(5, 4), draw(5, 3, 1))
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([ConvergentLearning(method) for method in ("matching", "sparse", "linear")])
-def test_scikit_learn_contract(estimator, check):
-    check(estimator)

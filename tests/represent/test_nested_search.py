@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.geometry import prefix_similarities, prefix_squared_norms, smallest_sufficient
 from subspan.measures import prefix_retrieval_scores, retrieval_scores
@@ -244,9 +243,3 @@ def test_ties_take_the_smallest_threshold_and_one_class_is_warned_of():
 def test_bad_cascade_input_is_named(layers, y, message):
     with pytest.raises(ValueError, match=message):
         MatryoshkaCascade(DIMS).fit(layers, y)
-
-
-@pytest.mark.filterwarnings("ignore:shortlist")
-@parametrize_with_checks([MatryoshkaIndex()])
-def test_the_index_is_a_scikit_learn_estimator(estimator, check):
-    check(estimator)

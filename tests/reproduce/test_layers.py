@@ -5,11 +5,12 @@ import torch
 
 pytest.importorskip("lightning", reason="the protocols train with Lightning")
 
-from subspan.datasets import is_installed, load_sentence_encoder
+from subspan.datasets import is_installed, load_sentence_encoder, stdlib_docstrings
 from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
 from subspan.nn import CRATE
 from subspan.reproduce import butterfly, causal_grassmann, crate, gcr, simvq, ulsam
+from subspan.reproduce.materials import sentence_pairs
 from subspan.reproduce.materials.image_features import labelled_images
 from subspan.reproduce.materials.sentence_pairs import SentencePairs, TokenStates, docstring_pairs
 
@@ -109,7 +110,9 @@ def test_a_planted_pairing_is_learnt_by_every_head(monkeypatch):
         assert causal_grassmann.head_accuracy(make, states, train, test, 0)["accuracy"] > 80, name
 
 
-def test_pairs_of_docstrings_share_no_text_between_parts():
+def test_pairs_of_docstrings_share_no_text_between_parts(monkeypatch):
+    entries = stdlib_docstrings(kinds=("function",))
+    monkeypatch.setattr(sentence_pairs, "stdlib_docstrings", lambda **_: entries)
     train, test = docstring_pairs(200, 100)
     assert len(train) == 200
     assert len(test.premises) == len(test.hypotheses) == 100

@@ -256,6 +256,8 @@ def test_the_subspace_of_few_rows_needs_no_square(center, tmp_path):
     torch.testing.assert_close(found.residual_variance, expected.residual_variance)
     assert len(found.spectrum) == 24
     torch.testing.assert_close(found.spectrum, Subspace.fit(x, rank=4, center=center).spectrum, atol=1e-10, rtol=1e-8)
+    assert thin.captured_energy(found) == pytest.approx(dense.captured_energy(found))
+    assert thin.factor is not None
     thin.save(tmp_path / "moments.safetensors")
     assert (tmp_path / "moments.safetensors").stat().st_size < 60 * 60 * 8
     torch.testing.assert_close(Moments.load(tmp_path / "moments.safetensors").scatter, dense.scatter)

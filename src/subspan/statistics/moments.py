@@ -329,6 +329,36 @@ class Moments:
             factor = torch.cat([factor, self.mean.unsqueeze(0) * self.count**0.5])
         return Subspace.from_factor(factor, mean=mean, count=self.count, rank=rank, dtype=dtype)
 
+    def captured_energy(self, subspace: Subspace) -> float:
+        """Share of the variance that lies in the directions of a subspace, in [0, 1]; of few rows without the square.
+
+        Parameters
+        ----------
+        subspace : of the rows' space; its centre counts for nothing.
+
+        Raises
+        ------
+        ValueError
+            Where the subspace lies in another dimension, or the rows do not vary.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from subspan import Moments, Subspace
+        >>> rows = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> Moments(2).update(rows).captured_energy(Subspace(torch.eye(2)[:, :1]))
+        0.9
+        """
+        if subspace.ambient_dim != self.d:
+            raise ValueError(f"subspace: of dimension {subspace.ambient_dim}, the rows have {self.d} columns")
+        total = float(self.squares.sum())
+        if not total > 0:
+            raise ValueError("moments: the rows do not vary, so that there is no share of their variance")
+        basis, factor = subspace.basis.to(self.mean), self.factor
+        if factor is not None:
+            return float((factor.conj() @ basis).abs().square().sum()) / total
+        return float((basis.conj() * (self.scatter @ basis)).sum().real) / total
+
     def whitening(self, *, method: str = "zca", shrinkage: float = 0.0) -> AffineMap:
         """Map that gives the rows zero mean and unit covariance."""
         return whitening(self.covariance(), self.mean, method=method, shrinkage=shrinkage)

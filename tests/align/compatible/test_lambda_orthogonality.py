@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.estimator_checks import parametrize_with_checks
 from torch.nn import functional as F
 
 from subspan.align import LambdaOrthogonalAdapter
@@ -328,9 +327,3 @@ def test_the_relative_limit_is_the_default():
     assert quick().fit(new, old).lam_ == pytest.approx(0.375 * math.sqrt(8))
     assert quick(lam=2.0).fit(new, old).lam_ == 2.0
     assert float(orthogonality_defect(quick().fit(new, old).map_.matrix)) < 1.1 * 0.375 * math.sqrt(8)
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([LambdaOrthogonalAdapter(epochs=1), LambdaOrthogonalAdapter("strict", epochs=1)])
-def test_scikit_learn_contract(estimator, check):
-    check(estimator)

@@ -10,8 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.exceptions import NotFittedError
-from sklearn.utils import check_array
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspan.align import C3, BlockwiseCovariance, MeanShift, ProjectedAffine, ReAlign
 from subspan.base import normalize_rows
@@ -214,22 +212,13 @@ def test_float32_rows_are_summed_in_float64(texts, images):
     assert single.gap_after_ == pytest.approx(exact.gap_after_, abs=1e-8)
 
 
-@pytest.mark.parametrize("kind", ["numpy32", "numpy64", "torch32", "torch16", "bfloat16"])
-def test_what_goes_in_comes_out(texts, images, kind):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_go_in_and_come_out(texts, images, dtype):
     model = ReAlign().fit(texts, images)
     expected = model.transform(texts)
-    rows = {
-        "numpy32": texts.float().numpy(),
-        "numpy64": texts.numpy(),
-        "torch32": texts.float(),
-        "torch16": texts.half(),
-        "bfloat16": texts.bfloat16(),
-    }[kind]
-    result = model.transform(rows)
-    assert type(result) is type(rows)
-    assert result.dtype == rows.dtype
-    tolerance = {"torch16": 2e-3, "bfloat16": 2e-2, "numpy64": 1e-12}.get(kind, 1e-6)
-    np.testing.assert_allclose(torch.as_tensor(result).double(), expected, atol=tolerance)
+    result = model.transform(texts.to(dtype))
+    assert result.dtype == dtype
+    np.testing.assert_allclose(result.double(), expected, atol=2e-3 if dtype is torch.float16 else 2e-2)
 
 
 def test_zero_rows_count_for_nothing_and_stay_zero(texts, images):
@@ -368,48 +357,6 @@ def test_a_constant_source_is_refused(images):
             kind().fit(torch.full((50, 64), 0.3), images)
         with pytest.raises(ValueError, match="Y: the rows are constant"):
             kind().fit(images, torch.full((50, 64), 0.3))
-
-
-# ---------------------------------------------------------------------- the estimator contract
-
-
-class _WithTarget:
-    """scikit-learn's checks have no second matrix with rows of its own: here they get one made from X."""
-
-    def fit(self, X, Y=None):
-        return super().fit(X, self._target_of(X))  # type: ignore[misc]
-
-    def partial_fit(self, X=None, Y=None):
-        return super().partial_fit(X, None if Y is None or np.ndim(Y) < 2 else Y)  # type: ignore[misc]
-
-    @staticmethod
-    def _target_of(X):
-        try:
-            return np.roll(check_array(X, dtype=float), 1, axis=1) + 0.3
-        except (TypeError, ValueError):
-            return X
-
-
-class ReAlignWithTarget(_WithTarget, ReAlign):
-    pass
-
-
-class MeanShiftWithTarget(_WithTarget, MeanShift):
-    pass
-
-
-class C3WithTarget(_WithTarget, C3):
-    pass
-
-
-class BlockwiseWithTarget(_WithTarget, BlockwiseCovariance):
-    pass
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([ReAlignWithTarget(), MeanShiftWithTarget(), C3WithTarget(), BlockwiseWithTarget()])
-def test_scikit_learn_contract(estimator, check):
-    check(estimator)
 
 
 def test_spread_merges_to_the_moments(texts):

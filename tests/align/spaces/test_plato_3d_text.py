@@ -7,7 +7,6 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from paired_spaces import SHARED, P, Q, planted
 from subspan.align import SubspaceAligner
@@ -317,9 +316,3 @@ def test_what_cannot_be_compared_is_said(data):
         _ = SubspaceAligner(4, subspace="pca").fit(x, y).canonical_correlations_
     again = clone(SubspaceAligner(4, "local_cka"))
     assert again.method == "local_cka"
-
-
-@pytest.mark.filterwarnings("ignore")
-@parametrize_with_checks([SubspaceAligner(1), SubspaceAligner(1, "local_cka", "pca")])
-def test_scikit_learn_contract(estimator, check):
-    check(estimator)
