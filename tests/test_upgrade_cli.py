@@ -79,6 +79,7 @@ def test_everything_that_an_upgrade_writes(run: Callable[..., Any]) -> None:
     assert retrieval["new/old mapped"] > 2 * retrieval["new/old unmapped"]
     assert abs(retrieval["new/old mapped"] - retrieval["old/old"]) < 0.15
     assert facts["verdict"]["answer"] == "map queries"
+    assert not facts["own_queries"]
     assert Path("old.faiss").read_bytes() == original
     # The wrapped index and the adapter give the same answers to new queries, and those are the right ones.
     adapter = UpgradeMap.load("q.safetensors")
@@ -126,6 +127,7 @@ def test_given_queries_labels_and_a_table(run: Callable[..., Any]) -> None:
     assert code in (0, 1), err
     facts = json.loads(out)
     assert facts["queries"] == 80
+    assert facts["own_queries"]
     assert facts["metric"] == "cosine"
     assert 0.3 < facts["retrieval"]["new/new"]["value"] < 1
     assert facts["retrieval"]["new/old mapped"]["value"] > facts["retrieval"]["new/old unmapped"]["value"]
@@ -341,6 +343,7 @@ CASES["two-outputs-of-one-name"] = (
 )
 CASES["wrong-suffix"] = (both, "upgrade old.faiss new.parquet --migrate out.xyz", "must end in")
 CASES["missing-folder"] = (both, "upgrade old.faiss new.parquet --report nowhere/r.html", "does not exist")
+CASES["column-of-none"] = (both, "upgrade old.faiss new.parquet --column nowhere", "has no 'nowhere'")
 CASES["npy-without-ids"] = (both, "upgrade old.faiss new.parquet --migrate out.npy", "holds no ids")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -159,6 +160,20 @@ def test_what_must_be_written_by_one_is_refused_to_a_second(tmp_path):
     ):
         pass
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("waits", [1, 4])
+def test_a_second_that_finds_the_first_at_its_end_goes_on(tmp_path, monkeypatch, waits):
+    with contextlib.ExitStack() as first:
+        first.enter_context(written_together([Target(tmp_path / "x.txt")]))
+        waited = []
+        monkeypatch.setattr(
+            "subspan.base.files.time.sleep", lambda _: waited.append(1) or (len(waited) == waits and first.close())
+        )
+        with written_together([Target(tmp_path / "x.txt")]) as (unfinished,):
+            unfinished.write_text("second")
+    assert len(waited) == waits
+    assert (tmp_path / "x.txt").read_text() == "second"
 
 
 def test_of_many_that_start_at_once_one_goes_on(tmp_path):

@@ -293,6 +293,12 @@ def parquet_of_two_a() -> bytes:
     return stream.getvalue()
 
 
+def feather_bytes(columns: dict) -> bytes:
+    stream = io.BytesIO()
+    feather.write_feather(pyarrow.table(columns), stream)
+    return stream.getvalue()
+
+
 def feather_with_wild_offsets() -> bytes:
     """Texts whose offsets lead out of their buffer."""
     offsets = struct.pack("<4i", 0, 3, 6, 9)
@@ -369,6 +375,7 @@ MALFORMED: dict[str, tuple[str, bytes, dict, str]] = {
     "parquet, column of texts": ("t.parquet", parquet_bytes({"a": ["x"]}), {"column": "a"}, "lists of numbers"),
     "parquet, wrong column": ("t.parquet", parquet_bytes({"a": [1.0]}), {"label_column": "y"}, "has no 'y'"),
     "parquet, no rows": ("t.parquet", parquet_bytes({"a": pyarrow.array([], "float32")}), {}, "is empty"),
+    "arrow, no rows": ("t.arrow", feather_bytes({"a": pyarrow.array([], "float32")}), {}, "is empty"),
     "arrow, not one": ("t.arrow", b"ARROW1 nonsense", {}, "not a whole .arrow"),
     "csv, empty": ("t.csv", b"", {}, "holds no rows"),
     "csv, header only": ("t.csv", b"a,b\n", {}, "holds no rows"),

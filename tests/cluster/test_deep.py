@@ -168,10 +168,19 @@ def test_structure_takes_affinity_away_between_clusters_alone():
     assert (module.coefficients()[off] < c[off]).all()
 
 
+def test_affine_rows_have_a_constant_as_large_as_rows_typically_are():
+    x = 3 + 5 * torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    model = DeepSubspaceClustering(2, encoder=nn.Identity(), affine=True)
+    points = model._points(model._items(x, reset=True))
+    lengths = (x - x.mean(0)).norm(dim=1)
+    torch.testing.assert_close(points[:, -1] / points[:, :-1].norm(dim=1), lengths.square().mean().sqrt() / lengths)
+
+
 @pytest.mark.parametrize(
     ("options", "x", "message"),
     [
         ({}, np.full((6, 4), np.nan), "NaN"),
+        ({"n_clusters": 1}, np.eye(1, 6), "minimum of 2 is required"),
         ({"n_clusters": 7}, np.eye(6), "7 clusters asked for of n_samples = 6"),
         ({"retain": 6}, np.eye(6), "retain: must be below n_samples = 6"),
         ({"retain": 0}, np.eye(6), "retain: expected an integer >= 1"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from subspan.datasets import procedural_shapes
-from subspan.datasets.shapes import FAMILIES, _ball, _disc, _ring, _tube
+from subspan.datasets.shapes import FAMILIES, _ball, _box, _disc, _ring, _tube
 
 
 def test_shapes_are_in_the_unit_ball_and_the_same_for_the_same_seed():
@@ -33,6 +33,10 @@ def test_surfaces_have_their_area_and_lie_where_they_should():
     np.testing.assert_allclose(np.hypot(cloud[:, 0], cloud[:, 1]), 1 - cloud[:, 2] / 4, atol=1e-9)
     # More of a cone's mantle lies low, where it is wide: the mean height of this one is 8/9.
     assert cloud[:, 2].mean() == pytest.approx(8 / 9, abs=0.08)
+    cloud, area = _box(g, (1.0, 2.0, 4.0), (0, 0, 1))
+    assert area == 28
+    faces = np.isclose(abs(cloud - [0, 0, 3]), [0.5, 1, 2])
+    np.testing.assert_allclose(faces.mean(0), [8 / 14, 4 / 14, 2 / 14], atol=0.08)
     cloud, area = _ring(g, 1.0, 0.25)
     assert area == pytest.approx(4 * np.pi**2 * 0.25)
     np.testing.assert_allclose((np.hypot(cloud[:, 0], cloud[:, 1]) - 1) ** 2 + cloud[:, 2] ** 2, 0.0625, atol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
@@ -197,6 +198,15 @@ def test_a_named_mask_selects_tokens_and_stays_out_of_the_model(bert: nn.Module,
     (tokens,) = iterate_representations(bert, [text_batch], -1, pool="none")
     assert torch.equal(named, called)
     torch.testing.assert_close(named, tokens[:, 3])
+
+
+@pytest.mark.parametrize(("pool", "places"), [("last", [0, 2]), ("first", [0, 1])])
+def test_a_token_alone_at_the_start_is_the_first_and_the_last(
+    pool: Literal["first", "last"], places: list[int]
+) -> None:
+    states = torch.randn(2, 3, 4)
+    found = pool_states(states, torch.tensor([[1, 0, 0], [0, 1, 1]]), pool=pool)
+    assert torch.equal(found, states[torch.arange(2), places])
 
 
 def test_nan_at_a_masked_token_does_not_reach_the_mean() -> None:

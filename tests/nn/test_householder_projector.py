@@ -81,12 +81,6 @@ def test_gains_fillings_and_surgery():
     learned = HouseholderProjector.from_linear(linear(), 3, gain="learned")
     learned(torch.randn(2, 8)).sum().backward()
     assert learned.gain.grad is not None
-    poor = linear()
-    with torch.no_grad():
-        poor.weight.copy_(poor.weight[:, :1] @ poor.weight[:1])
-    with pytest.warns(UserWarning, match="1 directions, 2 are filled"):
-        filled = HouseholderProjector.from_linear(poor, 3)
-    assert bool(filled.weight.isfinite().all())
     model = nn.Sequential(linear(), nn.ReLU(), linear(6, 4))
     x = torch.randn(9, 8)
     before = model(x)
@@ -94,6 +88,16 @@ def test_gains_fillings_and_surgery():
     assert 0 < surgery.sites[0].error < 1
     assert surgery.sites[0].new_multiply_adds == 9 * 6 * 14
     torch.testing.assert_close(surgery.undo()(x), before)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_missing_directions_are_filled_whatever_the_unit_of_the_weight(scale):
+    poor = linear()
+    with torch.no_grad():
+        poor.weight.copy_(scale * poor.weight[:, :1] @ poor.weight[:1])
+    with pytest.warns(UserWarning, match="1 directions, 2 are filled"):
+        filled = HouseholderProjector.from_linear(poor, 3)
+    assert bool(filled.weight.isfinite().all())
 
 
 def test_a_zero_reflection_reflects_nothing():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from subspan.geometry.grassmann import random_basis
-from subspan.nn.denoising import denoising_loss, flow, noise_levels
+from subspan.nn.denoising import denoising_loss, edm_weight, flow, noise_levels
 from subspan.nn.low_rank_mixture import LowRankMixtureDenoiser, hard_assignment_energy, hard_denoising_loss
 
 N, K, D = 12, 3, 2
@@ -120,6 +120,12 @@ def expected_loss(x: torch.Tensor, bases: torch.Tensor, sigma: float) -> torch.T
     noisy = x.unsqueeze(1) + sigma * points
     denoised = torch.einsum("bnd,bmd,bpm->bpn", u, u, noisy) / (1 + sigma**2)
     return (denoised - x.unsqueeze(1)).square().sum(-1).mean()
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0, 3.0])
+def test_the_weight_of_a_noise_level_is_one_over_the_variance_of_both(sigma_data):
+    sigma = torch.tensor([0.01, 0.3, 50.0], dtype=torch.float64)
+    torch.testing.assert_close(edm_weight(sigma, sigma_data), 1 / sigma_data**2 + 1 / sigma**2)
 
 
 @pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0, 50.0])

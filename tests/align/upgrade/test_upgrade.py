@@ -625,6 +625,15 @@ def test_few_and_equal_rows_fail_without_pairs_in_words(columns):
     assert bool(torch.isfinite(model.map_.matrix).all())
 
 
+def test_of_few_known_pairs_no_more_neighbours_are_asked_than_there_are(monkeypatch):
+    same = AffineMap(torch.eye(4, dtype=torch.float64))
+    monkeypatch.setattr(unpaired, "_fit", lambda *_: unpaired._Fit(same, 0.0, 1.0, True, 1))
+    x, y = torch.randn(2, 30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    # Of four answers to each its own is the farthest.
+    _, _, report = unpaired.align_unpaired(x, y, check=(same.matrix, -same.matrix))
+    assert report.reason == "recall of the known pairs is 0.000 (chance 0.750)"
+
+
 @pytest.mark.usefixtures("short_search")
 def test_agreement_about_two_places_is_no_success():
     generator = torch.Generator().manual_seed(5)
