@@ -9,7 +9,7 @@ from torch import nn
 from subspan.geometry import Whitener
 from subspan.models import SparseDictLinear
 from subspan.statistics import Moments
-from subspan.weights import dictionary_sizes, factorise, round_to_bits
+from subspan.weights import CoSpaDi, allocate, dictionary_sizes, error_curve, factorise, round_to_bits
 
 SOLVERS = ("procrustes", "ksvd", "mod", "rocket", "svd", "2:4", "round")
 DICTIONARIES = SOLVERS[:4]
@@ -247,3 +247,144 @@ def test_bad_input_is_named(change, message):
     given = {"weight": torch.randn(16, 12), "ratio": 0.3} | change
     with pytest.raises(ValueError, match=message):
         factorise(given.pop("weight"), given.pop("metric", None), **given)
+
+
+# ---------------------------------------------------------------------- whole models
+
+
+class Network(nn.Module):
+    """Two blocks with grouped widths and a head that is tied to the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 24)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"k": nn.Linear(24, 8), "v": nn.Linear(24, 8, bias=False), "up": nn.Linear(16, 24)})
+            for _ in range(3)
+        )
+        self.head = nn.Linear(24, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block["up"](torch.cat([block["k"](x), block["v"](x)], -1).tanh())
+        return self.head(x)
+
+
+@pytest.fixture
+def network():
+    return Network().eval()
+
+
+@pytest.fixture
+def batches():
+    return [torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("allocation", ["uniform", "errors"])
+def test_a_model_is_compressed_and_given_back(network, batches, solver, allocation):
+    if allocation == "errors" and solver in ("2:4", "round"):
+        with pytest.raises(ValueError, match="allocation: 'errors' is for dictionaries"):
+            CoSpaDi(0.3, solver, allocation).fit(network, batches)
+        return
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fitted = CoSpaDi(0.3, solver, allocation, max_iter=2).fit(network, batches)
+    assert {layer.name for layer in fitted.report_} == {f"blocks.{b}.{name}" for b in range(3) for name in "kv"} | {
+        f"blocks.{b}.up" for b in range(3)
+    }
+    assert fitted.saved() >= 0.3 - 1e-9
+    whole = network(batches[0]).detach()
+    surgery = fitted.apply_(network)
+    changed = network(batches[0]).detach()
+    assert 0 < float((changed - whole).norm() / whole.norm()) < 0.9
+    for name, weight in fitted.dense_weights(surgery.undo()).items():
+        network.get_parameter(name).data.copy_(weight)
+    torch.testing.assert_close(network(batches[0]), changed, atol=1e-5, rtol=1e-4)
+    network.load_state_dict(before)
+    torch.testing.assert_close(network(batches[0]), whole)
+
+
+def test_tied_excluded_and_attention_weights_are_left(network, batches):
+    fitted = CoSpaDi(0.3, layers=["blocks.*.*", "head"], exclude=r"1\.", max_iter=1).fit(network, batches)
+    assert fitted.left_out_["head"] == "its weight is also that of embed"
+    assert fitted.left_out_["blocks.1.up"] == "excluded"
+    assert len(fitted.layers_) == 6
+    network.blocks[2]["k"].weight = network.blocks[0]["k"].weight
+    tied = CoSpaDi(0.3, max_iter=1).fit(network, batches)
+    first, last = (next(r for r in tied.report_ if r.name == f"blocks.{b}.k") for b in (0, 2))
+    assert last.bits == last.dense_bits == 0 < first.bits
+    torch.testing.assert_close(*(tied.dense_weights(network)[f"blocks.{b}.k.weight"] for b in (0, 2)))
+    with pytest.raises(ValueError, match="layers: none is left of 1"):
+        CoSpaDi(0.3, layers="head").fit(network, batches)
+
+
+def test_layers_of_one_kind_share_a_dictionary(network, batches):
+    fitted = CoSpaDi(0.3, group_size=2, max_iter=3).fit(network, batches)
+    layers = fitted.layers_
+    assert layers["blocks.0.k"].dictionary is layers["blocks.1.k"].dictionary
+    assert layers["blocks.2.k"].dictionary is not layers["blocks.0.k"].dictionary
+    assert layers["blocks.0.k"].bias is not layers["blocks.1.k"].bias
+    pair = [r for r in fitted.report_ if r.name in ("blocks.0.up", "blocks.1.up")]
+    shared = layers["blocks.0.up"]
+    assert sum(r.bits for r in pair) == shared.bits(16, code_bits=14) * 2 - 16 * (shared.dictionary.numel() + 48)
+    alone = {r.name: r.error for r in CoSpaDi(0.3, max_iter=3).fit(network, batches).report_}
+    assert alone["blocks.2.up"] == next(r.error for r in fitted.report_ if r.name == "blocks.2.up")
+
+
+def test_passes_and_resuming_change_nothing(network, batches, tmp_path):
+    whole = CoSpaDi(0.3, allocation="errors", max_iter=2).fit(network, batches)
+    parts = CoSpaDi(0.3, allocation="errors", max_iter=2, passes=3).fit(network, batches)
+    assert [r.error for r in whole.report_] == [r.error for r in parts.report_]
+    said = []
+
+    def stop(message, fraction):
+        said.append(message)
+        if len(said) == 5:
+            raise KeyboardInterrupt
+
+    for solver in ("procrustes", "svd", "round"):
+        said.clear()
+        make = lambda: CoSpaDi(0.3, solver, max_iter=2)  # noqa: B023, E731
+        with pytest.raises(KeyboardInterrupt):
+            make().fit(network, batches, keep=tmp_path, progress=stop)
+        kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+        assert kept
+        again = make().fit(network, batches, keep=tmp_path)
+        assert sum(file.stat().st_mtime_ns == kept.get(file.name) for file in tmp_path.iterdir()) >= 3
+        fresh = make().fit(network, batches)
+        assert [r.error for r in again.report_] == [r.error for r in fresh.report_]
+
+
+def test_calibration_rows_that_are_not_finite_are_left_out():
+    model = nn.Sequential(nn.Linear(16, 30), nn.ReLU(), nn.Linear(30, 16))
+    x = normal(60, 16, dtype=torch.float32)
+    x[3, 2] = math.nan
+    assert [layer.skipped for layer in CoSpaDi(0.3, max_iter=1).fit(model, [x]).report_] == [1, 1]
+
+
+def test_bits_go_where_they_save_most():
+    assert allocate([[1, 2, 3], [1, 2, 3]], [[9, 4, 0], [1, 0.5, 0]], 4) == [2, 0]
+    assert allocate([[1, 2], [1, 2]], [[math.inf, 0], [5, 1]], 3) == [1, 0]
+    random = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).sort(dim=1, descending=True).values
+    costs = [[1, 2, 3, 4, 5]] * 4
+    found = allocate(costs, random.tolist(), 12)
+    best = min(
+        float(random[torch.arange(4), torch.tensor(c)].sum())
+        for c in torch.cartesian_prod(*[torch.arange(5)] * 4).tolist()
+        if sum(c) + 4 <= 12
+    )
+    assert float(random[torch.arange(4), torch.tensor(found)].sum()) <= best + float(random.diff(dim=1).abs().max())
+    with pytest.raises(ValueError, match="budget: 2 bits are the least"):
+        allocate([[1], [1]], [[0], [0]], 1)
+
+
+@pytest.mark.parametrize("solver", ["svd", "procrustes"])
+def test_the_curve_is_the_error_before_anything_is_learnt(solver):
+    weight, metric = normal(40, 24), Moments(24).update(inputs(200, 24))
+    curve = error_curve(weight, metric, [0.2, 0.5, 0.999], solver=solver)
+    for ratio, lost in zip([0.2, 0.5], curve):
+        assert lost == pytest.approx(factorise(weight, metric, ratio, solver=solver).history[0], rel=1e-3)
+    assert curve[2] == math.inf

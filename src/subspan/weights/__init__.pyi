@@ -1,17 +1,27 @@
 from .concrete_merging import ConcreteMasks, ConcreteMerging
-from .factorising import Factorisation, dense_weight, dictionary_sizes, factorise, round_to_bits
+from .cospadi import CoSpaDi, LayerReport, allocate
+from .factorising import (
+    Factorisation,
+    dictionary_sizes,
+    error_curve,
+    factorise,
+    round_to_bits,
+)
 from .merged_module import MergedModule
 from .merging import average, dare, iso_c, iso_cts, magnitude_of_share, task_arithmetic, ties, tsv_merge
 
 __all__ = [
+    "CoSpaDi",
     "ConcreteMasks",
     "ConcreteMerging",
     "Factorisation",
+    "LayerReport",
     "MergedModule",
+    "allocate",
     "average",
     "dare",
-    "dense_weight",
     "dictionary_sizes",
+    "error_curve",
     "factorise",
     "iso_c",
     "iso_cts",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -507,3 +508,56 @@ _SOLVERS: dict[str, Callable[[_Job], tuple[nn.Module, int, list[float]]]] = {
     "2:4": _two_of_four,
     "round": _round,
 }
+
+
+def error_curve(
+    weight: Float[Tensor, "d_out d_in"],
+    metric: Metric,
+    ratios: Sequence[float],
+    *,
+    solver: Solver = "procrustes",
+    density: float = 2.0,
+) -> list[float]:
+    """Share of |X W'|_F² that is lost at each ratio before anything is learnt: one decomposition for all.
+
+    The low rank is exact; a dictionary is taken as the eigenvectors with the largest coefficients of each output.
+
+    Parameters
+    ----------
+    weight, metric, solver, density
+        As of `factorise`; "svd" is the low rank, all others a dictionary.
+    ratios
+        Shares of the bits to save.
+
+    Returns
+    -------
+    A number a ratio; infinity where not one atom or rank is left.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.weights import error_curve
+    >>> mild, strong = error_curve(torch.randn(20, 30), None, [0.2, 0.5])
+    >>> mild < strong
+    True
+    """
+    d_out, d_in = weight.shape
+    white = whitener_of(metric, d_in)
+    wide = weight.detach().double()
+    rows = _Job(wide, white, 0.0, density, "", None, 0, 0.0, 0, torch.float32).coded[0]
+    _, sizes, vh = torch.linalg.svd(rows, full_matrices=False)
+    squares, total = (rows @ vh.mT).square(), float(sizes.square().sum()) or 1.0
+    lost = []
+    for ratio in ratios:
+        bits = (1 - ratio) * VALUE_BITS * weight.numel()
+        try:
+            if solver == "svd":
+                kept = sizes[: int(bits / (VALUE_BITS * (d_in + d_out)))].square()
+            else:
+                k, s = dictionary_sizes(d_in, d_out, bits, density=density, most=len(vh))
+                kept = squares[:, :k].topk(s, dim=1).values
+        except ValueError:
+            lost.append(math.inf)
+            continue
+        lost.append(max(0.0, 1 - float(kept.sum()) / total) if kept.numel() else math.inf)
+    return lost
