@@ -1,4 +1,4 @@
-from .compatible.bt2 import BasisTransform, BT2Head, BT2Loss, TeacherDataset, old_class_means, teacher_features
+from .compatible.bt2 import BasisTransform, BT2Head, BT2Loss
 from .compatible.bt2_training import BackwardCompatibleModule
 from .compatible.lambda_orthogonality import LambdaOrthogonalAdapter
 from .compatible.stationary_module import StationaryModule
@@ -10,6 +10,7 @@ from .compatible.stationary_simplex import (
     SimplexClassifier,
     make_stationary,
 )
+from .compatible.teachers import TeacherDataset, old_class_means, teacher_features
 from .modality.comparators import C3, BlockwiseCovariance, MeanShift
 from .modality.modality_gap import ModalityGap, cosine_divergence, mixing_rate
 from .modality.modality_map import ModalityMap, ProjectedAffine
