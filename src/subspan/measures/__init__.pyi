@@ -1,4 +1,12 @@
 from .anomaly_maps import aupro, auroc
+from .compatibility import (
+    BackfillCurve,
+    average_accuracy,
+    average_compatibility,
+    backfill_curve,
+    common_prefix,
+    compatibility_matrix,
+)
 from .disentanglement import DCI, dci_score, factor_vae_score
 from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
@@ -18,18 +26,7 @@ from .partitions import (
     partition_scores,
 )
 from .probes import CodeLength, ProbeScore, leakage, make_probe, online_code_length, probe_score
-from .retrieval import (
-    BackfillCurve,
-    RetrievalScores,
-    average_accuracy,
-    average_compatibility,
-    backfill_curve,
-    common_prefix,
-    compatibility_matrix,
-    prefix_retrieval_scores,
-    retrieval_scores,
-    template_gallery,
-)
+from .retrieval import RetrievalScores, prefix_retrieval_scores, retrieval_scores, template_gallery
 from .spatial import gram_agreement, spatial_structure
 
 __all__ = [
