@@ -6,11 +6,8 @@ import scipy.fft
 import scipy.linalg
 import torch
 
-from subspan.nn import Butterfly, butterfly_products
+from subspan.nn import Butterfly, butterfly_factorize, butterfly_multiply, butterfly_products
 from subspan.nn.butterfly import (
-    bit_reversal,
-    butterfly_factorize,
-    butterfly_multiply,
     circulant,
     dct,
     fft,
@@ -19,6 +16,7 @@ from subspan.nn.butterfly import (
     recover_convolution,
     recover_dct,
 )
+from subspan.nn.butterfly_factors import bit_reversal
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):

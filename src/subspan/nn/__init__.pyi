@@ -1,6 +1,7 @@
 from .autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
 from .blocks import MLP, ConvBlock, ResidualConvBlock
-from .butterfly import Butterfly, ButterflyFactors, butterfly_factorize
+from .butterfly import Butterfly
+from .butterfly_factors import ButterflyFactors, butterfly_factorize
 from .butterfly_products import butterfly_multiply
 from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
@@ -22,8 +23,9 @@ from .matching import cosine_matching_loss
 from .matryoshka import MatryoshkaAdapter, MatryoshkaLinear, MatryoshkaLogitLoss, MatryoshkaLoss, nesting_weights
 from .objective import Objective
 from .orthogonal import OrthogonalLinear, register_orthonormal
+from .paired_optimizer import WithRiemannian, with_riemannian
 from .penalties import ProjectionPenalty, orthonormality_penalty, projection_penalty, weight_projection_penalty
-from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD, WithRiemannian, with_riemannian
+from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD
 from .self_expression import SelfExpression, SubspaceStructured
 from .simplex import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
 from .simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from subspan.base import check_finite
 
+from .butterfly_factors import bit_reversal, butterfly_factorize, check_size, fixed_permutation, peel
 from .butterfly_products import butterfly_multiply
 
 _INITS = ("ortho", "randn", "identity")
@@ -115,7 +115,7 @@ class Butterfly(nn.Module):
         self.tied = tied
         self.constraint = constraint
         identity = isinstance(permutation, str) and permutation == "identity"
-        self.register_buffer("permutation", None if identity else _permutation(permutation, self.n))
+        self.register_buffer("permutation", None if identity else fixed_permutation(permutation, self.n))
         count = self.n - 1 if tied else self.levels * self.n // 2
         start = _start(init, (self.stacks, blocks, count), complex, constraint, generator)
         self.factors = nn.Parameter(start)
@@ -214,7 +214,7 @@ class Butterfly(nn.Module):
         padded[:out, :width] = check_finite(matrix.detach(), "matrix")
         if layer.permutation is not None:
             padded = padded[:, layer.permutation]
-        twiddle = torch.stack([_peel(part) for part in padded.split(layer.n)])
+        twiddle = torch.stack([peel(part) for part in padded.split(layer.n)])
         with torch.no_grad():
             layer.factors.copy_(_as_factors(twiddle.flatten(1, 2).unsqueeze(1)))
             if bias is not None and layer.bias is not None:
@@ -243,98 +243,6 @@ class Butterfly(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class ButterflyFactors:
-    """What `butterfly_factorize` found.
-
-    Attributes
-    ----------
-    twiddle
-        The 2 x 2 matrices of B, (levels, N/2, 2, 2).
-    permutation
-        P as an index (N,).
-    relative_error
-        |B P - T|_F / |T|_F.
-    """
-
-    twiddle: Inexact[Tensor, "levels half 2 2"]
-    permutation: Int[Tensor, " n"]
-    relative_error: float
-
-    def to_dense(self) -> Inexact[Tensor, "n n"]:
-        """The product B P."""
-        eye = torch.eye(len(self.permutation), dtype=self.twiddle.dtype, device=self.twiddle.device)
-        return butterfly_multiply(self.twiddle, eye[:, self.permutation]).mT
-
-
-@torch.no_grad()
-def butterfly_factorize(
-    matrix: Inexact[Tensor, "n n"], permutation: str | Int[Tensor, " n"] = "bit-reversal"
-) -> ButterflyFactors:
-    """Factors of a square matrix T ≈ B P by peeling levels from the left, O(N²), in float64.
-
-    At each level two rows that share a child row form 2 x (N/2) blocks of rank one. Their leading singular pairs give a
-    column of the 2 x 2 and a row of the child. This is exact where T = B P; otherwise it is a projection level by
-    level, which is no best approximation. Levels are fixed up to a scale between neighbours: child rows have unit
-    length here.
-
-    Parameters
-    ----------
-    matrix
-        T (N, N), real or complex, N a power of two.
-    permutation
-        P: "identity", "bit-reversal" or an index (N,).
-
-    Returns
-    -------
-    ButterflyFactors
-
-    Raises
-    ------
-    ValueError
-        For a matrix whose size is no power of two, or that is not finite.
-
-    References
-    ----------
-    Le, Riccietti & Gribonval (2022), on the factorisation of Dao et al. (2019).
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.nn import butterfly_factorize
-    >>> dft = torch.fft.fft(torch.eye(8, dtype=torch.complex128))
-    >>> butterfly_factorize(dft).relative_error < 1e-12
-    True
-    """
-    n = matrix.shape[0]
-    if matrix.shape[1] != n or n < 2 or n & (n - 1):
-        raise ValueError(f"matrix: expected a square one of a power of two, got {tuple(matrix.shape)}")
-    wide = check_finite(matrix, "matrix").to(torch.complex128 if matrix.is_complex() else torch.float64)
-    index = _permutation(permutation, n).to(matrix.device)
-    twiddle = _peel(wide[:, index])
-    found = ButterflyFactors(twiddle, index, 0.0)
-    error = torch.linalg.norm(found.to_dense() - wide) / torch.linalg.norm(wide).clamp_min(1e-300)
-    return ButterflyFactors(twiddle, index, float(error))
-
-
-def _peel(matrix: Tensor) -> Tensor:
-    """Twiddles (levels, N/2, 2, 2) of a matrix whose columns are permuted already."""
-    n = len(matrix)
-    rest = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64).unsqueeze(0)
-    found = []
-    for level in range(n.bit_length() - 2, 0, -1):
-        half = 1 << level
-        # (group, out of the pair, row, half of the columns, column) → 2 x half blocks of one row and one half.
-        blocks = rest.unflatten(1, (2, half)).unflatten(3, (2, half)).permute(0, 2, 3, 1, 4)
-        u = torch.linalg.eigh(blocks @ blocks.mH)[1][..., -1]
-        rows = (u.conj().unsqueeze(-2) @ blocks).squeeze(-2)
-        scale = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-        found.append((u * scale).mT.flatten(0, 1))
-        rest = (rows / torch.where(scale > 0, scale, 1)).transpose(1, 2).flatten(0, 1)
-    found.append(rest)
-    return torch.stack(found[::-1])
-
-
 def _as_factors(twiddle: Tensor) -> Tensor:
     return torch.view_as_real(twiddle.resolve_conj()) if twiddle.is_complex() else twiddle
 
@@ -350,15 +258,9 @@ def _built(twiddle: Tensor, **options: Any) -> Butterfly:
     return layer
 
 
-def _check_size(n: int) -> int:
-    if n < 2 or n & (n - 1):
-        raise ValueError(f"n: must be a power of two from 2, got {n}")
-    return n.bit_length() - 1
-
-
 def _fft_twiddle(n: int, sign: int = -1) -> Tensor:
     levels = []
-    for level in range(_check_size(n)):
+    for level in range(check_size(n)):
         stride = 1 << level
         angle = sign * math.pi * torch.arange(stride, dtype=torch.float64) / stride
         omega = torch.polar(torch.ones_like(angle), angle)
@@ -388,7 +290,7 @@ def ifft(n: int) -> Butterfly:
 def hadamard(n: int) -> Butterfly:
     """The Walsh-Hadamard transform in Sylvester's order, entries ±1 (real)."""
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
-    return _built(two.expand(1, _check_size(n), n // 2, 2, 2))
+    return _built(two.expand(1, check_size(n), n // 2, 2, 2))
 
 
 def dct_permutation(n: int) -> Int[Tensor, " n"]:
@@ -446,31 +348,6 @@ def recover_convolution(matrix: Inexact[Tensor, "n n"]) -> tuple[Butterfly, floa
     whole = torch.fft.fft(found.to_dense(), dim=1)
     product = whole.real if real else whole
     return layer, float(torch.linalg.norm(product - matrix) / torch.linalg.norm(matrix))
-
-
-def bit_reversal(n: int) -> Int[Tensor, " n"]:
-    """The index that reads numbers below n = 2^m with their bits in reverse."""
-    bits = _check_size(n)
-    index = torch.arange(n)
-    return (
-        torch.stack([(index >> bit) & 1 for bit in range(bits)])
-        .mul(2 ** torch.arange(bits - 1, -1, -1).unsqueeze(-1))
-        .sum(0)
-    )
-
-
-def _permutation(permutation: str | Tensor, n: int) -> Tensor:
-    if isinstance(permutation, str):
-        if permutation == "identity":
-            return torch.arange(n)
-        if permutation == "bit-reversal":
-            return bit_reversal(n)
-        raise ValueError(f"permutation: expected 'identity', 'bit-reversal' or an index, got {permutation!r}")
-    if permutation.shape != (n,) or not torch.equal(
-        permutation.sort().values, torch.arange(n, device=permutation.device)
-    ):
-        raise ValueError(f"permutation: expected each of 0 … {n - 1} once, got shape {tuple(permutation.shape)}")
-    return permutation.clone()
 
 
 def _unitary(angles: Float[Tensor, "*b 4"]) -> Tensor:

@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from subspan.base import require
 
-from .riemannian import GrassmannParameter, RiemannianSGD, with_riemannian
+from .paired_optimizer import with_riemannian
+from .riemannian import GrassmannParameter, RiemannianSGD
 from .training import finite_loss
 
 if TYPE_CHECKING:
