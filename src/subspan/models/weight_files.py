@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -167,8 +168,9 @@ def write_weights(
         written = {name for listed in shards for name in listed}
         size = 0
         if isinstance(tensors, Mapping):
-            left = [name for name in tensors if name not in written]
-            pairs: Iterable[tuple[str, Tensor]] = ((name, tensors[name]) for name in left)
+            mapping: Any = tensors
+            left = [name for name in mapping if name not in written]
+            pairs: Iterable[tuple[str, Tensor]] = ((name, mapping[name]) for name in left)
         else:
             pairs = tensors
         for name, value in pairs:

@@ -82,7 +82,7 @@ class MergedModule(nn.Module):
                 continue
             if name not in parameters:
                 if buffers == "mean":
-                    self._shift_buffer(name, sum(delta[name] for delta in deltas.values()) / len(deltas))
+                    self._shift_buffer(name, torch.stack([delta[name] for delta in deltas.values()]).mean(0))
                 continue
             updates = torch.stack([delta[name].to(parameters[name].device) for delta in deltas.values()])
             if updates.shape[1:] != parameters[name].shape:

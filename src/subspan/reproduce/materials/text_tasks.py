@@ -20,8 +20,8 @@ _TOKENS, _CLASSES, _SCALE, _BATCH = 24, 5, 20.0, 64
 class TextTask(NamedTuple):
     """States below the upper blocks (n, t, d), added attention mask (n, 1, 1, t), classes; to fit and held out."""
 
-    fit: tuple[Tensor, Tensor, Int[Tensor, " n"]]
-    held: tuple[Tensor, Tensor, Int[Tensor, " m"]]
+    fit: tuple[Tensor, ...]
+    held: tuple[Tensor, ...]
 
 
 class UpperBlocks(nn.Module):
@@ -43,6 +43,8 @@ class UpperBlocks(nn.Module):
 
 class ClassMeans(nn.Module):
     """A frozen head: cosine to the mean embedding of each class, as the untuned encoder sees them."""
+
+    directions: Tensor
 
     def __init__(self, features: Float[Tensor, "n d"], y: Int[Tensor, " n"]) -> None:
         super().__init__()
