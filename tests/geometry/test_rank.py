@@ -7,6 +7,7 @@ from subspan.geometry import (
     Elbow,
     EnergyRank,
     FixedRank,
+    FractionOfDim,
     GavishDonoho,
     Subspace,
     coding_rate,
@@ -20,6 +21,18 @@ from subspan.geometry import (
 def test_energy_takes_the_smallest_sufficient_rank():
     variances = np.array([5.0, 3.0, 1.0, 1.0])
     assert [EnergyRank(t)(variances, 10, 4) for t in (0.5, 0.51, 0.8, 0.9, 0.91, 1.0)] == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "d", "expected"),
+    [(0.25, 100, 8, 2), (0.01, 5, 9, 1), (0.5, 5, 9, 2), (0.7, 5, 9, 4), (1.0, 5, 9, 5)],
+)
+def test_a_fraction_counts_directions_and_not_variances(share, n, d, expected):
+    assert FractionOfDim(share)(np.linspace(9, 0, min(n, d)), n, d) == expected
+    assert FractionOfDim(1.0)(np.ones(3), n, d) == 3
+    for wrong in (0, 1.1):
+        with pytest.raises(ValueError, match=r"\(0, 1\]"):
+            FractionOfDim(wrong)
 
 
 def test_elbow_and_effective_rank():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from subspan.measures.paired import expected_calibration_error, paired_bootstrap
+from subspan.measures.paired import expected_calibration_error, paired_bootstrap, resampled_means
 
 
 def test_interval_covers_the_true_difference_as_often_as_it_says():
@@ -15,6 +15,16 @@ def test_interval_covers_the_true_difference_as_often_as_it_says():
         assert low < mean < high
         covered += low < 0.3 < high
     assert 0.72 < covered / 200 < 0.88
+
+
+def test_scores_of_one_item_are_drawn_together():
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    means = resampled_means(np.c_[x, x[:, 0] + 2 * x[:, 1]], resamples=300)
+    assert means.shape == (300, 3)
+    np.testing.assert_allclose(means[:, 2], means[:, 0] + 2 * means[:, 1], atol=1e-12)
+    assert means[:, 0].std() == pytest.approx(x[:, 0].std() / 40**0.5, rel=0.15)
+    with pytest.raises(ValueError, match="scores"):
+        resampled_means(np.array([[np.nan, 1.0]]))
 
 
 def test_what_the_methods_share_cancels():

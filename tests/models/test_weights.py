@@ -259,6 +259,37 @@ def test_modules_are_changed_in_place_and_tied_weights_once():
     assert before.head.weight is before.embed.weight
 
 
+def test_a_delta_is_in_a_model_for_a_while(base):
+    model = nn.BatchNorm1d(3)
+    before = {name: (value, value.clone()) for name, value in weights_of(model).items()}
+    tuned = {
+        name: value + torch.rand(()) if value.is_floating_point() else value for name, (_, value) in before.items()
+    }
+    delta = StateDelta.between(model, tuned).only(["weight", "running_mean"])
+    assert list(delta) == ["weight", "running_mean"]
+    pointers = {name: value.data_ptr() for name, (value, _) in before.items()}
+
+    def inside():
+        with delta.applied(model) as changed:
+            assert changed is model
+            torch.testing.assert_close(model.weight, tuned["weight"])
+            torch.testing.assert_close(model.running_mean, tuned["running_mean"])
+            assert model.bias.data_ptr() == pointers["bias"]
+            model.weight.data.zero_()
+            raise KeyError("within")
+
+    with pytest.raises(KeyError, match="within"):
+        inside()
+    for name, (value, copy) in before.items():
+        assert weights_of(model)[name] is value
+        assert torch.equal(value, copy)
+        assert value.data_ptr() == pointers[name]
+    with pytest.raises(ValueError, match="base: lacks"), StateDelta.between(base, state(1)).applied(model):
+        pass
+    with pytest.raises(ValueError, match="names: the delta has no wrong"):
+        delta.only(["weight", "wrong"])
+
+
 def test_subspaces_by_name_survive_a_file(tmp_path, delta):
     spaces = delta.subspaces(0.9)
     spaces.save(tmp_path / "spaces.safetensors")

@@ -129,7 +129,7 @@ class Merge:
         rows = []
         for number, name in enumerate(names):
             progress(f"overlap of {name}", number / len(names))
-            parts = [StateDelta({name: d.shapes[name]}, d.__getitem__).subspaces(_ENERGY).get(name) for d in deltas]
+            parts = [d.only([name]).subspaces(_ENERGY).get(name) for d in deltas]
             found = [part for part in parts if part is not None]
             pairs = [(a, b) for place, a in enumerate(found) for b in found[:place]]
             if pairs:

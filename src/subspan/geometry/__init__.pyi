@@ -14,7 +14,17 @@ from .prefixes import (
     prefix_squared_norms,
     smallest_sufficient,
 )
-from .rank import EffectiveRank, Elbow, EnergyRank, FixedRank, GavishDonoho, MarchenkoPastur, RankRule, rank_rule
+from .rank import (
+    EffectiveRank,
+    Elbow,
+    EnergyRank,
+    FixedRank,
+    FractionOfDim,
+    GavishDonoho,
+    MarchenkoPastur,
+    RankRule,
+    rank_rule,
+)
 from .spectra import (
     coding_rate,
     compressed_coding_rate,
@@ -38,6 +48,7 @@ __all__ = [
     "Elbow",
     "EnergyRank",
     "FixedRank",
+    "FractionOfDim",
     "Frame",
     "GavishDonoho",
     "LowRankMap",

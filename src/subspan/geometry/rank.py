@@ -102,6 +102,39 @@ class EnergyRank:
 
 
 @dataclass(frozen=True)
+class FractionOfDim:
+    """A share of the directions that there can be, min(n, d), whatever their variances; at least one.
+
+    Parameters
+    ----------
+    share
+        In (0, 1].
+
+    Raises
+    ------
+    ValueError
+        For a share outside (0, 1].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import FractionOfDim
+    >>> FractionOfDim(0.25)(np.ones(8), n=100, d=8)
+    2
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"rank: a share of the directions must lie in (0, 1], got {self.share}")
+
+    def __call__(self, variances: np.ndarray, n: int, d: int) -> int:
+        """Return round(share * min(n, d)), at least 1 and no more than there are variances."""
+        return max(1, min(round(self.share * min(n, d)), len(variances)))
+
+
+@dataclass(frozen=True)
 class MarchenkoPastur:
     """Number of eigenvalues above the Marchenko-Pastur edge of the noise.
 

@@ -14,7 +14,7 @@ from .kernels import RandomFeatures, gaussian_kernel, median_bandwidth, squared_
 from .mutual_information import mutual_information
 from .neighbours import knn_overlap, neighbour_purity, recall_at_k
 from .neural_collapse import NeuralCollapse, neural_collapse
-from .paired import expected_calibration_error, paired_bootstrap
+from .paired import expected_calibration_error, paired_bootstrap, resampled_means
 from .partitions import (
     attribute_modularity,
     clustering_accuracy,
@@ -73,6 +73,7 @@ __all__ = [
     "prefix_retrieval_scores",
     "probe_score",
     "recall_at_k",
+    "resampled_means",
     "retrieval_scores",
     "spatial_structure",
     "squared_distances",

@@ -1,6 +1,7 @@
 from .attention import attended_representation, attended_tokens, block_attention
 from .attention_edges import attention_modules, attention_rows, cut_attention, edges_between
 from .capture import Capture, capture, iterate_representations, pool_states
+from .continuations import continuation_log_likelihood, greedy_continuations
 from .encoders import ImageEncoder, SentenceEncoder
 from .factored import LowRankLinear, SparseDictLinear, load_factored, save_factored
 from .features import FeatureGrid, token_grid
@@ -41,9 +42,11 @@ __all__ = [
     "block_attention",
     "capture",
     "collect_moments",
+    "continuation_log_likelihood",
     "cut_attention",
     "edges_between",
     "find_blocks",
+    "greedy_continuations",
     "image_tensor",
     "intervene",
     "iterate_representations",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -116,6 +117,12 @@ class StateDelta(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"StateDelta({len(self)} tensors, {sum(map(math.prod, self.shapes.values())):,} numbers)"
 
+    def only(self, names: Iterable[str]) -> StateDelta:
+        """The delta of some tensors; the others stay as they are. Raises ValueError for a name it does not have."""
+        chosen = dict.fromkeys(names)
+        self._known(chosen, "names")
+        return StateDelta({name: self.shapes[name] for name in chosen}, self._compute, self.left_out)
+
     def map(self, function: Callable[[str, Tensor], Tensor]) -> StateDelta:
         """`function(name, tensor)` of every tensor, when it is asked for; shapes stay."""
         return StateDelta(self.shapes, lambda name: function(name, self[name]), self.left_out)
@@ -180,7 +187,7 @@ class StateDelta(Mapping[str, Tensor]):
         if side not in ("left", "right"):
             raise ValueError(f"side: 'left' or 'right', got {side!r}")
         return SubspaceMap(
-            {name: found for name in self if (found := _main_subspace(self[name], rank, side)) is not None}
+            {name: found for name in self if (found := main_subspace(self[name], rank, side)) is not None}
         )
 
     def projected(self, subspaces: Mapping[str, Subspace], *, outside: bool = False) -> StateDelta:
@@ -237,6 +244,27 @@ class StateDelta(Mapping[str, Tensor]):
         for name in self:
             weights[name].copy_(sums[name])
         return model
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Within the block the model has its weights plus the delta; after it the very same tensors as before.
+
+        The tensors are exchanged, not written to: nothing is rounded on the way back, after an error either, and what
+        is written to the weights within the block is dropped. Tensors of which the delta is zero are left alone.
+        """
+        weights = weights_of(model)
+        sums = self.added_to(model)
+        kept: dict[str, Tensor] = {}
+        try:
+            for name in self:
+                value = sums[name]
+                if not torch.equal(value, weights[name].detach()):
+                    kept[name] = weights[name].data
+                    weights[name].data = value
+            yield model
+        finally:
+            for name, value in kept.items():
+                weights[name].data = value
 
     def _known(self, named: Mapping[str, Any], what: str) -> None:
         unknown = [name for name in named if name not in self.shapes]
@@ -334,7 +362,8 @@ class SubspaceMap(Mapping[str, Subspace]):
             )
 
 
-def _main_subspace(value: Tensor, rank: Any, side: str) -> Subspace | None:
+def main_subspace(value: Shaped[Tensor, "*n"], rank: Any, side: Literal["left", "right"] = "left") -> Subspace | None:
+    """Span of the main singular vectors of one tensor as in `StateDelta.subspaces`; None where it is zero."""
     matrix = as_matrix(value)
     rows = matrix.mT if side == "left" else matrix
     if not bool(rows.any()):

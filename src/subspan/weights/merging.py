@@ -6,7 +6,6 @@ asked for: `write_weights(merged.added_to(base), folder)` never holds a model.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from subspan.base.draws import generator_for
 from subspan.models import StateDelta
 
 Matrix = Float[Tensor, "p q"]
@@ -162,9 +162,7 @@ def dare(deltas: Sequence[StateDelta], drop: float = 0.9, scaling: float = 0.3, 
     def thinned(name: str, values: list[Tensor]) -> Tensor:
         kept = []
         for number, value in enumerate(values):
-            digest = hashlib.sha256(f"{random_state}/{number}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            stays = torch.rand(value.shape, generator=generator) >= drop
+            stays = torch.rand(value.shape, generator=generator_for(random_state, number, name)) >= drop
             kept.append(value * stays.to(value.device))
         return scaling / (1 - drop) * sum_of(kept)
 
