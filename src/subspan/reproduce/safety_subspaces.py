@@ -149,7 +149,7 @@ class Language(NamedTuple):
         return {"compliance": odds, "arithmetic": TargetLikelihood(self.tokenizer, self.prompts(questions), solutions)}
 
 
-def _loss(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
+def _loss(model: nn.Module, batch: Any) -> Tensor:
     return -target_log_likelihood(model, *batch).mean()
 
 
@@ -174,7 +174,7 @@ def audited(taught: Language, start: Mapping[str, Tensor], seed: int, progress: 
     """Train everything from one seed, and audit it."""
     setting, model = taught.setting, taught.model
     taught.put(start)
-    base = weights_of(model) | dict(start)
+    base = {**weights_of(model), **start}
     progress("teaching to refuse", 0.0)
     aligned = taught.tuned("safety", seed)
     tuned: dict[str, dict[str, Tensor]] = {}
