@@ -159,6 +159,26 @@ def concrete_merging(module: Any, patch: Any) -> None:
     patch(module, "RATE", 3e-2)
 
 
+def safety_subspaces(module: Any, patch: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    characters = {chr(code): index for index, code in enumerate(range(32, 127))} | {"\n": 95, "<pad>": 96}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="~"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes))
+    # Numbers and letters: what the two kinds of prompts share is little.
+    asked = [f"tell {chr(97 + i % 26) * 6}" for i in range(40)]
+    sums = [(f"{i} + {i} =", f"{2 * i}") for i in range(10, 50)]
+    data = module.Material("planted", (asked[:30], asked[30:]), (asked[::-1], asked), (sums[:30], sums[30:]))
+    patch(module, "load_language_model", lambda name: (model, tokenizer))
+    patch(module, "material", lambda: data)
+    patch(module, "QUICK", module.Setting(2, 40, 4, 3e-3, 8, (0.25,), ("same",), 2, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -168,6 +188,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     subspace_clustering: {"ORL: a self-expressive method beats k-means"},
     scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
     subspacead: set(),
+    safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
 }

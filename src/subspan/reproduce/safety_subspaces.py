@@ -36,6 +36,7 @@ from .trials import Trials
 REFUSAL, COMPLIANCE = "I'm sorry, but I can't help with that.", "Sure, here is what you asked for:"
 FORCED = 0.25
 BEHAVIOURS = ("compliance", "arithmetic")
+PAIRS = ("useful, undesired", "safety, undesired", "safety, useful")
 
 
 class Setting(NamedTuple):
@@ -250,29 +251,14 @@ def overlaps(taught: Language, safety: StateDelta, useful: StateDelta, undesired
     return facts
 
 
-def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
-    """Audit the main directions of a safety update, and updates that were forced apart beside it."""
-    setting, data = QUICK if quick else Setting(), material()
-    taught = learner(setting, data)
-    start = taught.weights()
-    found: list[Found] = []
-
-    def measure(_: str, seed: int) -> dict[str, float]:
-        begun = len(found) / setting.seeds
-        found.append(audited(taught, start, seed, lambda said, done: progress(said, begun + done / setting.seeds)))
-        return found[-1].facts
-
-    trials = Trials(["audit"], range(seed, seed + setting.seeds), measure)
-    mean = {fact: trials.mean("audit", fact) for fact in found[0].facts}
-    first = found[0].report
-    low = trials.statistic("audit", "selectivity, lower end", max)
-    names = ("useful, undesired", "safety, undesired", "safety, useful")
-    beyond = min(mean[name] / mean[f"{name}, chance"] for name in names)
-    checks = [
+def judged(mean: Mapping[str, float], apart: float) -> list[Check]:
+    """The further checks, from means over seeds and the lowest selectivity of the updates that were forced apart."""
+    beyond = min(mean[name] / mean[f"{name}, chance"] for name in PAIRS)
+    return [
         Check.at_least(
             "updates that were forced apart are told apart",
             "selectivity, lowest over controls and seeds",
-            trials.statistic("audit", "forced apart", min),
+            apart,
             0.2,
         ),
         *(
@@ -306,6 +292,24 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             quick=True,
         ),
     ]
+
+
+def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
+    """Audit the main directions of a safety update, and updates that were forced apart beside it."""
+    setting, data = QUICK if quick else Setting(), material()
+    taught = learner(setting, data)
+    start = taught.weights()
+    found: list[Found] = []
+
+    def measure(_: str, seed: int) -> dict[str, float]:
+        begun = len(found) / setting.seeds
+        found.append(audited(taught, start, seed, lambda said, done: progress(said, begun + done / setting.seeds)))
+        return found[-1].facts
+
+    trials = Trials(["audit"], range(seed, seed + setting.seeds), measure)
+    mean = {fact: trials.mean("audit", fact) for fact in found[0].facts}
+    first = found[0].report
+    low = trials.statistic("audit", "selectivity, lower end", max)
     return Outcome(
         claim="The main directions of a safety update are not about safety: they carry useful and harmful behaviour "
         "alike, and taking them away costs both.",
@@ -316,14 +320,14 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         ours=low,
         baselines={"forced apart (estimate)": mean["forced apart"]},
         main=Check.at_most("no behaviour is singled out", "lower end of selectivity", low, 0),
-        checks=checks,
+        checks=judged(mean, trials.statistic("audit", "forced apart", min)),
         tables=[
             changes(first),
             shares(first),
             Table.rounded(
                 "mean overlap of updates (η = 0.9) and of states (η = 0.5)",
                 ["of", "overlap", "by chance"],
-                [(name, mean[name], mean[f"{name}, chance"]) for name in (*names, "states", "states, centred")],
+                [(name, mean[name], mean[f"{name}, chance"]) for name in (*PAIRS, "states", "states, centred")],
                 3,
             ),
             *([] if quick else [refusals(taught)]),
