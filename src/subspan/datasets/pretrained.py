@@ -75,7 +75,7 @@ def load_sentence_encoder(name: str = "minilm") -> tuple[Any, Any]:
         raise ValueError(f"model: {name} is not a sentence encoder")
     folder = str(model_path(name).parent)
     transformers = require("transformers", extra="text")
-    with _without_progress_bars(transformers):
+    with without_progress_bars(transformers):
         model = transformers.AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
@@ -137,7 +137,7 @@ def load_language_model(
             tokenizer.save_pretrained(unfinished)
             del model
     options = {"local_files_only": True, "dtype": dtype, "attn_implementation": attn_implementation}
-    with _without_progress_bars(transformers):
+    with without_progress_bars(transformers):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
@@ -163,7 +163,8 @@ def _bars_only_on_terminal() -> contextlib.AbstractContextManager[Any]:
 
 
 @contextlib.contextmanager
-def _without_progress_bars(transformers: Any) -> Iterator[None]:
+def without_progress_bars(transformers: Any) -> Iterator[None]:
+    """Transformers without its bars for the block."""
     shown = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:
