@@ -48,7 +48,7 @@ def test_the_checkpoint_loads_in_transformers_and_the_factors_give_the_same(fold
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         dense, whole = small(ids).logits, model(ids).logits
-        assert 0.001 < float((dense - whole).norm() / whole.norm()) < 1
+        assert 0 < float((dense - whole).norm() / whole.norm()) < 1
         if solver != "round":
             load_factored(model, folder / "small" / "factored" / "layers.safetensors")
             torch.testing.assert_close(model(ids).logits, dense, atol=1e-4, rtol=1e-3)
