@@ -183,10 +183,12 @@ class SubspaceAudit:
         """Every projection of every update, put into the model and read."""
         progress("decomposing the reference", 0.0)
         whole = weight_subspaces(reference, ALL)
-        draws = {kind: self.n_random if kind.startswith("random") else 1 for kind in ("topk", *self.controls)}
+        draws: dict[Any, int] = {
+            kind: self.n_random if kind.startswith("random") else 1 for kind in ("topk", *self.controls)
+        }
         total, done = len(self.fractions) * sum(draws.values()), 0
         for fraction in self.fractions:
-            energies: dict[str, list[float]] = {mode: [] for mode in self.modes}
+            energies: dict[Any, list[float]] = {mode: [] for mode in self.modes}
             for kind, draw in ((kind, draw) for kind, count in draws.items() for draw in range(count)):
                 progress(f"{kind}, {fraction:g} of the directions", done / total)
                 done += 1
@@ -197,7 +199,8 @@ class SubspaceAudit:
                     random_state=self.random_state + draw,
                 )
                 size = sum(space.dim for space in spaces.values())
-                for (name, delta), mode in ((item, mode) for item in deltas.items() for mode in self.modes):
+                pairs: Any = ((item, mode) for item in deltas.items() for mode in self.modes)
+                for (name, delta), mode in pairs:
                     own = SubspaceMap({each: space for each, space in spaces.items() if each in delta})
                     part = projected_update(reference, delta, own, mode)
                     if kind == "topk":

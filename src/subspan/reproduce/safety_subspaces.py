@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,7 +48,7 @@ class Setting(NamedTuple):
     rate: float = 5e-5
     prompts: int = 32
     fractions: tuple[float, ...] = (0.25, 0.5)
-    modes: tuple[str, ...] = ("same", "orth")
+    modes: Sequence[Literal["same", "orth", "opp"]] = ("same", "orth")
     n_random: int = 3
     seeds: int = 3
 
