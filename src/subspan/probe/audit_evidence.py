@@ -162,11 +162,9 @@ class AuditReport:
             for behaviour, by_kind in sums.items()
         }
 
-    def to_frame(self) -> Any:
-        """The readings as a pandas DataFrame."""
-        import pandas
-
-        return pandas.DataFrame(self.readings, columns=Reading._fields)  # pyright: ignore[reportArgumentType]
+    def columns(self) -> dict[str, list[Any]]:
+        """The readings as columns by name, ready for any library's data frame."""
+        return {name: [getattr(row, name) for row in self.readings] for name in Reading._fields}
 
     def __str__(self) -> str:
         return f"{self.verdict}: {self.reason}"
