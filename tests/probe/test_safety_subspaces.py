@@ -27,6 +27,9 @@ def planted(kinds, *, share=1.0, rank=K, seed=0):
 
     basis = torch.linalg.qr(normal(D, D))[0]
     model = nn.Linear(D, D)
+    own = torch.Generator().manual_seed(seed + 100)
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, -(D**-0.5), D**-0.5, generator=own)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     base = {
         "weight": before["weight"] - (basis[:, :rank] * torch.linspace(3, 1, rank)) @ normal(rank, D),
@@ -156,7 +159,8 @@ def test_the_model_is_the_same_to_the_bit(tmp_path, dtype, fails):
         return reads[-1]
 
     def whole(found):
-        return float(found.weight.detach().float().sum())
+        # Moved by far more than rounding, which a sum of both signs is not.
+        return float(found.weight.detach().double().square().sum())
 
     audit = SubspaceAudit({"safe": whole, "useful": lambda found: safe(found) + whole(found)}, [0.25], ["scaled"])
     model.bias.data.zero_()
