@@ -37,6 +37,7 @@ def test_a_plan_writes_nothing(folders, capsys):
     assert found["tensors"] == 3
     assert found["numbers"] == 40 * 30 * 2 + 40
     assert found["estimated_seconds"] > 0
+    assert found["held_megabytes"] > 5 * 4 * 40 * 30 / 1e6 + found["written_megabytes"] - 1e-9
     assert found["largest_tensor"] in "ab"
     assert sorted(folders.iterdir()) == before
 

@@ -39,6 +39,7 @@ _OPTIONS = {
     "random_state": ("dare",),
 }
 _ENERGY = 0.9
+_SHARD = 1 << 30
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 
 
@@ -105,7 +106,9 @@ class Merge:
             "numbers": sum(sizes.values()) // 4,
             "written_megabytes": _bytes(StoredWeights(self.base)) / 1e6,
             "largest_tensor": largest,
-            "held_megabytes": (len(deltas) + 3) * sizes[largest] / 1e6,
+            # What is computed with, and the shard that is being filled.
+            "held_megabytes": ((len(deltas) + 3) * sizes[largest] + min(_SHARD, _bytes(StoredWeights(self.base))))
+            / 1e6,
             "estimated_seconds": seconds,
         }
 
@@ -173,6 +176,7 @@ class Merge:
         write_weights(
             merged.map(noted).added_to(StoredWeights(self.base)),
             output,
+            shard_bytes=_SHARD,
             resume=json.dumps([facts, stamps]),
             finish=finish,
         )

@@ -1,7 +1,7 @@
-"""Several fine-tuned models into one in closed form, tensor by tensor: nothing larger than one tensor of each is held.
+"""Several fine-tuned models into one in closed form, tensor by tensor: one tensor of each is held at a time.
 
 What is merged are the updates, `StateDelta.between(base, expert)`; what comes back is one update, computed as it is
-asked for: `write_weights(merged.added_to(base), folder)` never holds a model.
+asked for: `write_weights(merged.added_to(base), folder)` holds no more than one shard.
 """
 
 from __future__ import annotations
