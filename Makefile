@@ -21,6 +21,9 @@ endif
 
 WORKERS ?= 2
 
+# Where bytecode may not be kept, every process, and the tests start many, compiles all of torch again: 3 of its 5 s.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help report test lint types docs wheel lock clean
 
 help:

@@ -475,7 +475,7 @@ def test_cache_is_shown_and_cleared(run: Callable[..., Ran], tmp_path: Path, mon
 
 
 def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
-    rows = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.float32, shape=(60_000, 512))
+    rows = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.float32, shape=(30_000, 512))
     rng = np.random.default_rng(0)
     for start in range(0, len(rows), 10_000):
         rows[start : start + 10_000] = rng.normal(size=(10_000, 512))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parent.parent / "src" / "subspan"
+from sources import SOURCE, nodes_of, source_files
 
 # From the ground up; a room may import the floors below its own, and nothing of its own floor but itself.
 FLOORS = (
@@ -47,7 +47,7 @@ def room(module: str) -> str:
 def imported(source: str, module: str, *, package: bool) -> Iterator[tuple[int, str]]:
     """Line and dotted name of all that a module imports: at the top, inside functions, for types only, or by name."""
     here = module.split(".") if package else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -75,7 +75,7 @@ def climbing_imports(source: str, module: str, *, package: bool = False) -> list
 def crooked_imports(source: str, module: str, *, package: bool = False) -> list[str]:
     """Imports of a neighbour in the own room that are absolute, and of another room that are relative."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if not isinstance(node, ast.ImportFrom):
             continue
         level = len(module.split(".")) - (0 if package else 1) - node.level + 1
@@ -95,7 +95,7 @@ def unsafe_reads(source: str, module: str) -> list[str]:
         if name.split(".")[0] in UNSAFE_MODULES
     ]
     required = {"torch": ("weights_only", True), "np": ("allow_pickle", False), "numpy": ("allow_pickle", False)}
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if not isinstance(node, ast.Call):
             continue
         given = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.Constant)}
@@ -127,7 +127,7 @@ def long_functions(source: str, module: str) -> list[str]:
     """Functions, and methods by their own name, of more lines of code than one can take in at once."""
     return [
         f"{module}.{node.name}"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes_of(source)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         and lines_of(node, (node.end_lineno or 0) - node.lineno + 1) > MOST_LINES_OF_A_FUNCTION
     ]
@@ -136,7 +136,7 @@ def long_functions(source: str, module: str) -> list[str]:
 def modules() -> list[tuple[str, Path]]:
     """Dotted name and file of every module of the package."""
     result = []
-    for path in sorted(SOURCE.rglob("*.py")):
+    for path in source_files():
         parts = path.relative_to(SOURCE.parent).with_suffix("").parts
         result.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
     return result
@@ -146,7 +146,7 @@ def test_imports_go_down() -> None:
     found = [
         fault
         for module, path in modules()
-        for fault in climbing_imports(path.read_text(encoding="utf-8"), module, package=path.name == "__init__.py")
+        for fault in climbing_imports(source_files()[path], module, package=path.name == "__init__.py")
     ]
     assert not found, "\n".join(found)
 
@@ -155,7 +155,7 @@ def test_imports_are_relative_inside_a_room_and_absolute_outside() -> None:
     found = [
         fault
         for module, path in modules()
-        for fault in crooked_imports(path.read_text(encoding="utf-8"), module, package=path.name == "__init__.py")
+        for fault in crooked_imports(source_files()[path], module, package=path.name == "__init__.py")
     ]
     assert not found, "\n".join(found)
 
@@ -176,19 +176,19 @@ def test_the_style_of_an_import_is_seen(source: str, crooked: int) -> None:
 
 
 def test_nothing_is_unpickled() -> None:
-    found = [fault for module, path in modules() for fault in unsafe_reads(path.read_text(encoding="utf-8"), module)]
+    found = [fault for module, path in modules() for fault in unsafe_reads(source_files()[path], module)]
     # Qdrant's folders hold pickles, which are read by a reader that makes inert objects of two names and nothing else.
     allowed = [fault for fault in found if fault.startswith("subspan.datasets.qdrant_folder:")]
     assert [fault.split()[1:] for fault in allowed] == [["imports", "pickle"]]
-    source = (SOURCE / "datasets" / "qdrant_folder.py").read_text(encoding="utf-8")
+    source = source_files()[SOURCE / "datasets" / "qdrant_folder.py"]
     assert re.findall(r"\bpickle\.\w+", source) == ["pickle.Unpickler"]
     assert found == allowed, "\n".join(found)
 
 
 def test_no_function_and_no_file_is_too_long() -> None:
-    sources = {module: path.read_text(encoding="utf-8") for module, path in modules()}
+    sources = {module: source_files()[path] for module, path in modules()}
     assert {fault for module, source in sources.items() for fault in long_functions(source, module)} == LONG_FUNCTIONS
-    lengths = {module: lines_of(ast.parse(source), len(source.splitlines())) for module, source in sources.items()}
+    lengths = {module: lines_of(nodes_of(source)[0], len(source.splitlines())) for module, source in sources.items()}
     assert not {module: lines for module, lines in lengths.items() if lines > MOST_LINES}
 
 

@@ -16,6 +16,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from sources import nodes_of, source_files
+
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "src/subspan/datasets/weights.txt"
 PINNED = {path.name: path for path in [*ROOT.glob("requirements*.txt"), WEIGHTS]}
@@ -55,8 +57,8 @@ def pins(*names: str) -> dict[str, list[Requirement]]:
 def asked_extras() -> dict[str, str]:
     """Extras that some `require(..., extra=...)` names, with the file that does."""
     found = {}
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for path, source in source_files().items():
+        for node in nodes_of(source):
             if isinstance(node, ast.Call):
                 for word in node.keywords:
                     if word.arg == "extra" and isinstance(word.value, ast.Constant):
@@ -67,7 +69,7 @@ def asked_extras() -> dict[str, str]:
 def imported_packages(source: str) -> set[tuple[str, str | None]]:
     """What a module imports beside its own package and Python's, each with the extra that `require` says brings it."""
     found: set[tuple[str, str | None]] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         if isinstance(node, ast.Import):
             found |= {(alias.name, None) for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
@@ -124,8 +126,8 @@ def test_what_is_imported_is_declared(project: dict) -> None:
     # Protocols measure against other libraries, which only those who run them need.
     measured_against = distributions(project["dependency-groups"]["dev"])
     missing = {}
-    for path in sorted((ROOT / "src").rglob("*.py")):
-        for package, extra in imported_packages(path.read_text(encoding="utf-8")):
+    for path, source in source_files().items():
+        for package, extra in imported_packages(source):
             names = {canonicalize_name(name) for name in provided.get(package, [package])}
             allowed = anything if extra is None else always | extras[extra]
             if not names & (allowed | measured_against if "reproduce" in path.parts else allowed):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import subspan
+from sources import SOURCE, nodes_of, source_files
 from subspan.align import LambdaOrthogonalAdapter, ReAlign, SubspaceAligner, UpgradeMap
 from subspan.align.modality.modality_map import ProjectedAffine
 from subspan.align.upgrade.adapter import EmbeddingAdapter
@@ -292,11 +292,10 @@ def test_every_tampered_field_is_refused(saved: tuple[str, Path, Load]) -> None:
 
 
 def test_only_one_place_reads_saved_objects() -> None:
-    source = Path(subspan.__file__).parent
     readers = {
-        path.relative_to(source).as_posix()
-        for path in source.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        path.relative_to(SOURCE).as_posix()
+        for path, source in source_files().items()
+        for node in nodes_of(source)
         if isinstance(node, ast.ImportFrom)
         and str(node.module).startswith("safetensors")
         and {"safe_open", "load_file"} & {alias.name for alias in node.names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from scipy import sparse
 
-import subspan
+from sources import SOURCE, nodes_of, source_files
 from subspan.align import ModalityGap, ReAlign, SpaceMap, UpgradeMap
 from subspan.base.arrays import as_tensor, check_finite, check_matrix
 from subspan.detect import SubspaceDetector
@@ -173,11 +172,10 @@ def test_a_mean_far_from_the_origin_costs_no_digits(dtype: torch.dtype) -> None:
 
 
 def test_scikit_learn_is_entered_by_one_door() -> None:
-    source = Path(subspan.__file__).parent
     found = [
-        path.relative_to(source).as_posix()
-        for path in sorted(source.rglob("*.py"))
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        path.relative_to(SOURCE).as_posix()
+        for path, source in source_files().items()
+        for node in nodes_of(source)
         if isinstance(node, ast.ImportFrom)
         and str(node.module).startswith("sklearn.utils")
         and {"validate_data", "check_array", "check_X_y"} & {alias.name for alias in node.names}

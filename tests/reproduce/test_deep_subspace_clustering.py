@@ -28,9 +28,9 @@ def test_without_data_digits_take_their_place(monkeypatch):
 
 
 def test_every_classic_gets_the_same_post_processing():
-    arms = protocol.classics(planted(), range(2))
+    arms = protocol.classics(planted(), range(1))
     assert set(arms) == {"k-means", *protocol._CLASSICS, protocol._ORACLE}
-    found = Trials(arms, range(2), lambda arm, seed: arms[arm](seed)).means(of=np.median)
+    found = Trials(arms, range(1), lambda arm, seed: arms[arm](seed)).means(of=np.median)
     assert found[protocol._ORACLE] >= max(found["LSR"], 0.9)
 
 

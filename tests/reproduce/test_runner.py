@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sources import nodes_of, source_files
 from subspan.reproduce import SYSTEMS, Check, Outcome, find, listing, recorded, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,10 +82,10 @@ def test_a_quick_run_measures_everything_and_what_it_judges_holds(system):
 
 def test_every_bar_comes_from_a_bound_and_training_from_one_module():
     """`Check(…)` spells out text and verdict, and could state another bar than it tests."""
-    for path in sorted((ROOT / "src" / "subspan" / "reproduce").rglob("*.py")):
-        if path.stem == "protocol":
+    for path, source in source_files().items():
+        if path.stem == "protocol" or "reproduce" not in path.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(source):
             called = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
             bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
             assert called != "Check", f"{path.name}:{node.lineno} spells a check out"

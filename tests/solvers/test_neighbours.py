@@ -64,7 +64,7 @@ def test_errors():
         knn_overlap(x, torch.zeros(3, 2), 1)
 
 
-@pytest.mark.parametrize(("n", "block"), [(7, 1 << 24), (64, 10), (200, 70), (5000, 1 << 24), (5000, 300)])
+@pytest.mark.parametrize(("n", "block"), [(7, 1 << 24), (64, 10), (200, 70), (5000, 1 << 24), (2500, 300)])
 @pytest.mark.parametrize("absolute", [False, True])
 def test_the_largest_product_over_groups_and_tiles(n, block, absolute):
     generator = torch.Generator().manual_seed(n)

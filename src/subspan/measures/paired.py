@@ -110,7 +110,7 @@ def paired_bootstrap(
     return float(difference.mean()), float(low), float(high)
 
 
-def expected_calibration_error(probabilities: Float[Any, "n c"], labels: Any, *, bins: int = 15) -> float:
+def expected_calibration_error(probabilities: Any, labels: Any, *, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equal bins of the top probability.
 
     Parameters
