@@ -72,6 +72,8 @@ wheel: .venv/.installed
 		echo 'no pinned CPU build of torch is offered to pip here: taking the one of the package index'; \
 		$(INSTALL) --requirement requirements-torch.txt; }
 	@$(UV) pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
+	@# There from the start, so that bytecode which is kept later does not look like a package that was added.
+	@mkdir -p "$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/__pycache__"
 	@touch $@
 
 # Any Python will do, as no environment is needed to resolve one.
