@@ -340,13 +340,13 @@ def upgrade_figure(facts: dict[str, Any]) -> Figure:
     """Recall@10 of each way to answer new queries, with its interval."""
     ways = {name: entry for name, entry in facts["retrieval"].items() if entry is not None}
     shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
-    values = [entry["value"] for entry in ways.values()]
+    lowest = min(ways, key=lambda name: ways[name]["value"])
     return {
         "data": [
             {
                 "type": "bar",
                 "x": list(ways),
-                "y": values,
+                "y": [entry["value"] for entry in ways.values()],
                 "marker": {"color": "first"},
                 "error_y": {
                     "type": "data",
@@ -362,7 +362,8 @@ def upgrade_figure(facts: dict[str, Any]) -> Figure:
             "xaxis": {"title": {"text": "queries / collection"}},
             "yaxis": {"title": {"text": f"recall@{facts['k']}"}, "tickformat": ".0%", "range": [0, 1.04]},
             "shapes": [shape],
-            "annotations": [words],
+            # Where the lowest bar leaves room for it.
+            "annotations": [words | {"x": lowest, "xref": "x", "xanchor": "center"}],
             "showlegend": False,
         },
     }
