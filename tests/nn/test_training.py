@@ -1,6 +1,7 @@
 """A trainer that says nothing and leaves everything as it was."""
 
 import logging
+import signal
 import warnings
 
 import pytest
@@ -51,6 +52,15 @@ def test_levels_return_after_an_error_and_options_win():
     assert logging.getLogger("lightning.fabric").level == logging.ERROR
     assert context.__exit__(RuntimeError, RuntimeError("stop"), None) is not True
     assert logging.getLogger("lightning.fabric").level == level
+
+
+def test_an_interrupt_is_an_interrupt_and_the_next_one_is_heard():
+    handler = signal.getsignal(signal.SIGINT)
+    model = Line()
+    model.training_step = lambda batch, batch_index=0: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), quiet_trainer(max_epochs=1) as trainer:
+        trainer.fit(model, torch.utils.data.DataLoader(torch.ones(8, 2), 4))
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_few_rows_come_in_so_small_batches_that_an_epoch_has_steps_enough():

@@ -159,7 +159,8 @@ def concrete_merging(module: Any, patch: Any) -> None:
     patch(module, "RATE", 3e-2)
 
 
-def safety_subspaces(module: Any, patch: Any) -> None:
+def small_language_model() -> tuple[Any, Any]:
+    """An untrained Llama of four blocks that reads letters, and its tokenizer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     characters = {chr(code): index for index, code in enumerate(range(32, 127))} | {"\n": 95, "<pad>": 96}
@@ -169,7 +170,18 @@ def safety_subspaces(module: Any, patch: Any) -> None:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes)), tokenizer
+
+
+def reglu(module: Any, patch: Any) -> None:
+    patch(module, "load_language_model", lambda name: small_language_model())
+    patch(module, "is_available", lambda name: False)
+    patch(module, "kept", lambda layers, kind, key, learn: (learn(), layers.eval().requires_grad_(False)))
+    patch(module, "QUICK", module.Setting(2, 2, 4, 30, 1e-2, 3, 1e-2, 2, 4, 0, 1))
+
+
+def safety_subspaces(module: Any, patch: Any) -> None:
+    model, tokenizer = small_language_model()
     # Numbers and letters: what the two kinds of prompts share is little.
     asked = [f"tell {chr(97 + i % 26) * 6}" for i in range(40)]
     sums = [(f"{i} + {i} =", f"{2 * i}") for i in range(10, 50)]
@@ -188,6 +200,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     subspace_clustering: {"ORL: a self-expressive method beats k-means"},
     scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
     subspacead: set(),
+    reglu: {"the author was known"},
     safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},

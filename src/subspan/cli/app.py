@@ -17,6 +17,7 @@ from .mapping import align, shorten, upgrade
 from .merging import merge
 from .selecting import select
 from .systems import cache_clear, cache_info, install_models, list_models, list_systems, reproduce
+from .unlearning import unlearn
 
 app = typer.Typer(
     name="subspan",
@@ -31,7 +32,7 @@ models = typer.Typer(help="Pretrained models that are installed as packages.", n
 cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
-for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress):
+for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn):
     app.command()(verb)
 app.command("list")(list_systems)
 app.command()(reproduce)

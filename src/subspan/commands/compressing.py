@@ -16,11 +16,11 @@ from torch import Tensor
 from subspan.base import Progress, require
 from subspan.base.files import temporary_folder, write_text
 from subspan.datasets import read_texts, stdlib_docstrings
-from subspan.datasets.pretrained import without_progress_bars
 from subspan.models import StoredWeights, linear_names, linear_weight, save_factored, write_weights
 from subspan.weights import CoSpaDi, factorise
 
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
+from .checkpoint_folders import ChangedWeights, copy_companions, load_checkpoint
+
 _FACTORED = ("procrustes", "ksvd", "mod", "rocket", "svd")
 
 
@@ -51,7 +51,7 @@ class Compression:
 
     def plan(self) -> dict[str, Any]:
         """How many layers and bits, and about how long it takes."""
-        model = self._model()
+        model = load_checkpoint(self.folder)
         weights = [linear_weight(model.get_submodule(name))[0] for name in linear_names(model)]
         numbers = sum(weight.numel() for weight in weights)
         probe = min(weights, key=lambda weight: weight.numel())
@@ -72,16 +72,13 @@ class Compression:
 
         Where the process is killed, the same call goes on after the layers that are done.
         """
-        model = self._model()
-        stored = StoredWeights(self.folder)
+        model = load_checkpoint(self.folder)
         job = CoSpaDi(self.ratio, self.solver, self.allocation, exclude=self.exclude)
         with temporary_folder(output, exclusive=True, resumable=True) as unfinished:
             keep = unfinished / "layers"
             keep.mkdir(exist_ok=True)
             job.fit(model, list(self._batches()), keep=keep, progress=progress)
-            changed = job.dense_weights(model)
-            if absent := [name for name in changed if name not in stored]:
-                raise ValueError(f"{self.folder}: has no tensor {absent[0]!r}, which the loaded model has")
+            changed = ChangedWeights(StoredWeights(self.folder), job.dense_weights(model))
             rows = [asdict(layer) for layer in job.report_]
             facts = {
                 "solver": self.solver,
@@ -94,9 +91,7 @@ class Compression:
             }
 
             def finish(made: Path) -> None:
-                for file in sorted(self.folder.iterdir()):
-                    if file.is_file() and not file.name.endswith(_NOT_COPIED):
-                        shutil.copyfile(file, made / file.name)
+                copy_companions(self.folder, made)
                 if self.solver in _FACTORED:
                     (made / "factored").mkdir()
                     surgery = job.apply_(model)
@@ -107,21 +102,9 @@ class Compression:
 
             made = unfinished / "made"
             shutil.rmtree(made, ignore_errors=True)
-            write_weights(_Changed(stored, changed), made, finish=finish)
+            write_weights(changed, made, finish=finish)
             made.replace(output)
         return {**facts, "layers": rows}
-
-    def _model(self) -> Any:
-        transformers = require("transformers", extra="llm")
-        options = {"local_files_only": True, "dtype": "auto"}
-        StoredWeights(self.folder)  # pickled weights are refused
-        try:
-            names = json.loads((self.folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-            kind = transformers.AutoModelForCausalLM if "CausalLM" in str(names[0]) else transformers.AutoModel
-            with without_progress_bars(transformers):
-                return kind.from_pretrained(str(self.folder), use_safetensors=True, **options).eval()
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"MODEL: {str(self.folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         """Calibration sequences of whole length, one a batch."""
@@ -139,23 +122,6 @@ class Compression:
                 return
         if not made:
             raise ValueError(f"--text: {len(left)} tokens are too few; a sequence has {self.tokens}")
-
-
-class _Changed(Mapping[str, Tensor]):
-    """A checkpoint's tensors, some of them others; read one at a time."""
-
-    def __init__(self, stored: StoredWeights, changed: Mapping[str, Tensor]) -> None:
-        self._stored, self._changed = stored, changed
-
-    def __getitem__(self, name: str) -> Tensor:
-        old = self._stored[name]
-        return self._changed[name].to(old.dtype) if name in self._changed else old
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
 
 
 def _work(weight: Tensor) -> float:

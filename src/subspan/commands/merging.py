@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from subspan.base.files import write_text
 from subspan.geometry import expected_overlap
 from subspan.models import StateDelta, StoredWeights, write_weights
 from subspan.weights import average, dare, iso_c, iso_cts, task_arithmetic, ties, tsv_merge
+
+from .checkpoint_folders import copy_companions, stamp
 
 METHODS: dict[str, Callable[..., StateDelta]] = {
     "average": average,
@@ -40,7 +41,6 @@ _OPTIONS = {
 }
 _ENERGY = 0.9
 _SHARD = 1 << 30
-_NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,11 @@ class Merge:
         facts = {"method": self.method, **chosen, "base": self.base.name, "experts": [p.name for p in self.experts]}
 
         def finish(folder: Path) -> None:
-            for file in sorted(self.base.iterdir()):
-                if file.is_file() and not file.name.endswith(_NOT_COPIED):
-                    shutil.copyfile(file, folder / file.name)
+            copy_companions(self.base, folder)
             write_text(folder / "merge.json", json.dumps(facts, indent=2) + "\n")
             write_text(folder / "README.md", _card(facts))
 
-        stamps = [f"{path.resolve()} {_stamp(path)}" for path in (self.base, *self.experts)]
+        stamps = [f"{path.resolve()} {stamp(path)}" for path in (self.base, *self.experts)]
         write_weights(
             merged.map(noted).added_to(StoredWeights(self.base)),
             output,
@@ -207,11 +205,6 @@ def overlap_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _bytes(weights: StoredWeights) -> int:
     return sum(file.stat().st_size for file in set(weights.files.values()))
-
-
-def _stamp(path: Path) -> list[tuple[str, int, int]]:
-    files = sorted(set(StoredWeights(path).files.values()))
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _card(facts: Mapping[str, Any]) -> str:

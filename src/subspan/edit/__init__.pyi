@@ -3,6 +3,7 @@ from .decoupling import Refresh, SubspaceDecoupling
 from .eigenshield import EigenShield
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from .leace import leace
+from .low_rank_starts import importance_factors, squared_gradients, zero_factors
 from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
 from .prototypes import (
     ENSEMBLE_TEMPLATES,
@@ -12,17 +13,34 @@ from .prototypes import (
     SteeringReport,
     zero_shot_prototypes,
 )
+from .reglu import (
+    LayerPlan,
+    Leakage,
+    SubspaceOrthogonalityLoss,
+    collect_output_moments,
+    contrast_subspace,
+    net_leakage,
+    random_subspaces,
+    reglu_plan,
+)
 from .resrl import ResidualCredit, entropy_mask, head_interference, length_scaled_reward, quantile_gate
 from .spike_scores import PairedMoments, alignment_score, conformal_quantile, energy_score, spectral_score
 from .spikes import NoSpikesError, RobustSpikes, SpikeFilter
 from .sts import SpectralSteering, STSClassifier
+from .unlearner import Answers, Unlearner, UnlearningStep
+from .unlearning_checks import answer_log_likelihood, answer_scores, question_prompt, relearned
+from .unlearning_data import PairedExamples, answer_examples
 from .variational_probe import VariationalLinear, VariationalProbe, dominant_subspace
 
 __all__ = [
+    "Answers",
     "ConfidentAverage",
     "ENSEMBLE_TEMPLATES",
     "EigenShield",
+    "LayerPlan",
+    "Leakage",
     "NoSpikesError",
+    "PairedExamples",
     "PairedMoments",
     "PrototypeShift",
     "Refresh",
@@ -34,10 +52,18 @@ __all__ = [
     "SpikeFilter",
     "SteeringReport",
     "SubspaceDecoupling",
+    "SubspaceOrthogonalityLoss",
+    "Unlearner",
+    "UnlearningStep",
     "VariationalLinear",
     "VariationalProbe",
     "alignment_score",
+    "answer_examples",
+    "answer_log_likelihood",
+    "answer_scores",
+    "collect_output_moments",
     "conformal_quantile",
+    "contrast_subspace",
     "displacement_mixing",
     "displacements",
     "dominant_subspace",
@@ -45,18 +71,26 @@ __all__ = [
     "entropy_mask",
     "gaussian_blur",
     "head_interference",
+    "importance_factors",
     "jpeg",
     "latent_directions",
     "leace",
     "length_scaled_reward",
     "marginal_entropy",
+    "net_leakage",
     "orthogonalize_projections",
     "path_length",
     "pgd",
     "quantile_gate",
+    "question_prompt",
     "random_noise",
+    "random_subspaces",
+    "reglu_plan",
+    "relearned",
     "select_confident",
     "spectral_score",
+    "squared_gradients",
     "typos",
+    "zero_factors",
     "zero_shot_prototypes",
 ]

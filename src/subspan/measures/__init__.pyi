@@ -28,8 +28,10 @@ from .partitions import (
 from .probes import CodeLength, ProbeScore, leakage, make_probe, online_code_length, probe_score
 from .retrieval import RetrievalScores, prefix_retrieval_scores, retrieval_scores, template_gallery
 from .spatial import gram_agreement, spatial_structure
+from .unlearning import AnswerScores, forget_quality, model_utility, rouge_l_recall
 
 __all__ = [
+    "AnswerScores",
     "BackfillCurve",
     "CodeLength",
     "DCI",
@@ -52,6 +54,7 @@ __all__ = [
     "expected_calibration_error",
     "factor_vae_score",
     "feature_detection_error",
+    "forget_quality",
     "gaussian_kernel",
     "gram_agreement",
     "gram_matrix",
@@ -62,6 +65,7 @@ __all__ = [
     "local_kernel_cka",
     "make_probe",
     "median_bandwidth",
+    "model_utility",
     "modularity",
     "mutual_information",
     "neighbour_purity",
@@ -75,6 +79,7 @@ __all__ = [
     "recall_at_k",
     "resampled_means",
     "retrieval_scores",
+    "rouge_l_recall",
     "spatial_structure",
     "squared_distances",
     "template_gallery",

@@ -216,7 +216,7 @@ class LowRankEdit:
 
 def add_low_rank(
     model: nn.Module,
-    sites: Mapping[str, Subspace | int],
+    sites: Mapping[str, Subspace | int | tuple[Tensor, Tensor]],
     *,
     side: Literal["output", "input"] = "output",
     alpha: float | None = None,
@@ -229,7 +229,8 @@ def add_low_rank(
     model
         Any torch module; changed in place.
     sites
-        Name of a linear layer → the subspace to start in, or a rank (see `LowRankChange.from_subspace`).
+        Name of a linear layer → the subspace to start in, or a rank (see `LowRankChange.from_subspace`), or the factors
+        (r, d_in) and (d_out, r) to start from.
     side
         Whether subspaces are of outputs or of inputs.
     alpha
@@ -262,11 +263,14 @@ def add_low_rank(
         raise ValueError("sites: at least one layer is needed")
     layers: dict[str, LowRankChange] = {}
 
-    def maker(name: str, start: Subspace | int) -> Callable[[Any], nn.Module]:
+    def maker(name: str, start: Subspace | int | tuple[Tensor, Tensor]) -> Callable[[Any], nn.Module]:
         def make(base: nn.Module) -> LowRankChange:
-            rank = start if isinstance(start, int) else start.dim
+            rank = start if isinstance(start, int) else len(start[0]) if isinstance(start, tuple) else start.dim
             scale = 1.0 if alpha is None else alpha / rank
-            layers[name] = LowRankChange.from_subspace(base, start, side=side, scale=scale, dropout=dropout)
+            if isinstance(start, tuple):
+                layers[name] = LowRankChange(base, *start, scale=scale, dropout=dropout)
+            else:
+                layers[name] = LowRankChange.from_subspace(base, start, side=side, scale=scale, dropout=dropout)
             return layers[name]
 
         return make

@@ -7,6 +7,7 @@ from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
 from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
 from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
 from .flow_transformer import FlowTransformer
+from .forgetting import InverseHingeLoss, npo_loss, simnpo_loss
 from .gates import ConcreteGate, StochasticGate, TopKGate, straight_through
 from .gcr import GrassmannHead
 from .grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
@@ -59,6 +60,7 @@ __all__ = [
     "HouseholderFrame",
     "HouseholderProjector",
     "ISTA",
+    "InverseHingeLoss",
     "LambdaOrthogonality",
     "LinearAutoencoder",
     "MLP",
@@ -99,6 +101,7 @@ __all__ = [
     "load_published",
     "multi_positive_info_nce",
     "nesting_weights",
+    "npo_loss",
     "orthogonality_defect",
     "orthonormality_penalty",
     "projection_penalty",
@@ -106,6 +109,7 @@ __all__ = [
     "register_orthonormal",
     "resize_tokens",
     "shape_preserving_blocks",
+    "simnpo_loss",
     "simplex_logits",
     "simplex_vertices",
     "straight_through",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,12 +51,19 @@ def quiet_trainer(**options: Any) -> Iterator[Any]:
     }
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         try:
             for logger in loggers:
                 logger.setLevel(logging.ERROR)
             yield lightning.Trainer(**{**defaults, **options})
+        except SystemExit as ended:
+            # Lightning makes this of Ctrl-C, and has the next one ignored.
+            if isinstance(ended.__context__, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, on_interrupt)
+                raise KeyboardInterrupt from ended
+            raise
         finally:
             for logger, level in zip(loggers, levels):
                 logger.setLevel(level)
