@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import heapq
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from subspan.base.parameters import Bounds, Count, NonNegative, check_parameters
 from subspan.base.saved import optional
 from subspan.models import (
     LowRankLinear,
+    SiteMoments,
     SparseDictLinear,
     Surgery,
     collect_moments,
@@ -32,8 +32,8 @@ from subspan.models import (
 )
 from subspan.models.layers import Layers, is_conv1d
 
+from .budgets import VALUE_BITS, allocate
 from .factorising import (
-    VALUE_BITS,
     Factorisation,
     Solver,
     dense_weight,
@@ -179,7 +179,7 @@ class CoSpaDi:
     def fit(
         self,
         model: nn.Module,
-        batches: Iterable[Any] | None = None,
+        batches: Iterable[Any] | SiteMoments | None = None,
         *,
         keep: str | os.PathLike[str] | None = None,
         progress: Progress = silent,
@@ -192,7 +192,8 @@ class CoSpaDi:
         model
             Any torch module.
         batches
-            What it takes, a few hundred sequences; gone through once a pass. None: without data, which is far worse.
+            What it takes, a few hundred sequences; gone through once a pass. Or what `collect_moments` has found in
+            the inputs of the layers. None: without data, which is far worse.
         keep
             Folder in which each finished layer is kept, so that a killed run of the same settings goes on.
         progress
@@ -212,8 +213,8 @@ class CoSpaDi:
         found: dict[int, Any] = {}
 
         def moments(number: int) -> Any:
-            if batches is None:
-                return None
+            if batches is None or isinstance(batches, SiteMoments):
+                return batches
             if number not in found:
                 progress("reading the inputs of the layers", 0.0)
                 names = [name for group in parts[number] for name in group]
@@ -349,7 +350,10 @@ class CoSpaDi:
             module = model.get_submodule(name)
             own, bias = linear_weight(module)
             layer = _part(found.layer, place, bias)
-            error = weighted_error(own, layer, whitener_of(None if moments is None else moments[name], own.shape[1]))
+            error = found.error
+            if len(group) > 1:
+                white = whitener_of(None if moments is None else moments[name], own.shape[1])
+                error = weighted_error(own, layer, white)
             # Shares of whole bits that add up to all; what is tied is stored once.
             ends = [found.bits * edge // len(weight) for edge in (place.start, place.stop)]
             bits = 0 if place.start in counted else ends[1] - ends[0]
@@ -380,73 +384,6 @@ class CoSpaDi:
                 losses.append([*curve, 0.0])
         chosen = allocate(bits, losses, (1 - self.ratio) * sum(each[-1] for each in bits))
         return {group[0]: [*options, 0.0][place] for group, place in zip(groups, chosen)}
-
-
-def allocate(bits: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], budget: float) -> list[int]:
-    """The option of each item so that losses add up to little and bits to no more than a budget.
-
-    The steps that lower the loss most for their bits come first, on the lower convex hull of each item's options; the
-    result is optimal among those but for what the last steps leave of the budget.
-
-    Parameters
-    ----------
-    bits
-        Of each option of each item, rising.
-    losses
-        Of each option; infinity where it cannot be.
-    budget
-        Of all bits.
-
-    Returns
-    -------
-    Index of an option an item.
-
-    Raises
-    ------
-    ValueError
-        Where the least bits are more than the budget.
-
-    Examples
-    --------
-    >>> from subspan.weights import allocate
-    >>> allocate([[1, 2, 3], [1, 2, 3]], [[9, 4, 0], [1, 0.5, 0]], 4)
-    [2, 0]
-    """
-    hulls = []
-    for costs, values in zip(bits, losses):
-        hull: list[int] = []
-        for place in (p for p, value in enumerate(values) if value < float("inf")):
-            while len(hull) > 1 and _slope(costs, values, hull[-2], hull[-1]) <= _slope(costs, values, hull[-1], place):
-                hull.pop()
-            if not hull or values[place] < values[hull[-1]]:
-                hull.append(place)
-        hulls.append(hull)
-    used = sum(costs[hull[0]] for costs, hull in zip(bits, hulls))
-    if used > budget:
-        raise ValueError(f"budget: {used:.0f} bits are the least, got {budget:.0f}")
-    at = [0] * len(hulls)
-
-    def gain(item: int) -> tuple[float, int]:
-        return -_slope(bits[item], losses[item], *hulls[item][at[item] : at[item] + 2]), item
-
-    queue = [gain(item) for item, hull in enumerate(hulls) if len(hull) > 1]
-    heapq.heapify(queue)
-    while queue:
-        _, item = heapq.heappop(queue)
-        before, after = hulls[item][at[item] : at[item] + 2]
-        step = bits[item][after] - bits[item][before]
-        if used + step > budget * (1 + 1e-12):
-            continue
-        used += step
-        at[item] += 1
-        if at[item] + 1 < len(hulls[item]):
-            heapq.heappush(queue, gain(item))
-    return [hull[place] for hull, place in zip(hulls, at)]
-
-
-def _slope(costs: Sequence[float], values: Sequence[float], first: int, second: int) -> float:
-    """Loss that a bit saves."""
-    return (values[first] - values[second]) / (costs[second] - costs[first])
 
 
 def _part(layer: Any, rows: slice, bias: Tensor | None) -> nn.Module:

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from subspan.base import check_finite, normalize_rows
+from subspan.base import check_finite
 from subspan.geometry import Subspace, Whitener
 from subspan.models import LowRankLinear, SparseDictLinear, linear_weight
-from subspan.solvers import (
-    SparseCodes,
-    coding_error,
-    ksvd_step,
-    mod_step,
-    omp,
-    procrustes_step,
-    top_s,
-)
 from subspan.statistics import Moments
+
+from .budgets import VALUE_BITS, dictionary_sizes
+from .rounding import round_stored
+from .solving import SOLVERS, Job
 
 Solver = Literal["procrustes", "ksvd", "mod", "rocket", "svd", "2:4", "round"]
 Metric = Moments | Whitener | None
-Found = tuple[Tensor, SparseCodes, list[float]]
-
-VALUE_BITS, CODE_BITS = 16, 14
-MAX_ITER = {"procrustes": 20, "ksvd": 60, "mod": 60}
-_WARM = 10
-_TWINS = 0.95
-_GROUP = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,54 +96,6 @@ def dense_weight(layer: nn.Module) -> Float[Tensor, "d_out d_in"]:
     if isinstance(layer, LowRankLinear | SparseDictLinear):
         return layer.to_dense().detach()
     return linear_weight(layer)[0].detach()
-
-
-def dictionary_sizes(
-    d_in: int, d_out: int, bits: float, *, density: float = 2.0, most: int | None = None
-) -> tuple[int, int]:
-    """Atoms k of a dictionary and entries s a column of its codes that fit into so many bits.
-
-    A dictionary takes 16 bits a number, codes take 14, and a mask says with one bit each which of the k d_out are not
-    zero: 16 d_in k + 14 s d_out + k d_out. With k = 2 s this is as many as numbers of 16 bits without a mask.
-
-    Parameters
-    ----------
-    d_in, d_out
-        Of the layer.
-    bits
-        All together.
-    density
-        k / s, at least 1.
-    most
-        Most atoms, where they must be orthonormal; what they leave goes to s.
-
-    Returns
-    -------
-    (k, s)
-
-    Raises
-    ------
-    ValueError
-        Where not one atom fits.
-
-    References
-    ----------
-    CoSpaDi (arXiv 2509.22075).
-
-    Examples
-    --------
-    >>> from subspan.weights import dictionary_sizes
-    >>> dictionary_sizes(4096, 12288, 0.8 * 16 * 4096 * 12288)
-    (3932, 1966)
-    """
-    if not density >= 1:
-        raise ValueError(f"density: at least 1 atom for each that is read, got {density}")
-    k = int(bits / (VALUE_BITS * d_in + d_out * (CODE_BITS / density + 1)) + 1e-9)
-    k = k if most is None else min(k, most)
-    s = int((bits - k * (VALUE_BITS * d_in + d_out)) / (CODE_BITS * d_out) + 1e-9)
-    if k < 1 or s < 1:
-        raise ValueError(f"ratio: {bits / (VALUE_BITS * d_in * d_out):.2g} of {d_out} x {d_in} numbers is no atom")
-    return k, min(s, k)
 
 
 def factorise(
@@ -242,8 +181,8 @@ def factorise(
     if weight.ndim != 2 or not weight.is_floating_point():
         raise ValueError(f"weight: a floating-point matrix is needed, got {weight.dtype} {tuple(weight.shape)}")
     check_finite(weight, "weight")
-    if solver not in _SOLVERS:
-        raise ValueError(f"solver: one of {', '.join(_SOLVERS)}, got {solver!r}")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: one of {', '.join(SOLVERS)}, got {solver!r}")
     if (ratio is None) == (bits is None):
         raise ValueError("ratio, bits: give one of the two")
     dense_bits = VALUE_BITS * weight.numel()
@@ -252,10 +191,10 @@ def factorise(
     budget = float(bits) if bits is not None else (1 - float(ratio or 0)) * dense_bits
     white = whitener_of(metric, weight.shape[1])
     wide = weight.detach().double()
-    job = _Job(wide, white, budget, density, init, max_iter, n_power, tolerance, random_state, weight.dtype)
-    layer, used, history = _SOLVERS[solver](job)
+    job = Job(wide, white, budget, density, init, max_iter, n_power, tolerance, random_state, weight.dtype)
+    layer, used, history = SOLVERS[solver](job)
     if rounded and isinstance(layer, LowRankLinear | SparseDictLinear):
-        _round_stored(layer)
+        round_stored(layer)
     # Half precision lacks the range for a dictionary that was led back.
     layer = layer.to(torch.float32 if weight.dtype == torch.float16 else weight.dtype)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # pyright: ignore
@@ -282,232 +221,6 @@ def weighted_error(weight: Tensor, layer: nn.Module, white: Whitener | None) -> 
     parts = [wide - dense_weight(layer).double(), wide]
     lost, whole = (float((part if white is None else white.weigh(part)).norm()) for part in parts)
     return lost / whole if whole > 0 else lost
-
-
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One weight on its way: its rows as they are coded, and back."""
-
-    weight: Tensor
-    white: Whitener | None
-    bits: float
-    density: float
-    init: str
-    max_iter: int | None
-    n_power: int
-    tolerance: float
-    random_state: int
-    dtype: torch.dtype
-
-    @cached_property
-    def coded(self) -> tuple[Tensor, Tensor | None]:
-        """Rows of W L, and a basis of their span where they are fewer than their numbers: then they are in it."""
-        rows = self.weight if self.white is None else self.white.weigh(self.weight)
-        basis = None
-        if rows.shape[0] < rows.shape[1]:
-            basis, triangle = torch.linalg.qr(rows.mT)
-            rows = triangle.mT
-        return rows.to(torch.float64 if self.dtype == torch.float64 else torch.float32), basis
-
-    def back(self, atoms: Tensor) -> Tensor:
-        """Atoms (k, ·) of the coded rows as weights of inputs (k, d_in)."""
-        atoms, basis = atoms.double(), self.coded[1]
-        atoms = atoms if basis is None else atoms @ basis.mT
-        return atoms if self.white is None else self.white.unweigh(atoms)
-
-    def iterations(self, solver: str) -> int:
-        return MAX_ITER[solver] if self.max_iter is None else self.max_iter
-
-
-def _dictionary(solver: Callable[[_Job, Tensor, int, int], Found], orthonormal: bool) -> Callable[[_Job], Any]:
-    def run(job: _Job) -> tuple[nn.Module, int, list[float]]:
-        d_out, d_in = job.weight.shape
-        rows = job.coded[0]
-        # More orthonormal atoms than the rows span would never be read.
-        most = rows.shape[1] if orthonormal else None
-        k, s = dictionary_sizes(d_in, d_out, job.bits, density=job.density, most=most)
-        atoms, codes, history = solver(job, rows, k, min(s, rows.shape[1]))
-        total = float(rows.square().sum()) or 1.0
-        layer = SparseDictLinear(job.back(atoms).mT.contiguous(), codes.indices, codes.values.double())
-        return layer, layer.bits(VALUE_BITS, code_bits=CODE_BITS), [max(0.0, lost) / total for lost in history]
-
-    return run
-
-
-def _procrustes(job: _Job, rows: Tensor, k: int, s: int, turns: int | None = None) -> Found:
-    total = rows.square().sum()
-    atoms = _eigenvectors(rows, k)
-    codes = top_s(rows, atoms, s)
-    history = [float(total - codes.values.square().sum())]
-    for _ in range(job.iterations("procrustes") if turns is None else turns):
-        atoms = procrustes_step(rows, codes)
-        codes = top_s(rows, atoms, s)
-        history.append(float(total - codes.values.square().sum()))
-        if _settled(history, job.tolerance):
-            break
-    return atoms, codes, history
-
-
-def _pursuit(name: str, step: Callable[..., tuple[Tensor, SparseCodes]]) -> Callable[[_Job, Tensor, int, int], Found]:
-    def run(job: _Job, rows: Tensor, k: int, s: int) -> Found:
-        atoms, history = _start(job, rows, k, s), []
-        best: tuple[float, Tensor, SparseCodes] | None = None
-        options = {"n_power": job.n_power} if name == "ksvd" else {}
-        turns = max(1, job.iterations(name))
-        for turn in range(turns):
-            codes = omp(rows, atoms, s)
-            atoms, codes = step(rows, codes, atoms, **options)
-            history.append(float(coding_error(rows, codes, atoms)))
-            if best is None or history[-1] < best[0]:
-                best = (history[-1], atoms, codes)
-            if _settled(history, job.tolerance):
-                break
-            if turn < turns // 2:
-                atoms = _spread(rows, codes, atoms)
-        assert best is not None
-        return best[1], best[2], history
-
-    return run
-
-
-def _spread(rows: Tensor, codes: SparseCodes, atoms: Tensor) -> Tensor:
-    """Atoms of which the second of two that are nearly one is the row that is coded worst, as Aharon et al. do."""
-    twins = ((atoms @ atoms.mT).abs().triu(1) > _TWINS).any(0).nonzero()[:, 0][: len(rows)]
-    residual = rows - codes.decode(atoms)
-    error, worst = residual.square().sum(1).topk(len(twins))
-    atoms = atoms.clone()
-    atoms[twins[error > 0]] = normalize_rows(rows[worst[error > 0]])
-    return atoms
-
-
-def _start(job: _Job, rows: Tensor, k: int, s: int) -> Tensor:
-    """Atoms where pursuit starts: the procrustes solution or outputs at random, and random ones where these run out."""
-    generator = torch.Generator().manual_seed(job.random_state)
-    if job.init == "procrustes":
-        n = min(k, rows.shape[1])
-        atoms = _procrustes(job, rows, n, min(s, n), _WARM)[0]
-    else:
-        some = rows[rows.any(1)]
-        atoms = some[torch.randperm(len(some), generator=generator)[:k].to(rows.device)]
-    more = torch.randn(k - len(atoms), rows.shape[1], generator=generator, dtype=torch.float64).to(rows)
-    return normalize_rows(torch.cat([atoms, more]))
-
-
-def _rocket(job: _Job, rows: Tensor, k: int, s: int) -> Found:
-    atoms = _eigenvectors(rows, k)
-    products = rows @ atoms.mT
-    # |v| in the norm of the data times |v| |inverse(L) u| in that of the weights, geometric mean.
-    lengths = job.back(atoms).norm(dim=1).to(products)
-    indices = (products.abs() * lengths.sqrt()).topk(s, dim=1).indices
-    codes = SparseCodes(indices, products.gather(1, indices), k)
-    first = float(coding_error(rows, codes, atoms))
-    atoms, codes = mod_step(rows, codes, atoms)
-    return atoms, codes, [first, float(coding_error(rows, codes, atoms))]
-
-
-def _eigenvectors(rows: Tensor, k: int) -> Tensor:
-    return torch.linalg.svd(rows, full_matrices=False).Vh[:k]
-
-
-def _settled(history: list[float], tolerance: float) -> bool:
-    return len(history) > 1 and history[-2] - history[-1] <= tolerance * history[-2]
-
-
-def _svd(job: _Job) -> tuple[nn.Module, int, list[float]]:
-    d_out, d_in = job.weight.shape
-    rank = min(int(job.bits / (VALUE_BITS * (d_in + d_out)) + 1e-9), d_in, d_out)
-    if rank < 1:
-        raise ValueError(f"ratio: {job.bits:.0f} bits of a weight {d_out} x {d_in} are no rank; lower the ratio")
-    u, sizes, vh = torch.linalg.svd(job.coded[0].double(), full_matrices=False)
-    root = sizes[:rank].sqrt()
-    layer = LowRankLinear(u[:, :rank] * root, job.back(root[:, None] * vh[:rank]))
-    lost = float(sizes[rank:].square().sum() / sizes.square().sum().clamp_min(torch.finfo(sizes.dtype).tiny))
-    return layer, layer.bits(VALUE_BITS), [lost]
-
-
-def _two_of_four(job: _Job) -> tuple[nn.Module, int, list[float]]:
-    d_out, d_in = job.weight.shape
-    fours = d_in // 4 * 4
-    # Two numbers of four, and two bits each that say which.
-    used = d_out * (fours // 2 * (VALUE_BITS + 2) + (d_in - fours) * VALUE_BITS)
-    if used > job.bits:
-        raise ValueError(f"ratio: 2:4 saves {1 - used / (VALUE_BITS * d_in * d_out):.4f} of the bits and no more")
-    score = job.weight.abs() if job.white is None else job.weight.abs() * job.white.factor.norm(dim=1)
-    kept = torch.ones_like(score)
-    best = score[:, :fours].unflatten(1, (-1, 4)).topk(2, dim=2).indices
-    kept[:, :fours] = torch.zeros_like(kept[:, :fours]).unflatten(1, (-1, 4)).scatter(2, best, 1.0).flatten(1)
-    return _linear((job.weight * kept).to(torch.bfloat16)), used, []
-
-
-def _round(job: _Job) -> tuple[nn.Module, int, list[float]]:
-    d_out, d_in = job.weight.shape
-    scales = 2 * VALUE_BITS * d_out * -(-d_in // _GROUP)
-    levels = int((job.bits - scales) / job.weight.numel() + 1e-9)
-    if levels < 1:
-        raise ValueError(f"ratio: {job.bits / job.weight.numel():.2f} bits a number are too few to round to")
-    levels = min(levels, VALUE_BITS)
-    return _linear(round_to_bits(job.weight, levels)), levels * job.weight.numel() + scales, []
-
-
-def _linear(weight: Tensor) -> nn.Module:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer.weight = nn.Parameter(weight.double(), requires_grad=False)
-    return layer
-
-
-def round_to_bits(x: Float[Tensor, "n d"], bits: int = 4, *, group: int = _GROUP) -> Float[Tensor, "n d"]:
-    """Numbers rounded to 2^bits levels, zero among them, from the least to the largest of each group of a row.
-
-    Parameters
-    ----------
-    x
-        (n, d).
-    bits
-        Of a number, 1 to 16; a group takes 32 more for its least level and its step (bfloat16).
-    group
-        Neighbours in a row with one scale.
-
-    Returns
-    -------
-    Tensor as x.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.weights import round_to_bits
-    >>> round_to_bits(torch.tensor([[0.0, 0.9, 2.1, 3.0]]), bits=2)
-    tensor([[0., 1., 2., 3.]])
-    """
-    if not 1 <= bits <= 16:
-        raise ValueError(f"bits: from 1 to 16, got {bits}")
-    parts = nn.functional.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
-    low, high = parts.amin(-1, keepdim=True).clamp(max=0), parts.amax(-1, keepdim=True).clamp(min=0)
-    exact = (high - low) / (2**bits - 1)
-    step = exact.to(torch.bfloat16)
-    step = torch.where(step < exact, (step.view(torch.int16) + 1).view(torch.bfloat16), step).to(x)
-    unit = torch.where(step > 0, step, 1)
-    least = (low / unit).round()
-    return (step * (parts / unit).round().clamp(least, least + 2**bits - 1)).flatten(1)[:, : x.shape[1]]
-
-
-def _round_stored(layer: LowRankLinear | SparseDictLinear) -> None:
-    """Numbers as they are stored: bfloat16, and codes with 5 bits of mantissa, to the nearest."""
-    for name, value in layer.named_parameters():
-        half = value.data.to(torch.bfloat16)
-        if name == "values":
-            half = ((half.view(torch.int16) + 2) & ~3).view(torch.bfloat16)
-        value.data = half.to(value.dtype)
-
-
-_SOLVERS: dict[str, Callable[[_Job], tuple[nn.Module, int, list[float]]]] = {
-    "procrustes": _dictionary(_procrustes, orthonormal=True),
-    "ksvd": _dictionary(_pursuit("ksvd", ksvd_step), orthonormal=False),
-    "mod": _dictionary(_pursuit("mod", mod_step), orthonormal=False),
-    "rocket": _dictionary(_rocket, orthonormal=True),
-    "svd": _svd,
-    "2:4": _two_of_four,
-    "round": _round,
-}
 
 
 def error_curve(
@@ -544,7 +257,7 @@ def error_curve(
     d_out, d_in = weight.shape
     white = whitener_of(metric, d_in)
     wide = weight.detach().double()
-    rows = _Job(wide, white, 0.0, density, "", None, 0, 0.0, 0, torch.float32).coded[0]
+    rows = Job(wide, white, 0.0, density, "", None, 0, 0.0, 0, torch.float32).coded[0]
     _, sizes, vh = torch.linalg.svd(rows, full_matrices=False)
     squares, total = (rows @ vh.mT).square(), float(sizes.square().sum()) or 1.0
     lost = []
