@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from subspan.models.factored import LowRankLinear, SparseDictLinear, load_factored, save_factored
+from subspan.models import LowRankLinear, SparseDictLinear, load_factored, save_factored
 from subspan.models.surgery import multiply_adds, replace
 
 D_IN, ATOMS, D_OUT, S = 6, 5, 9, 3
@@ -12,7 +13,7 @@ D_IN, ATOMS, D_OUT, S = 6, 5, 9, 3
 
 def sparse(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    indices = torch.stack([torch.randperm(ATOMS, generator=generator)[:S] for _ in range(D_OUT)])
+    indices = torch.stack([torch.randperm(ATOMS, generator=generator)[:S].sort().values for _ in range(D_OUT)])
     dictionary, values = torch.randn(D_IN, ATOMS, generator=generator), torch.randn(D_OUT, S, generator=generator)
     return SparseDictLinear(
         dictionary.to(dtype), indices, values.to(dtype), torch.randn(D_OUT, generator=generator).to(dtype)
@@ -100,6 +101,39 @@ def test_put_in_saved_loaded_and_taken_out(tmp_path):
     ):
         with pytest.raises(ValueError, match="the model"):
             load_factored(wrong, tmp_path / "layers.safetensors")
+
+
+@pytest.mark.parametrize(("atoms", "nonzero"), [(64, 32), (64, 3)])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, None])
+def test_a_file_is_as_large_as_the_bits_that_are_counted(tmp_path, atoms, nonzero, stored):
+    generator = torch.Generator().manual_seed(0)
+    dictionary, values = torch.randn(400, atoms, generator=generator), torch.randn(999, nonzero, generator=generator)
+    if stored is not None:  # numbers that fit into the bits which are counted for them
+        dictionary = dictionary.bfloat16().to(stored)
+        values = (values.bfloat16().view(torch.int16) & ~3).view(torch.bfloat16).to(stored)
+    indices = torch.rand(999, atoms, generator=generator).topk(nonzero).indices.sort().values
+    layer = SparseDictLinear(dictionary, indices, values)
+    save_factored(nn.Sequential(layer), tmp_path / "layers.safetensors")
+    counted = layer.bits(32) if stored is None else layer.bits(16, code_bits=14)
+    assert 1 <= 8 * (tmp_path / "layers.safetensors").stat().st_size / counted <= 1.05
+    network = nn.Sequential(nn.Linear(400, 999))
+    load_factored(network, tmp_path / "layers.safetensors")
+    for name, value in layer.arrays().items():
+        assert torch.equal(network[0].arrays()[name], value)
+        assert network[0].arrays()[name].dtype == value.dtype
+
+
+def test_shared_dictionaries_and_atoms_that_are_read_twice_are_stored_once(tmp_path):
+    first, second = sparse(), sparse()
+    second.indices[0] = second.indices[0, 0]
+    second.dictionary = first.dictionary
+    save_factored(nn.ModuleDict({"a": first, "b": second}), tmp_path / "layers.safetensors")
+    assert sum(":dictionary" in name for name in load_file(tmp_path / "layers.safetensors")) == 1
+    network = nn.ModuleDict({name: nn.Linear(D_IN, D_OUT) for name in "ab"})
+    load_factored(network, tmp_path / "layers.safetensors")
+    assert network["a"].dictionary is network["b"].dictionary
+    assert len(set(network["b"].indices[0].tolist())) == S
+    torch.testing.assert_close(network["b"].to_dense(), second.to_dense())
 
 
 def test_bad_input_is_named():

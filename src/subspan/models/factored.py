@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Inexact, Int, Int32
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from subspan.base import save_arrays, saved_object
-from subspan.base.saved import checked_arrays, optional
-
 from .layers import linear_weight
-from .surgery import Surgery, replace
 
 
 class LowRankLinear(nn.Module):
@@ -165,8 +159,8 @@ class SparseDictLinear(nn.Module):
         code_bits: of a number of S, where it is less than `value_bits` (14 in the literature).
         """
         k, (outputs, s) = self.dictionary.shape[1], self.values.shape
-        support = min(k * outputs, outputs * s * math.ceil(math.log2(max(k, 2))))
         numbers = self.dictionary.numel() + (0 if self.bias is None else outputs)
+        support = outputs * min(k, s * index_width(k))
         return value_bits * numbers + outputs * s * (code_bits or value_bits) + support
 
     def multiply_adds(self, x: Tensor) -> int:
@@ -184,104 +178,6 @@ class SparseDictLinear(nn.Module):
         return f"d_in={self.shape[1]}, d_out={self.shape[0]}, atoms={atoms}, nonzero={nonzero}"
 
 
-_KINDS: dict[str, Any] = {"low rank": LowRankLinear, "sparse dictionary": SparseDictLinear}
-_SCHEMAS: dict[str, Any] = {
-    "low rank": {
-        "up": Inexact[Tensor, "d_out r"],
-        "down": Inexact[Tensor, "r d_in"],
-        "bias": optional(Inexact[Tensor, " d_out"]),
-    },
-    "sparse dictionary": {
-        "dictionary": Inexact[Tensor, "d_in k"],
-        "indices": Int32[Tensor, "d_out s"],
-        "values": Inexact[Tensor, "d_out s"],
-        "bias": optional(Inexact[Tensor, " d_out"]),
-    },
-}
-
-
-def save_factored(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the factored layers of a model, and nothing else of it, to one safetensors file.
-
-    Parameters
-    ----------
-    model
-        With `LowRankLinear` or `SparseDictLinear` layers.
-    path
-        Of the file; one that is there is replaced, whole or not at all.
-
-    Raises
-    ------
-    ValueError
-        Where the model has no such layers.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from safetensors.torch import load_file
-    >>> from subspan.models import LowRankLinear, save_factored
-    >>> layer = LowRankLinear.from_linear(torch.nn.Linear(6, 4), rank=2)
-    >>> save_factored(torch.nn.Sequential(layer), "saved.safetensors")
-    >>> sorted(load_file("saved.safetensors"))
-    ['0:bias', '0:down', '0:up']
-    """
-    words = {kind: word for word, kind in _KINDS.items()}
-    layers: dict[str, Any] = {name: part for name, part in model.named_modules() if type(part) in words}
-    if not layers:
-        raise ValueError("model: has no LowRankLinear or SparseDictLinear")
-    kinds = {name: words[type(layer)] for name, layer in layers.items()}
-    arrays = {f"{name}:{part}": value for name, layer in layers.items() for part, value in layer.arrays().items()}
-    save_arrays(path, "factored layers", arrays, layers=kinds)
-
-
-def load_factored(model: nn.Module, path: str | os.PathLike[str]) -> Surgery:
-    """Put the layers of a file by `save_factored` into a model in place of its own.
-
-    Parameters
-    ----------
-    model
-        Changed in place.
-    path
-        Of the file.
-
-    Returns
-    -------
-    Surgery, whose `undo()` takes them out again.
-
-    Raises
-    ------
-    ValueError
-        For another file, and where the model has no such layers or of other sizes.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.models import LowRankLinear, load_factored, save_factored
-    >>> layer, model = torch.nn.Linear(6, 4), torch.nn.Sequential(torch.nn.Linear(6, 4))
-    >>> save_factored(torch.nn.Sequential(LowRankLinear.from_linear(layer, rank=4)), "loaded.safetensors")
-    >>> surgery, x = load_factored(model, "loaded.safetensors"), torch.randn(3, 6)
-    >>> torch.allclose(model(x), layer(x), atol=1e-5)
-    True
-    """
-    facts = {"layers": dict[str, Literal["low rank", "sparse dictionary"]]}
-    parts = {part for schema in _SCHEMAS.values() for part in schema}
-    schema = {f"*:{part}": optional(Inexact[Tensor, "..."] | Int[Tensor, "..."]) for part in parts}
-    with saved_object(path, "factored layers", schema, facts) as (arrays, found):
-        stored: dict[str, dict[str, Tensor]] = {name: {} for name in found["layers"]}
-        for key, value in arrays.items():
-            name, _, part = key.rpartition(":")
-            if name not in stored:
-                raise ValueError(f"{key} belongs to no layer")
-            stored[name][part] = value
-        made = {
-            name: _KINDS[kind](**checked_arrays(stored[name], _SCHEMAS[kind])) for name, kind in found["layers"].items()
-        }
-    names = {name for name, _ in model.named_modules()}
-    for name, layer in made.items():
-        if name not in names:
-            raise ValueError(f"path: {os.fspath(path)!r} has a layer {name!r}, the model has none")
-        weight, _ = linear_weight(model.get_submodule(name))
-        if tuple(weight.shape) != layer.shape:
-            shapes = f"a weight {layer.shape}, the model {tuple(weight.shape)}"
-            raise ValueError(f"path: {os.fspath(path)!r} has for {name!r} {shapes}")
-    return replace(model, made)
+def index_width(k: int) -> int:
+    """Bits of an index of one of k."""
+    return math.ceil(math.log2(max(k, 2)))
