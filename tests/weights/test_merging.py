@@ -1,9 +1,13 @@
 """Closed forms of merging: the published steps written out once more, planted truths, and streams from files."""
 
+import weakref
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from subspan.models import StateDelta, StoredWeights, write_weights
+from subspan.models import StateDelta, StoredWeights, weight_files, write_weights
 from subspan.weights import average, dare, iso_c, iso_cts, magnitude_of_share, task_arithmetic, ties, tsv_merge
 
 SHAPES = {"a.weight": (12, 8), "a.bias": (12,), "b.weight": (6, 12), "conv": (4, 3, 2, 2)}
@@ -140,3 +144,43 @@ def test_what_does_not_fit_is_named(method):
 def test_options_out_of_range(deltas, call, message):
     with pytest.raises(ValueError, match=message):
         call(deltas)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors made within it take at once, views counted too."""
+
+    now = most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (list, tuple)) else [found]:
+            if isinstance(value, torch.Tensor):
+                self.now += value.nbytes
+                self.most = max(self.most, self.now)
+                weakref.finalize(value, self.drop, value.nbytes)
+        return found
+
+    def drop(self, size):
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", [average, task_arithmetic, ties, dare])
+def test_large_tensors_are_merged_some_rows_at_a_time(method, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "BLOCK", 500)
+    generator = torch.Generator().manual_seed(0)
+    names = {"embed": (501, 40), "norm": (40,), "scale": (), "head": (3, 5000)}
+    for folder in ("base", "one", "two"):
+        write_weights({n: torch.randn(s, generator=generator).to(dtype) for n, s in names.items()}, tmp_path / folder)
+    deltas = [StateDelta.between(tmp_path / "base", tmp_path / name) for name in ("one", "two")]
+    with LiveBytes() as live:
+        write_weights(method(deltas).added_to(tmp_path / "base"), tmp_path / "merged", shard_bytes=60_000)
+    size = sum(file.stat().st_size for file in (tmp_path / "base").iterdir())
+    assert live.most < size / 3 or method is ties  # of which counts of magnitudes take more than this small model
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    found = {
+        name: value for file in (tmp_path / "merged").glob("*.safetensors") for name, value in load_file(file).items()
+    }
+    for name, value in method([delta.in_memory() for delta in deltas]).added_to(tmp_path / "base").items():
+        torch.testing.assert_close(found[name], value, atol=0, rtol=0)
+    assert {value.dtype for value in found.values()} == {dtype}

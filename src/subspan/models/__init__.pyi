@@ -3,7 +3,8 @@ from .attention_edges import attention_modules, attention_rows, cut_attention, e
 from .capture import Capture, capture, iterate_representations, pool_states
 from .continuations import continuation_log_likelihood, greedy_continuations
 from .encoders import ImageEncoder, SentenceEncoder
-from .factored import LowRankLinear, SparseDictLinear, load_factored, save_factored
+from .factored import LowRankLinear, SparseDictLinear
+from .factored_files import load_factored, save_factored
 from .features import FeatureGrid, token_grid
 from .intervene import intervene
 from .layers import find_blocks, layer_names, linear_names, linear_weight
@@ -11,9 +12,10 @@ from .low_rank import LowRankChange, LowRankEdit, add_low_rank
 from .moments import SiteMoments, collect_moments
 from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
+from .sequences import text_perplexity, token_sequences
 from .surgery import Site, Surgery, multiply_adds, replace
 from .tokens import SegmentTokens, TokenRoles, predicting_states
-from .weight_files import StoredWeights, weights_of, write_weights
+from .weight_files import RowBlocks, StoredWeights, weights_of, write_weights
 from .weights import StateDelta, SubspaceMap
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "LowRankChange",
     "LowRankEdit",
     "LowRankLinear",
+    "RowBlocks",
     "SegmentTokens",
     "SentenceEncoder",
     "Site",
@@ -60,7 +63,9 @@ __all__ = [
     "predicting_states",
     "replace",
     "save_factored",
+    "text_perplexity",
     "token_grid",
+    "token_sequences",
     "weights_of",
     "write_weights",
 ]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,14 @@ from torch import Tensor, nn
 from subspan.base.files import temporary_folder, write_text
 from subspan.base.reading import quoted, read_json, reading, regular_file
 
+BLOCK = 1 << 22
 _INDEX = ".safetensors.index.json"
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _PROBLEM = "is not a readable safetensors file"
 
 
@@ -59,12 +68,49 @@ class StoredWeights(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def described(self, name: str) -> tuple[torch.Size, bool]:
-        """(shape, whether it is floating point) of a tensor, which is not read for it."""
+    def described(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """(shape, type) of a tensor, which is not read for it."""
         file = self.files[name]
         with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
             part = stored.get_slice(name)
-            return torch.Size(part.get_shape()), "F" in part.get_dtype()
+            shape = torch.Size(part.get_shape())
+            return shape, (part[:0] if shape else stored.get_tensor(name)).dtype
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor; the others are not read."""
+        file = self.files[name]
+        with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
+            return stored.get_slice(name)[rows]
+
+
+class RowBlocks(ABC, Mapping[str, Tensor]):
+    """Tensors by name that can be had some rows at a time, so that none is held whole: `write_weights` takes them so.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.models import RowBlocks, StateDelta
+    >>> base = {"w": torch.zeros(3)}
+    >>> tuned = StateDelta.between(base, {"w": torch.ones(3)}).added_to(base)
+    >>> isinstance(tuned, RowBlocks), tuned.described("w"), [len(block) for block in tuned.blocks("w")]
+    (True, (torch.Size([3]), torch.float32), [3])
+    """
+
+    @abstractmethod
+    def described(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """(shape, type) of a tensor, which is not computed for it."""
+
+    @abstractmethod
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The rows of a tensor in their order, some at a time."""
+
+
+def row_slices(shape: Sequence[int]) -> list[slice]:
+    """Rows of a tensor of this shape in blocks of a few million numbers, always the same ones."""
+    if not shape or math.prod(shape) <= BLOCK:
+        return [slice(None)]
+    step = max(1, BLOCK // math.prod(shape[1:]))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _files(path: Path) -> dict[str, Path]:
@@ -126,7 +172,8 @@ def write_weights(
     Parameters
     ----------
     tensors
-        Mapping, or pairs (name, tensor) that may be made while it is written: no more than one shard is held.
+        Mapping, or pairs (name, tensor) that may be made while it is written: no more than one shard is held, and of
+        `RowBlocks` no more than a block of rows.
     folder
         Must not exist yet.
     shard_bytes
@@ -164,30 +211,26 @@ def write_weights(
         if not shards and made.exists():
             shutil.rmtree(made)
         made.mkdir(exist_ok=True)
-        part: dict[str, Tensor] = {}
         written = {name for listed in shards for name in listed}
-        size = 0
-        if isinstance(tensors, Mapping):
-            mapping: Any = tensors
-            left = [name for name in mapping if name not in written]
-            pairs: Iterable[tuple[str, Tensor]] = ((name, mapping[name]) for name in left)
+
+        def done(listed: list[str], size: int) -> None:
+            nonlocal total
+            shards.append(listed)
+            total += size
+            if resume is not None:
+                write_text(so_far, json.dumps({"settings": settings, "shards": shards, "total": total}))
+
+        if isinstance(tensors, RowBlocks):
+            left = {name: tensors.described(name) for name in tensors if name not in written}
+            for listed in _planned(left, shard_bytes):
+                size = _stream_shard(tensors, {name: left[name] for name in listed}, made / f"{len(shards)}")
+                done(listed, size)
         else:
-            pairs = tensors
-        for name, value in pairs:
-            if name in written:
-                raise ValueError(f"tensors: {name!r} comes twice")
-            if part and size + value.nbytes > shard_bytes:
-                shards.append(_write_shard(part, made / f"{len(shards)}"))
-                if resume is not None:
-                    write_text(so_far, json.dumps({"settings": settings, "shards": shards, "total": total}))
-                part, size = {}, 0
-            # A copy, as the format refuses tensors that share memory.
-            part[name] = value.detach().cpu().contiguous().clone()
-            written.add(name)
-            size, total = size + value.nbytes, total + value.nbytes
-        if not written:
+            for part in _gathered(tensors, written, shard_bytes):
+                _write_shard(part, made / f"{len(shards)}")
+                done(list(part), sum(value.nbytes for value in part.values()))
+        if not shards:
             raise ValueError("tensors: at least one is needed")
-        shards.append(_write_shard(part, made / f"{len(shards)}"))
         names = [f"model-{number + 1:05}-of-{len(shards):05}.safetensors" for number in range(len(shards))]
         names = names if len(names) > 1 else ["model.safetensors"]
         for number, name in enumerate(names):
@@ -212,9 +255,76 @@ def _so_far(path: Path, settings: str) -> tuple[list[list[str]], int]:
     return [], 0
 
 
-def _write_shard(part: dict[str, Tensor], path: Path) -> list[str]:
+def _gathered(
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], written: set[str], shard_bytes: int
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors of a shard each, but for those that are written."""
+    if isinstance(tensors, Mapping):
+        mapping: Any = tensors
+        left = [name for name in mapping if name not in written]
+        pairs: Iterable[tuple[str, Tensor]] = ((name, mapping[name]) for name in left)
+    else:
+        pairs = tensors
+    part: dict[str, Tensor] = {}
+    seen, size = set(written), 0
+    for name, value in pairs:
+        if name in seen:
+            raise ValueError(f"tensors: {name!r} comes twice")
+        if part and size + value.nbytes > shard_bytes:
+            yield part
+            part, size = {}, 0
+        # A copy, as the format refuses tensors that share memory.
+        part[name] = value.detach().cpu().contiguous().clone()
+        seen.add(name)
+        size += value.nbytes
+    if part:
+        yield part
+
+
+def _planned(described: Mapping[str, tuple[torch.Size, torch.dtype]], shard_bytes: int) -> Iterator[list[str]]:
+    """Names of a shard each."""
+    part: list[str] = []
+    size = 0
+    for name, (shape, dtype) in described.items():
+        more = math.prod(shape) * dtype.itemsize
+        if part and size + more > shard_bytes:
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += more
+    if part:
+        yield part
+
+
+def _stream_shard(tensors: RowBlocks, described: Mapping[str, tuple[torch.Size, torch.dtype]], path: Path) -> int:
+    """Write tensors as the format has them, block by block; returns their bytes."""
+    # The widest types first, so that every tensor is aligned.
+    names = sorted(described, key=lambda name: (-described[name][1].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        shape, dtype = described[name]
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            left = math.prod(described[name][0])
+            for block in tensors.blocks(name):
+                value = block.detach().to("cpu", described[name][1]).contiguous()
+                left -= value.numel()
+                file.write(value.flatten().view(torch.uint8).numpy())
+            if left:
+                raise ValueError(f"tensors: the blocks of {name!r} are not as long as it is")
+        file.flush()
+        os.fsync(file.fileno())
+    return end
+
+
+def _write_shard(part: dict[str, Tensor], path: Path) -> None:
     try:
         save_file(part, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    return list(part)

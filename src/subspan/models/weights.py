@@ -18,7 +18,7 @@ from subspan.geometry import Subspace
 from subspan.geometry.rank import RankRule
 from subspan.geometry.subspace import SAVED_ARRAYS
 
-from .weight_files import StoredWeights, weights_of
+from .weight_files import RowBlocks, StoredWeights, row_slices, weights_of
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]
 
@@ -32,8 +32,9 @@ class StateDelta(Mapping[str, Tensor]):
     """What is between two checkpoints of one architecture: a vector of all their floating-point tensors.
 
     A mapping from name to difference, in float32 or wider. Nothing is computed before it is asked for, and tensors are
-    read one at a time, so that whole checkpoints on disk are worked through in the memory of one tensor: sums,
-    multiples, masks and projections of deltas are deltas. Use `in_memory` to compute one once and keep it.
+    read one at a time, so that whole checkpoints on disk are worked through in the memory of one tensor, or of some of
+    its rows where entries do not depend on one another (`blocks`): sums, multiples, masks and projections of deltas are
+    deltas. Use `in_memory` to compute one once and keep it.
 
     Parameters
     ----------
@@ -43,6 +44,8 @@ class StateDelta(Mapping[str, Tensor]):
         Name → tensor.
     left_out
         Names that `between(strict=False)` did not find in both.
+    block
+        Name and one of `row_slices(shape)` → these rows of the tensor; None: they cannot be had apart.
 
     Examples
     --------
@@ -61,10 +64,11 @@ class StateDelta(Mapping[str, Tensor]):
         shapes: Mapping[str, torch.Size],
         compute: Callable[[str], Tensor],
         left_out: tuple[str, ...] = (),
+        block: Callable[[str, slice], Tensor] | None = None,
     ) -> None:
         self.shapes = dict(shapes)
         self.left_out = left_out
-        self._compute = compute
+        self._compute, self._block = compute, block
 
     @classmethod
     def between(cls, base: Source, tuned: Source, *, strict: bool = True) -> StateDelta:
@@ -86,24 +90,40 @@ class StateDelta(Mapping[str, Tensor]):
         if wrong and strict:
             listed = "; ".join(f"{what}: {_listed(names)}" for what, names in problems.items() if names)
             raise ValueError(f"base, tuned: tensors {listed}; strict=False takes those that are in both")
-        floating = {name: shapes[name] for name in shapes if name not in wrong and kinds[name][1]}
+        floating = {name: shapes[name] for name in shapes if name not in wrong and kinds[name][1].is_floating_point}
         if not floating:
             raise ValueError("base, tuned: no floating-point tensor is in both")
 
-        def difference(name: str) -> Tensor:
-            before, after = first[name].detach(), second[name].detach()
+        def difference(name: str, rows: slice | None = None) -> Tensor:
+            before, after = (_stored(weights, name, rows).detach() for weights in (first, second))
             if not after.is_floating_point():
                 found = str(after.dtype).removeprefix("torch.")
                 raise ValueError(f"tuned: {name!r} is {found}, expected floating point")
             wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
             return after.to(wide) - before.to(wide).to(after.device)
 
-        return cls(floating, difference, wrong)
+        return cls(floating, difference, wrong, difference)
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.shapes:
             raise KeyError(name)
-        value = self._compute(name)
+        return self._finite(name, self._compute(name))
+
+    def block(self, name: str, rows: slice) -> Tensor:
+        """Rows of a tensor, one of `row_slices(shape)`; where they cannot be had apart, the whole is computed first."""
+        if self._block is None or rows == slice(None):
+            return self[name] if rows == slice(None) else self[name][rows]
+        return self._finite(name, self._block(name, rows))
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The rows of a tensor in their order, a few million numbers at a time where they can be had apart."""
+        if self._block is None:
+            yield self[name]
+        else:
+            yield from (self.block(name, rows) for rows in row_slices(self.shapes[name]))
+
+    @staticmethod
+    def _finite(name: str, value: Tensor) -> Tensor:
         if not bool(torch.isfinite(value).all()):
             raise ValueError(f"delta: {name!r} contains NaN or infinity")
         return value
@@ -121,11 +141,19 @@ class StateDelta(Mapping[str, Tensor]):
         """The delta of some tensors; the others stay as they are. Raises ValueError for a name it does not have."""
         chosen = dict.fromkeys(names)
         self._known(chosen, "names")
-        return StateDelta({name: self.shapes[name] for name in chosen}, self._compute, self.left_out)
+        return StateDelta({name: self.shapes[name] for name in chosen}, self._compute, self.left_out, self._block)
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> StateDelta:
-        """`function(name, tensor)` of every tensor, when it is asked for; shapes stay."""
-        return StateDelta(self.shapes, lambda name: function(name, self[name]), self.left_out)
+    def map(self, function: Callable[[str, Tensor], Tensor], *, elementwise: bool = False) -> StateDelta:
+        """`function(name, tensor)` of every tensor, when it is asked for; shapes stay.
+
+        elementwise: the function may be given some rows of a tensor instead, as no entry depends on another.
+        """
+
+        def block(name: str, rows: slice) -> Tensor:
+            return function(name, self.block(name, rows))
+
+        apart = block if elementwise and self._block is not None else None
+        return StateDelta(self.shapes, lambda name: function(name, self[name]), self.left_out, apart)
 
     def in_memory(self) -> StateDelta:
         """The same, computed now and kept."""
@@ -133,7 +161,7 @@ class StateDelta(Mapping[str, Tensor]):
         return StateDelta(self.shapes, kept.__getitem__, self.left_out)
 
     def __mul__(self, factor: float) -> StateDelta:
-        return self.map(lambda _, value: value * factor)
+        return self.map(lambda _, value: value * factor, elementwise=True)
 
     __rmul__ = __mul__
 
@@ -148,11 +176,12 @@ class StateDelta(Mapping[str, Tensor]):
         if wrong:
             raise ValueError(f"other: has other shapes of {_listed(wrong)}")
 
-        def total(name: str) -> Tensor:
-            parts = [side[name] for side in (self, other) if name in side.shapes]
+        def total(name: str, rows: slice = slice(None)) -> Tensor:
+            parts = [side.block(name, rows) for side in (self, other) if name in side.shapes]
             return parts[0] if len(parts) == 1 else parts[0] + parts[1].to(parts[0].device)
 
-        return StateDelta(self.shapes | other.shapes, total)
+        apart = None if self._block is None or other._block is None else total
+        return StateDelta(self.shapes | other.shapes, total, block=apart)
 
     def __sub__(self, other: StateDelta) -> StateDelta:
         return self + -other
@@ -227,10 +256,10 @@ class StateDelta(Mapping[str, Tensor]):
             raise ValueError("other: one of the two deltas is zero and has no direction")
         return self.dot(other) / length
 
-    def added_to(self, base: Source) -> Mapping[str, Tensor]:
+    def added_to(self, base: Source) -> RowBlocks:
         """Name → base + delta of every tensor of base, in base's type, computed when it is asked for.
 
-        `write_weights` takes it.
+        `write_weights` takes it, and holds no more than some rows where these can be had apart.
         """
         weights = weights_of(base)
         self._known_in(weights)
@@ -277,16 +306,27 @@ class StateDelta(Mapping[str, Tensor]):
             raise ValueError(f"base: lacks, or has in another shape, {_listed(wrong)}")
 
 
-class _Sum(Mapping[str, Tensor]):
+class _Sum(RowBlocks):
     def __init__(self, weights: Mapping[str, Tensor], delta: StateDelta) -> None:
         self._weights, self._delta = weights, delta
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._weights[name].detach()
+        return _added(value, self._delta[name]) if name in self._delta.shapes else value
+
+    def described(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        return _described(self._weights, name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
         if name not in self._delta.shapes:
-            return value
-        delta = self._delta[name]
-        return (value.to(delta.dtype) + delta.to(value.device)).to(value.dtype)
+            for rows in row_slices(self.described(name)[0]):
+                yield _stored(self._weights, name, rows).detach()
+            return
+        start = 0
+        for block in self._delta.blocks(name):
+            rows = slice(start, start + len(block)) if block.ndim else None
+            yield _added(_stored(self._weights, name, rows).detach(), block)
+            start += len(block) if block.ndim else 0
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -377,11 +417,23 @@ def main_subspace(value: Shaped[Tensor, "*n"], rank: Any, side: Literal["left", 
     return found.truncate(min(found.dim, numerical))
 
 
-def _described(weights: Mapping[str, Tensor], name: str) -> tuple[torch.Size, bool]:
-    """(shape, whether it is floating point)."""
+def _described(weights: Mapping[str, Tensor], name: str) -> tuple[torch.Size, torch.dtype]:
+    """(shape, type)."""
     if isinstance(weights, StoredWeights):
         return weights.described(name)
-    return weights[name].shape, weights[name].is_floating_point()
+    return weights[name].shape, weights[name].dtype
+
+
+def _stored(weights: Mapping[str, Tensor], name: str, rows: slice | None) -> Tensor:
+    """A tensor, or some of its rows, of which alone a checkpoint on disk reads."""
+    if rows is None or rows == slice(None):
+        return weights[name]
+    return weights.rows(name, rows) if isinstance(weights, StoredWeights) else weights[name][rows]
+
+
+def _added(value: Tensor, delta: Tensor) -> Tensor:
+    """Their sum in the type of the first."""
+    return (value.to(delta.dtype) + delta.to(value.device)).to(value.dtype)
 
 
 def _listed(names: list[str]) -> str:

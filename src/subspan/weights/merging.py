@@ -1,7 +1,8 @@
 """Several fine-tuned models into one in closed form, tensor by tensor: one tensor of each is held at a time.
 
 What is merged are the updates, `StateDelta.between(base, expert)`; what comes back is one update, computed as it is
-asked for: `write_weights(merged.added_to(base), folder)` holds no more than one shard.
+asked for. Where entries do not depend on one another (`average`, `task_arithmetic`, `ties`, `dare`), large tensors are
+worked through in blocks of rows, so that `write_weights(merged.added_to(base), folder)` holds no tensor whole.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from subspan.base.draws import generator_for
 from subspan.models import StateDelta
+from subspan.models.weight_files import row_slices
 
 Matrix = Float[Tensor, "p q"]
 _BITS = 16
@@ -47,7 +49,7 @@ def average(deltas: Sequence[StateDelta]) -> StateDelta:
     >>> average(deltas)["w"]
     tensor([1., 2.])
     """
-    return _each(deltas, lambda _, values: sum_of(values) / len(values))
+    return _elementwise(deltas, lambda values, *_: sum_of(values) / len(values))
 
 
 def task_arithmetic(deltas: Sequence[StateDelta], scaling: float = 0.3) -> StateDelta:
@@ -78,7 +80,7 @@ def task_arithmetic(deltas: Sequence[StateDelta], scaling: float = 0.3) -> State
     >>> task_arithmetic(deltas, 0.5)["w"]
     tensor([1., 2.])
     """
-    return _each(deltas, lambda _, values: scaling * sum_of(values))
+    return _elementwise(deltas, lambda values, *_: scaling * sum_of(values))
 
 
 def ties(deltas: Sequence[StateDelta], density: float = 0.2, scaling: float = 1.0) -> StateDelta:
@@ -117,12 +119,12 @@ def ties(deltas: Sequence[StateDelta], density: float = 0.2, scaling: float = 1.
         raise ValueError(f"density: in (0, 1], got {density}")
     limits = [magnitude_of_share(delta, density) for delta in deltas]
 
-    def elect(_: str, values: list[Tensor]) -> Tensor:
+    def elect(values: list[Tensor], *_: object) -> Tensor:
         kept = torch.stack([value * (value.abs() >= limit) for value, limit in zip(values, limits)])
         agreeing = kept * (kept.sign() == kept.sum(0).sign())
         return scaling * agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
 
-    return _each(deltas, elect)
+    return _elementwise(deltas, elect)
 
 
 def dare(deltas: Sequence[StateDelta], drop: float = 0.9, scaling: float = 0.3, random_state: int = 0) -> StateDelta:
@@ -137,7 +139,8 @@ def dare(deltas: Sequence[StateDelta], drop: float = 0.9, scaling: float = 0.3, 
     scaling
         Factor of the sum.
     random_state
-        Seed; each tensor has draws of its own, so that the order of reading changes nothing.
+        Seed; each tensor, of a large one each block of rows, has draws of its own, so that the order of reading changes
+        nothing.
 
     Returns
     -------
@@ -159,14 +162,15 @@ def dare(deltas: Sequence[StateDelta], drop: float = 0.9, scaling: float = 0.3, 
     if not 0 <= drop < 1:
         raise ValueError(f"drop: in [0, 1), got {drop}")
 
-    def thinned(name: str, values: list[Tensor]) -> Tensor:
+    def thinned(values: list[Tensor], name: str, rows: slice) -> Tensor:
         kept = []
         for number, value in enumerate(values):
-            stays = torch.rand(value.shape, generator=generator_for(random_state, number, name)) >= drop
+            what = (number, name, rows.start) if rows.start else (number, name)
+            stays = torch.rand(value.shape, generator=generator_for(random_state, *what)) >= drop
             kept.append(value * stays.to(value.device))
         return scaling / (1 - drop) * sum_of(kept)
 
-    return _each(deltas, thinned)
+    return _elementwise(deltas, thinned)
 
 
 def tsv_merge(deltas: Sequence[StateDelta], scaling: float = 1.0) -> StateDelta:
@@ -323,7 +327,7 @@ def magnitude_of_share(delta: StateDelta, share: float) -> float:
 def _counts(delta: StateDelta, upper: int | None) -> Tensor:
     """How many magnitudes have each upper half of bits, or each lower half beside the upper one given."""
     counts = torch.zeros(1 << _BITS, dtype=torch.int64)
-    for value in delta.values():
+    for value in (block for name in delta for block in delta.blocks(name)):
         bits = value.float().abs().flatten().view(torch.int32)
         bits = bits >> _BITS if upper is None else bits[bits >> _BITS == upper] & ((1 << _BITS) - 1)
         counts += torch.bincount(bits, minlength=1 << _BITS).cpu()
@@ -371,8 +375,27 @@ def _matrices(deltas: Sequence[StateDelta], merge: Callable[[list[Matrix]], Matr
     return _each(deltas, combine)
 
 
+def _elementwise(deltas: Sequence[StateDelta], combine: Callable[[list[Tensor], str, slice], Tensor]) -> StateDelta:
+    """`combine(blocks, name, rows)` of every block of rows, when it is asked for."""
+    shapes = _shapes(deltas)
+
+    def block(name: str, rows: slice) -> Tensor:
+        return combine([delta.block(name, rows) for delta in deltas], name, rows)
+
+    def whole(name: str) -> Tensor:
+        parts = [block(name, rows) for rows in row_slices(shapes[name])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return StateDelta(shapes, whole, block=block)
+
+
 def _each(deltas: Sequence[StateDelta], combine: Callable[[str, list[Tensor]], Tensor]) -> StateDelta:
     """`combine(name, tensors)` of every tensor, when it is asked for."""
+    return StateDelta(_shapes(deltas), lambda name: combine(name, [delta[name] for delta in deltas]))
+
+
+def _shapes(deltas: Sequence[StateDelta]) -> dict[str, torch.Size]:
+    """Those of all; ValueError where they differ."""
     if not deltas:
         raise ValueError("deltas: at least one is needed")
     for number, delta in enumerate(deltas[1:], 1):
@@ -383,4 +406,4 @@ def _each(deltas: Sequence[StateDelta], combine: Callable[[str, list[Tensor]], T
                 if delta.shapes.get(name) != deltas[0].shapes.get(name)
             )
             raise ValueError(f"deltas: number {number} has other tensors than the first: {', '.join(differing[:5])}")
-    return StateDelta(deltas[0].shapes, lambda name: combine(name, [delta[name] for delta in deltas]))
+    return deltas[0].shapes
