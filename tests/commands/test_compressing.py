@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from subspan import cli
-from subspan.models import StoredWeights, load_factored, write_weights
+from subspan.models import StoredWeights, load_factored, text_perplexity, token_sequences, write_weights
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -32,8 +32,18 @@ def folder(tmp_path, monkeypatch):
 
 
 def ran(capsys, *arguments):
-    assert cli.run(["compress", "model", "--tokens", "16", "--text", "texts.txt", "--json", *arguments]) == 0
+    options = ["--tokens", "16", "--sequences", "8", "--text", "texts.txt", "--json"]
+    assert cli.run(["compress", "model", *options, *arguments]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def whole_model(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+
+
+def sequences(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    return token_sequences(tokenizer, (folder / "texts.txt").read_text().splitlines(), length=16)
 
 
 @pytest.mark.parametrize("solver", ["procrustes", "svd", "round"])
@@ -56,6 +66,10 @@ def test_the_checkpoint_loads_in_transformers_and_the_factors_give_the_same(fold
     assert len(StoredWeights("small")) == len(StoredWeights("model"))
     assert json.loads((folder / "small" / "compress.json").read_text())["solver"] == solver
     assert solver in (folder / "small" / "README.md").read_text()
+    assert "Layer by layer" in (folder / "small" / "report.html").read_text()
+    held = [{"input_ids": batch["input_ids"]} for batch in sequences(folder)][8:24]
+    for name, network in (("perplexity_after", small), ("perplexity_before", whole_model(folder))):
+        assert found[name] == pytest.approx(text_perplexity(network, held), rel=1e-4)
 
 
 def test_a_plan_writes_nothing(folder, capsys):

@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import gzip
 import hashlib
-import html.parser
 import json
 import re
 from typing import Any
@@ -14,39 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from page_elements import NASTY, Elements
 from subspan.commands import describe
 from subspan.datasets import Rows
 from subspan.report import render
 from subspan.report.pieces import card_of, percent
-
-NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028 ☃"
-
-
-class Elements(html.parser.HTMLParser):
-    """Every element with its attributes, and the text of each script."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.open: list[str] = []
-        self.unbalanced: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img", "br"):
-            self.open.append(tag)
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            self.unbalanced.append(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "script":
-            self.scripts[-1] += data
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,7 @@ def merge(
         if not path.is_dir():
             raise ValueError(f"{name}: {str(path)!r} is not a folder")
     from subspan.commands.merging import Merge, overlap_facts
+    from subspan.report import render_merge
 
     options = {
         "scaling": scaling, "density": density, "drop": drop, "common_share": common_share, "random_state": seed,
@@ -76,7 +77,10 @@ def merge(
                 rows = job.overlaps(progress)
                 facts |= overlap_facts(rows)
             if output is not None:
-                facts |= {**job.run(output, progress), "output": str(output)}
+                facts |= {
+                    **job.run(output, progress, lambda made: render_merge({**made, "overlaps": rows})),
+                    "output": str(output),
+                }
     if as_json:
         print_json({**facts, "overlaps": rows})
         return

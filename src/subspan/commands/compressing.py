@@ -5,22 +5,33 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from subspan.base import Progress, require
 from subspan.base.files import temporary_folder, write_text
 from subspan.datasets import read_texts, stdlib_docstrings
-from subspan.models import StoredWeights, linear_names, linear_weight, save_factored, write_weights
+from subspan.models import (
+    StoredWeights,
+    linear_names,
+    linear_weight,
+    save_factored,
+    text_perplexity,
+    token_sequences,
+    write_weights,
+)
 from subspan.weights import CoSpaDi, factorise
 
 from .checkpoint_folders import ChangedWeights, copy_companions, load_checkpoint
 
+_HELD = 16
 _FACTORED = ("procrustes", "ksvd", "mod", "rocket", "svd")
 
 
@@ -37,7 +48,8 @@ class Compression:
     text
         File of calibration texts; None: docstrings of Python's standard library.
     sequences, tokens
-        Calibration sequences at most, and tokens of each.
+        Calibration sequences at most, and tokens of each. The sixteen that follow in the text, as far as it goes, are
+        held out: of a causal model the perplexity on them is measured before and after.
     """
 
     folder: Path
@@ -67,18 +79,32 @@ class Compression:
             "estimated_seconds": unit * sum(map(_work, weights)),
         }
 
-    def run(self, output: Path, progress: Progress) -> dict[str, Any]:
+    def run(
+        self, output: Path, progress: Progress, page: Callable[[dict[str, Any]], str] | None = None
+    ) -> dict[str, Any]:
         """Write the checkpoint with dense weights, its factored layers beside them, a table of layers and a card.
 
-        Where the process is killed, the same call goes on after the layers that are done.
+        page: makes a report (HTML) of the facts, which is put beside them. Where the process is killed, the same call
+        goes on after the layers that are done.
         """
+        started = time.perf_counter()
         model = load_checkpoint(self.folder)
         job = CoSpaDi(self.ratio, self.solver, self.allocation, exclude=self.exclude)
         with temporary_folder(output, exclusive=True, resumable=True) as unfinished:
             keep = unfinished / "layers"
             keep.mkdir(exist_ok=True)
-            job.fit(model, list(self._batches()), keep=keep, progress=progress)
-            changed = ChangedWeights(StoredWeights(self.folder), job.dense_weights(model))
+            calibration, held = self._sequences()
+            before = self._perplexity(model, held)
+            job.fit(model, calibration, keep=keep, progress=progress)
+            dense = job.dense_weights(model)
+            changed = ChangedWeights(StoredWeights(self.folder), dense)
+            surgery = job.apply_(model) if self.solver in _FACTORED else None
+            factored = unfinished / "factored.safetensors"
+            if surgery is not None:
+                save_factored(model, factored)
+                surgery.undo()
+            if before is not None:
+                model.load_state_dict(dense, strict=False)
             rows = [asdict(layer) for layer in job.report_]
             facts = {
                 "solver": self.solver,
@@ -86,19 +112,33 @@ class Compression:
                 "allocation": self.allocation,
                 "calibration": "docstrings" if self.text is None else self.text.name,
                 "base": self.folder.name,
+                "sequences": len(calibration),
+                "tokens": self.tokens,
                 "saved": job.saved(),
                 "mean_error": sum(layer.error for layer in job.report_) / len(rows),
+                "megabytes_before": sum(layer.dense_bits for layer in job.report_) / 8e6,
+                "megabytes_after": sum(layer.bits for layer in job.report_) / 8e6,
+                "held_sequences": len(held),
+                "perplexity_before": before,
+                "perplexity_after": self._perplexity(model, held),
+                "left_out": len(job.left_out_),
             }
 
             def finish(made: Path) -> None:
                 copy_companions(self.folder, made)
-                if self.solver in _FACTORED:
+                if surgery is not None:
                     (made / "factored").mkdir()
-                    surgery = job.apply_(model)
-                    save_factored(model, made / "factored" / "layers.safetensors")
-                    surgery.undo()
+                    factored.replace(made / "factored" / "layers.safetensors")
                 write_text(made / "compress.json", json.dumps({**facts, "layers": rows}, indent=2) + "\n")
                 write_text(made / "README.md", _card(facts))
+                if page is not None:
+                    about = {
+                        "seconds": time.perf_counter() - started,
+                        "seed": job.random_state,
+                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                        "versions": {name: version(name) for name in ("subspan", "torch", "transformers")},
+                    }
+                    write_text(made / "report.html", page({**facts, **about, "layers": rows}))
 
             made = unfinished / "made"
             shutil.rmtree(made, ignore_errors=True)
@@ -106,22 +146,21 @@ class Compression:
             made.replace(output)
         return {**facts, "layers": rows}
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """Calibration sequences of whole length, one a batch."""
+    def _sequences(self) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+        """Sequences to calibrate on, and those that follow."""
         transformers = require("transformers", extra="llm")
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         texts = read_texts(self.text).texts if self.text else [each.text for each in stdlib_docstrings()]
-        left: list[int] = []
-        made = 0
-        for text in texts:
-            left += tokenizer(text + "\n\n", add_special_tokens=False)["input_ids"]
-            while len(left) >= self.tokens and made < self.sequences:
-                yield {"input_ids": torch.tensor([left[: self.tokens]])}
-                left, made = left[self.tokens :], made + 1
-            if made == self.sequences:
-                return
-        if not made:
-            raise ValueError(f"--text: {len(left)} tokens are too few; a sequence has {self.tokens}")
+        every = token_sequences(tokenizer, texts, length=self.tokens)
+        calibration = list(islice(every, self.sequences))
+        if not calibration:
+            raise ValueError(f"--text: has too few tokens for one sequence of {self.tokens}")
+        return calibration, list(islice(every, _HELD))
+
+    def _perplexity(self, model: Any, held: list[dict[str, Tensor]]) -> float | None:
+        """On the sequences that are held out; None without any, and for models that predict no next token."""
+        causal = model.get_output_embeddings() is not None and not getattr(model.config, "is_encoder_decoder", False)
+        return text_perplexity(model, held) if held and causal else None
 
 
 def _work(weight: Tensor) -> float:

@@ -8,6 +8,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from subspan.base import Progress
 from subspan.base.files import write_text
 from subspan.geometry import expected_overlap
 from subspan.models import StateDelta, StoredWeights, write_weights
+from subspan.models.weight_files import BLOCK
 from subspan.weights import average, dare, iso_c, iso_cts, task_arithmetic, ties, tsv_merge
 
 from .checkpoint_folders import copy_companions, stamp
@@ -80,11 +83,11 @@ class Merge:
         with _naming(path):
             delta = StateDelta.between(StoredWeights(self.base), StoredWeights(path))
 
-        def compute(name: str) -> torch.Tensor:
+        def block(name: str, rows: slice = slice(None)) -> torch.Tensor:
             with _naming(path):
-                return delta[name]
+                return delta.block(name, rows)
 
-        return StateDelta(delta.shapes, compute)
+        return StateDelta(delta.shapes, block, block=block)
 
     def plan(self) -> dict[str, Any]:
         """What would be read, written and held, and about how long it takes."""
@@ -106,8 +109,9 @@ class Merge:
             "numbers": sum(sizes.values()) // 4,
             "written_megabytes": _bytes(StoredWeights(self.base)) / 1e6,
             "largest_tensor": largest,
-            # What is computed with, and the shard that is being filled.
-            "held_megabytes": ((len(deltas) + 3) * sizes[largest] + min(_SHARD, _bytes(StoredWeights(self.base))))
+            # Of a large tensor some rows at a time, but where it is decomposed.
+            "held_megabytes": (len(deltas) + 3)
+            * min(sizes[largest], 4 * BLOCK if self.method not in _DECOMPOSED else sizes[largest])
             / 1e6,
             "estimated_seconds": seconds,
         }
@@ -148,19 +152,24 @@ class Merge:
                 )
         return sorted(rows, key=lambda row: row["by_chance"] - row["overlap"])
 
-    def run(self, output: Path, progress: Progress) -> dict[str, Any]:
+    def run(
+        self, output: Path, progress: Progress, page: Callable[[dict[str, Any]], str] | None = None
+    ) -> dict[str, Any]:
         """Write the merged checkpoint: weights, what stands beside the base's, and a model card.
 
-        Where the process is killed, the same call goes on after the shards that are written.
+        page: makes a report (HTML) of the facts, which is put beside them. Where the process is killed, the same call
+        goes on after the shards that are written.
         """
+        started = time.perf_counter()
         deltas = self.deltas()
         chosen = {name: value for name, value in self.options.items() if value is not None}
         merged = METHODS[self.method](deltas, **chosen)
-        total = len(merged)
-        done = iter(range(total))
+        begun = dict.fromkeys(merged, False)
 
         def noted(name: str, value: torch.Tensor) -> torch.Tensor:
-            progress(f"merging {name}", next(done, total) / total)
+            if not begun[name]:
+                progress(f"merging {name}", sum(begun.values()) / len(begun))
+                begun[name] = True
             return value
 
         facts = {"method": self.method, **chosen, "base": self.base.name, "experts": [p.name for p in self.experts]}
@@ -169,16 +178,27 @@ class Merge:
             copy_companions(self.base, folder)
             write_text(folder / "merge.json", json.dumps(facts, indent=2) + "\n")
             write_text(folder / "README.md", _card(facts))
+            if page is not None:
+                about = {
+                    "options": chosen,
+                    "tensors": len(merged),
+                    "megabytes": _bytes(StoredWeights(folder)) / 1e6,
+                    "seconds": time.perf_counter() - started,
+                    "seed": chosen.get("random_state", 0),
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "versions": {name: version(name) for name in ("subspan", "torch")},
+                }
+                write_text(folder / "report.html", page({**facts, **about}))
 
         stamps = [f"{path.resolve()} {stamp(path)}" for path in (self.base, *self.experts)]
         write_weights(
-            merged.map(noted).added_to(StoredWeights(self.base)),
+            merged.map(noted, elementwise=True).added_to(StoredWeights(self.base)),
             output,
             shard_bytes=_SHARD,
             resume=json.dumps([facts, stamps]),
             finish=finish,
         )
-        return {"tensors": total, "megabytes": _bytes(StoredWeights(output)) / 1e6}
+        return {"tensors": len(merged), "megabytes": _bytes(StoredWeights(output)) / 1e6}
 
 
 @contextlib.contextmanager

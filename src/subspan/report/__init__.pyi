@@ -1,5 +1,6 @@
+from .checkpoint_pages import render_compression, render_merge
 from .clusters_page import render_clusters
 from .page import render
 from .upgrade_page import render_upgrade
 
-__all__ = ["render", "render_clusters", "render_upgrade"]
+__all__ = ["render", "render_clusters", "render_compression", "render_merge", "render_upgrade"]

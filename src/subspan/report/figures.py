@@ -6,6 +6,7 @@ Colours are roles ("first", "second", …), which the page turns into the colour
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -398,5 +399,57 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
             "shapes": [shape],
             # At the right, below the line: the first points of the curves lie at the left.
             "annotations": [words | {"x": 1, "xanchor": "right", "yanchor": "top"}],
+        },
+    }
+
+
+def layer_error_figure(errors: Mapping[str, Mapping[int, float]]) -> Figure:
+    """Errors of layers, a row a kind and a column a block."""
+    blocks = sorted({block for row in errors.values() for block in row})
+    kinds = list(errors)
+    return {
+        "data": [
+            {
+                "type": "heatmap",
+                "x": [str(block) for block in blocks],
+                "y": [escape(kind) for kind in kinds],
+                "z": [[errors[kind].get(block) for block in blocks] for kind in kinds],
+                "colorscale": "sequential",
+                "hoverinfo": "text",
+                "hovertext": [
+                    [
+                        f"{escape(kind)}, block {block}: {errors[kind][block]:.3f}" if block in errors[kind] else ""
+                        for block in blocks
+                    ]
+                    for kind in kinds
+                ],
+                "zmin": 0,
+                "zmax": max(value for row in errors.values() for value in row.values()),
+                "xgap": 1,
+                "ygap": 1,
+                "colorbar": {"thickness": 12, "outlinewidth": 0},
+            }
+        ],
+        "layout": {
+            "xaxis": {"title": {"text": "block"}, "showgrid": False, "zeroline": False, "type": "category"},
+            "yaxis": {"showgrid": False, "zeroline": False, "autorange": "reversed", "type": "category"},
+            "height": 150 + 30 * len(kinds),
+        },
+    }
+
+
+def overlap_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Overlaps of updates beside what chance gives, matrices in falling order."""
+    place = list(range(1, len(rows) + 1))
+    ordered = sorted(rows, key=lambda row: -row["overlap"])
+    names = [escape(row["tensor"]) for row in ordered]
+    return {
+        "data": [
+            _line(place, [row["overlap"] for row in ordered], "the experts' updates", "first", text=names),
+            _line(place, [row["by_chance"] for row in ordered], "random directions", "second", text=names),
+        ],
+        "layout": {
+            "xaxis": {"title": {"text": "matrices, the most overlapping first"}},
+            "yaxis": {"title": {"text": "overlap"}, "range": [0, 1.04]},
         },
     }
