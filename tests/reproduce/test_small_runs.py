@@ -14,6 +14,8 @@ from torch import nn
 
 pytest.importorskip("lightning", reason="protocols train with Lightning (extra: train)")
 
+import itertools
+
 from subspan.datasets import attributed_block_model
 from subspan.models import SentenceEncoder
 from subspan.reproduce import Table
@@ -191,6 +193,28 @@ def safety_subspaces(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Setting(2, 40, 4, 3e-3, 8, (0.25,), ("same",), 2, 1))
 
 
+def cospadi(module: Any, patch: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
+    encoder = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes)).eval()
+    drawn = torch.randint(40, (80, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    texts = [" ".join(f"w{i}" for i in row) for row in drawn]
+    pairs = [{"sentence1": a, "sentence2": b, "score": i % 5} for i, (a, b) in enumerate(itertools.pairwise(texts))]
+    text = " ".join(texts)
+    data = {"wikitext2": {"train": text, "test": text}, "stsb": {"train": pairs, "test": pairs}}
+    patch(module, "load_language_model", lambda name: (language, tokenizer))
+    patch(module, "load_sentence_encoder", lambda: (encoder, tokenizer))
+    patch(module, "is_available", lambda name: True)
+    patch(module, "load", data.__getitem__)
+    patch(module, "QUICK", module.Sizes(8, 2, 48, (0.3,), (0.3,), 48, 20, None, None, 1, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -204,6 +228,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
+    cospadi: {"lower errors than whitened SVD", "data are needed"},
 }
 
 
