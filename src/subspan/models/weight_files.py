@@ -62,6 +62,9 @@ class StoredWeights(Mapping[str, Tensor]):
         with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
             return stored.get_tensor(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.files  # a mapping's own way is to read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
 

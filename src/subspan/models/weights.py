@@ -128,6 +128,9 @@ class StateDelta(Mapping[str, Tensor]):
             raise ValueError(f"delta: {name!r} contains NaN or infinity")
         return value
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
@@ -327,6 +330,9 @@ class _Sum(RowBlocks):
             rows = slice(start, start + len(block)) if block.ndim else None
             yield _added(_stored(self._weights, name, rows).detach(), block)
             start += len(block) if block.ndim else 0
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
