@@ -199,7 +199,7 @@ def cospadi(module: Any, patch: Any) -> None:
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(40)}, unk_token="w0"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="w0")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     language = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=40, **sizes)).eval()
     encoder = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes)).eval()
@@ -212,7 +212,7 @@ def cospadi(module: Any, patch: Any) -> None:
     patch(module, "load_sentence_encoder", lambda: (encoder, tokenizer))
     patch(module, "is_available", lambda name: True)
     patch(module, "load", data.__getitem__)
-    patch(module, "QUICK", module.Sizes(8, 2, 48, (0.3,), (0.3,), 48, 20, None, None, 1, 1))
+    patch(module, "QUICK", module.Sizes(8, 2, 48, (0.3,), (0.3,), 48, 20, 1, 1, 1, 1))
 
 
 # Checks that hold on the planted data, whatever the seed.

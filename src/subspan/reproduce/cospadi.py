@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from subspan.datasets import is_available, load, load_language_model, load_sentence_encoder, stdlib_docstrings
-from subspan.geometry import random_basis
+from subspan.geometry.grassmann import random_basis
 from subspan.models import (
     LowRankLinear,
     SentenceEncoder,
