@@ -190,7 +190,7 @@ def safety_subspaces(module: Any, patch: Any) -> None:
     data = module.Material("planted", (asked[:30], asked[30:]), (asked[::-1], asked), (sums[:30], sums[30:]))
     patch(module, "load_language_model", lambda name: (model, tokenizer))
     patch(module, "material", lambda: data)
-    patch(module, "QUICK", module.Setting(2, 40, 4, 3e-3, 8, (0.25,), ("same",), 2, 1))
+    patch(module, "QUICK", module.Setting(2, 30, 40, 4, 3e-3, 8, (0.25,), ("same",), 2, 1))
 
 
 def cospadi(module: Any, patch: Any) -> None:
