@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from .auditing import audit
 from .clustering import cluster
 from .compressing import compress
 from .describing import report
@@ -32,7 +33,7 @@ models = typer.Typer(help="Pretrained models that are installed as packages.", n
 cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
-for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn):
+for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn, audit):
     app.command()(verb)
 app.command("list")(list_systems)
 app.command()(reproduce)

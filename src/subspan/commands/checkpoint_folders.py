@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from subspan.base import require
+from subspan.base.reading import quoted, read_json
 from subspan.datasets.pretrained import without_progress_bars
-from subspan.models import StoredWeights
+from subspan.models import StateDelta, StoredWeights
 
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 
@@ -71,3 +73,57 @@ class ChangedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
+
+
+@contextlib.contextmanager
+def naming(path: Path, base: Path) -> Iterator[None]:
+    """What is wrong is said of the checkpoint."""
+    try:
+        yield
+    except ValueError as error:
+        reason = str(error).removeprefix("base, tuned: ").removeprefix("path: ").removeprefix("delta: ")
+        reason = reason.partition("; strict=False")[0].replace("only in base:", f"only in {base.name}:")
+        raise ValueError(f"{path}: {reason.replace('only in tuned:', f'only in {path.name}:')}") from None
+
+
+def update_between(base: Path, path: Path) -> StateDelta:
+    """The update from `base` to `path`, read tensor by tensor.
+
+    Raises ValueError that names `path`, now or when a tensor is read, where it is none of this base.
+    """
+    with naming(path, base):
+        delta = StateDelta.between(StoredWeights(base), StoredWeights(path))
+
+    def block(name: str, rows: slice = slice(None)) -> Tensor:
+        with naming(path, base):
+            return delta.block(name, rows)
+
+    return StateDelta(delta.shapes, block, block=block)
+
+
+def stored_bytes(weights: StoredWeights) -> int:
+    """Size of a checkpoint's files."""
+    return sum(file.stat().st_size for file in set(weights.files.values()))
+
+
+def check_tokenizer(base: Path, path: Path) -> None:
+    """Raise ValueError where both have a tokenizer and the two are not the same. Those of no file are not compared."""
+    files = [folder / "tokenizer.json" for folder in (base, path)]
+    if not all(file.is_file() for file in files):
+        return
+    first, second = (_tokens(read_json(file)) for file in files)
+    if first == second:
+        return
+    other = [text for text in first if first[text] != second.get(text)] or [
+        each for each in second if each not in first
+    ]
+    raise ValueError(f"{path}: has another tokenizer than {base}, such as for {quoted(other[0])}")
+
+
+def _tokens(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Token → id, of the vocabulary and what was added to it; and each merge → its place."""
+    model = tokenizer.get("model") or {}
+    vocabulary, merges = model.get("vocab") or {}, model.get("merges") or []
+    found = dict(vocabulary) if isinstance(vocabulary, dict) else {str(row): i for i, row in enumerate(vocabulary)}
+    found |= {f"merge {each}": place for place, each in enumerate(merges)}
+    return found | {each["content"]: each["id"] for each in tokenizer.get("added_tokens") or []}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from subspan.models import StateDelta, StoredWeights, write_weights
 from subspan.models.weight_files import BLOCK
 from subspan.weights import average, dare, iso_c, iso_cts, task_arithmetic, ties, tsv_merge
 
-from .checkpoint_folders import copy_companions, stamp
+from .checkpoint_folders import copy_companions, stamp, stored_bytes, update_between
 
 METHODS: dict[str, Callable[..., StateDelta]] = {
     "average": average,
@@ -75,19 +74,9 @@ class Merge:
                 flag = "--seed" if name == "random_state" else f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: {self.method} has no such option; it is for {', '.join(_OPTIONS[name])}")
 
-    def deltas(self) -> list[Any]:
+    def deltas(self) -> list[StateDelta]:
         """The update of every expert. Raises ValueError, naming the expert, where it is none of this base."""
-        return [self._delta(path) for path in self.experts]
-
-    def _delta(self, path: Path) -> Any:
-        with _naming(path):
-            delta = StateDelta.between(StoredWeights(self.base), StoredWeights(path))
-
-        def block(name: str, rows: slice = slice(None)) -> torch.Tensor:
-            with _naming(path):
-                return delta.block(name, rows)
-
-        return StateDelta(delta.shapes, block, block=block)
+        return [update_between(self.base, path) for path in self.experts]
 
     def plan(self) -> dict[str, Any]:
         """What would be read, written and held, and about how long it takes."""
@@ -107,7 +96,7 @@ class Merge:
             "method": self.method,
             "tensors": len(shapes),
             "numbers": sum(sizes.values()) // 4,
-            "written_megabytes": _bytes(StoredWeights(self.base)) / 1e6,
+            "written_megabytes": stored_bytes(StoredWeights(self.base)) / 1e6,
             "largest_tensor": largest,
             # Of a large tensor some rows at a time, but where it is decomposed.
             "held_megabytes": (len(deltas) + 3)
@@ -198,17 +187,7 @@ class Merge:
             resume=json.dumps([facts, stamps]),
             finish=finish,
         )
-        return {"tensors": len(merged), "megabytes": _bytes(StoredWeights(output)) / 1e6}
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What is wrong is said of the expert."""
-    try:
-        yield
-    except ValueError as error:
-        reason = str(error).removeprefix("base, tuned: ").removeprefix("path: ").removeprefix("delta: ")
-        raise ValueError(f"{path}: {reason}") from None
+        return {"tensors": len(merged), "megabytes": stored_bytes(StoredWeights(output)) / 1e6}
 
 
 def overlap_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -221,10 +200,6 @@ def overlap_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "by_chance_median": float(np.median([row["by_chance"] for row in rows])),
         "above_twice_chance": sum(row["overlap"] > 2 * row["by_chance"] for row in rows),
     }
-
-
-def _bytes(weights: StoredWeights) -> int:
-    return sum(file.stat().st_size for file in set(weights.files.values()))
 
 
 def _card(facts: Mapping[str, Any]) -> str:

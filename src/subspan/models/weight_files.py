@@ -27,6 +27,7 @@ _TYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _PROBLEM = "is not a readable safetensors file"
 
 
@@ -120,6 +121,11 @@ def _files(path: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if path.is_dir():
         found = sorted(path.glob(f"*{_INDEX}")) or sorted(path.glob("*.safetensors"))
+        pickled = [file.name for suffix in _PICKLED for file in sorted(path.glob(f"*{suffix}"))]
+        if not found and pickled:
+            raise ValueError(
+                f"path: {str(path)!r} has pickled weights ({pickled[0]}), which are not read; safetensors are"
+            )
         if len(found) != 1:
             raise ValueError(f"path: {str(path)!r} has {len(found)} safetensors files or indexes, one is needed")
         path = found[0]

@@ -4,6 +4,7 @@ from .convergent_learning import ConvergentLearning
 from .rate_profile import LayerRate, rate_profile
 from .safety_subspaces import SubspaceAudit
 from .unit_matches import Matching, SparsePrediction, UnitGroup, layer_moments, mean_agreement
+from .update_comparison import Estimate, HeldUpdate, PairedUpdates, UpdateComparison, compare_updates
 from .update_geometry import (
     Overlap,
     ProjectedUpdate,
@@ -18,9 +19,12 @@ __all__ = [
     "Change",
     "ChoiceAccuracy",
     "ConvergentLearning",
+    "Estimate",
+    "HeldUpdate",
     "LayerRate",
     "Matching",
     "Overlap",
+    "PairedUpdates",
     "ProjectedUpdate",
     "Reading",
     "RefusalRate",
@@ -29,7 +33,9 @@ __all__ = [
     "SubspaceAudit",
     "TargetLikelihood",
     "UnitGroup",
+    "UpdateComparison",
     "activation_overlap",
+    "compare_updates",
     "layer_moments",
     "mean_agreement",
     "projected_update",

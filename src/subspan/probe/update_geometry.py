@@ -81,7 +81,7 @@ def weight_subspaces(
         whole = value if isinstance(value, Subspace) else main_subspace(value, ALL)
         if whole is None:
             continue
-        k, generator = _kept(whole, rank), generator_for(random_state, kind, name)
+        k, generator = kept_rank(whole, rank), generator_for(random_state, kind, name)
         if kind == "topk":
             found[name] = whole.truncate(k)
         elif kind == "randomk":
@@ -94,7 +94,7 @@ def weight_subspaces(
     return SubspaceMap(found)
 
 
-def _kept(whole: Subspace, rank: Any) -> int:
+def kept_rank(whole: Subspace, rank: Any) -> int:
     """How many of all directions of an update a `rank=` stands for."""
     if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
         return min(rank, whole.dim)
@@ -288,18 +288,24 @@ def subspace_overlaps(
     return rows
 
 
+def numbered_layer(name: str) -> str | None:
+    """The numbered layer that a tensor belongs to by its name, such as "model.layers.3"; None where there is none."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    return None if found is None else found[0]
+
+
 def _layer(name: str, shape: Sequence[int]) -> str:
     """The numbered layer of a tensor and its columns; tensors of no layer stand by themselves."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.)", name)
+    found = numbered_layer(name)
     columns = math.prod(shape[1:]) if len(shape) > 1 else 1
-    return name if found is None else f"{found[0]}, {columns} column{'s' * (columns != 1)}"
+    return name if found is None else f"{found}, {columns} column{'s' * (columns != 1)}"
 
 
 def _overlaps(
     name: str, a: Subspace, b: Subspace, rules: Sequence[EnergyRank], centred: bool = False
 ) -> Iterator[Overlap]:
     for rule in rules:
-        first, second = a.truncate(_kept(a, rule)), b.truncate(_kept(b, rule))
+        first, second = a.truncate(kept_rank(a, rule)), b.truncate(kept_rank(b, rule))
         chance = expected_overlap(first.dim, second.dim, a.ambient_dim)
         yield Overlap(name, rule.ratio, (first.dim, second.dim), float(first.overlap(second)), chance, centred)
 

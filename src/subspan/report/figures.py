@@ -19,10 +19,11 @@ SUBSET_NAMES = {
     "random": "random",
 }
 _DASHES = {"first": "solid", "second": "dash", "third": "dot", "fourth": "dashdot"}
-_MARKERS = {"first": "circle", "second": "square", "third": "diamond", "fourth": "triangle-up"}
+MARKERS = {"first": "circle", "second": "square", "third": "diamond", "fourth": "triangle-up"}
 
 
-def _line(x: list[Any], y: list[Any], name: str, role: str, *, markers: bool = False, **trace: Any) -> dict[str, Any]:
+def line(x: list[Any], y: list[Any], name: str, role: str, *, markers: bool = False, **trace: Any) -> dict[str, Any]:
+    """A line in the colour and dash of a role, with its marker."""
     return {
         "type": "scatter",
         "mode": "lines+markers" if markers else "lines",
@@ -30,19 +31,19 @@ def _line(x: list[Any], y: list[Any], name: str, role: str, *, markers: bool = F
         "y": y,
         "name": escape(name),
         "line": {"color": role, "dash": _DASHES[role], "width": 2.5},
-        "marker": {"color": role, "symbol": _MARKERS[role], "size": 9},
+        "marker": {"color": role, "symbol": MARKERS[role], "size": 9},
         **trace,
     }
 
 
 def _steps(edges: list[float], heights: list[float], name: str, role: str) -> dict[str, Any]:
     """A histogram as an outline: two of them stay readable on top of each other."""
-    return _line([*edges], [*heights, heights[-1]], name, role, fill="tozeroy", fillcolor=f"{role}-faint") | {
+    return line([*edges], [*heights, heights[-1]], name, role, fill="tozeroy", fillcolor=f"{role}-faint") | {
         "line": {"color": role, "dash": _DASHES[role], "width": 2, "shape": "hv"}
     }
 
 
-def _rule(value: float, text: str, *, axis: str, role: str = "muted", side: str = "left") -> tuple[Figure, Figure]:
+def rule(value: float, text: str, *, axis: str, role: str = "muted", side: str = "left") -> tuple[Figure, Figure]:
     """A straight line across the plot at `value` of an axis, and its words."""
     along, across = ("y", "x") if axis == "x" else ("x", "y")
     shape = {
@@ -89,18 +90,18 @@ def contents_figure(facts: dict[str, Any]) -> Figure:
 def spectrum_figure(facts: dict[str, Any]) -> Figure:
     """Variance along each principal direction, with the edge of noise and the ranks."""
     values = [value for value in facts["variances"] if value > facts["variances"][0] * 1e-10]
-    edge, words = _rule(facts["noise_edge"], "edge of pure noise", axis="y")
+    edge, words = rule(facts["noise_edge"], "edge of pure noise", axis="y")
     words["y"] = math.log10(facts["noise_edge"])
     shapes, annotations = [edge], [words]
     marked = {"effective": "effective rank", "95% of the variance": "95 % of the variance"}
     for position, (key, label) in enumerate(marked.items()):
         rank = facts["ranks"][key]
-        line, text = _rule(rank, f"{label}: {rank}", axis="x", side="right" if rank > len(values) / 3 else "left")
+        mark, text = rule(rank, f"{label}: {rank}", axis="x", side="right" if rank > len(values) / 3 else "left")
         text["x"], text["y"] = math.log10(rank), 1 - 0.09 * position
-        shapes.append(line)
+        shapes.append(mark)
         annotations.append(text)
     return {
-        "data": [_line(list(range(1, len(values) + 1)), values, "variance", "first")],
+        "data": [line(list(range(1, len(values) + 1)), values, "variance", "first")],
         "layout": {
             "xaxis": {"title": {"text": "principal direction"}, "type": "log", "dtick": 1},
             "yaxis": {"title": {"text": "variance"}, "type": "log", "exponentformat": "power", "dtick": 1},
@@ -130,7 +131,7 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
     for key, (name, role) in names.items():
         curve = facts["curves"][key]
         data.append(
-            _line(
+            line(
                 [point["dims"] for point in curve],
                 [point["recall"] for point in curve],
                 name,
@@ -139,7 +140,7 @@ def shortening_figure(facts: dict[str, Any]) -> Figure:
                 error_y=_intervals(curve, "recall", role),
             )
         )
-    shape, words = _rule(0.95, "95 %", axis="y")
+    shape, words = rule(0.95, "95 %", axis="y")
     return {
         "data": data,
         "layout": {
@@ -162,7 +163,7 @@ def outlier_figure(facts: dict[str, Any]) -> Figure:
     histogram = facts["histogram"]
     shapes, annotations = [], []
     if facts["fence"] < histogram["edges"][-1]:
-        shape, words = _rule(facts["fence"], "fence ", axis="x", side="right")
+        shape, words = rule(facts["fence"], "fence ", axis="x", side="right")
         shapes, annotations = [shape], [words]
     return {
         "data": [_steps(histogram["edges"], histogram["counts"], "rows", "first")],
@@ -181,7 +182,7 @@ def subset_figure(facts: dict[str, Any]) -> Figure:
     shares = [percent / 100 for percent in range(101)]
     return {
         "data": [
-            _line(facts["methods"][key]["distance_curve"], shares, name, role)
+            line(facts["methods"][key]["distance_curve"], shares, name, role)
             for (key, name), role in zip(SUBSET_NAMES.items(), _DASHES)
         ],
         "layout": {
@@ -299,7 +300,7 @@ def retrieval_figure(facts: dict[str, Any]) -> Figure:
                 "x": values,
                 "y": [row + 0.18 * (1 - position) for row in range(len(names))],
                 "name": text,
-                "marker": {"color": role, "symbol": _MARKERS[role], "size": 11},
+                "marker": {"color": role, "symbol": MARKERS[role], "size": 11},
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
@@ -322,11 +323,11 @@ def retrieval_figure(facts: dict[str, Any]) -> Figure:
 def canonical_figure(facts: dict[str, Any]) -> Figure:
     """Held-out correlations of the canonical pairs."""
     correlations = facts["canonical_correlations"]
-    shape, words = _rule(facts["shared_dimensions"]["correlation_above"], "counts as shared", axis="y")
+    shape, words = rule(facts["shared_dimensions"]["correlation_above"], "counts as shared", axis="y")
     # Of unrelated directions 19 in 20 correlate by less on as many rows.
-    by_chance, chance_words = _rule(2 / facts["rows_held_out"] ** 0.5, "chance", axis="y")
+    by_chance, chance_words = rule(2 / facts["rows_held_out"] ** 0.5, "chance", axis="y")
     return {
-        "data": [_line(list(range(1, len(correlations) + 1)), correlations, "correlation", "first")],
+        "data": [line(list(range(1, len(correlations) + 1)), correlations, "correlation", "first")],
         "layout": {
             "xaxis": {"title": {"text": "canonical pair"}},
             "yaxis": {"title": {"text": "correlation on held-out rows"}, "range": [-0.15, 1.03]},
@@ -340,7 +341,7 @@ def canonical_figure(facts: dict[str, Any]) -> Figure:
 def upgrade_figure(facts: dict[str, Any]) -> Figure:
     """Recall@10 of each way to answer new queries, with its interval."""
     ways = {name: entry for name, entry in facts["retrieval"].items() if entry is not None}
-    shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
+    shape, words = rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
     lowest = min(ways, key=lambda name: ways[name]["value"])
     return {
         "data": [
@@ -377,7 +378,7 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
     for (key, name), role in zip(names.items(), _DASHES):
         curve = facts["backfill"]["curves"][key]
         data.append(
-            _line(
+            line(
                 [point["share"] for point in curve],
                 [point["value"] for point in curve],
                 name,
@@ -386,7 +387,7 @@ def backfill_figure(facts: dict[str, Any]) -> Figure:
                 error_y=_intervals(curve, "value", role),
             )
         )
-    shape, words = _rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
+    shape, words = rule(facts["backfill"]["need"], f"{facts['target']:.0%} of new/new", axis="y")
     return {
         "data": data,
         "layout": {
