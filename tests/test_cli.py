@@ -328,10 +328,20 @@ def test_detect_reads_a_folder_of_good_and_defective_images(run: Callable[..., R
     assert facts["aupro"] > 0.5
     assert facts["defects_without_mask"] == 0
     assert {entry["type"] for entry in facts["top"][:3]} == {"blot"}
+    assert "threshold" not in facts
     Path("tile/ground_truth/blot/1_mask.png").unlink()
     fewer = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json").out)
     assert (fewer["defects_without_mask"], fewer["image_auroc"]) == (1, 1.0)
     assert fewer["pixel_auroc"] > 0.9
+    ran = run("detect", "tile", "--rotations", "0", "--json", "--maps", "maps")
+    facts = json.loads(ran.out)
+    assert (facts["held_out_good"], facts["defects_above"], facts["maps"]) == (3, "3 of 3", "maps")
+    assert facts["above_threshold"] == sum(entry["score"] > facts["threshold"] for entry in facts["top"])
+    pixels = np.asarray(image_module.open("maps/blot/1.png")).astype(int)
+    red, green = pixels[..., 0], pixels[..., 1]
+    assert (red - green)[30:60, 40:70].mean() > 5 * max(1, (red - green)[:20, :20].mean())
+    assert len(list(Path("maps").rglob("*.png"))) == 6
+    assert "'maps' exists" in run("detect", "tile", "--maps", "maps").err
     shutil.rmtree("tile/ground_truth")
     none = json.loads(run("detect", "tile", "--shots", "2", "--rotations", "0", "--json").out)
     assert (none["defects_without_mask"], none["image_auroc"]) == (3, 1.0)

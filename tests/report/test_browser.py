@@ -19,10 +19,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from subspan.commands import describe
+from subspan.commands.auditing import weight_facts
 from subspan.datasets import Rows
-from subspan.report import render
+from subspan.models import StateDelta
+from subspan.probe import compare_updates
+from subspan.report import render, render_audit
+from subspan.report.figures import affinity_figure
+from subspan.report.pieces import document, figure_of
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -238,3 +244,58 @@ def test_page_reads_without_colour(browser: Browser, page: Path) -> None:
     for dark in (False, True):
         browser.show(page, 1280, 900, dark=dark)
         assert browser.value(measure) == []
+
+
+def facts_of_an_audit() -> dict[str, Any]:
+    """As `subspan audit` gives them, of ten layers and three models with long names."""
+    random = torch.Generator().manual_seed(0)
+    zero = {f"model.layers.{i}.w": torch.zeros(12, 8) for i in range(10)}
+    named = {f"a-model-tuned-on-something-{i}": i for i in range(3)}
+
+    def update() -> StateDelta:
+        return StateDelta.between(zero, {name: torch.randn(12, 8, generator=random) for name in zero})
+
+    found = compare_updates(update(), {name: update() for name in named})
+    kinds = {"topk": 0.4, "randomk": 0.3, "random": 0.3, "scaled": 0.2}
+    row = {"behaviour": "refusing", "estimate": 0.1, "low": -0.1, "high": 0.3}
+    change = {"tuned": next(iter(named)), "behaviour": "refusing", "aligned": 0.0, "full": 1.0, "low": 0.5, "high": 1.5}
+    behaviours = {
+        "margin": 0.2,
+        "prompts": {"refusing": 8, "solving": 8},
+        "changes": [change | {"moved": True}],
+        "carried": {"refusing": kinds, "solving": kinds},
+        "selectivities": [row | {"control": control} for control in list(kinds)[1:]],
+        "states": [{"name": "model.layers.7", "centred": False, "overlap": 0.5, "chance": 0.1}],
+    }
+    origin = {"created": "now", "seed": 0, "seconds": 1.0, "versions": {"subspan": "0"}}
+    judged = {"verdict": "not specific", "reason": "at most a little", "read_from": "behaviours", "fraction": 0.25}
+    names = {"base": "base", "aligned": "aligned", "tuned": list(named)}
+    return {**judged, **names, "weights": weight_facts(found), "behaviours": behaviours, **origin}
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_audit_page_is_whole_and_fits(browser: Browser, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "audit.html"
+    path.write_text(render_audit(facts_of_an_audit()), encoding="utf-8")
+    browser.show(path, width, 900)
+    sections = browser.value("[...document.querySelectorAll('main section')].map(s => s.id)")
+    assert sections == ["verdict", "behaviours", "curves", "layers", "pairs", "states"]
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    assert (
+        browser.value("[...document.querySelectorAll('.plot')].map(p => !!p.querySelector('.main-svg'))") == [True] * 5
+    )
+    assert browser.complaints() == []
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_numbers_on_an_axis_have_room(browser: Browser, tmp_path: Path, width: int) -> None:
+    facts = {"affinity": {"cells": np.eye(80).tolist(), "ends": [*range(1, 40), 80]}}
+    origin = {"created": "now", "seed": 0, "seconds": 1.0, "versions": {"subspan": "0"}}
+    path = tmp_path / "clusters.html"
+    path.write_text(document("x", "x", "", "", figure_of("affinity", affinity_figure(facts), "", ""), origin), "utf-8")
+    browser.show(path, width, 900)
+    for tick, (low, high) in {"xtick": ("left", "right"), "ytick": ("top", "bottom")}.items():
+        boxes = browser.value(f"[...document.querySelectorAll('.{tick} text')].map(e => e.getBoundingClientRect())"
+                              f".map(r => [r.{low}, r.{high}]).sort((a, b) => a[0] - b[0])")  # fmt: skip
+        assert 5 <= len(boxes) < 40
+        assert all(one[1] <= other[0] for one, other in itertools.pairwise(boxes))

@@ -23,7 +23,7 @@ from .options import (
     check_inputs,
     parsed_rank,
 )
-from .printing import print_facts, print_json, print_table, progress_bar
+from .printing import print_facts, print_json, print_line, print_table, progress_bar
 
 Fit = Annotated[
     str | None,
@@ -59,6 +59,14 @@ Rotations = Annotated[
 ]
 
 
+Maps = Annotated[
+    Path | None,
+    typer.Option(
+        "--maps", metavar="FOLDER", help="Images: write each test image with its scores over it to this new folder."
+    ),
+]
+
+
 def detect(
     table: Table = None,
     fit: Fit = None,
@@ -71,6 +79,7 @@ def detect(
     output: OutputFile = None,
     shots: Shots = None,
     rotations: Rotations = None,
+    maps: Maps = None,
     column: Column = None,
     text_column: TextColumn = None,
     id_column: IdColumn = None,
@@ -84,7 +93,8 @@ def detect(
     three interquartile ranges above the upper quartile.
 
     An image folder (or zip) with train/good and test/… (the MVTec AD layout) is scored by patches: fitted to
-    train/good, judged on test, with AUROC where there are defects.
+    train/good, judged on test, with AUROC where there are defects. The threshold is the highest score of good images
+    that were left out of a fit: of n of them, one new good image in n + 1 is expected above it.
 
     Examples:
 
@@ -96,16 +106,23 @@ def detect(
 
     - `subspan detect vectors.parquet --labels class --label-errors -o labels_to_check.csv`
 
-    - `subspan detect bottle/ --shots 4 --rotations 8`
+    - `subspan detect bottle/ --shots 4 --rotations 8 --maps bottle_maps`
     """
     outputs = Outputs(Output("-o", output, SCORES), inputs=(table, fit, labels))
+    if maps is not None:
+        if maps.exists():
+            raise ValueError(f"--maps: {str(maps)!r} exists; give a new folder")
+        # Only checked: the folder is written whole or not at all by what makes it.
+        Outputs(Output("--maps", maps), inputs=(table,))
     check_inputs(table, fit)
     ranked = parsed_rank(rank or "0.99")
     from subspan.datasets import anomaly_folder, is_anomaly_layout
 
     images = table is not None and is_anomaly_layout(table)
     _check_images(
-        images, bool(fit or labels or by_label or label_errors or distance), bool(shots or rotations is not None)
+        images,
+        bool(fit or labels or by_label or label_errors or distance),
+        bool(shots or rotations is not None or maps is not None),
     )
     _check_labels(label_errors, bool(fit or rank or by_label or distance), by_label and fit is not None)
     from subspan.commands import detect_images, detect_label_errors, detect_rows, read_rows
@@ -114,8 +131,9 @@ def detect(
     with outputs, progress_bar("reading") as progress:
         if images:
             found = detect_images(
-                anomaly_folder(str(table)), rank=ranked, shots=shots, rotations=rotations, seed=seed, progress=progress
-            )
+                anomaly_folder(str(table)), rank=ranked, shots=shots, rotations=rotations, maps=maps, seed=seed,
+                progress=progress,
+            )  # fmt: skip
         else:
             data = read_rows(table, labels=labels, progress=progress, **reading)
             good = None if fit is None else read_rows(fit, progress=progress, **reading)
@@ -129,10 +147,14 @@ def detect(
         if output is not None:
             found.write(outputs[output], "score")
             facts["output"] = str(output)
+        if maps is not None:
+            facts["maps"] = str(maps)
     if as_json:
         print_json(facts)
         return
     print_facts(facts, "top")
+    if images and "threshold" not in facts:
+        print_line("No threshold: fewer than three good images leave none to be left out.")
     print_table(facts["top"])
 
 
@@ -143,7 +165,7 @@ def _check_images(images: bool, for_rows: bool, for_images: bool) -> None:
             "test"
         )
     if not images and for_images:
-        raise ValueError("--shots and --rotations: for a folder with train/good and test only")
+        raise ValueError("--shots, --rotations and --maps: for a folder with train/good and test only")
 
 
 def _check_labels(label_errors: bool, for_subspaces: bool, by_label_to_others: bool) -> None:

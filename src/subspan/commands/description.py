@@ -102,7 +102,8 @@ def contents_facts(data: Rows, seen: Survey, *, seed: int) -> dict[str, Any]:
     similarity, neighbour = others(seen.base, seen.queries, "inner", k=1)
     similarity, neighbour = similarity[:, 0].numpy(), neighbour[:, 0].numpy()
     rows, partners = seen.base_index[seen.queries], seen.base_index[neighbour]
-    near = (similarity >= NEAR_DUPLICATE) & (seen.first_copy[rows] != seen.first_copy[partners])
+    same = seen.first_copy[rows] == seen.first_copy[partners]
+    near = (similarity >= NEAR_DUPLICATE) & ~same
     pairs = []
     for position in np.argsort(-np.where(near, similarity, -np.inf), kind="stable")[: int(near.sum())]:
         pair = sorted((int(rows[position]), int(partners[position])))
@@ -123,6 +124,7 @@ def contents_facts(data: Rows, seen: Survey, *, seed: int) -> dict[str, Any]:
         "near_duplicates": {
             "cosine_at_least": NEAR_DUPLICATE,
             "share_of_sampled_rows": float(near.mean()),
+            "share_with_exact_copy": float(same.mean()),
             "sampled_rows": len(near),
             "pairs": pairs[:6],
         },

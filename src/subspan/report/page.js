@@ -37,6 +37,20 @@
     return result;
   };
 
+  // Of the numbered places on an axis those that have room beside the one before; names of rows are never left out.
+  const thin = (axis, pixels, room) => {
+    if (!axis.tickvals || !axis.range) return;
+    const unit = pixels / Math.abs(axis.range[1] - axis.range[0]);
+    let last = -Infinity;
+    const kept = axis.tickvals.map((at, place) => {
+      const free = (at - last) * unit >= room(axis.ticktext[place]);
+      if (free) last = at;
+      return free;
+    });
+    axis.ticktext = axis.ticktext.filter((_, place) => kept[place]);
+    axis.tickvals = axis.tickvals.filter((_, place) => kept[place]);
+  };
+
   const draw = (plot) => {
     const figure = JSON.parse(document.getElementById(plot.dataset.figure).textContent);
     const colours = theme();
@@ -64,6 +78,8 @@
       },
       coloured(figure.layout, colours),
     );
+    thin(layout.xaxis, plot.clientWidth - 120, (text) => 8 * text.length + 6);
+    thin(layout.yaxis, (layout.height ?? (narrow ? 300 : 360)) - 70, () => 15);
     if (layout.height) plot.style.height = `${narrow ? Math.round(layout.height * 0.8) : layout.height}px`;
     delete layout.height;
     if (narrow) for (const entry of layout.annotations ?? []) entry.font = { ...entry.font, size: 11 };

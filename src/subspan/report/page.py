@@ -111,14 +111,15 @@ def _contents(facts: dict[str, Any], data: Rows) -> str:
         if cosine < 0.5
         else "the rows crowd into a narrow cone, so raw cosines tell little apart"
     )
-    copies = (
-        f"{plural(repeated, 'row repeats', 'rows repeat')} an earlier one exactly"
-        if repeated
-        else "No row is repeated exactly"
-    )
+    copies, beside = "No row is repeated exactly", ""
+    if repeated:
+        share = percent(near["share_with_exact_copy"])
+        copies = f"{plural(repeated, 'row repeats', 'rows repeat')} an earlier one exactly ({share} have such a copy)"
+        beside = " beside these"
     lead = (
-        f"{copies}, and {percent(near['share_of_sampled_rows'])} of the rows have a near copy (cosine of at least "
-        f"{near['cosine_at_least']}). Two random rows have a cosine of {cosine:.2f} on average: {spread}."
+        f"{copies}, and {percent(near['share_of_sampled_rows'])} of the rows have a near copy{beside} (the nearest "
+        f"other row at a cosine of at least {near['cosine_at_least']}). Two random rows have a cosine of {cosine:.2f} "
+        f"on average: {spread}."
     )
     norms = facts["norms"]
     size = (
@@ -132,6 +133,8 @@ def _contents(facts: dict[str, Any], data: Rows) -> str:
             ["Rows × columns", f"{counted(rows)} × {counted(facts['columns'])}"],
             ["Stored as", f"{escape(facts['dtype'])}, {rounded(facts['megabytes'])} MB"],
             ["Rows equal to an earlier row", counted(repeated)],
+            ["Rows with an exact copy", percent(near["share_with_exact_copy"])],
+            ["Rows with a near copy that is none", percent(near["share_of_sampled_rows"])],
             ["Rows with NaN or infinity, left out", counted(facts["rows_with_nan_left_out"])],
             ["Rows that are all zeros", counted(facts["zero_rows"])],
             ["Length of the rows", size],

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from . import figures
-from .pieces import counted, details_of, document, figure_of, percent, ranging, rounded, table_of
+from .pieces import counted, details_of, document, figure_of, noun, percent, plural, ranging, rounded, table_of
 
 
 def render_upgrade(facts: dict[str, Any]) -> str:
@@ -31,9 +31,14 @@ def render_upgrade(facts: dict[str, Any]) -> str:
         if entry is not None
     ]
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
+    left = facts["left_out"]
+    left_out = (
+        f" {plural(left, 'more', 'more')} of the sample {noun(left, 'is', 'are')} not in the index, and left out."
+    )
+    left_out *= bool(left)
     top = (
         f'<p class="source">{counted(facts["items"])} vectors of {escape(facts["index"]["source"])}, and new ones of '
-        f"{counted(facts['pairs'])} of its items from {escape(facts['sample']['source'])}.</p>"
+        f"{counted(facts['pairs'])} of its items from {escape(facts['sample']['source'])}.{left_out}</p>"
         f'<ul class="tiles">{items}</ul>'
     )
     return document("A new encoder for an old index", "subspan upgrade", top, links, body, facts)
