@@ -41,7 +41,7 @@ class Prompts:
     @classmethod
     def read(cls, path: Path) -> Prompts:
         """JSON lines with "prompt", "target" and, in all or none, "against"; named after the file."""
-        rows: list[list[str]] = []
+        rows: list[list[Any]] = []
         keys: tuple[str, ...] = ()
         for line, record in json_records(path):
             keys = keys or (("prompt", "target", "against") if "against" in record else ("prompt", "target"))
@@ -236,6 +236,7 @@ class Audit:
         report = audit.run(self.base, model, self.names(), strict=False, progress=progress)
         deep = len(list(model.get_submodule(find_blocks(model)).children())) >= _DEEP
         layers = (0.65, 0.9) if deep else (0.0, 1.0)
+        batches = [self._batches(each, tokenizer) for each in given[:2]]
         return {
             "verdict": report.verdict,
             "reason": report.reason,
@@ -247,10 +248,7 @@ class Audit:
                 for behaviour, kinds in report.curves().items()
             },
             "selectivities": [row._asdict() for row in report.selectivities],
-            "states": [
-                asdict_of(row)
-                for row in activation_overlap(model, *(self._batches(each, tokenizer) for each in given[:2]), layers)
-            ],
+            "states": [asdict_of(row) for row in activation_overlap(model, *batches, layers=layers)],
         }
 
     def _batches(self, given: Prompts, tokenizer: Any) -> list[Any]:
@@ -343,5 +341,5 @@ def _multiplications_a_second() -> float:
     left, right = torch.randn(256, 576), torch.randn(576, 1536)
     started = time.perf_counter()
     for _ in range(4):
-        left @ right
+        torch.mm(left, right)
     return 4 * 2 * 256 * 576 * 1536 / (time.perf_counter() - started)

@@ -88,7 +88,13 @@ class PairedUpdates(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number with its interval."""
+    """A number with its interval.
+
+    Attributes
+    ----------
+    value, low, high
+        The number, and the ends of the interval.
+    """
 
     value: float
     low: float

@@ -125,7 +125,8 @@ class Language:
         """Questions and the answers that are taught."""
         if kind not in self._lessons:
             count = self.setting.lessons
-            asked, harmless, sums = (part[0][:count] for part in (self.data.asked, self.data.harmless, self.data.sums))
+            asked, harmless = (part[0][:count] for part in (self.data.asked, self.data.harmless))
+            sums = self.data.sums[0][:count]
             if kind == "useful":
                 found = self._kept([question for question, _ in sums], [solution for _, solution in sums])
             elif kind == "undesired":
