@@ -171,7 +171,7 @@ class Merge:
                 about = {
                     "options": chosen,
                     "tensors": len(merged),
-                    "megabytes": _bytes(StoredWeights(folder)) / 1e6,
+                    "megabytes": stored_bytes(StoredWeights(folder)) / 1e6,
                     "seconds": time.perf_counter() - started,
                     "seed": chosen.get("random_state", 0),
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
