@@ -348,7 +348,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     checks = [
         Check.at_least("beyond cutting a plain model", *least_gain(trials, "plain, first m", few), 0.2),
         Check.above("beyond principal components", *least_gain(trials, "plain, PCA", many), 0),
-        Check.at_least("sizes between the trained ones", line, above, -0.01),
+        Check.at_least("sizes between the trained ones", line, above, -0.01, quick=True),
         Check.at_most("cascade", shorter, narrow, last / 4),
         *funnel_checks(funnel),
     ]
