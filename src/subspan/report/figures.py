@@ -446,8 +446,8 @@ def overlap_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = [escape(row["tensor"]) for row in ordered]
     return {
         "data": [
-            _line(place, [row["overlap"] for row in ordered], "the experts' updates", "first", text=names),
-            _line(place, [row["by_chance"] for row in ordered], "random directions", "second", text=names),
+            line(place, [row["overlap"] for row in ordered], "the experts' updates", "first", text=names),
+            line(place, [row["by_chance"] for row in ordered], "random directions", "second", text=names),
         ],
         "layout": {
             "xaxis": {"title": {"text": "matrices, the most overlapping first"}},
