@@ -28,7 +28,7 @@ from subspan import align, cluster, represent
 from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD, SubspaceDetector
 from subspan.edit import RobustSpikes
-from subspan.geometry import Subspace
+from subspan.geometry import CoordinateSubspace, Subspace
 from subspan.probe import ConvergentLearning
 from subspan.select import LeverageSelector
 
@@ -66,6 +66,11 @@ PAIRED = [
     RobustSpikes(rank=4),
     ConvergentLearning(),
 ]
+# Rows and a class of each.
+LABELLED = [
+    represent.HydraProjector(8, 16, 16, embed_dim=8, gate_hidden=16, epochs=1),
+    represent.DynamicSubspaceLearners(8, n_learners=2, epochs=2, final_epochs=1),
+]
 STREAMED = {
     *("SubspaceDetector", "LeverageSelector", "Matryoshka", "SpaceMap", "UpgradeMap", "SubspaceAligner", "ReAlign"),
     *("LambdaOrthogonalAdapter", "MeanShift", "C3", "BlockwiseCovariance", "RobustSpikes", "ConvergentLearning"),
@@ -76,8 +81,9 @@ WITHOUT_SUBSPACE = {
     *("ConvergentLearning", "MatryoshkaIndex"),
 }
 TRAINED = {"ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering"}
-ROWS = union_of_subspaces(noise=0.02, n=15)[0]
-every = pytest.mark.parametrize("model", [*ALONE, *PAIRED], ids=lambda model: type(model).__name__)
+TRAINED |= {type(model).__name__ for model in LABELLED}
+ROWS, CLASSES = union_of_subspaces(noise=0.02, n=15)[:2]
+every = pytest.mark.parametrize("model", [*ALONE, *PAIRED, *LABELLED], ids=lambda model: type(model).__name__)
 quietly = pytest.mark.filterwarnings("ignore")
 
 
@@ -88,6 +94,8 @@ def fitted(model: Any, x: Any, y: Any = None) -> Any:
     again = clone(model)
     if "random_state" in model.get_params():
         again.set_params(random_state=0)
+    if type(model) in {type(each) for each in LABELLED}:
+        return again.fit(x, CLASSES)
     return again.fit(x) if model in ALONE else again.fit(x, shifted(x) if y is None else y)
 
 
@@ -170,7 +178,7 @@ def test_every_parameter_is_checked_by_fit(model: Any) -> None:
     for field in dataclasses.fields(model):
         again = clone(model).set_params(**{field.name: object()})
         with pytest.raises(ValueError, match=f"^{field.name}: expected .*, got <object"):
-            fitted(again, ROWS) if field.name != "random_state" else again.fit(*[ROWS] * (1 + (model in PAIRED)))
+            again.fit(ROWS, *([CLASSES] if model in LABELLED else [ROWS] * (model in PAIRED)))
 
 
 @quietly
@@ -183,6 +191,9 @@ def test_the_subspace_found_is_kept(model: Any) -> None:
         assert len(found.subspaces_) == 3
         assert all(isinstance(found.subspaces_[i], Subspace) for i in range(3))
         assert isinstance(found.subspaces_, Subspace | tuple)
+    elif model in LABELLED:
+        kind = CoordinateSubspace if isinstance(found, represent.HydraProjector) else Subspace
+        assert all(isinstance(each, kind) for each in found.subspaces_)
     else:
         assert isinstance(found.subspace_, Subspace)
 
@@ -251,6 +262,7 @@ QUICK_CHECKS = [
     BlockwiseWithTarget(),
     RobustSpikes("bootstrap", on_empty="identity"),
     ConvergentLearning("sparse"),
+    *LABELLED,
 ]
 # Of the bases of those above, and costly.
 SLOW_CHECKS = [
@@ -330,7 +342,7 @@ def test_every_estimator_is_checked() -> None:
     found = estimators()
     assert {"SubspaceDetector", "LeverageSelector", "ReAlign", "RobustSpikes", "SpaceMap"} <= found
     assert set(EXCUSED) <= found
-    assert {type(model).__name__ for model in [*ALONE, *PAIRED]} == found - set(EXCUSED)
+    assert {type(model).__name__ for model in [*ALONE, *PAIRED, *LABELLED]} == found - set(EXCUSED)
     checked = [base.__name__ for model in [*QUICK_CHECKS, *SLOW_CHECKS] for base in type(model).__mro__]
     assert found - set(checked) - set(EXCUSED) == set()
 

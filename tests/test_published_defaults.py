@@ -233,6 +233,27 @@ PUBLISHED = [
     Default(edit.SpectralSteering, "keep", 0.1, "Dafnis & Metaxas (2025), of 64 views"),
     Default(edit.SpectralSteering, "per_class", False, "Dafnis & Metaxas (2025), shared coefficients"),
     Default(edit.SpectralSteering, "reg", 0.0, "ours: without effect in the one published step"),
+    # represent: Hydra
+    Default(represent.PairGate, "embed_dim", 512, "erow/vitookit, BasicGate"),
+    Default(represent.PairGate, "hidden", 1024, "erow/vitookit, BasicGate"),
+    Default(represent.PairGate, "fuse", "mean", "erow/vitookit, BasicGate"),
+    Default(represent.ArbitraryPairLoss, "temperature", 0.1, "Wu et al. (2024), CIFAR recipe"),
+    Default(represent.ArbitraryPairLoss, "pairing", "arbitrary", "Wu et al. (2024)"),
+    Default(represent.ArbitraryPairLoss, "average", "pairs", "erow/vitookit, multipos_ce_loss"),
+    Default(represent.HydraTraining, "hidden", 2048, "erow/vitookit"),
+    Default(represent.HydraProjector, "out_dim", 256, "erow/vitookit"),
+    Default(represent.HydraProjector, "gate_norm", "layer", "ours: batches of few classes have few pairs"),
+    # represent: dynamic subspace learners
+    Default(represent.DynamicSubspaceLearners, "out_dim", 128, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.DynamicSubspaceLearners, "patience", 10, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.DynamicSubspaceLearners, "threshold", 0.5, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.DynamicSubspaceLearners, "recluster", 2, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.DynamicSubspaceLearners, "batch_size", 32, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.DynamicSubspaceLearners, "learning_rate", 1e-3, "1e-5 fine-tunes a network; here a layer is new"),
+    Default(represent.MarginLoss, "beta", 1.2, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.MarginLoss, "margin", 0.2, "adigasu/Dynamic_subspace_learners"),
+    Default(represent.NearestNegativeSampler, "cutoff", 0.5, "adigasu/Dynamic_subspace_learners"),
+    Default(nn.AttentionPool2d, "reduction", (8, 32), "adigasu/Dynamic_subspace_learners"),
 ]
 
 

@@ -1,3 +1,4 @@
+from .attention_pool import AttentionPool2d
 from .autoencoders import ConvAutoencoder, LinearAutoencoder, SameConv2d, SameConvTranspose2d
 from .blocks import MLP, ConvBlock, ResidualConvBlock
 from .butterfly import Butterfly
@@ -8,6 +9,7 @@ from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
 from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
 from .flow_transformer import FlowTransformer
 from .forgetting import InverseHingeLoss, npo_loss, simnpo_loss
+from .gated_cosine import gated_cosine
 from .gates import ConcreteGate, StochasticGate, TopKGate, straight_through
 from .gcr import GrassmannHead
 from .grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
@@ -34,6 +36,7 @@ from .spatial import PatchProjector, SpatialNorm, resize_tokens
 from .ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 __all__ = [
+    "AttentionPool2d",
     "Butterfly",
     "ButterflyFactors",
     "CRATE",
@@ -95,6 +98,7 @@ __all__ = [
     "butterfly_multiply",
     "code_usage",
     "cosine_matching_loss",
+    "gated_cosine",
     "influence_loss",
     "info_nce",
     "limit_orthogonality_defect",

@@ -1,17 +1,39 @@
 from .cascade import MatryoshkaCascade
 from .causal_grassmann import CausalGrassmannConfig, CausalGrassmannForCausalLM
+from .dynamic_subspace_learners import DynamicSubspaceLearners, Separation
+from .hydra import ArbitraryPairLoss, NearbyPartners, PairGate, pair_masks, sign_agreement_gate
+from .hydra_training import HydraProjector, HydraTraining
+from .learner_growth import ClusterAssigner, GrowthController, TaylorImportance
+from .margin import MarginLoss, NearestNegativeSampler
 from .matryoshka import Matryoshka
 from .nested_search import MatryoshkaIndex
 from .nested_training import NestedTraining
+from .subspace_embedding import SubspaceEmbedding, learner_separation
 from .truncation import Truncated, truncate
 
 __all__ = [
+    "ArbitraryPairLoss",
     "CausalGrassmannConfig",
     "CausalGrassmannForCausalLM",
+    "ClusterAssigner",
+    "DynamicSubspaceLearners",
+    "GrowthController",
+    "HydraProjector",
+    "HydraTraining",
+    "MarginLoss",
     "Matryoshka",
     "MatryoshkaCascade",
     "MatryoshkaIndex",
+    "NearbyPartners",
+    "NearestNegativeSampler",
     "NestedTraining",
+    "PairGate",
+    "Separation",
+    "SubspaceEmbedding",
+    "TaylorImportance",
     "Truncated",
+    "learner_separation",
+    "pair_masks",
+    "sign_agreement_gate",
     "truncate",
 ]
