@@ -88,7 +88,7 @@ def carried_figure(facts: dict[str, Any]) -> Figure:
         "data": data,
         "layout": {
             "xaxis": {"title": {"text": "share of the change that is carried"}, "tickformat": ".0%"},
-            "yaxis": {"tickvals": list(range(len(names))), "ticktext": names, "automargin": True, "zeroline": False},
+            "yaxis": _rows(names),
         },
     }
 
@@ -125,12 +125,7 @@ def selectivity_figure(facts: dict[str, Any]) -> Figure:
         "data": data,
         "layout": {
             "xaxis": {"title": {"text": "selectivity"}, "zeroline": True},
-            "yaxis": {
-                "tickvals": list(range(len(names))),
-                "ticktext": [escape(name) for name in names],
-                "automargin": True,
-                "zeroline": False,
-            },
+            "yaxis": _rows([escape(name) for name in names]),
             "shapes": [shape],
             "annotations": [words],
         },
@@ -145,6 +140,13 @@ def numbered(layers: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]
         if found is not None:
             stacks.setdefault(found[1], []).append((int(found[2]), row))
     return sorted(max(stacks.values(), key=len, default=[]), key=lambda pair: pair[0])
+
+
+def _rows(names: list[str]) -> dict[str, Any]:
+    """An axis with a row a name."""
+    places = list(range(len(names)))
+    room = [-0.5, len(names) - 0.5]
+    return {"tickvals": places, "ticktext": names, "range": room, "automargin": True, "zeroline": False}
 
 
 def _chance(x: list[Any], y: list[Any]) -> dict[str, Any]:

@@ -39,7 +39,10 @@ def render_audit(facts: dict[str, Any]) -> str:
     weights = facts["weights"]
     tiles = [(facts["verdict"].capitalize(), f"by {facts['read_from']}")]
     tiles += [
-        (f"{each['value']:.2f}", f"of the update of {escape(name)} is in the directions, beyond chance")
+        (
+            f"{each['value']:.2f}".replace("-", "−"),
+            f"of the update of {escape(name)} is in the directions, beyond chance",
+        )
         for name, each in weights["beyond"].items()
     ]
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
