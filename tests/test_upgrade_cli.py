@@ -63,6 +63,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 def test_everything_that_an_upgrade_writes(run: Callable[..., Any]) -> None:
     pytest.importorskip("onnx", reason="onnx comes with the extra onnx")
     from subspan.align import UpgradeMap
+    from subspan.report import render_upgrade
 
     write_index()
     write_sample()
@@ -103,6 +104,8 @@ def test_everything_that_an_upgrade_writes(run: Callable[..., Any]) -> None:
     assert np.corrcoef(ranks, near.argsort().argsort())[0, 1] > 0.999
     page = Path("page.html").read_text(encoding="utf-8")
     assert "Map the queries and keep the index" in page
+    assert "not in the index" not in page
+    assert "3 more of the sample are not in the index, and left out" in render_upgrade({**facts, "left_out": 3})
     assert "http://" not in page.split("<script>")[0]
     curve = facts["backfill"]["curves"]["ordered"]
     assert [point["share"] for point in curve] == pytest.approx(np.arange(11) / 10)

@@ -51,6 +51,8 @@ def test_contents_counts_what_was_planted(described: dict[str, Any]) -> None:
     assert contents["duplicate_rows"] == 2
     assert contents["largest_duplicate_group"] == {"count": 3, "row": 3}
     assert contents["zero_rows"] == 1
+    near = contents["near_duplicates"]
+    assert near["share_with_exact_copy"] * near["sampled_rows"] == pytest.approx(3)
     assert [4, 11] in [pair["rows"] for pair in contents["near_duplicates"]["pairs"]]
     assert not contents["unit_norm"]
 

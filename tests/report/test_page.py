@@ -25,6 +25,7 @@ def rendered() -> tuple[str, dict[str, Any]]:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(120, 12))
     rows[4] = rows[3] * 1.0001
+    rows[6] = rows[5]
     data = Rows(
         rows,
         name=f"table {NASTY}",
@@ -48,6 +49,12 @@ def test_every_section_is_there_and_linked(rendered: tuple[str, dict[str, Any]])
     links = [attributes["href"] for tag, attributes in found.elements if tag == "a"]
     assert links == [f"#{name}" for name in sections]
     assert found.unbalanced == []
+
+
+def test_exact_copies_are_told_from_near_ones(rendered: tuple[str, dict[str, Any]]) -> None:
+    copies = r"1 row repeats an earlier one exactly \(1\.7.% have such a copy\)"
+    words = copies + r", and 1\.7.% of the rows have a near copy beside these"
+    assert re.search(words, rendered[0])
 
 
 def test_each_section_names_a_command(rendered: tuple[str, dict[str, Any]]) -> None:
