@@ -136,7 +136,7 @@ class Audit:
         return [Prompts.read(path) for path in self.prompts]
 
     def plan(self) -> dict[str, Any]:
-        """What would be read and held, and about how long it takes."""
+        """What would be read and held, and about how long it takes where every tensor is changed."""
         reference, deltas = self.updates()
         shapes = reference.shapes
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -159,7 +159,7 @@ class Audit:
             "largest_tensor": largest,
             # Each update, its directions in double precision, and what the decomposition works in.
             "held_megabytes": 4 * sizes[largest] * (5 * len(deltas) + 7) / 1e6,
-            "estimated_seconds": a_number * numbers + 2 * unit * work * (1 + len(deltas)),
+            "estimated_seconds_at_most": a_number * numbers + 2 * unit * work * (1 + len(deltas)),
         }
         behaviours = self.behaviours()
         if behaviours:
@@ -173,7 +173,7 @@ class Audit:
                 "prompts": sum(len(each.prompts) for each in behaviours),
                 "readings": readings,
                 "held_megabytes": max(facts["held_megabytes"], 4 * numbers * 3 / 1e6),
-                "estimated_seconds": facts["estimated_seconds"] + unit * work + seconds,
+                "estimated_seconds_at_most": facts["estimated_seconds_at_most"] + unit * work + seconds,
             }
         return facts
 

@@ -45,7 +45,7 @@ def layers_figure(facts: dict[str, Any]) -> Figure:
     return {
         "data": data,
         "layout": {
-            "xaxis": {"title": {"text": "layer"}},
+            "xaxis": {"title": {"text": "layer"}, "dtick": _step(layers)},
             "yaxis": {"title": {"text": "share of the update"}, "tickformat": ".0%", "rangemode": "tozero"},
         },
     }
@@ -62,7 +62,7 @@ def angles_figure(facts: dict[str, Any]) -> Figure:
     return {
         "data": data,
         "layout": {
-            "xaxis": {"title": {"text": "layer"}},
+            "xaxis": {"title": {"text": "layer"}, "dtick": _step(layers)},
             "yaxis": {"title": {"text": "degrees"}, "range": [0, 92], "dtick": 15},
         },
     }
@@ -140,6 +140,11 @@ def numbered(layers: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]
         if found is not None:
             stacks.setdefault(found[1], []).append((int(found[2]), row))
     return sorted(max(stacks.values(), key=len, default=[]), key=lambda pair: pair[0])
+
+
+def _step(layers: Sequence[tuple[int, dict[str, Any]]]) -> int:
+    """Whole layers from one place on the axis to the next."""
+    return max(1, round((layers[-1][0] - layers[0][0]) / 8))
 
 
 def _rows(names: list[str]) -> dict[str, Any]:

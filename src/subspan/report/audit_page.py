@@ -164,8 +164,8 @@ def _curves(facts: dict[str, Any]) -> str:
     )
     note = (
         f'<p class="note">Beyond chance, at {percent(facts["fraction"])} of each tensor’s directions: 0 is what random '
-        "subspaces of the same dimensions hold on average, 1 is all. Intervals are from a bootstrap over layers, all "
-        "of them together at 95\u202f%. The cosine is that of the whole updates.</p>"
+        "subspaces of the same dimensions hold on average, 1 is all. Intervals are from a bootstrap over layers (over "
+        "tensors, for fewer than 8), all of them together at 95\u202f%. The cosine is that of the whole updates.</p>"
     )
     head = ["Update of", "of the directions", "main ones", "any of them", "random ones"]
     return f"{figure}{beyond}{note}{details_of('The curves as numbers', table_of(head, rows))}"
