@@ -212,7 +212,7 @@ def cospadi(module: Any, patch: Any) -> None:
     patch(module, "load_sentence_encoder", lambda: (encoder, tokenizer))
     patch(module, "is_available", lambda name: True)
     patch(module, "load", data.__getitem__)
-    patch(module, "QUICK", module.Sizes(8, 2, 48, (0.3,), (0.3,), 48, 20, 1, 1, 1, 1))
+    patch(module, "QUICK", module.Sizes(8, 4, 48, (0.3,), (0.3,), 48, 20, 1, 1, 1, "", 1))
 
 
 # Checks that hold on the planted data, whatever the seed.
