@@ -215,6 +215,31 @@ def cospadi(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(8, 4, 48, (0.3,), (0.3,), 48, 20, 1, 1, 1, "", 1))
 
 
+def ast_probe(module: Any, patch: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    characters = {chr(code): index for index, code in enumerate(range(32, 127))} | {"<s>": 95, "<pad>": 96}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token="~"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    special = {"bos_token": "<s>", "pad_token": "<pad>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, **special)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaModel(transformers.LlamaConfig(vocab_size=97, **sizes)).eval()
+    sources = [f"{a} = {b}({c}, -{a})" for a in "abcd" for b in "efgh" for c in "ijklm"]
+    trees = module.code_trees(sources, parser="ast").trees
+    patch(module, "corpus", lambda seed: module.Corpus("planted", trees[:-10], trees[-10:]))
+    small = {
+        "layers": (0, 1, 2),
+        "random_layers": (1,),
+        "snippets": (50, 10, 10),
+        "rank": 12,
+        "ranks": (8,),
+        "epochs": 6,
+    }
+    patch(module, "QUICK", module.QUICK._replace(load=lambda: (model, tokenizer), **small))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -229,6 +254,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
+    ast_probe: {"trees come back from their tuples"},
 }
 
 

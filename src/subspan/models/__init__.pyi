@@ -15,6 +15,7 @@ from .preprocessing import ImagePreprocessing, image_tensor
 from .sequences import text_perplexity, token_sequences
 from .surgery import Site, Surgery, multiply_adds, replace
 from .tokens import SegmentTokens, TokenRoles, predicting_states
+from .untrained import random_blocks
 from .weight_files import RowBlocks, StoredWeights, weights_of, write_weights
 from .weights import StateDelta, SubspaceMap
 
@@ -61,6 +62,7 @@ __all__ = [
     "permute_units",
     "pool_states",
     "predicting_states",
+    "random_blocks",
     "replace",
     "save_factored",
     "text_perplexity",

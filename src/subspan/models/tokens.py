@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 Messages = Sequence[Mapping[str, Any]]
@@ -126,6 +126,36 @@ class SegmentTokens:
     def batch(self) -> dict[str, Tensor]:
         """What the model is called with."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    @property
+    def position_ids(self) -> Int[Tensor, "b t"]:
+        """Place of each token in its prompt, 0 for padding.
+
+        Where padding is left, models with absolute positions (GPT-2, BERT) need it as a keyword beside the batch; those
+        with rotary ones do not, and RoBERTa and its kin count for themselves.
+        """
+        return (self.attention_mask.cumsum(1) - 1).clamp_min(0) * self.attention_mask
+
+    def pool(self, states: Shaped[Tensor, "b t d"], role: str) -> Float[Tensor, "n d"]:
+        """The mean state of the tokens of each piece of a role: a row a piece, prompt by prompt, float32 or wider.
+
+        Raises ValueError where such a piece has no token, and for states of another batch.
+        """
+        if states.shape[:2] != self.segment.shape:
+            raise ValueError(f"states: shape {tuple(self.segment.shape)} and a width, got {tuple(states.shape)}")
+        selected = self.mask(role).to(states.device)
+        most = max(len(roles) for roles in self.roles)
+        piece = torch.arange(len(self.roles)).unsqueeze(1) * most + self.segment
+        wanted = [row * most + i for row, roles in enumerate(self.roles) for i, own in enumerate(roles) if own == role]
+        row_of = torch.full((len(self.roles) * most,), -1)
+        row_of[wanted] = torch.arange(len(wanted))
+        rows = row_of.to(states.device)[piece.to(states.device)[selected]]
+        chosen = states[selected].to(torch.promote_types(states.dtype, torch.float32))
+        counts = torch.bincount(rows, minlength=len(wanted))
+        if not bool(counts.all()):
+            prompt, number = divmod(wanted[int((counts == 0).nonzero()[0])], most)
+            raise ValueError(f"role: piece {number} ({role!r}) of prompt {prompt} has no token of its own")
+        return chosen.new_zeros(len(wanted), states.shape[-1]).index_add_(0, rows, chosen) / counts.unsqueeze(1)
 
     def mask(self, role: str) -> Bool[Tensor, "b t"]:
         """Where the tokens of a role are. Raises ValueError for a role that no prompt has."""
