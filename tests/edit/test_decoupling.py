@@ -8,16 +8,23 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from subspan.edit import SubspaceDecoupling, VariationalLinear, VariationalProbe, dominant_subspace, leace
+from subspan.edit import (
+    SubspaceDecoupling,
+    VariationalLinear,
+    VariationalProbe,
+    dominant_subspace,
+    leace,
+    variety_report,
+)
 from subspan.geometry import Subspace
 from subspan.nn import Objective
 from subspan.nn.training import quiet_trainer
 from subspan.statistics import GroupedMoments
 
-FAST = {"epochs": 15, "learning_rate": 0.02}
+FAST = {"epochs": 15, "learning_rate": 0.05, "batch_size": 150}
 
 
-def varieties(n=600, d=12, groups=3, shift=3.0, seed=0):
+def varieties(n=400, d=12, groups=3, shift=3.0, seed=0):
     """Rows of a few varieties, apart in the first dimensions alone."""
     rng = np.random.default_rng(seed)
     y = np.arange(n) % groups
@@ -40,7 +47,7 @@ def test_divergences_are_those_of_sampled_variables():
     for name in ("weight", "bias"):
         log_variance = getattr(layer, f"{name}_log_variance").clamp(max=math.log(0.04) if name == "weight" else 99)
         posterior = torch.distributions.Normal(getattr(layer, f"{name}_mean"), (log_variance / 2).exp())
-        drawn = posterior.sample((200_000,))
+        drawn = posterior.sample((50_000,))
         parts[name] = (posterior.log_prob(drawn) - prior.log_prob(drawn)).mean(0).sum()
     gates = 0.0
     for alpha in layer.log_alpha().exp().tolist():  # Molchanov et al. (2017): their approximation, term by term
@@ -97,13 +104,13 @@ def test_random_labels_cost_what_labels_cost_and_planted_ones_less():
 
 def test_the_dominant_subspace_is_the_planted_one():
     x, y = varieties(n=900, shift=5.0)
-    probe = VariationalProbe(epochs=40, learning_rate=0.02).fit(x, y)
+    probe = VariationalProbe(epochs=30, learning_rate=0.05, batch_size=150).fit(x, y)
     found = dominant_subspace(probe, "a", energy=1.0)
     planted = torch.zeros(12, 2)
     planted[:3] = torch.tensor([[1.0, 1], [-1, 0], [0, -1]])
     assert found.dim == 2
     assert math.degrees(float(found.angles(Subspace.span(planted)).max())) < 8
-    assert dominant_subspace(VariationalProbe(epochs=2).fit(x, y == "a"), True).dim == 1
+    assert dominant_subspace(VariationalProbe(epochs=1, batch_size=900).fit(x, y == "a"), True).dim == 1
     with pytest.raises(ValueError, match="dominant: 'z' is none of the classes"):
         dominant_subspace(probe, "z")
 
@@ -122,6 +129,49 @@ def test_a_probe_refuses_what_it_cannot_use(change, message):
     x, y = change.get("x", np.ones((20, 2))), change.get("y", np.arange(20) % 2)
     with pytest.raises(ValueError, match=message):
         VariationalProbe(**change.get("options", {})).fit(x, y)
+
+
+# ---------------------------------------------------------------------- the diagnosis
+
+
+class Halves(nn.Module):
+    """Two layers: one that keeps what tells varieties apart, and one that loses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, x, attention_mask=None):
+        return self.layers[1](self.layers[0](x)[..., 4:])
+
+
+def test_the_diagnosis_finds_where_varieties_are_and_which_are_near():
+    x, y = varieties(n=240, groups=4, shift=0.0)
+    # On one axis "a" and "b" lie against each other, on another "c" and "d".
+    for place, (axis, side) in enumerate([(0, 4), (0, -4), (1, 4), (1, -4)]):
+        x[y == "abcd"[place], axis] += side
+    tokens = torch.from_numpy(x).unsqueeze(1) + 0.1 * torch.randn(len(x), 3, 12)
+    tokens[:, 2] = math.nan  # padding
+    mask = torch.tensor([[1, 1, 0]]).expand(len(x), 3)
+    batches = [{"x": tokens[s : s + 90], "attention_mask": mask[s : s + 90]} for s in range(0, len(x), 90)]
+    options = {"layers": ["layers.0", "layers.1"], "settings": {**FAST, "epochs": 8, "batch_size": 50}}
+    found = variety_report(Halves(), batches, y, "a", **options)
+    assert [(r.layer, r.variety) for r in found] == [(f"layers.{i}", v) for i in (0, 1) for v in "abcd"]
+    kept, lost = found[:4], found[4:]
+    assert all(r.accuracy > r.chance + 0.1 and r.compression > 1.3 * r.compression_shuffled for r in kept)
+    assert all(r.compression < 1.15 * r.compression_shuffled for r in lost)
+    assert kept[0].angle is None
+    assert kept[1].angle < 35
+    assert min(kept[2].angle, kept[3].angle, lost[1].angle) > 50
+    assert [r.chance for r in kept] == pytest.approx([0.75] * 4, abs=0.1)
+    every = variety_report(Halves(), batches[:1], y[:90], "a", pool="rows", layers="layers.0", settings={"epochs": 1})
+    assert len(every) == 4
+    two = variety_report(Halves(), batches[:1], y[:90] == "a", True, layers="layers.0", settings={"epochs": 1})
+    assert [r.angle for r in two] == [None, None]
+    with pytest.raises(ValueError, match="labels: 'z' and at least one other"):
+        variety_report(Halves(), batches, y, "z", **options)
+    with pytest.raises(ValueError, match="labels: 3 for 240 samples"):
+        variety_report(Halves(), batches, y[:3], "a", **options)
 
 
 # ---------------------------------------------------------------------- erasure
@@ -179,11 +229,16 @@ def test_the_penalty_is_the_mean_length_in_the_subspace(data):
         model[0].bias.data *= 3
         model(x)
         torch.testing.assert_close(decoupling.penalty(), once)  # relative to the length of the states
+        # Of chosen states alone.
+        others = torch.from_numpy(y != "a")
+        some = decoupling.penalty(others)
+        model(x[others])
+        torch.testing.assert_close(decoupling.penalty(), some)
 
 
 def test_training_leaves_the_subspace_and_estimates_follow_the_steps(data):
     x, y = data
-    options = {"settings": FAST, "weight": 1.0, "every": 10}
+    options = {"settings": {**FAST, "epochs": 8}, "weight": 1.0, "every": 10}
 
     def trained(**more):
         model = network()
@@ -213,7 +268,7 @@ def test_a_probe_at_chance_is_said_and_penalises_nothing(data):
     x, _ = data
     labels = np.random.default_rng(0).permutation(np.arange(len(x)) % 2)
     model = network()
-    decoupling = SubspaceDecoupling(model, "0", [x], labels, 1, settings={"epochs": 2})
+    decoupling = SubspaceDecoupling(model, "0", [x], labels, 1, settings={"epochs": 1})
     with pytest.warns(UserWarning, match="step 0: the probe is at chance"):
         decoupling.__enter__()
     model(x)
@@ -245,7 +300,7 @@ def test_padding_of_a_transformer_is_never_seen(pool):
             "attention_mask": mask,
             "position_ids": (mask.cumsum(1) - 1).clamp(0),
         }
-        options = {"pool": pool, "settings": {"epochs": 40, "learning_rate": 0.05, "held_out": 0.0}}
+        options = {"pool": pool, "settings": {"epochs": 30, "learning_rate": 0.05, "batch_size": 360, "held_out": 0.0}}
         with SubspaceDecoupling(model, -1, [batch], labels, "old", probe="ovr", **options) as decoupling:
             model(**batch)
             found.append((decoupling.subspace_.basis.abs(), decoupling.penalty().detach()))
@@ -258,7 +313,7 @@ def test_padding_of_a_transformer_is_never_seen(pool):
     ("options", "message"),
     [
         ({"dominant": "z"}, "labels: 'z' and at least one other are needed"),
-        ({"labels": ["a"] * 600}, "labels: 'a' and at least one other"),
+        ({"labels": ["a"] * 400}, "labels: 'a' and at least one other"),
         ({"labels": ["a", "b"]}, "labels: 2 for other than so many samples"),
         ({"every": 0}, "every: expected an integer >= 1"),
         ({"kind": "none"}, "kind"),

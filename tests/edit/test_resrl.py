@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from subspan.edit import ResidualCredit, entropy_mask, head_interference, length_scaled_reward, quantile_gate
+from subspan.edit import ResidualCredit, length_scaled_reward, quantile_gate
 
 D, K = 24, 4
 
@@ -160,29 +160,6 @@ def test_the_gate_is_monotone_and_stays_between_its_ends(scores, floor):
     assert len(weights[x == x[0]].unique()) == 1
 
 
-def test_entropy_keeps_the_top_share_of_what_counts():
-    entropies, mask = torch.arange(20.0).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
-    mask[1, 5:] = False
-    kept = entropy_mask(entropies, mask, top=0.2)
-    assert kept.nonzero().tolist() == [[1, 2], [1, 3], [1, 4]]
-    assert not bool(entropy_mask(entropies, torch.zeros_like(mask)).any())
-
-
-def test_interference_is_the_product_of_the_gradients():
-    torch.manual_seed(0)
-    head = torch.nn.Linear(6, 9, bias=False)
-    x, y = torch.randn(2, 6), torch.tensor([3, 5])
-    gradients, errors = [], []
-    for row, target in zip(x, y):
-        logits = head(row)
-        head.zero_grad()
-        torch.nn.functional.cross_entropy(logits, target).backward()
-        gradients.append(head.weight.grad.clone())
-        errors.append(logits.softmax(-1).detach() - torch.nn.functional.one_hot(target, 9))
-    found = head_interference(x[:1], errors[0].unsqueeze(0), x[1:], errors[1].unsqueeze(0))
-    torch.testing.assert_close(found[0, 0], (gradients[0] * gradients[1]).sum())
-
-
 def test_a_large_residual_bounds_the_interference():
     states, *_ = rollouts(b=1, t=40)
     credit = ResidualCredit(rank=K, layer_norm=False)
@@ -220,8 +197,6 @@ def test_bad_input():
         credit.weights(broken, mask, positive, groups)
     with pytest.raises(ValueError, match="start must be below end"):
         length_scaled_reward(torch.ones(2), [1, 2], start=5, end=5)
-    with pytest.raises(ValueError, match="top"):
-        entropy_mask(torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), top=0.0)
 
 
 @pytest.mark.parametrize(("length", "factor"), [(10, 1.0), (3500, 1.0), (3798, 0.85), (4096, 0.7), (5000, 0.7)])

@@ -161,7 +161,7 @@ def concrete_merging(module: Any, patch: Any) -> None:
     patch(module, "RATE", 3e-2)
 
 
-def small_language_model() -> tuple[Any, Any]:
+def small_language_model(tied: bool = False) -> tuple[Any, Any]:
     """An untrained Llama of four blocks that reads letters, and its tokenizer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -172,7 +172,25 @@ def small_language_model() -> tuple[Any, Any]:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes)), tokenizer
+    config = transformers.LlamaConfig(vocab_size=97, tie_word_embeddings=tied, **sizes)
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+def resrl(module: Any, patch: Any) -> None:
+    patch(module, "load_language_model", lambda name: small_language_model(tied=True))
+    patch(module, "data_folder", lambda: None)
+    patch(module, "QUICK", module.Setting(6, 2, 1000))
+
+
+def decoupling(module: Any, patch: Any) -> None:
+    words = ["".join(chr(97 + (7 * i + 3 * j) % 26) for j in range(5)) for i in range(60)]
+    # Varieties by a letter that each has often.
+    varieties = {name: [f"{word} {letter * 4} {word[::-1]}" for word in words] for name, letter in zip("pqr", "xyz")}
+    pairs = [(f"{word} xxx", f"{word} yyy") for word in words]
+    patch(module, "load_language_model", lambda name: small_language_model(tied=True))
+    patch(module, "material", lambda: module.Material("planted", varieties, (pairs[:40], pairs[40:])))
+    patch(module, "PROBE", {"epochs": 6, "learning_rate": 2e-2})
+    patch(module, "QUICK", module.Setting(2, 4, 4, 8, 1.0, 2, 12, (0, 3), 24, 1, 1e-3))
 
 
 def reglu(module: Any, patch: Any) -> None:
@@ -251,6 +269,8 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     subspacead: set(),
     reglu: {"the author was known"},
     safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
+    resrl: {"there is something to spare: right answers fall with wrong ones"},
+    decoupling: {"every layer tells every variety, beside shuffled labels"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},

@@ -1,5 +1,6 @@
 from .confident_views import marginal_entropy, select_confident
 from .decoupling import Refresh, SubspaceDecoupling
+from .displacement import Displacement, lld
 from .eigenshield import EigenShield
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from .leace import leace
@@ -23,18 +24,21 @@ from .reglu import (
     random_subspaces,
     reglu_plan,
 )
-from .resrl import ResidualCredit, entropy_mask, head_interference, length_scaled_reward, quantile_gate
+from .resrl import ResidualCredit, length_scaled_reward, quantile_gate
 from .spike_scores import PairedMoments, alignment_score, conformal_quantile, energy_score, spectral_score
 from .spikes import NoSpikesError, RobustSpikes, SpikeFilter
 from .sts import SpectralSteering, STSClassifier
+from .token_credit import entropy_mask, head_interference, hidden_reward_weights, reinforce_advantages
 from .unlearner import Answers, Unlearner, UnlearningStep
 from .unlearning_checks import answer_log_likelihood, answer_scores, question_prompt, relearned
 from .unlearning_data import PairedExamples, answer_examples
 from .variational_probe import VariationalLinear, VariationalProbe, dominant_subspace
+from .variety_report import VarietyReading, variety_report
 
 __all__ = [
     "Answers",
     "ConfidentAverage",
+    "Displacement",
     "ENSEMBLE_TEMPLATES",
     "EigenShield",
     "LayerPlan",
@@ -57,6 +61,7 @@ __all__ = [
     "UnlearningStep",
     "VariationalLinear",
     "VariationalProbe",
+    "VarietyReading",
     "alignment_score",
     "answer_examples",
     "answer_log_likelihood",
@@ -71,11 +76,13 @@ __all__ = [
     "entropy_mask",
     "gaussian_blur",
     "head_interference",
+    "hidden_reward_weights",
     "importance_factors",
     "jpeg",
     "latent_directions",
     "leace",
     "length_scaled_reward",
+    "lld",
     "marginal_entropy",
     "net_leakage",
     "orthogonalize_projections",
@@ -86,11 +93,13 @@ __all__ = [
     "random_noise",
     "random_subspaces",
     "reglu_plan",
+    "reinforce_advantages",
     "relearned",
     "select_confident",
     "spectral_score",
     "squared_gradients",
     "typos",
+    "variety_report",
     "zero_factors",
     "zero_shot_prototypes",
 ]

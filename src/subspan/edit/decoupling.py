@@ -9,16 +9,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from subspan.base.parameters import Count, Positive, check_parameters
 from subspan.geometry import Subspace
-from subspan.models import iterate_representations, layer_names, pool_states
-from subspan.models.capture import select_tokens, split_mask
+from subspan.models import iterate_representations, layer_names
+from subspan.models.capture import split_mask
 from subspan.nn import ProjectionPenalty
 
 from .variational_probe import VariationalProbe, dominant_subspace
+from .variety_report import pooled_rows
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,16 @@ class SubspaceDecoupling:
     def __exit__(self, *_: object) -> None:
         self._leave()
 
-    def penalty(self) -> Float[Tensor, ""]:
-        """λ times the penalty of the latest forward pass, with its gradient."""
+    def penalty(self, counted: Shaped[Tensor, "*n"] | None = None) -> Float[Tensor, ""]:
+        """λ times the penalty of the latest forward pass, with its gradient.
+
+        counted: nonzero = this state counts, such as those of the other varieties alone; default: all but padding.
+        """
         if self._states is None:
             raise ValueError("penalty: no forward pass was seen; call the model inside the context first")
-        mask = self._mask if self._mask is not None and self._mask.shape == self._states.shape[:-1] else None
-        return self.weight * self._penalty(self._states, mask)
+        if counted is None and self._mask is not None and self._mask.shape == self._states.shape[:-1]:
+            counted = self._mask
+        return self.weight * self._penalty(self._states, counted)
 
     def step(self, step: int) -> None:
         """To be called after each optimizer step with the number taken: estimates again where it is time."""
@@ -240,14 +245,9 @@ class SubspaceDecoupling:
                 place += len(states)
                 if place > len(self._labels):
                     break
-                mask = split_mask(batch, "attention_mask")[1]
-                if self.pool == "rows" and states.ndim == 3:
-                    kept = select_tokens(states, mask)
-                    states, named = states[kept], np.repeat(named, kept.sum(1).cpu().numpy())
-                else:
-                    states = pool_states(states, mask, pool="mean")
-                rows.append(states)
-                labels.append(named)
+                kept, owners = pooled_rows(states, split_mask(batch, "attention_mask")[1], self.pool)
+                rows.append(kept)
+                labels.append(named[owners])
         finally:
             self._looking = False
         if place != len(self._labels):

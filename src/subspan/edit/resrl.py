@@ -6,7 +6,7 @@ right answers' states pulls their likelihood down with it; one that lies outside
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from subspan.base.parameters import Count, Positive, Share, check_parameters
 from subspan.geometry import Subspace
+
+from .token_credit import Groups, answer_groups, finite
 
 _FEWEST, _FLAT = 4, 1e-5
 
@@ -99,40 +101,6 @@ def length_scaled_reward(
     lengths = torch.as_tensor(n_tokens).to(reward)
     along = ((lengths - start) / (end - start)).clamp(0, 1)
     return torch.where(reward > 0, reward * (1 - (1 - end_scale) * along), reward)
-
-
-def entropy_mask(entropies: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], top: float = 0.2) -> Bool[Tensor, "b t"]:
-    """The tokens that are decided least: those whose entropy is in the top share of all that count. The rival in trl.
-
-    Parameters
-    ----------
-    entropies
-        (b, t) of the policy's next-token distributions.
-    mask
-        (b, t) tokens of the answers.
-    top
-        Share that is kept, in (0, 1].
-
-    Returns
-    -------
-    Tensor (b, t), False outside of the mask.
-
-    References
-    ----------
-    Wang et al. (2025), Beyond the 80/20 rule, arXiv 2506.01939.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.edit import entropy_mask
-    >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.3, 9.0]]), torch.tensor([[True, True, True, False]]), top=0.4)
-    tensor([[False,  True, False, False]])
-    """
-    if not 0 < top <= 1:
-        raise ValueError(f"top: must lie in (0, 1], got {top}")
-    if not bool(mask.any()):
-        return mask.clone()
-    return mask & (entropies >= torch.quantile(entropies[mask].float(), 1 - top))
 
 
 @dataclass(frozen=True)
@@ -223,7 +191,7 @@ class ResidualCredit:
         states: Float[Tensor, "b t d"],
         mask: Bool[Tensor, "b t"],
         positive: Bool[Tensor, " b"],
-        groups: Sequence[Any] | Tensor | np.ndarray,
+        groups: Groups,
     ) -> Float[Tensor, "b t"]:
         """Weights (b, t) of tokens, 1 wherever they do not act.
 
@@ -239,22 +207,24 @@ class ResidualCredit:
         groups
             (b,) the prompt of each, as any values that can be compared.
         """
-        groups = groups.tolist() if isinstance(groups, Tensor | np.ndarray) else list(groups)
-        if states.shape[:2] != mask.shape or len(positive) != len(mask) or len(groups) != len(mask):
-            raise ValueError(
-                f"states, mask, positive, groups: {tuple(states.shape)}, {tuple(mask.shape)}, {len(positive)} and "
-                f"{len(groups)} do not fit"
-            )
         found = torch.ones(mask.shape, dtype=torch.float32, device=states.device)
-        for group in dict.fromkeys(groups):
-            inside = torch.tensor([each == group for each in groups], device=mask.device)
-            right, wrong = (mask & (inside & side).unsqueeze(1) for side in (positive, ~positive))
+        for wrong, energy in self.residuals(states, mask, positive, groups):
+            found[wrong] = quantile_gate(energy, *self.quantiles, self.floor)
+        return found
+
+    def residuals(
+        self,
+        states: Float[Tensor, "b t d"],
+        mask: Bool[Tensor, "b t"],
+        positive: Bool[Tensor, " b"],
+        groups: Groups,
+    ) -> Iterator[tuple[Bool[Tensor, "b t"], Float[Tensor, " n"]]]:
+        """Of each group whose tokens can be told apart: where its wrong tokens are, and their e; see `weights`."""
+        for right, wrong in answer_groups(mask, positive, groups, states=states):
             if int(right.sum()) < _FEWEST or not bool(wrong.any()):
                 continue
             if (space := self.positive_subspace(self._normalized(states[right]))) is not None:
-                energy = space.residual_energy(self._normalized(states[wrong])) / states.shape[-1]
-                found[wrong] = quantile_gate(energy, *self.quantiles, self.floor)
-        return found
+                yield wrong, space.residual_energy(self._normalized(states[wrong])) / states.shape[-1]
 
     def advantages(
         self,
@@ -262,7 +232,7 @@ class ResidualCredit:
         states: Float[Tensor, "b t d"],
         mask: Bool[Tensor, "b t"],
         positive: Bool[Tensor, " b"],
-        groups: Sequence[Any] | Tensor | np.ndarray,
+        groups: Groups,
     ) -> Float[Tensor, "b t"]:
         """Advantages (b, t) of tokens, from those of answers or tokens; see `weights` for the rest."""
         weights = self.weights(states, mask, positive, groups)
@@ -271,37 +241,5 @@ class ResidualCredit:
         return given.to(weights.device) * factors
 
     def _normalized(self, states: Float[Tensor, "m d"]) -> Float[Tensor, "m d"]:
-        wide = states.float()
-        if not bool(wide.isfinite().all()):
-            raise ValueError("states: NaN or infinity at a token of the mask")
+        wide = finite(states, "states")
         return F.layer_norm(wide, wide.shape[-1:]) if self.layer_norm else wide
-
-
-def head_interference(
-    states: Float[Tensor, "m d"],
-    errors: Float[Tensor, "m v"],
-    other_states: Float[Tensor, "n d"],
-    other_errors: Float[Tensor, "n v"],
-) -> Float[Tensor, "m n"]:
-    """Inner products of the gradients of the output layer at two sets of tokens: <δ, δ'> <x, x'>.
-
-    Parameters
-    ----------
-    states, other_states
-        Inputs x (m, d) and (n, d) of the output layer.
-    errors, other_errors
-        δ = softmax - target (m, v) and (n, v).
-
-    Returns
-    -------
-    Tensor (m, n); no gradient (v, d) is formed.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from subspan.edit import head_interference
-    >>> x, delta = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -0.5]])
-    >>> head_interference(x, delta, x, delta)
-    tensor([[2.5000]])
-    """
-    return (errors @ other_errors.mT) * (states @ other_states.mT)

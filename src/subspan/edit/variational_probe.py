@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from subspan.base.arrays import as_tensor, check_matrix
 from subspan.base.parameters import Count, Positive, Share, check_parameters
 from subspan.geometry import Subspace
+from subspan.nn.training import finite_loss
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695
 _SAMPLES = 8
@@ -218,46 +219,31 @@ class VariationalProbe:
         """Share of rows that get their label."""
         return float((self.predict(X) == np.asarray(y)).mean())
 
+    @torch.enable_grad()
     def _train(self, layer: VariationalLinear, rows: Tensor, target: Int[Tensor, " n"]) -> None:
-        from torch.optim.lr_scheduler import LambdaLR
-        from torch.utils.data import DataLoader, TensorDataset
-
-        from subspan.nn.objective import Objective
-        from subspan.nn.training import quiet_trainer
-
-        order = torch.randperm(len(rows))
-        kept = order[: round(self.held_out * len(rows))].to(rows.device)
-        trained = order[len(kept) :].to(rows.device)
-        batches = DataLoader(TensorDataset(rows[trained], target[trained]), self.batch_size, shuffle=True)
-        rate = {"factor": 1.0, "best": math.inf, "bad": 0}
-
-        def loss(layer: VariationalLinear, batch: Any) -> Tensor:
-            x, y = batch
-            return F.cross_entropy(layer(x), y, reduction="sum") + layer.kl() * (len(x) / len(trained))
-
-        def look(layer: VariationalLinear, step: int) -> bool:
-            if step % len(batches) or not len(kept):
-                return False
+        """A loop of its own: a step is far cheaper here than what a Trainer adds to each."""
+        order, held = torch.randperm(len(rows)).to(rows.device), round(self.held_out * len(rows))
+        kept, trained = order[:held], order[held:]
+        optimizer = torch.optim.Adam(layer.parameters(), self.learning_rate)
+        best, bad, step = math.inf, 0, 0
+        for _ in range(self.epochs):
+            layer.train()
+            for batch in trained[torch.randperm(len(trained)).to(rows.device)].split(self.batch_size):
+                loss = F.cross_entropy(layer(rows[batch]), target[batch], reduction="sum")
+                loss = finite_loss(loss + layer.kl() * (len(batch) / len(trained)), step)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+            if not held:
+                continue
             with torch.no_grad():
                 found = float(F.cross_entropy(layer.eval()(rows[kept]), target[kept]))
-            layer.train()
-            better = found < rate["best"]
-            rate["best"], rate["bad"] = min(rate["best"], found), 0 if better else rate["bad"] + 1
-            rate["factor"] *= 1.0 if better else 0.5
-            return rate["bad"] > 1
-
-        objective = Objective(
-            layer,
-            loss,
-            optimizer="adam",
-            learning_rate=self.learning_rate,
-            schedule=lambda optimizer, steps: LambdaLR(optimizer, lambda step: rate["factor"]),
-            after_step=look,
-        )
-        kind = rows.device.type
-        with quiet_trainer(max_epochs=self.epochs, accelerator="gpu" if kind == "cuda" else kind, devices=1) as trainer:
-            trainer.fit(objective, batches)
-        layer.to(rows.device)
+            best, bad = min(best, found), 0 if found < best else bad + 1
+            if bad > 1:
+                return
+            for group in optimizer.param_groups if bad else ():
+                group["lr"] /= 2
 
     @torch.no_grad()
     def _measure(self, rows: Tensor, target: Int[Tensor, " n"]) -> None:
