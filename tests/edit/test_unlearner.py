@@ -189,6 +189,23 @@ def test_a_killed_run_goes_on_where_it_was(model, tmp_path):
     assert "again" not in taken
 
 
+def test_a_head_that_can_be_asked_for_some_positions_gives_the_same(model):
+    batch = padded_batch([*texts([1]), {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, -100, 9]}])
+    whole = answer_logits(model, batch)
+    asked = []
+
+    class Asked(nn.Module):
+        def forward(self, input_ids, attention_mask, logits_to_keep):
+            asked.append(logits_to_keep.tolist())
+            return model(input_ids, attention_mask)[:, logits_to_keep]
+
+    for found, expected in zip(answer_logits(Asked(), batch), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert asked == [[0, 1, 3]]
+    assert whole[1].tolist() == [25, 49, 7, 9]
+    assert whole[2].tolist() == [0, 0, 1, 1]
+
+
 def test_pairs_have_every_forget_example_once_an_epoch():
     pairs = PairedExamples(list("abc"), list(range(50)), epochs=3, random_state=1)
     assert [sorted(pairs[i][0] for i in range(s, s + 3)) for s in (0, 3, 6)] == [list("abc")] * 3

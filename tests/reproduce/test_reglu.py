@@ -29,6 +29,9 @@ def test_the_tail_is_the_model_and_what_is_changed_in_it_is_changed_there():
         return found[batch["attention_mask"] != 0], expected[batch["attention_mask"] != 0]
 
     torch.testing.assert_close(*both(), atol=1e-5, rtol=1e-4)
+    some = torch.tensor([2, 10])
+    inputs = batch["input_ids"], batch["attention_mask"]
+    torch.testing.assert_close(tail(*inputs, logits_to_keep=some), tail(*inputs)[:, some])
     assert linear_names(tail)[0] == "part.layers.0.self_attn.q_proj"
     before = both()[1]
     edit = add_low_rank(tail, dict.fromkeys(linear_names(tail), 2))

@@ -197,7 +197,7 @@ def reglu(module: Any, patch: Any) -> None:
     patch(module, "load_language_model", lambda name: small_language_model())
     patch(module, "is_available", lambda name: False)
     patch(module, "kept", lambda layers, kind, key, learn: (learn(), layers.eval().requires_grad_(False)))
-    patch(module, "QUICK", module.Setting(2, 2, 4, 30, 1e-2, 3, 1e-2, 2, 4, 0, 1))
+    patch(module, "QUICK", module.Setting(2, 2, 4, 2, 1e-2, 3, 1e-2, 2, 4, 0, 1))
 
 
 def safety_subspaces(module: Any, patch: Any) -> None:
@@ -267,7 +267,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     subspace_clustering: {"ORL: a self-expressive method beats k-means"},
     scalselect: {"equal to the full decomposition", "without centring the rank collapses: one direction"},
     subspacead: set(),
-    reglu: {"the author was known"},
+    reglu: set(),
     safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
     resrl: {"there is something to spare: right answers fall with wrong ones"},
     decoupling: {"every layer tells every variety, beside shuffled labels"},

@@ -21,7 +21,10 @@ from subspan.base.files import (
 )
 from subspan.base.reading import read_json
 
-KINDS = ("features", "models", "dual-encoder", "point-network", "small-networks", "sts-views", "style-generators")
+KINDS = (
+    "features", "models", "dual-encoder", "point-network", "small-networks", "sts-views", "style-generators",
+    "taught-blocks",
+)  # fmt: skip
 """All that the library keeps in its cache; each kind has a folder there."""
 
 

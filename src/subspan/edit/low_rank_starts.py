@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -187,11 +188,24 @@ def squared_gradients(
     }
 
 
-def answer_logits(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Float[Tensor, "n v"], Tensor, Tensor]:
-    """Of the tokens that count: logits (n, v) in float32, labels (n,), and which text (n,) each is of."""
+def answer_logits(
+    model: nn.Module, batch: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, "n v"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Of the tokens that count: logits (n, v) in float32, labels (n,), and which text (n,) each is of.
+
+    A model that takes `logits_to_keep`, as those of transformers do, is asked for the positions of answers alone: of a
+    small model the head is most of the work.
+    """
     found = to_device_of(model, dict(batch))
-    given = model(input_ids=found["input_ids"], attention_mask=found["attention_mask"])
-    logits = getattr(given, "logits", given)
-    labels = found["labels"][:, 1:].to(logits.device)
+    labels = found["labels"][:, 1:]
     counted = labels != IGNORED
-    return logits[:, :-1][counted].float(), labels[counted], torch.nonzero(counted)[:, 0]
+    places = counted.any(0).nonzero().flatten()
+    inputs = {name: found[name] for name in ("input_ids", "attention_mask")}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        given = model(**inputs, logits_to_keep=places)
+        logits = getattr(given, "logits", given)
+    else:
+        given = model(**inputs)
+        logits = getattr(given, "logits", given)[:, :-1][:, places]
+    counted, labels = counted[:, places].to(logits.device), labels[:, places].to(logits.device)
+    return logits[counted].float(), labels[counted], torch.nonzero(counted)[:, 0]

@@ -55,7 +55,7 @@ class Setting(NamedTuple):
     seeds: int = 3
 
 
-QUICK = Setting(2, 2, 8, 6, 5e-4, 4, 1e-3, 4, 6, 0, 1)
+QUICK = Setting(2, 1, 6, 5, 1e-3, 3, 2e-3, 4, 4, 0, 1)
 OURS, PLAIN, FILA, RANDOM = "ReGLU", "LoRA, inverse hinge", "FILA, inverse hinge", "ReGLU, random basis"
 ARMS: dict[str, dict[str, Any]] = {
     "LoRA, gradient difference": {"start": "lora", "forget_loss": "gd", "orthogonality": 0.0},
@@ -147,15 +147,16 @@ class Tail(nn.Module):
         self._whole, self._blocks = (whole,), blocks
         self._states: dict[tuple[int, ...], Tensor] = {}
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits (b, t, v) of texts that are padded at the right."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor | None = None) -> Tensor:
+        """Logits (b, t, v) of texts that are padded at the right, or of some positions."""
         texts = [tuple(ids[mask != 0].tolist()) for ids, mask in zip(input_ids, attention_mask)]
         if new := [text for text in dict.fromkeys(texts) if text not in self._states]:
             self._read(new)
         states = nn.utils.rnn.pad_sequence([self._states[text] for text in texts], batch_first=True)
         mask = attention_mask[:, : states.shape[1]]
         found = self.part(inputs_embeds=states, attention_mask=mask, use_cache=False).last_hidden_state
-        return F.pad(self.head(found), (0, 0, 0, input_ids.shape[1] - states.shape[1]))
+        found = F.pad(found, (0, 0, 0, input_ids.shape[1] - states.shape[1]))
+        return self.head(found if logits_to_keep is None else found[:, logits_to_keep])
 
     @torch.no_grad()
     def _read(self, texts: Sequence[tuple[int, ...]]) -> None:
@@ -195,7 +196,7 @@ class Speaker(NamedTuple):
             train(self.tail, _cross_entropy, batches, learning_rate=self.setting.learning_rate, clip=1.0)
 
         sizes = (self.setting.epochs, self.setting.learning_rate)
-        kept(layers, "authors", [layers, *sizes, records], learn)
+        kept(layers, "taught-blocks", [layers, *sizes, records], learn)
         return {name: value.clone() for name, value in layers.state_dict().items()}
 
     def probability(self, examples: Any) -> float:
