@@ -67,6 +67,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "start alone (RILA)": {"orthogonality": 0.0},
     "penalty alone (ROL)": {"start": "lora"},
     RANDOM: {"basis": "random"},
+    "ReGLU, penalty on the net change": {"penalised": "net"},
     OURS: {},
 }
 _FEW = (PLAIN, FILA, RANDOM, OURS)
