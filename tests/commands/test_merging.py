@@ -90,8 +90,8 @@ def test_a_killed_merge_goes_on(folders, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["base", "e0", "e0"], "EXPERT: the same folder is named twice"),
-        (["base", "e0", "--density", "0.5"], "--density: iso-cts has no such option; it is for ties"),
-        (["base", "e0", "--seed", "1"], "--seed: iso-cts has no such option; it is for dare"),
+        (["base", "e0", "--density", "0.5"], "--density: tsv has no such option; it is for ties"),
+        (["base", "e0", "--seed", "1"], "--seed: tsv has no such option; it is for dare"),
         (["base", "absent"], "EXPERT: 'absent' is not a folder"),
         (["base", "e0", "-o", "e1"], "-o: 'e1' exists"),
         (["base", "e0", "-o", "base/merged"], "-o: "),

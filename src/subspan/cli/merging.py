@@ -24,7 +24,7 @@ def merge(
     method: Annotated[
         Literal["average", "task-arithmetic", "ties", "dare", "tsv", "iso-c", "iso-cts"],
         typer.Option(help="Sums (the first four), or singular vectors that are made orthogonal or equally strong."),
-    ] = "iso-cts",
+    ] = "tsv",
     scaling: Annotated[
         float | None, typer.Option(help="Factor of the merged update: 0.3 for task-arithmetic and dare, else 1.")
     ] = None,
