@@ -28,7 +28,7 @@ def records(first, count):
 def folder(tmp_path, monkeypatch):
     """A small Llama with one key head for two queries, and questions with answers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(unlearning, "_SAID", 1)
+    monkeypatch.setattr(unlearning, "_NEW_TOKENS", 3)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=42, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

@@ -197,7 +197,7 @@ def reglu(module: Any, patch: Any) -> None:
     patch(module, "load_language_model", lambda name: small_language_model())
     patch(module, "is_available", lambda name: False)
     patch(module, "kept", lambda layers, kind, key, learn: (learn(), layers.eval().requires_grad_(False)))
-    patch(module, "QUICK", module.Setting(2, 2, 4, 2, 1e-2, 3, 1e-2, 2, 4, 0, 1))
+    patch(module, "QUICK", module.Setting(2, 1, 2, 2, 1e-2, 2, 1e-2, 2, 2, 0, 1))
 
 
 def safety_subspaces(module: Any, patch: Any) -> None:

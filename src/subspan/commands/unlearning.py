@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simnpo": {"start": "lora", "forget_loss": "simnpo", "orthogonality": 0.0},
 }
 _NAMES = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("instruction", "output"))
-_HELD, _READ, _SAID, _UNRELATED = 64, 64, 16, 48
+_HELD, _READ, _SAID, _UNRELATED, _NEW_TOKENS = 64, 64, 16, 48, 48
 
 
 class Material(NamedTuple):
@@ -254,7 +254,7 @@ class Unlearning:
             model,
             tokenizer,
             [prompt for prompt, _ in asked],
-            max_new_tokens=48,
+            max_new_tokens=_NEW_TOKENS,
             add_special_tokens=not self._chat(tokenizer),
         )
         figures = {"forget_probability": probability("forget"), "retain_probability": probability("retain")}
@@ -266,7 +266,8 @@ class Unlearning:
 
     def _in_4_bits(self, model: Any, tokenizer: Any, material: Material) -> dict[str, float]:
         """With all linear layers of the blocks rounded, whether the answers are back."""
-        weights = {f"{name}.weight": model.get_submodule(name).weight.detach() for name in linear_names(model)}
+        layers: dict[str, Any] = {name: model.get_submodule(name) for name in linear_names(model)}
+        weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
         rounded = {name: round_to_bits(value.float(), 4) for name, value in weights.items()}
         with StateDelta.between(weights, rounded).applied(model):
             return self._figures(model, tokenizer, material)
@@ -294,9 +295,9 @@ def _asked(tokenizer: Any, pair: tuple[str, str], chat: bool) -> tuple[str, str]
 
 def _merged(job: Unlearner) -> dict[str, Any]:
     """The changed weights, by the names that they are stored under; the model is a plain one afterwards."""
-    names = list(job.edit_.layers)
     model = job.edit_.merge()
-    return {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in job.edit_.layers}
+    return {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
 
 
 def figure_rows(figures: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:

@@ -357,13 +357,11 @@ class Unlearner:
         if self.start == "rila":
             sites = {name: layer.forget for name, layer in self.plan_.items()}
         elif self.start == "fila":
-            gradients = [
+            wanted, kept = (
                 squared_gradients(model, self._batches(each[: self.samples]), names) for each in (forget, retain)
-            ]
+            )
             sites = {
-                name: importance_factors(
-                    weight, *(each[name] for each in gradients), self.rank, scale=alpha / self.rank
-                )
+                name: importance_factors(weight, wanted[name], kept[name], self.rank, scale=alpha / self.rank)
                 for name, weight in weights.items()
             }
         else:
@@ -439,8 +437,8 @@ class Unlearner:
             schedule=lambda optimizer, _: LambdaLR(optimizer, rate),
             after_step=stepped,
         )
-        device = device_of(model)
-        cpu = device is None or device.type == "cpu"
+        device = device_of(model) or torch.device("cpu")
+        cpu = device.type == "cpu"
         for layer in self.edit_.layers.values():
             layer.dropout.train()
         with quiet_trainer(
@@ -451,7 +449,7 @@ class Unlearner:
             gradient_clip_val=self.clip,
         ) as trainer:
             trainer.fit(objective, DataLoader(left, self.batch_size, collate_fn=self._collated))
-        model.to(device or "cpu").eval()
+        model.to(device).eval()
 
     def _references(self, model: nn.Module, forget: list[Example]) -> list[float]:
         """Log-likelihoods of the answers now: no layer has changed yet. Only where the loss asks for them."""

@@ -220,7 +220,8 @@ def relearned(
     """
     checked = checked_examples(examples, "examples")
     names = linear_names(model) if layers is None else layer_names(model, layers)
-    weights: list[nn.Parameter] = list({id(w): w for w in (model.get_submodule(n).weight for n in names)}.values())
+    owners: list[Any] = [model.get_submodule(name) for name in names]
+    weights: list[nn.Parameter] = list({id(owner.weight): owner.weight for owner in owners}.values())
     trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
     kept = [weight.data for weight in weights]
     try:

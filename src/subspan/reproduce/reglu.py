@@ -216,7 +216,8 @@ class Speaker(NamedTuple):
 
     def rounded(self, examples: Any) -> float:
         """Probability with the linear layers in 4 bits."""
-        weights = {f"{n}.weight": self.tail.get_submodule(n).weight.detach() for n in linear_names(self.tail)}
+        layers: dict[str, Any] = {name: self.tail.get_submodule(name) for name in linear_names(self.tail)}
+        weights = {f"{name}.weight": layer.weight.detach() for name, layer in layers.items()}
         change = StateDelta.between(weights, {name: round_to_bits(value) for name, value in weights.items()})
         with change.applied(self.tail):
             return self.probability(examples)
