@@ -270,7 +270,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     reglu: set(),
     safety_subspaces: {"updates that were forced apart are told apart", "and less without their mean"},
     resrl: {"there is something to spare: right answers fall with wrong ones"},
-    decoupling: {"every layer tells every variety, beside shuffled labels"},
+    decoupling: {"every estimate of the penalty finds a subspace"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},

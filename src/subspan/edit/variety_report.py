@@ -51,13 +51,16 @@ class VarietyReading:
 
 
 def pooled_rows(
-    states: Float[Tensor, "b t d"] | Float[Tensor, "b d"], mask: Tensor | None, pool: Literal["rows", "mean"]
+    states: Float[Tensor, "b t d"] | Float[Tensor, "b d"],
+    mask: Tensor | None,
+    pool: Literal["rows", "mean"],
+    drop_tokens: int = 0,
 ) -> tuple[Float[Tensor, "n d"], np.ndarray]:
     """Rows for a probe, every token or the mean of a sample's, and the sample of each row."""
     if pool == "rows" and states.ndim == 3:
-        kept = select_tokens(states, mask)
+        kept = select_tokens(states, mask, drop_tokens)
         return states[kept], torch.nonzero(kept)[:, 0].cpu().numpy()
-    return pool_states(states, mask, pool="mean"), np.arange(len(states))
+    return pool_states(states, mask, pool="mean", drop_tokens=drop_tokens), np.arange(len(states))
 
 
 def variety_report(
@@ -67,7 +70,8 @@ def variety_report(
     dominant: Any,
     *,
     layers: Any = None,
-    pool: Literal["rows", "mean"] = "mean",
+    pool: Literal["rows", "mean"] = "rows",
+    drop_tokens: int = 0,
     settings: Mapping[str, Any] | None = None,
     random_state: int = 0,
     progress: Progress | None = None,
@@ -87,7 +91,9 @@ def variety_report(
     layers
         As in `models.layer_names`; None: every block.
     pool
-        "mean": a row a sample; "rows": every token.
+        "rows": every token, its sample's label; "mean": a row a sample, of which a probe of many dimensions needs many.
+    drop_tokens
+        The first so many tokens of each sample are left out: language models have huge states at the first.
     settings
         Of `VariationalProbe`.
     random_state
@@ -134,7 +140,7 @@ def variety_report(
         mask = split_mask(batch, "attention_mask")[1]
         for states in iterate_representations(model, [batch], names, pool="none"):
             for name in names:
-                kept, owner = pooled_rows(states[name], mask, pool)
+                kept, owner = pooled_rows(states[name], mask, pool, drop_tokens)
                 rows[name].append(kept.float().cpu())
             owners.append(owner + place)
             place += len(states[names[0]])
@@ -159,11 +165,12 @@ def _layer(
     several = len(varieties) > 2
     readings: list[VarietyReading] = []
     first: tuple[Any, Any] | None = None
-    for variety in varieties:
+    for place, variety in enumerate(varieties):
         mine, control = labels == variety, shuffled == variety
         probe, random = (
-            VariationalProbe(**{"random_state": seed, **settings}).fit(rows[fitted], which[fitted])
-            for which in (mine, control)
+            # Each its own start: two probes that start alike would lie near each other.
+            VariationalProbe(**{"random_state": seed + 2 * place + other, **settings}).fit(rows[fitted], which[fitted])
+            for other, which in enumerate((mine, control))
         )
         spaces = dominant_subspace(probe, True), dominant_subspace(random, True)
         angles: tuple[float | None, float | None] = (None, None)

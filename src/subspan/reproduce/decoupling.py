@@ -42,7 +42,7 @@ class Setting(NamedTuple):
     steps: int = 30
     batch: int = 4
     held: int = 32
-    weight: float = 1.0
+    weight: float = 5.0
     every: int = 10
     probed: int = 24
     layers: tuple[int, ...] = (0, 9, 19, 29)
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
     rate: float = 1e-4
 
 
-QUICK = Setting(1, 6, 2, 6, 1.0, 3, 8, (9, 29), 12, 1)
+QUICK = Setting(1, 6, 2, 6, 5.0, 3, 8, (29,), 10, 1)
 
 
 class Material(NamedTuple):
@@ -103,7 +103,8 @@ def diagnosed(model: Any, tokenizer: Any, data: Material, setting: Setting, prog
         [name for _, name in texts],
         next(iter(data.varieties)),
         layers=list(setting.layers),
-        settings=PROBE,
+        drop_tokens=1,
+        settings=PROBE | {"epochs": 20, "learning_rate": 2e-2, "batch_size": 256},
         progress=progress,
     )
 
@@ -212,7 +213,10 @@ def penalised(tuned: Tuned, arm: str, seed: int) -> Iterator[SubspaceDecoupling 
 
 
 def judged(
-    scores: Mapping[tuple[str, int], dict[str, np.ndarray]], seeds: range, readings: list[VarietyReading]
+    scores: Mapping[tuple[str, int], dict[str, np.ndarray]],
+    seeds: range,
+    readings: list[VarietyReading],
+    estimates: list[Refresh],
 ) -> tuple[Check, list[Check]]:
     """The main check and the others; scores by arm and seed, a number a verse."""
 
@@ -244,6 +248,12 @@ def judged(
             "smallest ratio of compressions, less 1",
             min(r.compression / r.compression_shuffled for r in readings) - 1,
             0,
+        ),
+        Check.above(
+            "every estimate of the penalty finds a subspace",
+            "smallest accuracy less the commoner answer's share",
+            min(each.accuracy - each.chance for each in estimates),
+            0,
             quick=True,
         ),
         Check.below(
@@ -270,7 +280,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
     seeds = range(seed, seed + setting.seeds)
     trials = Trials(ARMS, seeds, measure, progress=progress, span=(0.3, 1.0))
-    main, checks = judged(scores, seeds, readings)
+    main, checks = judged(scores, seeds, readings, [each for seed in seeds for each in estimates["online", seed]])
     tuned.reset()
     before = {fact: float(values.mean()) for fact, values in tuned.scores(lambda states: states).items()}
     rows = [
