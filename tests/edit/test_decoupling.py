@@ -154,7 +154,7 @@ def test_the_diagnosis_finds_where_varieties_are_and_which_are_near():
     tokens[:, 2] = math.nan  # padding
     mask = torch.tensor([[1, 1, 0]]).expand(len(x), 3)
     batches = [{"x": tokens[s : s + 90], "attention_mask": mask[s : s + 90]} for s in range(0, len(x), 90)]
-    options = {"pool": "mean", "layers": ["layers.0", "layers.1"], "settings": {**FAST, "epochs": 8, "batch_size": 50}}
+    options = {"layers": ["layers.0", "layers.1"], "settings": {**FAST, "epochs": 10, "batch_size": 50}}
     found = variety_report(Halves(), batches, y, "a", **options)
     assert [(r.layer, r.variety) for r in found] == [(f"layers.{i}", v) for i in (0, 1) for v in "abcd"]
     kept, lost = found[:4], found[4:]
@@ -164,7 +164,9 @@ def test_the_diagnosis_finds_where_varieties_are_and_which_are_near():
     assert kept[1].angle < 35
     assert min(kept[2].angle, kept[3].angle, lost[1].angle) > 50
     assert [r.chance for r in kept] == pytest.approx([0.75] * 4, abs=0.1)
-    every = variety_report(Halves(), batches[:1], y[:90], "a", drop_tokens=1, layers="layers.0", settings={"epochs": 1})
+    every = variety_report(
+        Halves(), batches[:1], y[:90], "a", pool="mean", drop_tokens=1, layers="layers.0", settings={"epochs": 1}
+    )
     assert len(every) == 4
     two = variety_report(Halves(), batches[:1], y[:90] == "a", True, layers="layers.0", settings={"epochs": 1})
     assert [r.angle for r in two] == [None, None]
