@@ -11,6 +11,7 @@ from subspan.geometry import Subspace
 from subspan.nn import projection_penalty
 from subspan.probe import (
     ASTProbe,
+    StructuralProbe,
     SyntaxTree,
     TokenStates,
     pairwise_rank_loss,
@@ -20,6 +21,7 @@ from subspan.probe import (
     tree_to_tuple,
     tuple_to_tree,
 )
+from subspan.probe.ast_probe import _losses as probe_losses
 
 LABELS, RANK, WIDTH, LEARNT = ("s", "p", "q"), 4, 16, 200
 
@@ -97,6 +99,32 @@ def test_the_best_epoch_is_kept_and_a_layer_without_gain_is_left(planted: Any) -
     kept = settings(max_epochs=int(losses[:, 0].argmin()) + 1, learning_rate=0.3, patience=1)
     kept.fit(states[:60], trees[:60], (states[60:90], trees[60:90]))
     assert torch.allclose(kept.probe_.projection[0], probe.probe_.projection[0])
+
+
+def test_rates_fall_as_those_of_torchs_schedule(planted: Any) -> None:
+    """One layer, step by step as the published loop has it: Adam, and a plateau schedule without patience."""
+    _, states, trees = planted
+    data, held = [([each[0] for each in states[a:b]], trees[a:b]) for a, b in ((0, 60), (60, 90))]
+    probe = settings(learning_rate=0.5, max_epochs=9).fit(*data, held)
+    generator = torch.Generator().manual_seed(int(np.random.RandomState(0).randint(2**31)))
+    sizes = {"labels": len(probe.labels_), "unary": len(probe.unary_labels_)}
+    other = StructuralProbe(WIDTH, RANK, **sizes, generator=generator)
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0)
+    learnt, kept = (
+        probe._part(probe._own(part[0]), [tree_to_tuple(tree) for tree in part[1]]) for part in (data, held)
+    )
+    for epoch in probe.history_:
+        for batch in learnt.batches(16, torch.randperm(len(learnt), generator=generator)):
+            optimizer.zero_grad()
+            (probe_losses(other, batch) + 5 * other.penalty()).sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            batches = kept.batches(16, torch.arange(len(kept)))
+            found = float(sum(probe_losses(other, batch) * len(batch) for batch in batches) / len(kept))
+        schedule.step(found)
+        assert epoch.validation[0] == pytest.approx(found, rel=1e-3)
+    assert optimizer.param_groups[0]["lr"] < 0.5
 
 
 def test_orthonormal_at_every_step(planted: Any) -> None:

@@ -1,7 +1,7 @@
 from .ast_probe import ASTProbe, Epoch, LayerScore
 from .audit_evidence import AuditReport, Change, Reading, Selectivity
 from .behaviours import ChoiceAccuracy, RefusalRate, TargetLikelihood
-from .code_trees import ParsedCode, code_tree, code_trees
+from .code_parsing import ParsedCode, code_tree, code_trees
 from .convergent_learning import ConvergentLearning
 from .probe_sweeps import RankScore, rank_sweep, transfer
 from .rate_profile import LayerRate, rate_profile
@@ -19,7 +19,7 @@ from .syntax_trees import (
     tree_to_tuple,
     tuple_to_tree,
 )
-from .token_states import TokenStates, token_states
+from .tree_states import TokenStates, token_states
 from .unit_matches import Matching, SparsePrediction, UnitGroup, layer_moments, mean_agreement
 from .update_comparison import Estimate, HeldUpdate, PairedUpdates, UpdateComparison, compare_updates
 from .update_geometry import (

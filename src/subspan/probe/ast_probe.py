@@ -17,14 +17,22 @@ from subspan.geometry import Subspace
 
 from .structural import Constraint, ProbeReading, StructuralProbe, mean_cross_entropy, pairwise_rank_loss
 from .syntax_trees import SyntaxTree, TreeTuple, tree_score, tree_to_tuple, tuple_to_tree
-from .token_states import TokenStates
+from .tree_states import TokenStates
 
 # Of torch's plateau schedule: what counts as better.
 _BETTER = 1 - 1e-4
 
 
 class LayerScore(NamedTuple):
-    """Means over snippets in one layer; see `ASTProbe.layer_scores`."""
+    """Means over snippets in one layer; see `ASTProbe.layer_scores`.
+
+    Attributes
+    ----------
+    layer
+        Its number.
+    precision, recall, f1
+        As in `TreeScore`.
+    """
 
     layer: int
     precision: float
@@ -33,7 +41,15 @@ class LayerScore(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Losses of an epoch by layer, without the penalty in `validation`; see `ASTProbe`."""
+    """Losses of an epoch by layer; see `ASTProbe`.
+
+    Attributes
+    ----------
+    training
+        Means over the epoch, with the penalty.
+    validation
+        After the epoch, without it.
+    """
 
     training: tuple[float, ...]
     validation: tuple[float, ...]
@@ -104,7 +120,7 @@ class ASTProbe:
     >>> sources = [f"{a} = {b}({c})" for a in "abcd" for b in "efgh" for c in "ijkl"]
     >>> trees = code_trees(sources, parser="ast").trees
     >>> states = [torch.nn.functional.one_hot(torch.arange(6), 8).float() for _ in trees]
-    >>> probe = ASTProbe(rank=4, learning_rate=0.02, random_state=0).fit(states, trees)
+    >>> probe = ASTProbe(rank=4, learning_rate=0.02, batch_size=8, random_state=0).fit(states, trees)
     >>> probe.score(states, trees), probe.subspace_.dim
     (1.0, 4)
     >>> print(probe.predict(states[:1])[0])

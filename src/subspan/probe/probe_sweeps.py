@@ -16,7 +16,7 @@ from subspan.geometry import Subspace
 
 from .ast_probe import ASTProbe
 from .syntax_trees import SyntaxTree, permuted_trees
-from .token_states import TokenStates
+from .tree_states import TokenStates
 
 Snippets = tuple[TokenStates | Sequence[Tensor], Sequence[SyntaxTree]]
 """States and the trees of the same snippets."""

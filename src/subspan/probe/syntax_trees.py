@@ -18,7 +18,15 @@ BAD_ROOT = "<bad-root>"
 
 
 class Constituent(NamedTuple):
-    """A node of a tree: its label, and the tokens [start, stop) that it covers."""
+    """A node of a tree: its label, and the tokens that it covers.
+
+    Attributes
+    ----------
+    label
+        Its kind.
+    start, stop
+        It covers the tokens [start, stop).
+    """
 
     label: str
     start: int
@@ -221,7 +229,15 @@ def tuple_to_tree(
 
 
 class TreeScore(NamedTuple):
-    """How much of a tree was found; see `tree_score`."""
+    """How much of a tree was found; see `tree_score`.
+
+    Attributes
+    ----------
+    precision, recall
+        Share of the predicted nodes that are true, and of the true nodes that are predicted.
+    f1
+        Their harmonic mean.
+    """
 
     precision: float
     recall: float
@@ -355,8 +371,8 @@ def permuted_trees(trees: Iterable[SyntaxTree], generator: np.random.Generator) 
     >>> import numpy as np
     >>> from subspan.probe import SyntaxTree, permuted_trees
     >>> tree = SyntaxTree(("f", "(", ")"), (("call", 0, 3), ("name", 0, 1), ("arguments", 1, 3)))
-    >>> print(permuted_trees([tree], np.random.default_rng(1))[0])
-    (call (arguments f () (name )))
+    >>> print(permuted_trees([tree], np.random.default_rng(0))[0])
+    (call f (arguments (name () )))
     """
     found = []
     for tree in trees:

@@ -26,7 +26,15 @@ _OPEN, _CLOSE = ([getattr(tokenize, f"{kind}STRING_{end}", None) for kind in "FT
 
 
 class ParsedCode(NamedTuple):
-    """Trees of sources, and which of the sources they are of; see `code_trees`."""
+    """Trees of sources; see `code_trees`.
+
+    Attributes
+    ----------
+    trees
+        Of the sources that parse.
+    kept
+        Numbers of these sources.
+    """
 
     trees: list[SyntaxTree]
     kept: list[int]
