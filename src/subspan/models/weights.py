@@ -116,7 +116,7 @@ class StateDelta(Mapping[str, Tensor]):
         return self._finite(name, self._block(name, rows))
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The rows of a tensor in their order, a few million numbers at a time where they can be had apart."""
+        """The rows of a tensor in their order, a million numbers at a time where they can be had apart."""
         if self._block is None:
             yield self[name]
         else:
