@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from subspan.edit import SpectralSteering
 from subspan.represent import DynamicSubspaceLearners
 from subspan.represent.learner_growth import GrowthController
 from subspan.represent.learner_training import LearnerEpochs, LearnerNetwork
@@ -39,6 +40,11 @@ def test_learners_read_the_attribute_of_their_rows():
         right = ((inside[:, None] - means) ** 2).sum(-1).argmin(1) == y[y // 3 == group] % 3
         assert right.mean() > 0.9
     assert model.separation(x).angle > 0
+    # What another room does with a learner: prototypes of the classes are steered in what it reads.
+    rows = torch.from_numpy(x)
+    means = torch.stack([rows[torch.from_numpy(y) == c].mean(0) for c in range(6)])
+    steering = SpectralSteering(means, 10.0, subspace=model.subspaces_[1].truncate(3), keep=0.5)
+    assert steering.explain(rows[:8]).coefficients.shape == (1, 3)
 
 
 def test_it_grows_and_keeps_a_history():

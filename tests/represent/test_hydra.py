@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from subspan.edit import SpectralSteering
 from subspan.geometry import CoordinateSubspace
 from subspan.represent import (
     ArbitraryPairLoss,
@@ -222,10 +223,13 @@ def test_a_projector_for_embeddings():
     assert all(each.ambient_dim == 12 for each in model.subspaces_)
     assert model.features_of(x).shape == (120, 24)
     shared = model.pair_subspace("a", "c", top_k=5)
-    # What another room makes of it: one more kind of subspace, in the space of the embeddings.
-    kept = shared.to_subspace().project(model.transform(x).astype(float))
-    np.testing.assert_allclose(kept, shared.project(model.transform(x)), atol=1e-6)
-    assert float(shared.overlap(shared.to_subspace())) == pytest.approx(1)
+    # What another room does with it: prototypes of the classes are steered in the coordinates of the two alone.
+    z = torch.from_numpy(model.transform(x)).float()
+    means = torch.stack([z[torch.from_numpy(y) == c].mean(0) for c in range(4)])
+    steering = SpectralSteering(means, 10.0, subspace=shared.to_subspace(torch.float32), keep=0.5)
+    found = steering.explain(z[:8])
+    assert found.coefficients.shape == (1, 5)
+    assert bool(found.entropy_after < found.entropy_before)
     with pytest.raises(ValueError, match="class 'e' was not seen"):
         model.pair_subspace("a", "e")
     with pytest.raises(ValueError, match="at least 2 classes"):

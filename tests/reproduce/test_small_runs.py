@@ -258,6 +258,36 @@ def ast_probe(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.QUICK._replace(load=lambda: (model, tokenizer), **small))
 
 
+def labelled(n: int, classes: int, spread: float) -> LabelledImages:
+    """Pictures whose class is where they are bright, and features of which some columns are the class's."""
+    rows = np.arange(n)
+    labels = rows % classes
+    images = np.random.default_rng(0).integers(60, size=(n, 16, 16)).astype(np.uint8)
+    for row, label in zip(rows, labels):
+        images[row, 4 * label : 4 * label + 4, 2:14] += 150
+
+    class Planted(LabelledImages):
+        def features(self, model: str = "", size: int = 128) -> torch.Tensor:
+            noise = normal(len(self.labels), 12) * torch.cat([torch.full((4,), 0.5), torch.full((8,), spread)])
+            return noise + 2 * torch.eye(4, 12)[torch.from_numpy(self.labels)]
+
+    cut = 2 * n // 3
+    return Planted("planted", images, labels, rows[:cut], rows[cut:], tuple("abcd"))
+
+
+def hydra(module: Any, patch: Any) -> None:
+    patch(module, "labelled_images", lambda source: labelled(96, 4, 0.5))
+    patch(module, "QUICK", module.Sizes(64, 32, 1, 64, 32, 1, 1))
+
+
+def dynamic_subspace_learners(module: Any, patch: Any) -> None:
+    patch(module, "labelled_images", lambda source: labelled(180, 4, 3.0))
+    patch(module, "is_available", lambda name: False)
+    for name, value in {"WIDTH": 16, "RATE": 3e-2, "PATIENCE": 1, "FIXED": {"2 fixed learners": 2}}.items():
+        patch(module, name, value)
+    patch(module, "QUICK", module.Sizes(120, 60, 5, 1, 1, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -273,6 +303,8 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     decoupling: {"every estimate of the penalty finds a subspace"},
     sts: {"cost of prompt tuning", "AdamW's step depends on the basis"},
     concrete_merging: {"there is something to merge"},
+    hydra: {"something is learnt"},
+    dynamic_subspace_learners: {"metric learning beside none"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
 }

@@ -182,7 +182,8 @@ class LearnerEpochs:
     @torch.no_grad()
     def _cluster(self) -> None:
         self.network.eval()
-        parts = [self.network.features(part) for part in self.items[self.rows].split(512)]
+        device = self.network.mean.device
+        parts = [self.network.features(part.to(device)) for part in self.items[self.rows].split(512)]
         self.cluster = self.clusters.update(torch.cat(parts))
         self.network.train()
 
