@@ -199,27 +199,35 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 "classes that look alike share more", "rank correlation", np.mean(gates["relations"]), 0, required=False
             ),
         ],
-        tables=[
-            trials.table(
-                f"{name}, from scratch: means over seeds",
-                "trained by",
-                {**spread(probe, probe), "10 neighbours": "10 neighbours", rank: rank},
-            ),
-            transfer.table(
-                f"{coarse_name}, frozen features: fine classes, means over seeds",
-                "trained by",
-                {**spread(probe, probe), "10 neighbours": "10 neighbours", rank: rank},
-            ),
-            Table.rounded(
-                "gates of different classes, from scratch",
-                ["fact", "mean", "lowest", "highest"],
-                [[fact, float(np.mean(values)), min(values), max(values)] for fact, values in gates.items()],
-                3,
-            ),
-        ],
+        tables=_tables(name, trials, coarse_name, transfer, gates),
         notes=[
             "The paper trains a ResNet-18 at 32 pixels for 50 epochs and a ResNet-50 on ImageNet; here a small network "
             "for minutes. One view, as in the authors' recipe for CIFAR; a sample is not its own positive.",
             "The probe is fitted on frozen features of unit length; the paper's is trained along.",
         ],
     )
+
+
+def _tables(
+    name: str, trials: Trials[str], coarse_name: str, transfer: Trials[str], gates: dict[str, list[float]]
+) -> list[Table]:
+    """Means of both settings, and what the gates say."""
+    probe, rank = "linear probe", "effective rank"
+    return [
+        trials.table(
+            f"{name}, from scratch: means over seeds",
+            "trained by",
+            {**spread(probe, probe), "10 neighbours": "10 neighbours", rank: rank},
+        ),
+        transfer.table(
+            f"{coarse_name}, frozen features: fine classes, means over seeds",
+            "trained by",
+            {**spread(probe, probe), "10 neighbours": "10 neighbours", rank: rank},
+        ),
+        Table.rounded(
+            "gates of different classes, from scratch",
+            ["fact", "mean", "lowest", "highest"],
+            [[fact, float(np.mean(values)), min(values), max(values)] for fact, values in gates.items()],
+            3,
+        ),
+    ]
