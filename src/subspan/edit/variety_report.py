@@ -142,7 +142,7 @@ def variety_report(
             for name in names:
                 kept, owner = pooled_rows(states[name], mask, pool, drop_tokens)
                 rows[name].append(kept.float().cpu())
-            owners.append(owner + place)
+            owners.append(np.asarray(owner + place))
             place += len(states[names[0]])
     if place != len(named):
         raise ValueError(f"labels: {len(named)} for {place} samples; one a sample is needed")

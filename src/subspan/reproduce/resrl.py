@@ -136,7 +136,7 @@ def weighted(tail: TokenTail, group: Group, seed: int) -> Reading:
     }
     pull = head_interference(outputs[right], errors[right], outputs[wrong], errors[wrong]).sum(0)
     (energy,) = [energy for _, energy in credit.residuals(before, mask, group.right, one)]
-    return Reading(weights, float(spearmanr(energy.numpy(), pull.numpy()).statistic))
+    return Reading(weights, float(spearmanr(energy.numpy(), pull.numpy())[0]))  # pyright: ignore
 
 
 class Steps:
@@ -199,7 +199,7 @@ def judged(found: Mapping[str, np.ndarray]) -> tuple[Check, list[Check]]:
         return paired_bootstrap(found[ours], found[theirs])[1]
 
     def chance(theirs: str) -> float:
-        return float(wilcoxon(found[OURS], found[theirs], alternative="greater").pvalue)
+        return float(wilcoxon(found[OURS], found[theirs], alternative="greater")[1])  # pyright: ignore
 
     gap = "right answers' gain over it, nats a token, lower end of 95 %"
     share = float((found[OURS] > found[PLAIN]).mean())
