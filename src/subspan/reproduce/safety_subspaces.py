@@ -364,8 +364,8 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             f"Verdicts by seed: {'; '.join(each.report.verdict for each in found)}. Of the updates that were forced "
             f"apart: {'; '.join(each.forced.verdict for each in found)}. By weights alone: "
             f"{'; '.join(each.weights.verdict for each in found)}.",
-            "No base model is at hand beside this instruction-tuned one, which hardly refuses: the safety update is "
-            "what teaching it to refuse changes. Behaviours are log-likelihoods of openings and of the first "
+            "No base model is at hand beside this instruction-tuned one: the safety update is what teaching it to "
+            "refuse changes. Behaviours are log-likelihoods of openings and of the first "
             f"{READ} tokens of solutions, where the paper has a judge of whole answers and exact matches.",
             "To fit a processor: the blocks below the trained ones are frozen and their states computed once a text, "
             f"so an update of early layers is not seen; questions have at most {LONGEST} letters and come without the "
