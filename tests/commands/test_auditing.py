@@ -161,9 +161,11 @@ def test_behaviours_are_read_where_there_are_prompts(tmp_path, monkeypatch, caps
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     plan = json.loads(said(capsys, "base", "aligned", "tuned", *files, "--plan", "--json"))
     assert (plan["behaviours"], plan["prompts"], plan["readings"]) == (2, 48, 1 + 1 + 2 * (1 + 3 + 3 + 1))
-    found = json.loads(
-        said(capsys, "base", "aligned", "tuned", *files, "--fraction", "0.4", "--report", "page.html", "--json")
-    )
+    options = ("--fraction", "0.4", "--draws", "1", "--report", "page.html")
+    text = said(capsys, "base", "aligned", "tuned", *files, *options)
+    assert text.startswith("specific (by behaviours)")
+    page = (tmp_path / "page.html").read_text()
+    found = json.loads(page.partition('id="facts">')[2].partition("</script>")[0])
     assert (found["verdict"], found["read_from"]) == ("specific", "behaviours")
     carried = found["behaviours"]["carried"]
     assert carried["saying"]["topk"] == pytest.approx(1, abs=0.05)
@@ -179,4 +181,3 @@ def test_behaviours_are_read_where_there_are_prompts(tmp_path, monkeypatch, caps
         assert words in page
     (tmp_path / "page.html").unlink()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert said(capsys, "base", "aligned", "tuned", *files, "--fraction", "0.4").startswith("specific (by behaviours)")
