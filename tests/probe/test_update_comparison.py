@@ -47,6 +47,8 @@ def deltas(shares, *, layers=LAYERS, noise=0.0):
         ({"a": 0.9, "b": 0.2}, 0.0, "unequal", "more of the update of 'a' than of that of 'b'"),
         ({"a": 0.2, "b": 0.9}, 0.0, "unequal", "more of the update of 'b' than of that of 'a'"),
         ({"a": 0.6, "b": 0.6}, 0.0, "alike", "0.2 is excluded"),
+        ({"a": 0.6, "b": 0.65}, 0.0, "alike", "0.06 (0.06 to 0.06) more of the update of 'b'"),
+        ({"a": 0.75, "b": 0.6}, 0.05, "no evidence", "0.2 is not excluded"),
         ({"a": 0.5, "b": 0.6}, 0.4, "no evidence", "0.2 is not excluded"),
         ({"a": 0.6}, 0.0, "beyond chance", "0.51 (0.51 to 0.51)"),
         ({"a": 3 / 16}, 0.0, "at chance", "of the update of 'a'"),
