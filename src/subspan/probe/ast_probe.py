@@ -265,7 +265,7 @@ class ASTProbe:
                 total += loss.detach() * len(batch)
             with torch.no_grad():
                 batches = held.batches(self.batch_size, torch.arange(len(held)))
-                found = sum(_losses(probe, batch) * len(batch) for batch in batches) / len(held)
+                found = torch.stack([_losses(probe, batch) * len(batch) for batch in batches]).sum(0) / len(held)
             if not bool(torch.isfinite(found).all()):
                 raise ValueError("learning_rate: the loss is not finite; take a lower one")
             self.history_.append(Epoch(tuple((total / len(part)).tolist()), tuple(found.tolist())))

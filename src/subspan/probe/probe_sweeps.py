@@ -143,8 +143,9 @@ def transfer(probe: ASTProbe, training: Snippets, validation: Snippets | None = 
 
     def same_layer(part: Snippets) -> Snippets:
         states, trees = part
-        several = isinstance(states, TokenStates) and len(states.layers) > 1
-        return (states.layer(probe.layer_), trees) if several else part
+        if isinstance(states, TokenStates) and len(states.layers) > 1:
+            return states.layer(probe.layer_), trees
+        return part
 
     held = None if validation is None else same_layer(validation)
     return replace(probe, subspace=probe.subspace_).fit(*same_layer(training), held)

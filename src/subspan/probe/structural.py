@@ -75,6 +75,9 @@ class StructuralProbe(nn.Module):
     ([(2, 5), (2, 5, 5), (2, 6, 2)], 0.0)
     """
 
+    projection: Tensor
+    sign: Tensor
+
     def __init__(
         self,
         d: int,
