@@ -21,6 +21,12 @@ settings.register_profile("subspan-ci", deadline=None, derandomize=True, databas
 settings.load_profile("subspan-ci" if os.environ.get("CI") else "subspan")
 
 
+@pytest.fixture(autouse=True)
+def seeded_draws() -> None:
+    """Start the global generators of every test anew: what it draws is the same alone and in any order of tests."""
+    torch.manual_seed(0)
+
+
 class Planted(NamedTuple):
     """Data with a known subspace: `data (n, d)` and the orthonormal `basis (d, k)` it was drawn from."""
 
