@@ -14,7 +14,7 @@ from subspan.models import Capture
 from .resrl import ResidualCredit
 
 if TYPE_CHECKING:
-    from trl import GRPOTrainer
+    from trl.trainer.grpo_trainer import GRPOTrainer
 else:
     GRPOTrainer = require("trl", extra="rl").GRPOTrainer
 
@@ -50,7 +50,8 @@ class ResRLTrainer(GRPOTrainer):
     def __init__(self, *args: Any, credit: ResidualCredit | None = None, **options: Any) -> None:
         self.credit = credit or ResidualCredit()
         super().__init__(*args, **options)
-        share = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        given: Any = self.args
+        share = given.per_device_train_batch_size * given.steps_per_generation
         if share % self.num_generations:
             raise ValueError(
                 f"args: a process gets {share} answers a generation (per_device_train_batch_size × "
@@ -64,7 +65,8 @@ class ResRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.model.training:
+        model: Any = self.model
+        if model.training:
             output["advantages"] = self._by_token(output)
         return output
 
@@ -81,6 +83,7 @@ class ResRLTrainer(GRPOTrainer):
                 seen.run({"input_ids": ids[rows], "attention_mask": present[rows]})
                 states.append(seen[seen.names[0]][:, -width - 1 : -1])
         start = self.accelerator.process_index * count
-        groups = torch.arange(count) // self.num_generations
+        size: Any = self.num_generations
+        groups = torch.arange(count) // size
         right = self._right[start : start + count].to(mask.device)
         return self.credit.advantages(output["advantages"], torch.cat(states), mask, right, groups)

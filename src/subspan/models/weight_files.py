@@ -334,7 +334,7 @@ def _stream_shard(tensors: RowBlocks, described: Mapping[str, tuple[torch.Size, 
             for block in tensors.blocks(name):
                 value = block.detach().to("cpu", described[name][1]).contiguous()
                 left -= value.numel()
-                file.write(value.flatten().view(torch.uint8).numpy())
+                file.write(value.flatten().view(torch.uint8).numpy().data)
             if left:
                 raise ValueError(f"tensors: the blocks of {name!r} are not as long as it is")
         file.flush()

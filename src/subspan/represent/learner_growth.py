@@ -176,10 +176,11 @@ class ClusterAssigner:
         labels = np.zeros(len(rows), dtype=np.int64) if found is None else found.labels_.astype(np.int64)
         if len(np.unique(labels)) < self.k:
             raise ValueError(f"k: {self.k} clusters cannot be filled by {len(np.unique(rows, axis=0))} different rows")
-        self.labels = labels if self.labels is None else matched(self.labels, labels, self.k)
+        labels = labels if self.labels is None else matched(self.labels, labels, self.k)
         if found is not None:
-            self.centers = np.stack([rows[self.labels == place].mean(0) for place in range(self.k)])
-        return self.labels
+            self.centers = np.stack([rows[labels == place].mean(0) for place in range(self.k)])
+        self.labels = labels
+        return labels
 
 
 def matched(old: Sequence[int] | np.ndarray, new: Sequence[int] | np.ndarray, k: int) -> np.ndarray:

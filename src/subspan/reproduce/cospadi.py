@@ -182,7 +182,8 @@ def encoder_world(sizes: Sizes) -> tuple[str, World]:
         return collect_moments(model, batches, names)
 
     def score() -> float:
-        return float(spearmanr(truth, similarities(encoder, first, second))[0])
+        ranked: Any = spearmanr(truth, similarities(encoder, first, second))
+        return float(ranked.statistic)
 
     held = norms_of(moments(first[: sizes.sentences]))
     return what, World(model, moments(fit[: sizes.sentences]), held, names, score)

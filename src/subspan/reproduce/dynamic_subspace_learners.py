@@ -154,7 +154,8 @@ def tiles(quick: bool) -> Tiles:
 
     (maps,) = cached_maps(grid.model, prepare, stage, pictures, batch=16, about={"layer": STAGE})
     found = [torch.from_numpy(data.mask(row))[None, None].float() for row in keep]
-    shares = torch.cat([F.adaptive_avg_pool2d(mask, maps.shape[-2:])[:, 0] for mask in found])
+    height, width = maps.shape[-2:]
+    shares = torch.cat([F.adaptive_avg_pool2d(mask, (height, width))[:, 0] for mask in found])
     return Tiles(maps.float(), np.asarray(pictures.labels), np.arange(len(keep)) % 5 != 0, shares.numpy() > 0.1)
 
 

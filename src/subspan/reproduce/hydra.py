@@ -68,11 +68,12 @@ def trained(arm: str, encoder: nn.Module, features: int, part: Part, epochs: int
     if arm == PLAIN:
         network = nn.Sequential(encoder, nn.Linear(features, classes))
         return train(network, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), batches, **options)
+    loss_of: Any = HydraTraining.training_loss
     kind, pairing = CONTRASTS[arm]
     gate = PairGate(classes, 128, kind=kind, embed_dim=128, hidden=256, norm="layer")
     loss = ArbitraryPairLoss(gate, temperature=TEMPERATURE, pairing=pairing)
-    network = HydraTraining(encoder, loss, features=features, hidden=256)
-    return train(network, HydraTraining.training_loss, batches, **options)
+    network: Any = HydraTraining(encoder, loss, features=features, hidden=256)
+    return train(network, loss_of, batches, **options)
 
 
 @torch.no_grad()
@@ -111,12 +112,12 @@ def gate_facts(network: HydraTraining, part: Part) -> dict[str, float]:
     pictures = torch.stack([part.x["train"][part.y["train"] == c].flatten(1).mean(0) for c in range(classes)])
     centred = pictures - pictures.mean(0)
     alike = gated_cosine(centred, centred, torch.ones_like(centred))[first, second]
-    relations = gate.relations()[first, second]
+    ranked: Any = spearmanr(gate.relations()[first, second].numpy(), alike.numpy())
     return {
         "open gates": float(gates.mean()),
         "own gate": float(own.mean()),
         "gate of others": float(others.mean()),
-        "relations": float(spearmanr(relations.numpy(), alike.numpy())[0]),
+        "relations": float(ranked.statistic),
     }
 
 
@@ -209,7 +210,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
 
 
 def _tables(
-    name: str, trials: Trials[str], coarse_name: str, transfer: Trials[str], gates: dict[str, list[float]]
+    name: str, trials: Trials[Any], coarse_name: str, transfer: Trials[Any], gates: dict[str, list[float]]
 ) -> list[Table]:
     """Means of both settings, and what the gates say."""
     probe, rank = "linear probe", "effective rank"
