@@ -17,6 +17,7 @@ from subspan import nn
 from subspan.nn import (
     ISTA,
     MLP,
+    AttentionPool2d,
     Butterfly,
     ConcreteGate,
     ConvAutoencoder,
@@ -89,6 +90,7 @@ def through(autoencoder: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 LAYERS = {
+    "AttentionPool2d": Case(lambda: AttentionPool2d(16), (2, 16, 5, 4), (2, 15, 5, 4), half=False),
     "OrthogonalLinear, givens": Case(
         lambda: OrthogonalLinear(8, init="random", orthogonal_map="givens"), (3, 8), (3, 7), onnx=False
     ),
@@ -159,7 +161,15 @@ LAYERS = {
 OTHERS = {
     *("CRATE", "CRATEAutoencoder", "CRATELanguageModel", "FlowTransformer", "GrassmannLanguageModel", "Objective"),
     *("CompatibleCE", "ContrastiveLoss", "HOCLoss", "LambdaOrthogonality", "MatryoshkaLogitLoss", "MatryoshkaLoss"),
-    *("ProjectionPenalty", "SelfExpression", "SubspaceStructured", "HouseholderFrame", "GrassmannModule", "CodeUsage"),
+    *(
+        "InverseHingeLoss",
+        "ProjectionPenalty",
+        "SelfExpression",
+        "SubspaceStructured",
+        "HouseholderFrame",
+        "GrassmannModule",
+        "CodeUsage",
+    ),
 }
 
 # A process group is for layers that have something to share.

@@ -55,12 +55,17 @@ def test_levels_return_after_an_error_and_options_win():
 
 
 def test_an_interrupt_is_an_interrupt_and_the_next_one_is_heard():
-    handler = signal.getsignal(signal.SIGINT)
+    # Where tests were started in the background of a shell, Ctrl-C is ignored from the start.
+    before, handler = signal.getsignal(signal.SIGINT), signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
     model = Line()
     model.training_step = lambda batch, batch_index=0: signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), quiet_trainer(max_epochs=1) as trainer:
-        trainer.fit(model, torch.utils.data.DataLoader(torch.ones(8, 2), 4))
-    assert signal.getsignal(signal.SIGINT) is handler
+    try:
+        with pytest.raises(KeyboardInterrupt), quiet_trainer(max_epochs=1) as trainer:
+            trainer.fit(model, torch.utils.data.DataLoader(torch.ones(8, 2), 4))
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_few_rows_come_in_so_small_batches_that_an_epoch_has_steps_enough():

@@ -43,6 +43,7 @@ class ResRLTrainer(GRPOTrainer):
 
     Examples
     --------
+    >>> from subspan.edit.grpo import ResRLTrainer
     >>> trainer = ResRLTrainer(model, reward_funcs=verifier, train_dataset=prompts, args=config)  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
     """
