@@ -119,6 +119,14 @@ def reached():
             f"{check('subspacead', 'storage'):.0f} times less",
         ],
         [
+            "make several fine-tunes of one model one",
+            "[`subspan merge`](systems/concrete-merging.md)",
+            f"{rival('concrete-merging', 'TSV-M')} % right over four tasks without data, "
+            f"{rival('concrete-merging', 'layer-wise Concrete')} with a learnt mask (task arithmetic "
+            f"{rival('concrete-merging', 'task arithmetic')}, each its own expert "
+            f"{rival('concrete-merging', 'each its expert')})",
+        ],
+        [
             "cluster the nodes of a graph",
             "[`S2CAG`](systems/s2cag.md)",
             f"accuracy {ours('s2cag')} over four graphs (k-means on the attributes "
