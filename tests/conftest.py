@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,13 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("subspan", deadline=None)
 settings.register_profile("subspan-ci", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("subspan-ci" if os.environ.get("CI") else "subspan")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now, millions of objects, out of every further collection of garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -95,7 +95,7 @@ def test_heads_of_pairs_are_as_large_and_blind_to_padding():
 
 def test_a_planted_pairing_is_learnt_by_every_head(monkeypatch):
     # The hypothesis is the premise again, or another: what a head reads from a pair, not from a sentence.
-    monkeypatch.setattr(causal_grassmann, "HEAD_EPOCHS", 12)
+    monkeypatch.setattr(causal_grassmann, "HEAD_EPOCHS", 8)
     generator = torch.Generator().manual_seed(0)
     states = object.__new__(TokenStates)
     states.rows = torch.randn(400, 16, generator=generator).half()
