@@ -22,6 +22,11 @@ settings.register_profile("subspan-ci", deadline=None, derandomize=True, databas
 settings.load_profile("subspan-ci" if os.environ.get("CI") else "subspan")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first: one that starts last leaves the other processes idle."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 def pytest_collection_finish() -> None:
     """Leave what is imported by now, millions of objects, out of every further collection of garbage."""
     gc.collect()

@@ -28,6 +28,7 @@ def tried(points: int, *names: str) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr[-2000:]
 
 
+@pytest.mark.long
 def test_a_sample_of_points() -> None:
     tried(3, "upgrade", "features", "clear")
 

@@ -24,6 +24,7 @@ def fuzzed(count: int, seed: int) -> str:
     return ran.stdout
 
 
+@pytest.mark.long
 def test_damaged_files_are_read_or_refused_by_their_names() -> None:
     printed = fuzzed(150, seed=0)
     assert printed.startswith("150 damaged files: ")

@@ -45,6 +45,7 @@ print("peaks", json.dumps({verb: (peak(*use) - before) * unit for verb, use in v
 """
 
 
+@pytest.mark.long
 def test_memory_grows_with_the_rows_not_with_the_square_of_the_columns(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     columns = {"small": 60, "wide": 8000, "mapped": 1200}

@@ -93,6 +93,7 @@ def test_heads_of_pairs_are_as_large_and_blind_to_padding():
     assert max(sizes.values()) < 1.02 * min(sizes.values())
 
 
+@pytest.mark.long
 def test_a_planted_pairing_is_learnt_by_every_head(monkeypatch):
     # The hypothesis is the premise again, or another: what a head reads from a pair, not from a sentence.
     monkeypatch.setattr(causal_grassmann, "HEAD_EPOCHS", 8)

@@ -4,6 +4,7 @@ import email
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from subspan.datasets import stdlib_docstrings
 from subspan.reproduce import scalselect
@@ -48,6 +49,7 @@ def test_collapse_needs_a_mean_that_is_large_against_the_spread():
         assert [check.holds for check in found] == [expected] * 2
 
 
+@pytest.mark.long
 def test_scaling_reads_the_same_rows_in_both_passes():
     source = scalselect._Synthetic(12_000, 8)
     first, second = ([batch.clone() for batch in source] for _ in range(2))

@@ -34,7 +34,7 @@ def outcome():
         patch.setattr(stationary_simplex, "labelled_images", lambda source: data)
         patch.setattr(stationary_simplex, "VERTICES", 16)
         patch.setattr(stationary_simplex, "HIDDEN", 32)
-        patch.setattr(stationary_simplex, "QUICK_EPOCHS", 30)
+        patch.setattr(stationary_simplex, "QUICK_EPOCHS", 18)
         return stationary_simplex.protocol(quick=True, seed=0, progress=lambda message, fraction: None)
 
 
