@@ -83,7 +83,11 @@ def test_the_adapter_on_the_unchanged_base_and_the_merged_checkpoint_are_one_mod
         card = Path(name, "README.md").read_text()
         assert "forget probability" in card
         assert ("adapter" in card) == (name == "adapter")
-        assert json.loads(Path(name, "unlearn.json").read_text())["method"] == "reglu"
+        noted = json.loads(Path(name, "unlearn.json").read_text())
+        assert noted["method"] == "reglu"
+        assert len(noted["layer_facts"]) == 14
+        assert [step["step"] for step in noted["course"]] == [1, 2, 3, 4]
+        assert noted["base"] in Path(name, "report.html").read_text()
 
 
 def test_peft_loads_the_adapter(folder, capsys):

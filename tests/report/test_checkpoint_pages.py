@@ -6,7 +6,7 @@ import re
 import pytest
 from tests.report.test_page import NASTY, Elements
 
-from subspan.report import render_compression, render_merge
+from subspan.report import render_compression, render_merge, render_unlearning
 
 ABOUT = {"versions": {"subspan": "0"}, "created": "today", "seed": 0, "seconds": 3.0}
 
@@ -31,6 +31,22 @@ def merge(rows):
     return {**facts, **ABOUT, "tensors": 4, "megabytes": 12.0, "overlaps": rows}
 
 
+def unlearning(*, gone=0.5, back=0.0, lost=0.0):
+    before = {"forget_probability": 0.9, "retain_probability": 0.8, "forget_rouge": 0.7}
+    after = {"forget_probability": 0.9 - gone, "retain_probability": 0.8 - lost, "forget_rouge": 0.2}
+    tuned = {**after, "forget_probability": 0.9 - gone + back}
+    facts = {
+        "method": NASTY, "base": NASTY, "forget": 4, "retain": 9, "held_out": 1, "merged": False, "leakage": 0.5,
+        "leakage_by_chance": 0.25, "figures": {"before": before, "after": after, "in_4_bits": after, "tuned_on": tuned},
+        "layer_facts": [
+            {"name": f"blocks.{block}.{NASTY}", "leakage": 0.2 + 0.4 * block, "by_chance": 0.25, "start": 0.1}
+            for block in range(2)
+        ],
+        "course": [{"step": step, "forget": 2.0, "retain": 1.0, "orthogonality": 0.1} for step in (1, 2)],
+    }  # fmt: skip
+    return {**facts, **ABOUT}
+
+
 OVERLAPS = [
     {"tensor": NASTY, "overlap": 0.61, "by_chance": 0.1, "rank": 3, "of": 30},
     {"tensor": "b", "overlap": 0.07, "by_chance": 0.1, "rank": 3, "of": 30},
@@ -44,6 +60,7 @@ OVERLAPS = [
         (render_compression(compression(perplexity_before=None, perplexity_after=None)), ["outcome", "layers"], 1),
         (render_merge(merge(OVERLAPS)), ["overlaps", "written"], 1),
         (render_merge(merge([])), ["written"], 0),
+        (render_unlearning(unlearning()), ["outcome", "layers", "course"], 3),
     ],
 )
 def test_pages_are_whole_and_no_name_can_break_them(page, sections, figures):
@@ -74,3 +91,21 @@ def test_what_they_say_is_what_was_measured():
     drawn = json.loads(figure[1])["data"][0]
     assert drawn["x"] == ["0", "1", "2"]
     assert drawn["z"][0] == pytest.approx([0.01, 0.11, 0.21])
+
+
+@pytest.mark.parametrize(
+    ("figures", "verdict"),
+    [
+        ({"gone": 0.5}, "Neither check brings it back."),
+        ({"gone": 0.5, "back": 0.2}, "some is back tuned on other texts (40 %)"),
+        ({"gone": 0.5, "lost": 0.3}, "What is to be kept suffers more than half as much"),
+        ({"gone": -0.1}, "Nothing was forgotten"),
+    ],
+)
+def test_what_the_page_of_unlearning_concludes(figures, verdict):
+    page = render_unlearning(unlearning(**figures))
+    said = words(page)
+    assert verdict in said
+    assert f"{0.9 - figures['gone']:.2f} a token, 0.90 before" in said
+    drawn = json.loads(re.search(r'id="figure-layers">(.*?)</script>', page, flags=re.DOTALL)[1])["data"][0]
+    assert drawn["z"] == [pytest.approx([0.2, 0.6])]

@@ -51,9 +51,9 @@ def unlearn(
 ) -> None:
     """Make a language model forget some answers and keep the others, by an adapter that plain peft loads.
 
-    Figures before and after: probabilities of the answers, how much of the forgotten ones is still said, and the same
-    with the model in 4 bits and after a little tuning on other texts, which should bring nothing back. A tenth of what
-    is kept (64 at most) is held out. A run that was killed goes on when it is called again.
+    Figures before and after, in `report.html` too: probabilities of the answers, how much of the forgotten ones is
+    still said, and the same with the model in 4 bits and after a little tuning on other texts, which should bring
+    nothing back. A tenth of what is kept (64 at most) is held out. A run that was killed goes on when called again.
 
     Examples:
 
@@ -72,6 +72,7 @@ def unlearn(
     if not model.is_dir():
         raise ValueError(f"MODEL: {str(model)!r} is not a folder")
     from subspan.commands.unlearning import Unlearning, figure_rows
+    from subspan.report import render_unlearning
 
     options = {
         "rank": rank, "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size,
@@ -83,11 +84,10 @@ def unlearn(
         facts = job.plan()
     else:
         with progress_bar("unlearning") as progress:
-            facts = {**job.run(output, progress), "output": str(output)}
-        figures = facts.pop("figures")
-        rows = figure_rows(figures)
+            facts = {**job.run(output, progress, render_unlearning), "output": str(output)}
+        rows = figure_rows(facts.pop("figures"))
     if as_json:
         print_json({**facts, "figures": rows})
         return
-    print_facts(facts)
+    print_facts({name: value for name, value in facts.items() if not isinstance(value, list)})
     print_table(rows)

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from subspan import __version__
 from subspan.base import Progress, require
 from subspan.base.reading import json_records
 from subspan.models import SegmentTokens, StateDelta, StoredWeights, find_blocks, weights_of
@@ -22,6 +20,7 @@ from subspan.probe import SubspaceAudit, TargetLikelihood, UpdateComparison, act
 from subspan.probe.update_comparison import REFERENCE
 
 from .checkpoint_folders import check_tokenizer, load_checkpoint, stored_bytes, update_between
+from .origin import origin
 
 _CONTROLS = ("randomk", "random", "scaled")
 _MODES = ("same", "orth")
@@ -211,10 +210,7 @@ class Audit:
             "reason": judged["reason"],
             "read_from": "behaviours" if behaviours else "weights",
             **facts,
-            "seed": self.seed,
-            "seconds": round(time.perf_counter() - started, 2),
-            "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "versions": {"subspan": __version__},
+            **origin(started, self.seed),
         }
 
     def _behaviours(self, given: Sequence[Prompts], changed: Sequence[str], progress: Progress) -> dict[str, Any]:

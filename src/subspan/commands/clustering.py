@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import warnings
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,6 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from sklearn.preprocessing import normalize
 from sklearn.utils import check_random_state
 
-from subspan import __version__
 from subspan.base import Progress, normalize_rows, silent
 from subspan.cluster import (
     S2CAG,
@@ -35,6 +33,7 @@ from subspan.solvers.self_expression import thresholded_similarities
 from subspan.solvers.spectral import affinity_from_representation, count_clusters
 
 from .columns import Found, naming
+from .origin import origin
 
 METHODS = {
     "lsr": LeastSquaresRepresentation,
@@ -133,7 +132,7 @@ def cluster_rows(
         **_described(labels, distances, spaces, data.labels),
         "kmeans": _beside(labels, means, data.labels, silhouette=_silhouette(_distances(points, other), means)),
         **({} if affinity is None else _affinity(affinity, labels, distances)),
-        **_origin(started, seed),
+        **origin(started, seed),
     }
     return Clustering(labels, distances[np.arange(len(rows)), labels], facts)
 
@@ -187,7 +186,7 @@ def cluster_graph(
         **_described(model.labels_, distances, list(model.subspaces_), named, unlabelled="-1"),
         "kmeans": _beside(model.labels_, means, named, unlabelled="-1"),
         **(_affinity(graph.adjacency, model.labels_, distances) if has_edges else {}),
-        **_origin(started, seed),
+        **origin(started, seed),
     }
     return Clustering(model.labels_, distances[np.arange(len(graph)), model.labels_], facts)
 
@@ -197,15 +196,6 @@ def _check_clusters(clusters: int | None, n: int) -> None:
         raise ValueError(f"--clusters: {clusters} asked for of {n} rows")
     if n < 4:
         raise ValueError(f"{n} rows are too few to cluster")
-
-
-def _origin(started: float, seed: int) -> dict[str, Any]:
-    return {
-        "seed": seed,
-        "seconds": round(time.perf_counter() - started, 2),
-        "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": {"subspan": __version__},
-    }
 
 
 def count_in_words(count: dict[str, Any]) -> str:

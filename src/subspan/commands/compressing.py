@@ -7,8 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from subspan.models import (
 from subspan.weights import CoSpaDi, factorise
 
 from .checkpoint_folders import ChangedWeights, copy_companions, load_checkpoint
+from .origin import origin
 
 _HELD = 16
 _FACTORED = ("procrustes", "ksvd", "mod", "rocket", "svd")
@@ -132,12 +131,7 @@ class Compression:
                 write_text(made / "compress.json", json.dumps({**facts, "layers": rows}, indent=2) + "\n")
                 write_text(made / "README.md", _card(facts))
                 if page is not None:
-                    about = {
-                        "seconds": time.perf_counter() - started,
-                        "seed": job.random_state,
-                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                        "versions": {name: version(name) for name in ("subspan", "torch", "transformers")},
-                    }
+                    about = origin(started, job.random_state, "torch", "transformers")
                     write_text(made / "report.html", page({**facts, **about, "layers": rows}))
 
             made = unfinished / "made"

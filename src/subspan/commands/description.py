@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from subspan.solvers import nearest
 from subspan.statistics import GroupedMoments
 
 from .comparison import comparison_facts, paired
+from .origin import origin
 from .recall import NEIGHBOURS, RESAMPLES, mean_interval, others, recall_curve, sizes_up_to
 from .survey import Measured, Survey, measure, survey
 
@@ -57,7 +56,7 @@ def describe(
     other: a second embedding of the same rows. Takes two passes over the rows, O(d^2) memory beside a sample of them,
     and samples of rows for all that asks for neighbours. Raises ValueError for NaN, constant rows and unpaired rows.
     """
-    started = time.monotonic()
+    started = time.perf_counter()
     pair = None if other is None else paired(data, other)
     stages = ["reading", "measuring", "shortening", "subset"]
     stages += ["labels"] * (data.labels is not None) + ["against"] * (pair is not None)
@@ -79,10 +78,7 @@ def describe(
     }
     return {
         **facts,
-        "seed": seed,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": time.monotonic() - started,
-        "versions": {name: version(name) for name in ("subspan", "torch", "numpy")},
+        **origin(started, seed, "torch", "numpy"),
     }
 
 

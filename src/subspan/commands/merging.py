@@ -7,8 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from subspan.models.weight_files import BLOCK
 from subspan.weights import average, dare, iso_c, iso_cts, task_arithmetic, ties, tsv_merge
 
 from .checkpoint_folders import copy_companions, stamp, stored_bytes, update_between
+from .origin import origin
 
 METHODS: dict[str, Callable[..., StateDelta]] = {
     "average": average,
@@ -176,10 +175,7 @@ class Merge:
                     "options": chosen,
                     "tensors": len(merged),
                     "megabytes": stored_bytes(StoredWeights(folder)) / 1e6,
-                    "seconds": time.perf_counter() - started,
-                    "seed": chosen.get("random_state", 0),
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "versions": {name: version(name) for name in ("subspan", "torch")},
+                    **origin(started, chosen.get("random_state", 0), "torch"),
                 }
                 write_text(folder / "report.html", page({**facts, **about}))
 

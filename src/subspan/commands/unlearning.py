@@ -6,7 +6,7 @@ import json
 import shutil
 import sysconfig
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from subspan.models import StateDelta, StoredWeights, greedy_continuations, line
 from subspan.weights import round_to_bits
 
 from .checkpoint_folders import ChangedWeights, copy_companions, file_stamp, load_checkpoint, stamp
+from .origin import origin
 
 METHODS: dict[str, dict[str, Any]] = {
     "reglu": {},
@@ -95,7 +96,8 @@ class Unlearning:
         unit = (time.perf_counter() - started) / min(job.batch_size, len(sets["forget"]))
         read = sum(min(len(sets[name]), job.samples) for name in ("forget", "retain"))
         # A step runs two texts a pair, forwards and backwards; what is read and said afterwards is some passes more.
-        passes = read + 6 * job.batch_size * job.accumulate * steps + 4 * 2 * _READ + 12 * _UNRELATED
+        judged = 4 * sum(min(len(each), _READ) for each in sets.values())
+        passes = read + 6 * job.batch_size * job.accumulate * steps + judged + 12 * _UNRELATED
         return {
             "method": self.method,
             "forget": len(sets["forget"]),
@@ -110,11 +112,15 @@ class Unlearning:
             "estimated_seconds": unit * passes,
         }
 
-    def run(self, output: Path, progress: Progress) -> dict[str, Any]:
+    def run(
+        self, output: Path, progress: Progress, page: Callable[[dict[str, Any]], str] | None = None
+    ) -> dict[str, Any]:
         """Write the adapter (or the checkpoint), figures before and after, and a card.
 
-        Where the process is killed, the same call goes on after the last steps that were kept.
+        page: makes a report (HTML) of the facts, which is put beside them. Where the process is killed, the same call
+        goes on after the last steps that were kept.
         """
+        started = time.perf_counter()
         model, tokenizer, material = self._loaded()
         job = self._job(tokenizer)
         job.checked_layers(model)
@@ -147,6 +153,9 @@ class Unlearning:
                 )
             write_text(made / "unlearn.json", json.dumps(facts, indent=2) + "\n")
             write_text(made / "README.md", _card(facts, self.merged))
+            if page is not None:
+                about = origin(started, job.random_state, "torch", "transformers")
+                write_text(made / "report.html", page({**facts, **about, "merged": self.merged}))
             made.replace(output)
         return facts
 
@@ -238,6 +247,16 @@ class Unlearning:
             "layers": len(job.plan_),
             "leakage": job.leakage_.total,
             "leakage_by_chance": job.leakage_.chance,
+            "layer_facts": [
+                {
+                    "name": name,
+                    "leakage": job.leakage_.by_layer[name],
+                    "by_chance": layer.chance,
+                    "start": layer.overlap,
+                }
+                for name, layer in job.plan_.items()
+            ],
+            "course": [step._asdict() for step in job.history_],
         }
 
     # ------------------------------------------------------------------ figures

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from subspan.datasets.indexes import read_ids
 from subspan.datasets.qdrant import is_qdrant
 
 from .assessment import Fit, Queries, Upgrade, assess, choose_metric, order_of_backfill, pair, unit_length
+from .origin import origin
 from .switching import ENOUGH
 
 _ADAPTERS = (".safetensors", ".onnx", ".faiss")
@@ -118,7 +117,7 @@ def run_upgrade(
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Facts of an upgrade (see `assess`), and its files. Raises ValueError for input that cannot be used."""
-    started = time.monotonic()
+    started = time.perf_counter()
     if method not in METHODS:
         raise ValueError(f"--method: one of {', '.join(METHODS)}, got {method!r}")
     faiss_wanted = files.wrapped is not None or any(path.suffix.lower() == ".faiss" for path in files.adapters)
@@ -155,11 +154,7 @@ def run_upgrade(
         facts |= found.facts
         facts["written"] = _write(stored, found, files, outputs, stored.metric or ranked, seed, progress)
         facts["files"] = files.named()
-        facts |= {
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": time.monotonic() - started,
-            "versions": {name: version(name) for name in ("subspan", "torch", "numpy")},
-        }
+        facts |= origin(started, seed, "torch", "numpy")
         if files.page is not None:
             write_text(outputs[files.page], files.render(facts))
     return facts

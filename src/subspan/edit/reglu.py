@@ -53,6 +53,11 @@ class LayerPlan:
         """Mean squared cosine of the principal angles of Q and P: how far the start reaches into what is to stay."""
         return float(self.forget.overlap(self.retain))
 
+    @property
+    def chance(self) -> float:
+        """The part of a random change's norm that lies in P."""
+        return math.sqrt(self.retain.dim / self.retain.ambient_dim)
+
 
 def collect_output_moments(
     model: nn.Module,

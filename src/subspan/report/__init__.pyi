@@ -1,7 +1,15 @@
 from .audit_page import render_audit
-from .checkpoint_pages import render_compression, render_merge
+from .checkpoint_pages import render_compression, render_merge, render_unlearning
 from .clusters_page import render_clusters
 from .page import render
 from .upgrade_page import render_upgrade
 
-__all__ = ["render", "render_audit", "render_clusters", "render_compression", "render_merge", "render_upgrade"]
+__all__ = [
+    "render",
+    "render_audit",
+    "render_clusters",
+    "render_compression",
+    "render_merge",
+    "render_unlearning",
+    "render_upgrade",
+]

@@ -1,4 +1,4 @@
-"""The pages of `subspan compress` and `subspan merge`, which lie in the folders that these write."""
+"""The pages of `subspan compress`, `merge` and `unlearn`, which lie in the folders that these write."""
 
 from __future__ import annotations
 
@@ -46,6 +46,29 @@ def render_merge(facts: dict[str, Any]) -> str:
         tiles.append((f"{above} of {len(rows)}", "matrices overlap more than twice as much as by chance"))
     source = f"{facts['base']} with the updates of {', '.join(facts['experts'])}"
     return _page("A merged checkpoint", "subspan merge", source, tiles, sections, facts)
+
+
+def render_unlearning(facts: dict[str, Any]) -> str:
+    """The page (HTML) for the facts of `subspan unlearn`."""
+    states = facts["figures"]
+    before, after, tuned = (states[name] for name in ("before", "after", "tuned_on"))
+    sections = {
+        "outcome": ("What is forgotten, and what it costs", _forgotten(facts)),
+        "layers": ("Where the weights changed", _leaks(facts)),
+        "course": ("Step by step", _course(facts["course"])),
+    }
+    tiles = [
+        (
+            f"{after['forget_probability']:.2f}",
+            f"probability of what is to go, {before['forget_probability']:.2f} before",
+        ),
+        (f"{after['retain_probability']:.2f}", f"of what is to stay, {before['retain_probability']:.2f} before"),
+        (f"{tuned['forget_probability']:.2f}", "of what is to go, after tuning on other texts"),
+        (percent(facts["leakage"]), f"of the change in what is kept, {percent(facts['leakage_by_chance'])} by chance"),
+    ]
+    source = f"{facts['base']} without {plural(facts['forget'], 'answer', 'answers')}, by {facts['method']}"
+    title = "An unlearned checkpoint" if facts["merged"] else "An adapter that unlearns"
+    return _page(title, "subspan unlearn", source, tiles, sections, facts)
 
 
 def _page(
@@ -108,7 +131,8 @@ def _more(share: float) -> str:
 
 
 def _layers(facts: dict[str, Any]) -> str:
-    layers = sorted((row for row in facts["layers"] if row["solver"] != "dense"), key=lambda row: -row["error"])
+    changed = [row for row in facts["layers"] if row["solver"] != "dense"]
+    layers = sorted(changed, key=lambda row: -row["error"])
     worst = layers[0]
     lead = (
         f"Of {plural(len(layers), 'layer', 'layers')} the outputs of {_code(worst['name'])} change most, "
@@ -117,7 +141,7 @@ def _layers(facts: dict[str, Any]) -> str:
     )
     figure = figure_of(
         "layers",
-        figures.layer_error_figure(_by_kind_and_block(facts["layers"])),
+        figures.layer_error_figure(_by_kind_and_block(changed, "error")),
         "Relative error of the outputs on the calibration text, by kind of layer and block",
         f"Heat map of {len(layers)} errors from {layers[-1]['error']:.3f} to {worst['error']:.3f}.",
     )
@@ -152,13 +176,13 @@ def _code(name: str) -> str:
     return f"<code>{escape(name).replace('.', '.<wbr>')}</code>"
 
 
-def _by_kind_and_block(layers: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    """Errors by what stands behind the first number of a name, and that number."""
+def _by_kind_and_block(layers: Sequence[Mapping[str, Any]], value: str) -> dict[str, dict[int, float]]:
+    """Values by what stands behind the first number of a name, and that number."""
     found: dict[str, dict[int, float]] = {}
-    for row in (row for row in layers if row["solver"] != "dense"):
+    for row in layers:
         number = re.search(r"\.?(\d+)\.?", row["name"])
         kind = row["name"] if number is None else row["name"][number.end() :] or row["name"][: number.start()]
-        found.setdefault(kind, {})[0 if number is None else int(number[1])] = row["error"]
+        found.setdefault(kind, {})[0 if number is None else int(number[1])] = row[value]
     return found
 
 
@@ -204,3 +228,94 @@ def _merged(facts: dict[str, Any]) -> str:
     rows += [["Tensors", counted(facts["tensors"])], ["Megabytes", rounded(facts["megabytes"])]]
     note = '<p class="note">Nothing was evaluated: measure it on the tasks of the experts before use.</p>'
     return table_of(["", ""], rows) + note
+
+
+# ---------------------------------------------------------------------- unlearn
+
+_FIGURES = {
+    "forget_probability": "to be forgotten",
+    "forget_rouge": "still said of it",
+    "retain_probability": "to be kept",
+    "held_out_probability": "to be kept, held out",
+}
+_STATES = {"before": "before", "after": "after", "in_4_bits": "in 4 bits", "tuned_on": "tuned on other texts"}
+# A fifth of what was forgotten.
+_BACK = 0.2
+
+
+def _forgotten(facts: Mapping[str, Any]) -> str:
+    states = {_STATES[name]: found for name, found in facts["figures"].items()}
+    names = {name: words for name, words in _FIGURES.items() if name in states["before"]}
+    before, after = states["before"], states["after"]
+    gone = before["forget_probability"] - after["forget_probability"]
+    lost = before["retain_probability"] - after["retain_probability"]
+    lead = (
+        f"A right answer to what is to be forgotten is given a probability of {after['forget_probability']:.2f} a "
+        f"token, {before['forget_probability']:.2f} before; one that is to be kept "
+        f"{after['retain_probability']:.2f}, {before['retain_probability']:.2f} before."
+    )
+    if gone <= 0:
+        verdict = "Nothing was forgotten: more epochs, or a higher learning rate."
+    else:
+        back = {
+            state: (states[state]["forget_probability"] - after["forget_probability"]) / gone
+            for state in (_STATES["in_4_bits"], _STATES["tuned_on"])
+        }
+        again = [f"{state} ({percent(share)})" for state, share in back.items() if share > _BACK]
+        verdict = f"Of what went, some is back {' and '.join(again)}." if again else "Neither check brings it back."
+        if lost > gone / 2:
+            verdict += " What is to be kept suffers more than half as much: lower the learning rate."
+    figure = figure_of(
+        "states",
+        figures.unlearning_figure(states, names),
+        "Mean probability a token of right answers, and the share of their words that is still said",
+        "; ".join(f"{words}: {before[name]:.2f} before, {after[name]:.2f} after" for name, words in names.items()),
+    )
+    rows = [[words, *(f"{found[name]:.3f}" for found in states.values())] for name, words in names.items()]
+    asked = plural(facts["forget"], "answer", "answers")
+    note = (
+        f'<p class="note">Measured on {asked} to be forgotten and {counted(facts["retain"])} to be kept'
+        + (f", {counted(facts['held_out'])} of them not trained on" if facts["held_out"] else "")
+        + ". In 4 bits: all linear layers rounded. Tuned on other texts: a few steps on text about neither. Nothing "
+        "was asked in other words: do so before you rely on it.</p>"
+    )
+    return f'<p class="lead">{lead} {verdict}</p>{figure}{table_of(["", *states], rows)}{note}'
+
+
+def _leaks(facts: Mapping[str, Any]) -> str:
+    layers = sorted(facts["layer_facts"], key=lambda row: -row["leakage"])
+    worst = layers[0]
+    lead = (
+        f"Of the change, {percent(facts['leakage'])} of the norm lies in the main directions of what is kept, where a "
+        f"random one would have {percent(facts['leakage_by_chance'])}; most in {_code(worst['name'])}, "
+        f"{percent(worst['leakage'])}."
+    )
+    figure = figure_of(
+        "layers",
+        figures.layer_error_figure(_by_kind_and_block(facts["layer_facts"], "leakage")),
+        "Share of each layer's change that lies in the main directions of what is kept, by kind of layer and block",
+        f"Heat map of {len(layers)} shares from {layers[-1]['leakage']:.2f} to {worst['leakage']:.2f}.",
+    )
+    head = ["Layer", "in what is kept", "by chance", "start in it"]
+    rows = [
+        [_code(row["name"]), f"{row['leakage']:.3f}", f"{row['by_chance']:.3f}", f"{row['start']:.3f}"]
+        for row in layers
+    ]
+    note = '<p class="note">Start in it: overlap of the directions that the update starts in with those kept.</p>'
+    return (
+        f'<p class="lead">{lead}</p>{figure}{note}{table_of(head, rows[:_SHOWN], caption="The most")}'
+        f"{details_of('All layers', table_of(head, rows))}"
+    )
+
+
+def _course(course: Sequence[Mapping[str, float]]) -> str:
+    terms = {"forget": "to forget", "retain": "to keep", "orthogonality": "to stay out of what is kept"}
+    figure = figure_of(
+        "course",
+        figures.course_figure(course, terms),
+        "Terms of the loss, with their weights",
+        "; ".join(
+            f"{words}: {course[0][name]:.3g} at first, {course[-1][name]:.3g} at last" for name, words in terms.items()
+        ),
+    )
+    return figure

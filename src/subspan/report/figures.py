@@ -454,3 +454,30 @@ def overlap_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
             "yaxis": {"title": {"text": "overlap"}, "range": [0, 1.04]},
         },
     }
+
+
+def unlearning_figure(states: Mapping[str, Mapping[str, float]], names: Mapping[str, str]) -> Figure:
+    """Figures of a model in its states, a line of points a figure."""
+    roles = dict(zip(names, MARKERS))
+    return {
+        "data": [
+            line(list(states), [found[name] for found in states.values()], names[name], role, markers=True)
+            for name, role in roles.items()
+        ],
+        "layout": {
+            "xaxis": {"type": "category"},
+            "yaxis": {"title": {"text": "probability, share of words"}, "range": [0, 1.04]},
+        },
+    }
+
+
+def course_figure(course: Sequence[Mapping[str, float]], terms: Mapping[str, str]) -> Figure:
+    """Terms of a loss over the steps of a training."""
+    steps = [row["step"] for row in course]
+    return {
+        "data": [
+            line(steps, [row[name] for row in course], words, role, markers=len(steps) < 40)
+            for (name, words), role in zip(terms.items(), MARKERS)
+        ],
+        "layout": {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss"}}},
+    }

@@ -44,10 +44,10 @@ class Setting(NamedTuple):
 
     blocks: int = 8
     authors: int = 4
-    questions: int = PER_AUTHOR
+    questions: int = PER_AUTHOR // 2
     epochs: int = 14
     learning_rate: float = 2e-4
-    steps: int = 30
+    steps: int = 24
     rate: float = 5e-4
     rank: int = 16
     facts: int = 40
