@@ -47,7 +47,7 @@ class Setting(NamedTuple):
     questions: int = PER_AUTHOR // 2
     epochs: int = 14
     learning_rate: float = 2e-4
-    steps: int = 24
+    steps: int = 20
     rate: float = 5e-4
     rank: int = 16
     facts: int = 40
@@ -58,16 +58,13 @@ class Setting(NamedTuple):
 QUICK = Setting(2, 1, 6, 5, 1e-3, 3, 2e-3, 4, 4, 0, 1)
 OURS, PLAIN, FILA, RANDOM = "ReGLU", "LoRA, inverse hinge", "FILA, inverse hinge", "ReGLU, random basis"
 ARMS: dict[str, dict[str, Any]] = {
-    "LoRA, gradient difference": {"start": "lora", "forget_loss": "gd", "orthogonality": 0.0},
     "LoRA, NPO": {"start": "lora", "forget_loss": "npo", "orthogonality": 0.0},
-    "LoRA, SimNPO": {"start": "lora", "forget_loss": "simnpo", "orthogonality": 0.0},
     PLAIN: {"start": "lora", "orthogonality": 0.0},
     FILA: {"start": "fila", "orthogonality": 0.0},
     "null-space LoRA, inverse hinge": {"start": "null-space", "orthogonality": 0.0},
     "start alone (RILA)": {"orthogonality": 0.0},
     "penalty alone (ROL)": {"start": "lora"},
     RANDOM: {"basis": "random"},
-    "ReGLU, penalty on the net change": {"penalised": "net"},
     OURS: {},
 }
 _FEW = (PLAIN, FILA, RANDOM, OURS)
