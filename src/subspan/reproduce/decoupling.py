@@ -23,7 +23,7 @@ from subspan.measures import paired_bootstrap
 from subspan.models import SegmentTokens
 from subspan.statistics import GroupedMoments
 
-from .materials.token_tail import Texts, TokenTail
+from .materials.language_tail import LanguageTail, Texts
 from .protocol import Check, Outcome, Progress, Table
 from .training import train
 from .trials import Trials
@@ -125,7 +125,7 @@ class Tuned:
         self, model: Any, tokenizer: Any, data: Material, setting: Setting, seed: int, progress: Progress
     ) -> None:
         self.setting, size = setting, setting.batch
-        self.tail = tail = TokenTail(model, tokenizer, setting.blocks)
+        self.tail = LanguageTail(model, setting.blocks, norm=True)
         train_pairs, test_pairs = data.pairs
         order = np.random.default_rng(seed).permutation(len(train_pairs))
         drawn = [train_pairs[i] for i in order[: setting.steps * size // 2]]
@@ -136,11 +136,13 @@ class Tuned:
         read = [lessons(held[s : s + 4], turned) for turned in (False, True) for s in range(0, len(held), 4)]
         known = [train_pairs[i] for i in order[-setting.probed :]]
         plain = [[[(pair[side], "answer")] for pair in known] for side in (0, 1)]
-        found = tail.texts([*told, *read, *plain], "answer", progress)
+        batches, found = [*told, *read, *plain], []
+        for done, texts in enumerate(batches):
+            progress("states below the trained blocks", done / len(batches))
+            found.append(Texts.of(self.tail.keep(tokenizer, texts, "answer")))
         self.told, self.read, self.known = found[: len(told)], found[len(told) : -2], found[-2:]
         self.sides = ["dominant"] * len(known) + ["other"] * len(known)
-        self.parameters = [p for p in tail.cut() if p is not tail.model.get_output_embeddings().weight]
-        tail.model.get_output_embeddings().requires_grad_(False)
+        self.parameters = self.tail.free
         self.start = [parameter.detach().clone() for parameter in self.parameters]
 
     @torch.no_grad()
@@ -163,10 +165,7 @@ class Tuned:
         """Mean log-likelihood a token of held-out answers, an entry a verse."""
         values = []
         for texts in self.read:
-            likelihood = self.tail.log_likelihood(texts, through(self.tail.outputs(texts)))
-            owner = torch.nonzero(texts.predicted)[:, 0]
-            total = torch.zeros(len(texts.ids)).index_add(0, owner, likelihood)
-            values.append(total / texts.predicted.sum(1))
+            values.append(texts.means(self.tail.log_likelihood(texts, through(self.tail.outputs(texts)))))
         both = torch.cat(values).view(2, -1).numpy()
         return {TO_OTHER: both[0], TO_DOMINANT: both[1]}
 
@@ -191,7 +190,7 @@ class Tuned:
 
             order = np.random.default_rng(seed).permutation(len(self.told))
             batches = [self.told[i] for i in order]
-            train(tail.decoder, loss, batches, learning_rate=setting.rate, clip=1.0, after_step=after)
+            train(tail, loss, batches, learning_rate=setting.rate, clip=1.0, after_step=after)
         return self.scores(through), [] if decoupling is None else decoupling.history_
 
 
@@ -207,7 +206,7 @@ def penalised(tuned: Tuned, arm: str, seed: int) -> Iterator[SubspaceDecoupling 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*the probe is at chance")
         with SubspaceDecoupling(
-            tuned.tail.decoder, "norm", batches, tuned.sides, "dominant", random_state=seed, **options
+            tuned.tail.body, "norm", batches, tuned.sides, "dominant", random_state=seed, **options
         ) as decoupling:
             yield decoupling
 

@@ -7,7 +7,6 @@ them, and what it has cost the other authors is measured there.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from subspan.measures import AnswerScores, forget_quality, rouge_l_recall
 from subspan.models import StateDelta, greedy_continuations, linear_names
 from subspan.weights import round_to_bits
 
+from .materials.language_tail import last_blocks
 from .protocol import Check, Outcome, Progress, Table
 from .training import kept, train
 from .trials import Trials
@@ -131,17 +131,7 @@ class Tail(nn.Module):
 
     def __init__(self, whole: Any, blocks: int) -> None:
         super().__init__()
-        config = copy.deepcopy(whole.config)
-        config.num_hidden_layers = blocks
-        with torch.device("meta"):
-            part = type(whole.model)(config)
-        part.layers = nn.ModuleList(list(whole.model.layers)[-blocks:])
-        part.embed_tokens, part.norm, part.rotary_emb = (
-            whole.model.embed_tokens,
-            whole.model.norm,
-            whole.model.rotary_emb,
-        )
-        self.part, self.head = part, whole.lm_head
+        self.part, self.head = last_blocks(whole.model, blocks), whole.lm_head
         self._whole, self._blocks = (whole,), blocks
         self._states: dict[tuple[int, ...], Tensor] = {}
 

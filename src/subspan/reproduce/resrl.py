@@ -21,7 +21,7 @@ from subspan.edit import ResidualCredit, entropy_mask, head_interference, hidden
 from subspan.measures import paired_bootstrap
 from subspan.models import Capture
 
-from .materials.token_tail import Texts, TokenTail
+from .materials.language_tail import LanguageTail, Texts
 from .protocol import Check, Outcome, Progress, Table
 
 ARMS = ("all alike (NSR)", "ResRL", "ResRL, shuffled", "ResRL, final states", "NTHR", "entropy, top 20 %")
@@ -111,10 +111,10 @@ class Reading(NamedTuple):
 
 
 @torch.no_grad()
-def weighted(tail: TokenTail, group: Group, seed: int) -> Reading:
+def weighted(tail: LanguageTail, group: Group, seed: int) -> Reading:
     """Weights of a problem's wrong tokens by every method."""
     texts, mask = group.texts, group.texts.predicted
-    with Capture(tail.decoder, f"{tail.path}.{tail.blocks - 1}", site="input") as seen:
+    with Capture(tail.body, tail.last, site="input") as seen:
         outputs = tail.outputs(texts)
     before = seen[seen.names[0]][:, :-1]
     chances = tail.logits(texts, outputs).softmax(-1)
@@ -142,9 +142,9 @@ def weighted(tail: TokenTail, group: Group, seed: int) -> Reading:
 class Steps:
     """Gradient steps on a problem's wrong answers, each taken back after it was read."""
 
-    def __init__(self, tail: TokenTail, parameters: list[nn.Parameter], group: Group) -> None:
-        self.tail, self.parameters, self.group = tail, parameters, group
-        self.start = [parameter.detach().clone() for parameter in parameters]
+    def __init__(self, tail: LanguageTail, group: Group) -> None:
+        self.tail, self.parameters, self.group = tail, tail.free, group
+        self.start = [parameter.detach().clone() for parameter in self.parameters]
         self.likelihoods = tail.log_likelihood(group.texts)
         self.plain = self.gradient(torch.ones(int((~group.good).sum())))
 
@@ -176,9 +176,9 @@ class Steps:
         return right * drop / max(-wrong, 1e-12), rate
 
 
-def measured(tail: TokenTail, parameters: list[nn.Parameter], group: Group, drop: float, seed: int) -> dict[str, float]:
+def measured(tail: LanguageTail, group: Group, drop: float, seed: int) -> dict[str, float]:
     """Of one problem: changes of right answers at an equal drop of wrong ones by arm, and at one rate."""
-    reading, steps = weighted(tail, group, seed), Steps(tail, parameters, group)
+    reading, steps = weighted(tail, group, seed), Steps(tail, group)
     mass = float(reading.weights[OURS].mean())
     facts = {"correlation": reading.correlation, "mass": mass}
     for arm in ARMS:
@@ -238,14 +238,15 @@ def judged(found: Mapping[str, np.ndarray]) -> tuple[Check, list[Check]]:
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
     """One step on wrong solutions by each method, problem by problem."""
     setting, problems = QUICK if quick else Setting(), written()
-    tail = TokenTail(*load_language_model("smollm2"), setting.blocks)
-    picked = chosen(problems or made(), setting, tail.tokenizer, seed)
+    model, tokenizer = load_language_model("smollm2")
+    tail = LanguageTail(model, setting.blocks, norm=True, head=True)
+    picked = chosen(problems or made(), setting, tokenizer, seed)
     pieces = [[[(f"Question: {p.question}\nAnswer:", "asked"), (f" {a}", "answer")] for a in p.answers] for p in picked]
-    texts = tail.texts(pieces, "answer", lambda said, done: progress(said, 0.2 * done))
-    parameters, rows = tail.cut(), []
-    for done, (group, problem) in enumerate(zip(texts, picked)):
-        progress("steps on wrong answers", 0.2 + 0.8 * done / len(picked))
-        rows.append(measured(tail, parameters, Group(group, torch.tensor(problem.right)), setting.drop, seed + done))
+    rows = []
+    for done, (problem, own) in enumerate(zip(picked, pieces)):
+        progress("steps on wrong answers", done / len(picked))
+        group = Group(Texts.of(tail.keep(tokenizer, own, "answer")), torch.tensor(problem.right))
+        rows.append(measured(tail, group, setting.drop, seed + done))
     found = {fact: np.array([row[fact] for row in rows]) for fact in rows[0]}
     main, checks = judged(found)
     columns = ["method", "right answers", "less all alike", "from", "to", "better in"]

@@ -119,7 +119,9 @@ class Language:
         return [self.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
 
     def _kept(self, questions: Sequence[str], answers: Sequence[str]) -> list[Kept]:
-        return self.tail.keep(self.tokenizer, list(zip(self.prompts(questions), answers)), most=READ)
+        pairs = zip(self.prompts(questions), answers)
+        pieces = [[(prompt, "prompt"), (answer, "answer")] for prompt, answer in pairs]
+        return self.tail.keep(self.tokenizer, pieces, "answer", most=READ)
 
     def lessons(self, kind: str) -> list[Kept]:
         """Questions and the answers that are taught."""
