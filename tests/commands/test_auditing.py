@@ -89,6 +89,7 @@ def test_weights_tell_an_update_along_from_one_apart(folders, capsys):
         (["aligned", "along", "--prompts", "one.jsonl"], "--prompts: one behaviour cannot be told from others"),
         (["aligned", "along", "--prompts", "none.jsonl", "--prompts", "one.jsonl"], "'none.jsonl' is not a file"),
         (["aligned", "along", "--prompts", "one.jsonl", "--prompts", "bad.jsonl"], "line 2 of 'bad.jsonl': a text"),
+        (["aligned", "along", *("--prompts=one.jsonl", "--prompts=two.jsonl")], "ALIGNED: 'aligned' cannot be loaded"),
         (["aligned", "along", "--report", "page.txt"], "--report: 'page.txt' must end in .html"),
         (["aligned", "fewer"], "fewer: tensors only in aligned: norm"),
         (["aligned", "reshaped"], "reshaped: tensors of other shapes: layers.0.w"),
@@ -112,6 +113,7 @@ def test_refused_with_one_line_and_nothing_written(folders, capsys, arguments, m
     (folders / "pickled" / "pytorch_model.bin").write_bytes(b"")
     line = json.dumps({"prompt": "a", "target": "b"}) + "\n"
     (folders / "one.jsonl").write_text(2 * line)
+    (folders / "two.jsonl").write_text(2 * line)
     (folders / "bad.jsonl").write_text(line + '{"prompt": "a"}\n')
     before = {path: path.read_bytes() for path in folders.rglob("*") if path.is_file()}
     options = [] if "--report" in arguments else ["--report", "page.html"]

@@ -1,6 +1,7 @@
 """Updates beside a reference: shares that were planted, closed forms beside draws, and verdicts."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -49,7 +50,10 @@ def deltas(shares, *, layers=LAYERS, noise=0.0):
         ({"a": 0.6, "b": 0.6}, 0.0, "alike", "0.2 is excluded"),
         ({"a": 0.6, "b": 0.65}, 0.0, "alike", "0.06 (0.06 to 0.06) more of the update of 'b'"),
         ({"a": 0.75, "b": 0.6}, 0.05, "no evidence", "0.2 is not excluded"),
+        ({"a": 0.6, "b": 0.75}, 0.05, "no evidence", "0.2 is not excluded"),
         ({"a": 0.5, "b": 0.6}, 0.4, "no evidence", "0.2 is not excluded"),
+        ({"a": 0.65, "b": 0.4}, 0.35, "no evidence", "0.2 is not excluded"),
+        ({"a": 0.2, "b": 0.9, "c": 0.3}, 0.0, "unequal", "more of the update of 'b' than of that of 'a'"),
         ({"a": 0.6}, 0.0, "beyond chance", "0.51 (0.51 to 0.51)"),
         ({"a": 3 / 16}, 0.0, "at chance", "of the update of 'a'"),
     ],
@@ -59,6 +63,8 @@ def test_planted_shares_are_judged(shares, noise, verdict, said):
     found = compare_updates(reference, updates)
     assert found.verdict == verdict, found.reason
     assert said in str(found)
+    value, low, high = map(float, re.findall(r"(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+)\)", found.reason)[0])
+    assert low <= value <= high
     if not noise:
         for name, share in shares.items():
             assert found.curves()[name]["kept"][1] == pytest.approx(share, abs=1e-5)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from subspan.base import Progress, require
+from subspan.base import Progress
 from subspan.base.reading import json_records
 from subspan.models import SegmentTokens, StateDelta, StoredWeights, find_blocks, weights_of
 from subspan.probe import SubspaceAudit, TargetLikelihood, UpdateComparison, activation_overlap, compare_updates
 from subspan.probe.update_comparison import REFERENCE
 
-from .checkpoint_folders import check_tokenizer, load_checkpoint, stored_bytes, update_between
+from .checkpoint_folders import check_tokenizer, load_checkpoint, load_tokenizer, stored_bytes, update_between
 from .origin import origin
 
 _CONTROLS = ("randomk", "random", "scaled")
@@ -255,14 +255,9 @@ class Audit:
         ]
 
     def _model(self) -> tuple[Any, Any]:
-        transformers = require("transformers", extra="llm")
         # In single precision: a part of a small update would be lost in the rounding of half of it.
-        model = load_checkpoint(self.aligned, causal=True, dtype=torch.float32)
-        try:
-            return model, transformers.AutoTokenizer.from_pretrained(str(self.aligned), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            said = str(error).splitlines()[0]
-            raise ValueError(f"ALIGNED: the tokenizer of {str(self.aligned)!r} cannot be loaded: {said}") from None
+        model = load_checkpoint(self.aligned, "ALIGNED", causal=True, dtype=torch.float32)
+        return model, load_tokenizer(self.aligned, "ALIGNED")
 
 
 def weight_facts(found: UpdateComparison) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from subspan.models import StateDelta, StoredWeights
 _NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".md")
 
 
-def load_checkpoint(folder: Path, *, causal: bool = False, dtype: Any = "auto") -> Any:
+def load_checkpoint(folder: Path, argument: str = "MODEL", *, causal: bool = False, dtype: Any = "auto") -> Any:
     """The model of a folder in evaluation mode; with its head where it is a causal one, or one is needed.
 
-    Raises ValueError, in one line, for what is no checkpoint, and for pickled weights.
+    Raises ValueError, in one line that names the argument, for what is no checkpoint, and for pickled weights.
     """
     transformers = require("transformers", extra="llm")
     StoredWeights(folder)  # pickled weights are refused
@@ -33,7 +33,17 @@ def load_checkpoint(folder: Path, *, causal: bool = False, dtype: Any = "auto") 
         with without_progress_bars(transformers):
             return kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, dtype=dtype).eval()
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"MODEL: {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{argument}: {str(folder)!r} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(folder: Path, argument: str = "MODEL") -> Any:
+    """The tokenizer of a folder. Raises ValueError, in one line that names the argument, where there is none."""
+    transformers = require("transformers", extra="llm")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{argument}: the tokenizer of {str(folder)!r} cannot be loaded: {reason}") from None
 
 
 def copy_companions(source: Path, target: Path) -> None:

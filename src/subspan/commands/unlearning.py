@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from subspan.base import Progress, require
+from subspan.base import Progress
 from subspan.base.files import empty, temporary_folder, write_text
 from subspan.datasets import iterate_records, stdlib_docstrings
 from subspan.edit import (
@@ -28,7 +28,7 @@ from subspan.measures import rouge_l_recall
 from subspan.models import StateDelta, StoredWeights, greedy_continuations, linear_names, linear_weight, write_weights
 from subspan.weights import round_to_bits
 
-from .checkpoint_folders import ChangedWeights, copy_companions, file_stamp, load_checkpoint, stamp
+from .checkpoint_folders import ChangedWeights, copy_companions, file_stamp, load_checkpoint, load_tokenizer, stamp
 from .origin import origin
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -174,12 +174,7 @@ class Unlearning:
         broken = [name for name, value in model.named_parameters() if not bool(torch.isfinite(value).all())]
         if broken:
             raise ValueError(f"MODEL: {broken[0]!r} contains NaN or infinity")
-        transformers = require("transformers", extra="llm")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"MODEL: {str(self.folder)!r} has no tokenizer that can be loaded: {reason}") from None
+        tokenizer = load_tokenizer(self.folder)
         aside = min(_HELD, len(pairs["retain"]) // 10)
         kept = pairs["retain"][: len(pairs["retain"]) - aside]
         sets = {"forget": pairs["forget"], "retain": kept, "held": pairs["retain"][len(kept) :]}
