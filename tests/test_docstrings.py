@@ -18,6 +18,7 @@ ROOMS: tuple[str, ...] = (
     "cluster",
     "datasets",
     "detect",
+    "dynamics",
     "edit",
     "geometry",
     "measures",

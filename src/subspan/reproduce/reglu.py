@@ -42,13 +42,13 @@ Records = list[dict[str, Any]]
 class Setting(NamedTuple):
     """Sizes of a run: trained blocks, authors that stay, epochs and rate of learning, steps and rate of forgetting."""
 
-    blocks: int = 8
+    blocks: int = 4
     authors: int = 4
     questions: int = PER_AUTHOR // 2
-    epochs: int = 14
-    learning_rate: float = 2e-4
-    steps: int = 20
-    rate: float = 5e-4
+    epochs: int = 10
+    learning_rate: float = 4e-4
+    steps: int = 16
+    rate: float = 1.5e-3
     rank: int = 16
     facts: int = 40
     said: int = 10
