@@ -8,6 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import orthogonal_mp
 
+from subspan.solvers import sparse_coding
 from subspan.solvers.sparse_coding import (
     SparseCodes,
     coding_error,
@@ -25,11 +26,32 @@ def unit(n, d, seed=0, dtype=torch.float64):
     return (x / x.norm(dim=1, keepdim=True)).to(dtype)
 
 
-# Many of few atoms go by the Gram matrix, few of many by a basis.
-GRAM, BASIS = (30, 20, 12), (80, 10, 3)
+# Many of few atoms go by the Gram matrix, in torch or compiled, few of many by a basis.
+GRAM, COMPILED, BASIS = (30, 20, 12), (31, 20, 12), (80, 10, 3)
+SIZES = pytest.mark.parametrize(("k", "d", "s"), [GRAM, COMPILED, BASIS])
 
 
-@pytest.mark.parametrize(("k", "d", "s"), [GRAM, BASIS])
+@pytest.fixture(autouse=True)
+def _ways(request, monkeypatch):
+    """Each size goes the way that it stands for."""
+    size = request.node.callspec.params.get("k") if hasattr(request.node, "callspec") else None
+    taken, ways = [], {30: "_gram_pursuit", 31: "_compiled_pursuit", 80: "pursue"}
+    if size not in ways:
+        yield
+        return
+    monkeypatch.setattr(sparse_coding, "_WORTH_COMPILING", 0 if size == 31 else float("inf"))
+    if size == 31:
+        pytest.importorskip("numba")
+    for way in ways.values():
+        run = getattr(sparse_coding, way)
+        monkeypatch.setattr(
+            sparse_coding, way, lambda *given, run=run, way=way, **options: taken.append(way) or run(*given, **options)
+        )
+    yield
+    assert ways[size] in taken
+
+
+@SIZES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pursuit_is_that_of_scikit_learn(k, d, s, dtype):
     x, atoms = 3 * unit(200, d, 1, dtype), unit(k, d, 2, dtype)
@@ -46,7 +68,7 @@ def test_pursuit_is_that_of_scikit_learn(k, d, s, dtype):
     assert float(left.gather(1, codes.indices).abs().max()) < 1e-2 * exact + 1e-12
 
 
-@pytest.mark.parametrize(("k", "d", "s"), [GRAM, BASIS])
+@SIZES
 def test_pursuit_stops_where_nothing_is_left(k, d, s):
     atoms = unit(k, d, 2)
     atoms[1] = atoms[0]
@@ -60,7 +82,7 @@ def test_pursuit_stops_where_nothing_is_left(k, d, s):
     assert (same.values != 0).sum() == 1
 
 
-@pytest.mark.parametrize(("k", "d", "s"), [GRAM, BASIS])
+@SIZES
 def test_pursuit_stops_at_the_tolerance(k, d, s):
     x, atoms = unit(50, d, 1), unit(k, d, 2)
     errors = torch.stack([(x - omp(x, atoms, m).decode(atoms)).square().sum(1) for m in range(1, s)])
@@ -68,12 +90,28 @@ def test_pursuit_stops_at_the_tolerance(k, d, s):
     assert torch.equal((codes.values != 0).sum(1), (errors > 0.3).sum(0) + 1)
 
 
-def test_near_atoms_are_fitted_to_the_digits_there_are():
+@pytest.mark.parametrize("worth", [0, float("inf")])
+def test_near_atoms_are_fitted_to_the_digits_there_are(monkeypatch, worth):
+    monkeypatch.setattr(sparse_coding, "_WORTH_COMPILING", worth)
     base = unit(1, 24, 1).repeat(18, 1) + 0.1 * unit(18, 24, 2)
     atoms, x = base / base.norm(dim=1, keepdim=True), unit(40, 24, 3)
     found = omp(x.float(), atoms.float(), 14)
     left = (x - SparseCodes(found.indices, found.values.double(), 18).decode(atoms.float().double())) @ atoms.mT
     assert float(left.gather(1, found.indices).abs().max()) < 1e-5
+
+
+def test_threads_share_the_rows_of_compiled_pursuit(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(sparse_coding, "_WORTH_COMPILING", 0)
+    x, atoms, threads = unit(7, 20, 1), unit(30, 20, 2), torch.get_num_threads()
+    expected = omp(x, atoms, 12)
+    torch.set_num_threads(3)
+    try:
+        found = omp(x, atoms, 12)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.indices, expected.indices)
+    torch.testing.assert_close(found.values, expected.values)
 
 
 def test_choosing_all_atoms_is_least_squares_and_of_orthonormal_ones_top_s():

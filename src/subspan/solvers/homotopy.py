@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import numpy as np
-from numba import njit
+
+from .compiling import compiled
 
 # An atom of which less than this share of its square is new to the support depends on it, up to rounding.
 _DEPENDENT = 1e-6
@@ -18,17 +18,7 @@ _STILL = 1e-9
 _VECTOR = 16
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    # Sums may be reordered, as vectors need; NaN and infinities keep their meaning.
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
-    try:
-        return njit(function, cache=True, **options)
-    except RuntimeError:
-        # No folder to keep the compiled code in.
-        return njit(function, **options)
-
-
-@_compiled
+@compiled
 @no_type_check
 def elastic_net_homotopy(grams, linear, l1, l2, start, present, found, settled):
     """min c'Gc/2 - q'c + l1 |c|_1 + l2/2 |c|^2 for each row, exactly; `found` (b, s) and `settled` (b,) are written.
@@ -189,7 +179,7 @@ def elastic_net_homotopy(grams, linear, l1, l2, start, present, found, settled):
             inverse[i, :k] = 0
 
 
-@_compiled
+@compiled
 @no_type_check
 def _swap(gram, order, i, j):
     """Let two atoms change places."""
@@ -202,7 +192,7 @@ def _swap(gram, order, i, j):
         gram[m, i], gram[m, j] = gram[m, j], gram[m, i]
 
 
-@_compiled
+@compiled
 @no_type_check
 def _exchange(gram, order, slack, missing, i, j):
     _swap(gram, order, i, j)
@@ -210,7 +200,7 @@ def _exchange(gram, order, slack, missing, i, j):
     missing[i], missing[j] = missing[j], missing[i]
 
 
-@_compiled
+@compiled
 @no_type_check
 def _subtract_products(values, gram, step, k, first, n):
     """values - G c from first to n, with c = step on the support; four atoms a pass."""
@@ -226,7 +216,7 @@ def _subtract_products(values, gram, step, k, first, n):
             part[j] -= s0 * g0[j]
 
 
-@_compiled
+@compiled
 @no_type_check
 def _multiply(inverse, values, result, k):
     whole = (k + _VECTOR - 1) // _VECTOR * _VECTOR
@@ -238,7 +228,7 @@ def _multiply(inverse, values, result, k):
         result[i] = total
 
 
-@_compiled
+@compiled
 @no_type_check
 def _add_outer(inverse, values, times, k):
     whole = (k + _VECTOR - 1) // _VECTOR * _VECTOR
@@ -249,7 +239,7 @@ def _add_outer(inverse, values, times, k):
             line[j] += share * values[j]
 
 
-@_compiled
+@compiled
 @no_type_check
 def _pivot(inverse, gram, ridge, k, atom, inner, shares):
     """What of the atom's square the support leaves, 0 where that is rounding; its products with the support and the
@@ -265,7 +255,7 @@ def _pivot(inverse, gram, ridge, k, atom, inner, shares):
     return pivot if pivot > _DEPENDENT * square else 0.0
 
 
-@_compiled
+@compiled
 @no_type_check
 def _enter(inverse, k, shares, pivot):
     """The inverse with one more row and column, for an atom with the shares and the pivot of `_pivot`."""
@@ -275,7 +265,7 @@ def _enter(inverse, k, shares, pivot):
     inverse[k, k] = 1 / pivot
 
 
-@_compiled
+@compiled
 @no_type_check
 def _leave(inverse, step, last, place, column):
     """The inverse and the step without one atom, whose place the last one takes."""

@@ -8,9 +8,12 @@ row. A dictionary is learnt by turns: code (`omp`, or `top_s` where atoms are or
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,8 +26,10 @@ from .neighbours import largest_product
 
 Progress = Callable[[float], None]
 # Numbers of the factors that a block of rows works on: what stays in a cache, and what a device is kept busy with.
-_CPU_BLOCK, _DEVICE_BLOCK = 1 << 22, 1 << 28
+_CPU_BLOCK, _DEVICE_BLOCK = 1 << 21, 1 << 28
 _ROWS = 512
+# Multiplications from which on it pays to load (the first time to make) compiled code.
+_WORTH_COMPILING = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +106,8 @@ def omp(
     """Orthogonal matching pursuit of each row by the atoms: the most correlated with what is left, then a new fit.
 
     Where many are chosen of not too many, correlations come from the Gram matrix of the atoms (Rubinstein, Zibulevsky &
-    Elad, 2008) and the fit from the inverse of its Cholesky factor, row by row; else see `pursue`.
+    Elad, 2008), of which each row has its own Cholesky factor; much of that on a CPU is done by compiled code where
+    numba is installed (extra `fast`). Else see `pursue`.
 
     Parameters
     ----------
@@ -135,20 +141,22 @@ def omp(
     """
     rows, base = _checked(x, atoms, n_nonzero)
     k, d = base.shape
-    # Sizes at which the Gram matrix is faster: its products cost k a step, an explicit basis 2 d for each atom chosen.
-    gram = base @ base.mT if k * k < d * (k + 16 * n_nonzero) else None
-    numbers = _CPU_BLOCK if rows.device.type == "cpu" else _DEVICE_BLOCK
-    size = n_nonzero * (2 * n_nonzero if gram is not None else d) + 4 * k
-    step = min(_ROWS, max(64, numbers // size)) if rows.device.type == "cpu" else max(1, numbers // size)
+    on_cpu, n, s = rows.device.type == "cpu", len(rows), n_nonzero
+    # Multiplications a row: of the Gram matrix and of new directions with all atoms, which memory holds up, beside
+    # those of residuals with atoms and of an explicit basis.
+    by_gram = k * k * d / n + 8 * s * s * k < s * d * (k + 16 * s)
+    gram = base @ base.mT if by_gram else None
+    code = pursue if gram is None else partial(_gram_pursuit, gram=gram)
+    step = max(1, (_CPU_BLOCK if on_cpu else _DEVICE_BLOCK) // (s * (k + s if by_gram else d) + 4 * k))
+    if on_cpu:
+        step = min(_ROWS, max(64, step))
+    if gram is not None and on_cpu and n * s * s * k > _WORTH_COMPILING and _compiled() is not None:
+        code, step = partial(_compiled_pursuit, gram=gram), _ROWS
     parts = []
-    for start in range(0, len(rows), step):
-        part = rows[start : start + step]
-        if gram is None:
-            parts.append(pursue(part, base, n_nonzero, tolerance))
-        else:
-            parts.append(_gram_pursuit(part, base, gram, n_nonzero, tolerance))
+    for start in range(0, n, step):
+        parts.append(code(rows[start : start + step], base, n_nonzero=s, tolerance=tolerance))
         if progress is not None:
-            progress(min(1.0, (start + step) / len(rows)))
+            progress(min(1.0, (start + step) / n))
     indices, values = (torch.cat(found) for found in zip(*parts))
     return SparseCodes(indices, values, k)
 
@@ -212,37 +220,77 @@ def pursue(
 def _gram_pursuit(
     targets: Tensor, atoms: Tensor, gram: Tensor, n_nonzero: int, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """`pursue` with correlations from the Gram matrix of the atoms (k, k)."""
+    """`pursue` with correlations from the Gram matrix of the atoms (k, k), all rows a step.
+
+    After each choice only the products of one new direction with all atoms are worked out, from those before.
+    """
     b, device = len(targets), targets.device
     every = torch.arange(b, device=device)
-    start = targets @ atoms.mT
-    left, codes = start.clone(), torch.zeros_like(start)  # correlations of the residual with all atoms; dense codes
-    # Inverse of the Cholesky factor of each row's own Gram matrix, also transposed: products are fast from one side.
-    inverse = targets.new_zeros(b, n_nonzero, n_nonzero)
-    turned = torch.zeros_like(inverse)
+    left = targets @ atoms.mT  # correlations of the residual with all atoms
+    along = targets.new_zeros(b, n_nonzero, len(atoms))  # products of the orthonormal directions with all atoms
+    triangle = torch.eye(n_nonzero, dtype=targets.dtype, device=device).repeat(b, 1, 1)
+    weights = targets.new_zeros(b, n_nonzero)
     chosen = torch.zeros(b, n_nonzero, dtype=torch.int64, device=device)
     rest, active = targets.square().sum(1), torch.ones(b, dtype=torch.bool, device=device)
-    least = 1e3 * torch.finfo(targets.dtype).eps
+    least = _least(targets.dtype)
     for step in range(n_nonzero):
         best, atom = left.abs().max(1)
-        inner = gram[atom.unsqueeze(1), chosen[:, :step]].unsqueeze(1) @ turned[:, :step, :step]
-        square = gram[atom, atom] - inner.square().sum((1, 2))
-        # As in `pursue`; the square of the length has the rounding of products.
+        before = along[:, :step]
+        inner = before.gather(2, atom.view(b, 1, 1).expand(b, step, 1)).squeeze(2)
+        square = gram[atom, atom] - inner.square().sum(1)
         active = active & (rest > tolerance) & (square > least) & (best > 0)
         if not bool(active.any()):
             break
         scale = torch.where(active, square.clamp_min(least).rsqrt(), 0)
-        row = -(inner @ inverse[:, :step, :step]).squeeze(1) * scale.unsqueeze(1)
-        inverse[:, step, :step], inverse[:, step, step] = row, scale
-        turned[:, :step, step], turned[:, step, step] = row, scale
+        fresh = torch.baddbmm(gram[atom].unsqueeze(1), inner.unsqueeze(1), before, alpha=-1).squeeze(1)
+        torch.mul(fresh, scale.unsqueeze(1), out=along[:, step])
         weight = left[every, atom] * scale
+        left.addcmul_(along[:, step], weight.unsqueeze(1), value=-1)
+        left[every, atom] = 0
         rest = rest - weight.square()
-        chosen[:, step] = torch.where(active, atom, 0)
-        codes.scatter_add_(1, chosen[:, : step + 1], weight.unsqueeze(1) * inverse[:, step, : step + 1])
-        torch.addmm(start, codes, gram, alpha=-1, out=left)
-        left.scatter_(1, chosen[:, : step + 1], 0)
-    used = inverse.diagonal(dim1=1, dim2=2) > 0
-    return chosen, torch.where(used, codes.gather(1, chosen), 0)
+        triangle[:, :step, step] = torch.where(active.unsqueeze(1), inner, 0)
+        triangle[:, step, step] = torch.where(active, square.clamp_min(least).sqrt(), 1)
+        weights[:, step], chosen[:, step] = weight, torch.where(active, atom, 0)
+    return chosen, torch.linalg.solve_triangular(triangle, weights.unsqueeze(2), upper=True).squeeze(2)
+
+
+def _compiled_pursuit(
+    rows: Tensor, atoms: Tensor, gram: Tensor, n_nonzero: int, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """The same by compiled code, each thread a share of the rows."""
+    run = _compiled()
+    assert run is not None
+    chosen = torch.zeros(len(rows), n_nonzero, dtype=torch.int64)
+    values = rows.new_zeros(len(rows), n_nonzero)
+    parts = [part.detach().numpy() for part in (rows @ atoms.mT, rows.square().sum(1), chosen, values)]
+    threads = torch.get_num_threads()
+    shares = list(zip(*(np.array_split(part, threads) for part in parts)))
+
+    def work(share: Any) -> None:
+        products, squares, *written = share
+        run(products, squares, gram.detach().numpy(), tolerance, _least(rows.dtype), *written)
+
+    if threads == 1:
+        work(shares[0])
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, shares))
+    return chosen, values
+
+
+def _least(dtype: torch.dtype) -> float:
+    """As in `pursue`; the square of the length has the rounding of products."""
+    return 1e3 * torch.finfo(dtype).eps
+
+
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """Compiled pursuit; None without numba, or with one that does not go with this NumPy."""
+    try:
+        from .compiled_pursuit import gram_pursuit_rows
+    except ImportError:
+        return None
+    return gram_pursuit_rows
 
 
 def top_s(x: Any, atoms: Any, n_nonzero: int) -> SparseCodes:
