@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subspan.base import Progress, require
@@ -31,6 +32,7 @@ from .checkpoint_folders import ChangedWeights, copy_companions, load_checkpoint
 from .origin import origin
 
 _HELD = 16
+_TOGETHER = 8
 _FACTORED = ("procrustes", "ksvd", "mod", "rocket", "svd")
 
 
@@ -94,7 +96,7 @@ class Compression:
             keep.mkdir(exist_ok=True)
             calibration, held = self._sequences()
             before = self._perplexity(model, held)
-            job.fit(model, calibration, keep=keep, progress=progress)
+            job.fit(model, _batches(calibration), keep=keep, progress=progress)
             dense = job.dense_weights(model)
             changed = ChangedWeights(StoredWeights(self.folder), dense)
             surgery = job.apply_(model) if self.solver in _FACTORED else None
@@ -155,6 +157,12 @@ class Compression:
         """On the sequences that are held out; None without any, and for models that predict no next token."""
         causal = model.get_output_embeddings() is not None and not getattr(model.config, "is_encoder_decoder", False)
         return text_perplexity(model, held) if held and causal else None
+
+
+def _batches(sequences: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Some sequences at a time: what it costs to add a batch to second moments grows with their size, not with it."""
+    parts = [sequences[start : start + _TOGETHER] for start in range(0, len(sequences), _TOGETHER)]
+    return [{key: torch.cat([each[key] for each in part]) for key in part[0]} for part in parts]
 
 
 def _work(weight: Tensor) -> float:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -225,11 +228,16 @@ class CoSpaDi:
         ratios = self._allocated(model, parts, moments, progress)
         done, total = 0, len(groups)
         for number, part in enumerate(parts):
-            for group in part:
-                progress(f"{self.solver} of {group[0]}", done / total)
-                stored = None if keep is None else Path(keep) / f"{done:05}.safetensors"
-                self._factor(model, group, moments(number), ratios[group[0]], stored)
-                done += 1
+            known = moments(number)
+            files = [
+                None if keep is None else Path(keep) / f"{done + place:05}.safetensors" for place in range(len(part))
+            ]
+            solve = partial(self._solved, model, known)
+            with _side_by_side(solve, part, [ratios[group[0]] for group in part], files) as solved:
+                for group, (became, seconds) in zip(part, solved):
+                    self._record(model, group, known, became, seconds)
+                    done += 1
+                    progress(f"{self.solver} of {group[0]}", done / total)
         progress(f"{len(self.layers_)} layers", 1.0)
         return self
 
@@ -319,16 +327,13 @@ class CoSpaDi:
             total = total + moments[name]
         return total
 
-    def _factor(self, model: nn.Module, group: list[str], moments: Any, ratio: float, stored: Path | None) -> None:
-        weight, rows = self._weights(model, group)
+    def _solved(
+        self, model: nn.Module, moments: Any, group: list[str], ratio: float, stored: Path | None
+    ) -> tuple[Factorisation | None, float]:
+        """What became of the weights of a group, and seconds; None where they stay. May run in several threads."""
         if ratio == 0:
-            self.left_out_ |= dict.fromkeys(group, "its bits are worth more here than elsewhere")
-            d_out, d_in = weight.shape
-            bits = VALUE_BITS * d_out * d_in
-            self.report_.append(
-                LayerReport(group[0], "dense", d_out, d_in, min(d_out, d_in), None, bits, bits, 0.0, 0.0)
-            )
-            return
+            return None, 0.0
+        weight, _ = self._weights(model, group)
         metric = self._metric(group, moments)
         trace = None if metric is None else [metric.count, float(metric.squares.sum())]
         settings = json.dumps([self._settings(), group, ratio, float(weight.double().norm()), trace], default=str)
@@ -344,7 +349,21 @@ class CoSpaDi:
                 raise ValueError(f"{group[0]}: {error}") from error
             if stored is not None:
                 _write(stored, settings, found)
-        seconds = (time.perf_counter() - started) / len(group)
+        return found, (time.perf_counter() - started) / len(group)
+
+    def _record(
+        self, model: nn.Module, group: list[str], moments: Any, found: Factorisation | None, seconds: float
+    ) -> None:
+        """The layers and the lines of the report of a group."""
+        weight, rows = self._weights(model, group)
+        if found is None:
+            self.left_out_ |= dict.fromkeys(group, "its bits are worth more here than elsewhere")
+            d_out, d_in = weight.shape
+            bits = VALUE_BITS * d_out * d_in
+            self.report_.append(
+                LayerReport(group[0], "dense", d_out, d_in, min(d_out, d_in), None, bits, bits, 0.0, 0.0)
+            )
+            return
         counted: set[int] = set()
         for name, place in zip(group, rows):
             module = model.get_submodule(name)
@@ -384,6 +403,21 @@ class CoSpaDi:
                 losses.append([*curve, 0.0])
         chosen = allocate(bits, losses, (1 - self.ratio) * sum(each[-1] for each in bits))
         return {group[0]: [*options, 0.0][place] for group, place in zip(groups, chosen)}
+
+
+@contextlib.contextmanager
+def _side_by_side(solve: Callable[..., Any], *arguments: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """`map`, one item a thread of torch's: decompositions of middling size gain little from threads inside them."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield map(solve, *arguments)
+        return
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool.map(solve, *arguments)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _part(layer: Any, rows: slice, bias: Tensor | None) -> nn.Module:
