@@ -1,6 +1,9 @@
 """`subspan merge`: plans, overlaps beside chance, a checkpoint that is written whole, and what is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +53,8 @@ def test_overlaps_tell_shared_directions_from_others(folders, capsys):
     assert rows["b"]["overlap"] < 1e-5
     assert rows["a"]["by_chance"] == pytest.approx(rows["a"]["rank"] / 40, abs=0.02)
     assert found["above_twice_chance"] == 1
+    assert found["overlap_seconds"] > 0
+    assert "merge_seconds" not in found  # nothing is written without -o
     assert "overlap" in said(capsys, "base", "e0", "e1", "--top", "1")
 
 
@@ -66,6 +71,40 @@ def test_what_is_written_is_the_merge(folders, capsys, method, function):
     assert method in (merged / "README.md").read_text()
     assert "How the experts overlap" in (merged / "report.html").read_text()
     assert not [path for path in folders.iterdir() if path.name.startswith(".")]
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+import torch
+from subspan.commands.merging import Merge
+from subspan.models import weight_files
+
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+torch.set_num_threads(1)
+weight_files.BLOCK = 1 << 16
+for size in ("small", "large"):  # what is loaded once is loaded with the first
+    start = peak()
+    paths = [Path(size, name) for name in ("base", "one", "two")]
+    Merge(paths[0], tuple(paths[1:]), sys.argv[1], {}).run(Path(size, sys.argv[1]), lambda *_: None)
+print(peak() - start)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel keeps no mark of the memory")
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "ties", "dare"])
+def test_a_merge_takes_a_third_of_the_models_memory(tmp_path, method):
+    part = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for size, times in (("small", 1), ("large", 128)):
+        (tmp_path / size).mkdir()
+        for factor, name in enumerate(("base", "one", "two"), 1):
+            write_weights({"w": (factor * part).repeat(times).view(-1, 512)}, tmp_path / size / name)
+    run = [sys.executable, "-c", _MEASURED, method]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * 128 * len(part) / 3
 
 
 def test_options_reach_the_method(folders, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -74,13 +75,13 @@ def merge(
     if not plan:
         with progress_bar("reading") as progress:
             if overlaps and len(experts) > 1:
+                started = time.perf_counter()
                 rows = job.overlaps(progress)
-                facts |= overlap_facts(rows)
+                facts |= overlap_facts(rows) | {"overlap_seconds": time.perf_counter() - started}
             if output is not None:
-                facts |= {
-                    **job.run(output, progress, lambda made: render_merge({**made, "overlaps": rows})),
-                    "output": str(output),
-                }
+                started = time.perf_counter()
+                facts |= job.run(output, progress, lambda made: render_merge({**made, "overlaps": rows}))
+                facts |= {"merge_seconds": time.perf_counter() - started, "output": str(output)}
     if as_json:
         print_json({**facts, "overlaps": rows})
         return

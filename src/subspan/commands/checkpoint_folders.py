@@ -96,13 +96,13 @@ def naming(path: Path, base: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {reason.replace('only in tuned:', f'only in {path.name}:')}") from None
 
 
-def update_between(base: Path, path: Path) -> StateDelta:
-    """The update from `base` to `path`, read tensor by tensor.
+def update_between(base: Path, path: Path, stored: StoredWeights | None = None) -> StateDelta:
+    """The update from `base` (stored: its weights, where several updates share them) to `path`, tensor by tensor.
 
     Raises ValueError that names `path`, now or when a tensor is read, where it is none of this base.
     """
     with naming(path, base):
-        delta = StateDelta.between(StoredWeights(base), StoredWeights(path))
+        delta = StateDelta.between(stored or StoredWeights(base), StoredWeights(path))
 
     def block(name: str, rows: slice = slice(None)) -> Tensor:
         with naming(path, base):

@@ -73,9 +73,10 @@ class Merge:
                 flag = "--seed" if name == "random_state" else f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag}: {self.method} has no such option; it is for {', '.join(_OPTIONS[name])}")
 
-    def deltas(self) -> list[StateDelta]:
+    def deltas(self, stored: StoredWeights | None = None) -> list[StateDelta]:
         """The update of every expert. Raises ValueError, naming the expert, where it is none of this base."""
-        return [update_between(self.base, path) for path in self.experts]
+        stored = StoredWeights(self.base) if stored is None else stored
+        return [update_between(self.base, path, stored) for path in self.experts]
 
     def plan(self) -> dict[str, Any]:
         """What would be read, written and held, and about how long it takes."""
@@ -106,7 +107,7 @@ class Merge:
         if self.method in _DECOMPOSED:
             return (experts + 3) * largest
         # As measured on models of 200 MB: what is made between reading and writing, once more where values are ranked.
-        return (experts + 3) * min(largest, 4 * BLOCK) * (8 if self.method == "ties" else 4)
+        return (experts + 3) * min(largest, 4 * BLOCK) * (9 if self.method == "ties" else 4)
 
     def _decomposing(self, shapes: Mapping[str, Any]) -> float:
         """Seconds for the singular value decompositions, from one of a middling matrix."""
@@ -153,7 +154,8 @@ class Merge:
         goes on after the shards that are written.
         """
         started = time.perf_counter()
-        deltas = self.deltas()
+        stored = StoredWeights(self.base)
+        deltas = self.deltas(stored)
         chosen = {name: value for name, value in self.options.items() if value is not None}
         merged = METHODS[self.method](deltas, **chosen)
         begun = dict.fromkeys(merged, False)
@@ -181,7 +183,7 @@ class Merge:
 
         stamps = [f"{path.resolve()} {stamp(path)}" for path in (self.base, *self.experts)]
         write_weights(
-            merged.map(noted, elementwise=True).added_to(StoredWeights(self.base)),
+            merged.map(noted, elementwise=True).added_to(stored),
             output,
             shard_bytes=_SHARD,
             resume=json.dumps([facts, stamps]),

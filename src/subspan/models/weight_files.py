@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from subspan.base.files import temporary_folder, write_text
 from subspan.base.reading import quoted, read_json, reading, regular_file
 
-BLOCK = 1 << 20
+# Numbers that are worked on at a time: in float32 they and what is made of them stay in the processor's cache.
+BLOCK = 1 << 18
 _INDEX = ".safetensors.index.json"
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -58,6 +59,8 @@ class StoredWeights(Mapping[str, Tensor]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.files: dict[str, Path] = _files(Path(path))
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._last: tuple[tuple[str, int, int], Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.files[name]
@@ -76,25 +79,45 @@ class StoredWeights(Mapping[str, Tensor]):
     def described(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """(shape, type) of a tensor, which is not read for it."""
         file = self.files[name]
-        with reading(file, problem=_PROBLEM), safe_open(file, framework="pt") as stored:
-            part = stored.get_slice(name)
-            shape = torch.Size(part.get_shape())
-            return shape, (part[:0] if shape else stored.get_tensor(name)).dtype
+        with reading(file, problem=_PROBLEM):
+            part = self._header(file)[1][name]
+            if part["dtype"] in _DTYPES:
+                return torch.Size(part["shape"]), _DTYPES[part["dtype"]]
+            with safe_open(file, framework="pt") as stored:
+                value = stored.get_tensor(name)
+        return value.shape, value.dtype
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows of a tensor; the others are not read, nor is the file mapped into memory."""
+        """Some rows of a tensor, not to be written to; the others are not read, nor is the file mapped into memory.
+
+        What was asked for last is kept: an update and its base are often wanted one after the other.
+        """
         file = self.files[name]
-        with reading(file, problem=_PROBLEM), file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            part = json.loads(stream.read(size))[name]
+        with reading(file, problem=_PROBLEM):
+            end, header = self._header(file)
+            part = header[name]
             shape, dtype = part["shape"], _DTYPES[part["dtype"]]
             start, stop, _ = rows.indices(shape[0])
+            last = self._last
+            if last is not None and last[0] == (name, start, stop):
+                return last[1]
             row = math.prod(shape[1:]) * dtype.itemsize
-            stream.seek(8 + size + part["data_offsets"][0] + start * row)
-            found = bytearray((stop - start) * row)
-            if stream.readinto(found) != len(found):
-                raise ValueError("the file ends before its tensors do")
-        return torch.frombuffer(found, dtype=dtype).view(stop - start, *shape[1:])
+            found = torch.empty((stop - start) * row, dtype=torch.uint8)
+            with file.open("rb", buffering=0) as stream:
+                stream.seek(end + part["data_offsets"][0] + start * row)
+                if stream.readinto(found.numpy().data) != len(found):
+                    raise ValueError("the file ends before its tensors do")
+        value = found.view(dtype).view(stop - start, *shape[1:])
+        self._last = ((name, start, stop), value)
+        return value
+
+    def _header(self, file: Path) -> tuple[int, dict[str, Any]]:
+        """Where the header of a file ends, and what it says; checked the first time."""
+        if file not in self._headers:
+            with safe_open(file, framework="pt"), file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                self._headers[file] = (8 + size, json.loads(stream.read(size)))
+        return self._headers[file]
 
 
 class RowBlocks(ABC, Mapping[str, Tensor]):
@@ -120,7 +143,7 @@ class RowBlocks(ABC, Mapping[str, Tensor]):
 
 
 def row_slices(shape: Sequence[int]) -> list[slice]:
-    """Rows of a tensor of this shape in blocks of a million numbers, always the same ones."""
+    """Rows of a tensor of this shape in blocks of a quarter of a million numbers, always the same ones."""
     if not shape or math.prod(shape) <= BLOCK:
         return [slice(None)]
     step = max(1, BLOCK // math.prod(shape[1:]))

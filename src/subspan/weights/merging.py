@@ -49,7 +49,7 @@ def average(deltas: Sequence[StateDelta]) -> StateDelta:
     >>> average(deltas)["w"]
     tensor([1., 2.])
     """
-    return _elementwise(deltas, lambda values, *_: sum_of(values) / len(values))
+    return _elementwise(deltas, lambda values, *_: sum_of(values).div_(len(values)))
 
 
 def task_arithmetic(deltas: Sequence[StateDelta], scaling: float = 0.3) -> StateDelta:
@@ -80,7 +80,7 @@ def task_arithmetic(deltas: Sequence[StateDelta], scaling: float = 0.3) -> State
     >>> task_arithmetic(deltas, 0.5)["w"]
     tensor([1., 2.])
     """
-    return _elementwise(deltas, lambda values, *_: scaling * sum_of(values))
+    return _elementwise(deltas, lambda values, *_: sum_of(values).mul_(scaling))
 
 
 def ties(deltas: Sequence[StateDelta], density: float = 0.2, scaling: float = 1.0) -> StateDelta:
@@ -341,9 +341,11 @@ def _last_that_reaches(counts: Tensor, wanted: int) -> int:
 
 
 def sum_of(values: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors, each moved to the device of the first."""
-    total = values[0].clone()
-    for value in values[1:]:
+    """Sum of tensors, each moved to the device of the first; always a new tensor."""
+    if len(values) == 1:
+        return values[0].clone()
+    total = values[0] + values[1].to(values[0].device)
+    for value in values[2:]:
         total += value.to(total.device)
     return total
 
