@@ -6,10 +6,12 @@ from .encoders import ImageEncoder, SentenceEncoder
 from .factored import LowRankLinear, SparseDictLinear
 from .factored_files import load_factored, save_factored
 from .features import FeatureGrid, token_grid
+from .head_weights import HeadWeights, head_weights
 from .intervene import intervene
 from .layers import find_blocks, layer_names, linear_names, linear_weight
 from .low_rank import LowRankChange, LowRankEdit, add_low_rank
 from .moments import SiteMoments, collect_moments
+from .output_rows import output_rows
 from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
 from .sequences import text_perplexity, token_sequences
@@ -22,6 +24,7 @@ from .weights import StateDelta, SubspaceMap
 __all__ = [
     "Capture",
     "FeatureGrid",
+    "HeadWeights",
     "ImageEncoder",
     "ImagePreprocessing",
     "LowRankChange",
@@ -51,6 +54,7 @@ __all__ = [
     "edges_between",
     "find_blocks",
     "greedy_continuations",
+    "head_weights",
     "image_tensor",
     "intervene",
     "iterate_representations",
@@ -59,6 +63,7 @@ __all__ = [
     "linear_weight",
     "load_factored",
     "multiply_adds",
+    "output_rows",
     "permute_units",
     "pool_states",
     "predicting_states",

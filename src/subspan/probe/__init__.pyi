@@ -1,10 +1,24 @@
 from .ast_probe import ASTProbe, Epoch, LayerScore
 from .audit_evidence import AuditReport, Change, Reading, Selectivity
 from .behaviours import ChoiceAccuracy, RefusalRate, TargetLikelihood
+from .circuit_reading import CircuitReading
+from .circuit_reports import (
+    EncodeReport,
+    MergeReport,
+    RetrievalReport,
+    encode_report,
+    label_assignment,
+    merge_report,
+    position_bias,
+    retrieval_report,
+)
 from .code_parsing import ParsedCode, code_tree, code_trees
 from .convergent_learning import ConvergentLearning
+from .few_shot import CUTS, FewShotBatch, FewShotExample, FewShotPrompt, draw_examples
+from .icl_circuit import Ablation, Effect, ICLCircuit, correct
 from .probe_sweeps import RankScore, rank_sweep, transfer
 from .rate_profile import LayerRate, rate_profile
+from .retrieval_subspaces import ClassCentroids, retrieval_subspace, task_subspace
 from .safety_subspaces import SubspaceAudit
 from .structural import ProbeReading, StructuralProbe, pairwise_rank_loss
 from .syntax_trees import (
@@ -33,17 +47,28 @@ from .update_geometry import (
 
 __all__ = [
     "ASTProbe",
+    "Ablation",
     "AuditReport",
+    "CUTS",
     "Change",
     "ChoiceAccuracy",
+    "CircuitReading",
+    "ClassCentroids",
     "Constituent",
     "ConvergentLearning",
+    "Effect",
+    "EncodeReport",
     "Epoch",
     "Estimate",
+    "FewShotBatch",
+    "FewShotExample",
+    "FewShotPrompt",
     "HeldUpdate",
+    "ICLCircuit",
     "LayerRate",
     "LayerScore",
     "Matching",
+    "MergeReport",
     "Overlap",
     "PairedUpdates",
     "ParsedCode",
@@ -52,6 +77,7 @@ __all__ = [
     "RankScore",
     "Reading",
     "RefusalRate",
+    "RetrievalReport",
     "Selectivity",
     "SparsePrediction",
     "StructuralProbe",
@@ -67,16 +93,25 @@ __all__ = [
     "code_tree",
     "code_trees",
     "compare_updates",
+    "correct",
+    "draw_examples",
+    "encode_report",
+    "label_assignment",
     "label_recall",
     "layer_moments",
     "mean_agreement",
+    "merge_report",
     "pairwise_rank_loss",
     "permuted_trees",
+    "position_bias",
     "projected_update",
     "rank_sweep",
     "rate_profile",
+    "retrieval_report",
+    "retrieval_subspace",
     "right_branching",
     "subspace_overlaps",
+    "task_subspace",
     "token_states",
     "transfer",
     "tree_score",
