@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def load_sentence_encoder(name: str = "minilm") -> tuple[Any, Any]:
 
 
 def load_language_model(
-    name: str = "smollm2",
+    name: str | os.PathLike[str] = "smollm2",
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
@@ -95,7 +96,7 @@ def load_language_model(
     Parameters
     ----------
     name
-        One of `WEIGHT_PACKAGES`.
+        One of `WEIGHT_PACKAGES`, or a GGUF file.
     dtype
         Of the weights.
     attn_implementation
@@ -110,7 +111,7 @@ def load_language_model(
     Raises
     ------
     ValueError
-        For a model that is no language model.
+        For a model that is no language model, and a file that is not there.
     ModuleNotFoundError
         Where the weights are not installed, with the command that does it.
 
@@ -119,9 +120,7 @@ def load_language_model(
     >>> from subspan.datasets import load_language_model
     >>> model, tokenizer = load_language_model("smollm2", attn_implementation="eager")  # doctest: +SKIP
     """
-    if weight_package(name).extra != "llm":
-        raise ValueError(f"model: {name} is not a language model")
-    weights = model_path(name)
+    weights, label = _language_weights(name)
     transformers = require("transformers", extra="llm")
     if not cache:
         with _bars_only_on_terminal():
@@ -129,7 +128,7 @@ def load_language_model(
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.to(dtype).eval(), tokenizer
-    folder = entry_folder("models", f"{name}-{weight_package(name).version}-{weights.stat().st_size}")
+    folder = entry_folder("models", f"{label}-{weights.stat().st_size}")
     with whole_folder(folder) as unfinished, _bars_only_on_terminal():
         if unfinished is not None:
             model, tokenizer = _converted_language_model(weights, transformers)
@@ -140,6 +139,18 @@ def load_language_model(
     with without_progress_bars(transformers):
         model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), **options)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _language_weights(name: str | os.PathLike[str]) -> tuple[Path, str]:
+    """The GGUF file, and what a converted copy is called."""
+    if (given := Path(name)).suffix == ".gguf":
+        if not given.is_file():
+            raise ValueError(f"name: there is no file {str(given)!r}")
+        return given, given.stem
+    package = weight_package(str(name))
+    if package.extra != "llm":
+        raise ValueError(f"model: {name} is not a language model")
+    return model_path(package.name), f"{package.name}-{package.version}"
 
 
 def _converted_language_model(weights: Path, transformers: Any) -> tuple[Any, Any]:

@@ -291,6 +291,7 @@ class ICLCircuit:
         include_query: bool = False,
         keep_self: bool = True,
         zero_shot: bool = True,
+        uncut: Float[Tensor, "n c"] | None = None,
         random_state: Seed = 0,
     ) -> Ablation:
         """Answers without some edges, beside as many random edges in the same layers.
@@ -309,6 +310,8 @@ class ICLCircuit:
             As in `FewShotBatch.edges`.
         zero_shot
             Whether the queries are asked without demonstrations, too.
+        uncut
+            The logits with all edges where they are known, such as `CircuitReading.logits`.
         random_state
             Seed of the draws.
 
@@ -322,7 +325,7 @@ class ICLCircuit:
         seeds = [int(random.randint(2**31)) for _ in range(controls)]
         layers = {window: self._window(window) for window in windows}
         targets = torch.tensor([self.prompt.number(example.label) for example in examples])
-        uncut = self._answers(examples, lambda batch: contextlib.nullcontext(), "uncut")
+        uncut = self._answers(examples, _unchanged, "uncut") if uncut is None else uncut
         shared: dict[tuple[Any, ...], Float[Tensor, "m n c"]] = {}
         effects = []
         for cut in cuts:
@@ -339,7 +342,7 @@ class ICLCircuit:
                     shared[key] = torch.stack(drawn) if drawn else uncut.new_zeros(0, *uncut.shape)
                 effects.append(Effect(cut, (first, last), float(counts.mean()), targets, uncut, own, shared[key]))
         bare = [example._replace(demonstrations=()) for example in examples]
-        without = self._answers(bare, lambda batch: contextlib.nullcontext(), "zero-shot") if zero_shot else None
+        without = self._answers(bare, _unchanged, "zero-shot") if zero_shot else None
         return Ablation(tuple(effects), targets, uncut, without)
 
     def ablate_heads(
@@ -348,6 +351,7 @@ class ICLCircuit:
         heads: Sequence[tuple[int, int]],
         *,
         controls: Whole = 3,
+        uncut: Float[Tensor, "n c"] | None = None,
         random_state: Seed = 0,
     ) -> Effect:
         """Answers while some heads see nothing but the token they are at, beside as many other heads of their layers.
@@ -360,6 +364,8 @@ class ICLCircuit:
             (layer, head), such as `RetrievalReport.heads` gives.
         controls
             Draws of other heads.
+        uncut
+            As in `ablate`.
         random_state
             Seed of the draws.
 
@@ -389,7 +395,7 @@ class ICLCircuit:
                     raise ValueError(f"controls: layer {layer} has {len(rest)} other heads for {len(own)}; take 0")
                 others[-1][layer] = random.choice(rest, len(own), replace=False).tolist()
         targets = torch.tensor([self.prompt.number(example.label) for example in examples])
-        uncut = self._answers(examples, lambda batch: contextlib.nullcontext(), "uncut")
+        uncut = self._answers(examples, _unchanged, "uncut") if uncut is None else uncut
         own = self._answers(examples, lambda batch: self._blind(batch, chosen), "heads")
         drawn = [
             self._answers(examples, lambda batch, rest=rest: self._blind(batch, rest), "others") for rest in others
@@ -549,3 +555,7 @@ class ICLCircuit:
             return found
 
         return intervene(self.model, name, changed, site="input")
+
+
+def _unchanged(_: FewShotBatch) -> contextlib.AbstractContextManager[Any]:
+    return contextlib.nullcontext()

@@ -125,9 +125,7 @@ class ClassCentroids:
     classes: Int[Tensor, " c"]
 
     @classmethod
-    def fit(
-        cls, states: Float[Tensor, "l n d"], labels: Tensor, expected: Sequence[int] = ()
-    ) -> ClassCentroids:
+    def fit(cls, states: Float[Tensor, "l n d"], labels: Tensor, expected: Sequence[int] = ()) -> ClassCentroids:
         """Means of the states of each class; of `expected` classes, those without a state are left out with a warning.
 
         Raises ValueError for states that are not finite, other numbers of labels, and fewer than two classes.
