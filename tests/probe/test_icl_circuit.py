@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from subspan.edit import leace, random_subspaces
 from subspan.geometry import Subspace
-from subspan.models import head_weights
+from subspan.models import capture, head_weights, intervene
 from subspan.probe import (
     CUTS,
     ClassCentroids,
@@ -27,6 +28,7 @@ from subspan.probe import (
     retrieval_subspace,
     task_subspace,
 )
+from subspan.statistics import GroupedMoments
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 tokenizers = pytest.importorskip("tokenizers")
@@ -375,3 +377,37 @@ def test_what_cannot_be_read_is_refused(circuit: ICLCircuit) -> None:
         ICLCircuit(transformers.T5ForConditionalGeneration(encoder), own, PROMPT)
     with pytest.raises(ValueError, match="pool"):
         draw_examples(["a"], ["X"], ["a"], ["X"], k=1)
+
+
+def test_other_rooms_erase_and_compare_what_is_found_here(circuit: ICLCircuit) -> None:
+    given, model = examples(40), circuit.model
+    batch = PROMPT.build(given, circuit.tokenizer)
+    at = torch.arange(40).unsqueeze(1), batch.labels
+    words = [word for example in given for word, _ in example.demonstrations]
+    with torch.no_grad(), capture(model, "transformer.h.1") as states:
+        states.run(batch.tokens.batch)
+    rows = states["transformer.h.1"][at].flatten(0, 1).double()
+    # What edit's LEACE takes out, so that words cannot be told apart, lies in the subspace through their means here.
+    groups = GroupedMoments(D).update(rows, words)
+    eraser, space = leace(groups), task_subspace(groups.means)
+    assert space.dim == 9
+    taken = rows - torch.as_tensor(eraser.map(rows))
+    assert float(taken.norm()) > 1
+    assert float((taken - taken @ space.projector).norm()) < 1e-6 * float(taken.norm())
+
+    def accuracy(change: Any) -> float:
+        def at_labels(x: torch.Tensor) -> torch.Tensor:
+            found = x.clone()
+            found[at] = change(x[at].flatten(0, 1)).to(x.dtype).view(*at[1].shape, D)
+            return found
+
+        with torch.no_grad(), intervene(model, "transformer.h.1", at_labels):
+            logits = model(**batch.tokens.batch).logits[torch.arange(40), batch.query][:, circuit.label_ids]
+        return float(correct(logits, batch.targets, calibrated=False).mean())
+
+    key = {"head": retrieval_subspace(model, 2, 0).to(torch.float64)}
+    drawn = random_subspaces(key)["head"]
+    assert accuracy(lambda x: x) == 1
+    assert accuracy(lambda x: eraser.map(x.double())) < 0.8
+    assert accuracy(lambda x: key["head"].residual(x.double())) < 0.8
+    assert accuracy(lambda x: drawn.residual(x.double())) > 0.95

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -109,6 +109,13 @@ def encode_report(
     References
     ----------
     Cho et al. (ICLR 2025), arXiv 2410.04468; Huh et al. (2024), arXiv 2405.07987.
+
+    Examples
+    --------
+    >>> from subspan.probe import encode_report
+    >>> rows = SentenceEncoder(*load_sentence_encoder()).encode(queries)  # doctest: +SKIP
+    >>> report = encode_report(circuit.read(examples), rows, circuit.read(others))  # doctest: +SKIP
+    >>> pandas.DataFrame(report.records())  # doctest: +SKIP
     """
     n = len(reading)
     if not 1 <= neighbours < n:
@@ -264,6 +271,12 @@ def merge_report(
     References
     ----------
     Cho et al. (ICLR 2025), arXiv 2410.04468.
+
+    Examples
+    --------
+    >>> from subspan.probe import merge_report
+    >>> merge_report(circuit.read(examples), circuit.read(examples, append="wrong")).heads()  # doctest: +SKIP
+    [(11, 5), (14, 2), (17, 8)]
     """
     if reading.copying is None or (wrong is not None and wrong.copying is None):
         raise ValueError("reading: needs the label after the query; read with append='right' (and 'wrong')")
@@ -370,6 +383,12 @@ def retrieval_report(reading: CircuitReading, *, threshold: float = THRESHOLD) -
     References
     ----------
     Cho et al. (ICLR 2025), arXiv 2410.04468.
+
+    Examples
+    --------
+    >>> from subspan.probe import retrieval_report
+    >>> retrieval_report(circuit.read(examples)).best(3)  # doctest: +SKIP
+    [(11, 5), (14, 2), (17, 8)]
     """
     if not reading.owners.shape[1]:
         raise ValueError("reading: its prompts have no demonstrations, so there is nothing to retrieve")
@@ -386,8 +405,28 @@ def retrieval_report(reading: CircuitReading, *, threshold: float = THRESHOLD) -
     )
 
 
-def label_assignment(weights: Float[Tensor, "n *m k"], right: Tensor) -> Float[Tensor, n * m]:
-    """Share of weights (n, …, k) of demonstrations that is on those with the right label (n, k)."""
+def label_assignment(weights: Tensor, right: Bool[Tensor, "n k"]) -> Tensor:
+    """Share of weights of demonstrations that is on those with the right label.
+
+    Parameters
+    ----------
+    weights
+        (n, …, k).
+    right
+        Which demonstrations have the query's label.
+
+    Returns
+    -------
+    Tensor (n, …), double precision; 0 where all weights are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.probe import label_assignment
+    >>> share = label_assignment(torch.tensor([[0.3, 0.1]]), torch.tensor([[True, False]]))
+    >>> round(float(share[0]), 3)
+    0.75
+    """
     mask = right.view(len(right), *[1] * (weights.ndim - 2), -1)
     wide = weights.double()
     # The small number keeps heads that look at no label at 0.

@@ -281,9 +281,14 @@ class FewShotPrompt:
         prompts = [[*self._pieces(example), self._label(label)] for label in self.words]
         tokens = SegmentTokens.from_segments(tokenizer, prompts, padding_side="right")
         found: dict[int, str] = {}
-        for row, places in enumerate(self._places(tokens, "label")):
-            word = list(self.words.values())[row]
-            number = int(tokens.input_ids[row, places[0]])
+        for row, word in enumerate(self.words.values()):
+            ((first, *more),) = self._positions(tokens, "label", row)
+            if more and self.multi_token == "error":
+                raise ValueError(
+                    f"labels: {word!r} has {1 + len(more)} tokens, one is needed; take another word, or "
+                    "multi_token='first'"
+                )
+            number = int(tokens.input_ids[row, first])
             if number in found:
                 raise ValueError(f"labels: {found[number]!r} and {word!r} share their token, which tells none of them")
             found[number] = word
@@ -331,6 +336,7 @@ class FewShotPrompt:
                 )
             if not all(text.strip() for text in (example.query, *(text for text, _ in example.demonstrations))):
                 raise ValueError(f"examples: example {number} has an empty text")
+        ids = self.label_ids(tokenizer)
         targets = torch.tensor([self.number(example.label) for example in examples])
         names = list(self.words)
         shift = int(append == "wrong")
@@ -339,7 +345,7 @@ class FewShotPrompt:
         tokens = SegmentTokens.from_segments(tokenizer, prompts, padding_side=padding_side)
         forerunners = torch.tensor([[at[-1] for at in each] for each in self._grouped(tokens, "prefix")])
         texts = torch.tensor([each[-1][-1] for each in self._grouped(tokens, "text")])
-        labels = [self._places(tokens, "label", row) for row in range(len(examples))] if k or append else []
+        labels = [[at[0] for at in each] for each in self._grouped(tokens, "label")] if k or append else []
         found = torch.tensor(labels) if labels else forerunners[:, :0]
         wanted = forerunners if append else forerunners[:, :k]
         if not torch.equal(found, wanted + 1):
@@ -348,7 +354,7 @@ class FewShotPrompt:
                 f"template: in example {row} a label does not begin right after the prefix; the tokenizer joins the "
                 "two, put a space or a sign between them"
             )
-        self._check_ids(tokens, found, examples, targets, append, tokenizer)
+        self._check_ids(tokens, found, examples, targets, append, ids)
         return FewShotBatch(
             tokens=tokens,
             forerunners=forerunners[:, :k],
@@ -387,20 +393,6 @@ class FewShotPrompt:
                 raise ValueError(f"template: in example {row} a {role} has no token of its own")
             yield positions
 
-    def _places(self, tokens: SegmentTokens, role: str, row: int | None = None) -> Any:
-        """The first token of each label of one prompt, or of all. Raises ValueError for several tokens."""
-        if row is None:
-            return [self._places(tokens, role, each) for each in range(len(tokens.roles))]
-        found = []
-        for positions in self._positions(tokens, role, row):
-            if len(positions) > 1 and self.multi_token == "error":
-                raise ValueError(
-                    f"labels: one in example {row} has {len(positions)} tokens, one is needed; take another word, or "
-                    "multi_token='first'"
-                )
-            found.append(positions[0])
-        return found
-
     def _check_ids(
         self,
         tokens: SegmentTokens,
@@ -408,10 +400,9 @@ class FewShotPrompt:
         examples: Sequence[FewShotExample],
         targets: Tensor,
         append: str | None,
-        tokenizer: Any,
+        ids: Sequence[int],
     ) -> None:
         """The labels' tokens are those that are predicted."""
-        ids = self.label_ids(tokenizer)
         shift = int(append == "wrong")
         for row, example in enumerate(examples):
             wanted = [self.number(label) for _, label in example.demonstrations]

@@ -393,8 +393,9 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
                 f"{each.name}: the best head is {each.head[1]} of layer {each.head[0]}, chosen on every other prompt; "
                 f"on the others it has {each.gain[0]:.3f} more ({each.gain[1]:.3f} to {each.gain[2]:.3f}) of its "
                 "attention to labels on the right one than the mean over heads. "
-                f"{each.dims[0]} of its {each.dims[1]} directions have 0.9 of the energy. That nothing is retrieved outside all of them follows from the weights; the "
-                "check is of the way from weights to attention."
+                f"{each.dims[0]} of its {each.dims[1]} directions have 0.9 of "
+                "the energy. That nothing is retrieved outside all of them follows from the weights; the check is of "
+                "the way from weights to attention."
                 for each in found
             ),
             "Intervals (95 %) are over prompts, standard errors over draws of random edges. Best layers are chosen on "
