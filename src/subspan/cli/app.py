@@ -16,6 +16,7 @@ from .describing import report
 from .detecting import detect
 from .mapping import align, shorten, upgrade
 from .merging import merge
+from .probing import probe
 from .selecting import select
 from .systems import cache_clear, cache_info, install_models, list_models, list_systems, reproduce
 from .unlearning import unlearn
@@ -33,7 +34,7 @@ models = typer.Typer(help="Pretrained models that are installed as packages.", n
 cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
-for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn, audit):
+for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn, audit, probe):
     app.command()(verb)
 app.command("list")(list_systems)
 app.command()(reproduce)

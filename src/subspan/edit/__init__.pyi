@@ -2,8 +2,9 @@ from .confident_views import marginal_entropy, select_confident
 from .decoupling import Refresh, SubspaceDecoupling
 from .displacement import Displacement, lld
 from .eigenshield import EigenShield
+from .erasing import erase_subspace, steer_subspace
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
-from .leace import leace
+from .leace import erase_differences, leace
 from .low_rank_starts import importance_factors, squared_gradients, zero_factors
 from .perturbations import gaussian_blur, jpeg, pgd, random_noise, typos
 from .prototypes import (
@@ -74,6 +75,8 @@ __all__ = [
     "dominant_subspace",
     "energy_score",
     "entropy_mask",
+    "erase_differences",
+    "erase_subspace",
     "gaussian_blur",
     "head_interference",
     "hidden_reward_weights",
@@ -98,6 +101,7 @@ __all__ = [
     "select_confident",
     "spectral_score",
     "squared_gradients",
+    "steer_subspace",
     "typos",
     "variety_report",
     "zero_factors",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from subspan.geometry import AffineMap, inverse_sqrt
 from subspan.statistics import GroupedMoments
@@ -47,11 +49,49 @@ def leace(moments: GroupedMoments) -> AffineMap:
     if len(moments.groups) < 2:
         raise ValueError(f"moments: at least two groups are needed, got {len(moments.groups)}")
     pooled = moments.pooled()
-    covariance, mean = pooled.covariance(), pooled.mean
+    return erase_differences(moments.means - pooled.mean, pooled.covariance(), pooled.mean)
+
+
+def erase_differences(
+    directions: Float[Tensor, "m d"], covariance: Float[Tensor, "d d"], mean: Float[Tensor, " d"]
+) -> AffineMap:
+    """The affine map that takes some directions out of rows and moves rows of this covariance least.
+
+    Parameters
+    ----------
+    directions
+        (m, d): differences of group means, or covariances with numbers, which no linear probe reads afterwards.
+    covariance
+        Of the rows, maybe shrunk: the directions are taken out whatever it is, only how far rows move depends on it.
+    mean
+        Of the rows, which stays where it is.
+
+    Returns
+    -------
+    AffineMap from d to d dimensions.
+
+    Raises
+    ------
+    ValueError
+        For directions that are all zero.
+
+    References
+    ----------
+    Belrose et al. (2023), LEACE, arXiv 2306.03819.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.edit import erase_differences
+    >>> map = erase_differences(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.zeros(2))
+    >>> map.map(torch.tensor([[1.0, 1.0]])).abs().max() < 1e-6
+    tensor(True)
+    """
     white = inverse_sqrt(covariance)
-    directions = (moments.means - mean) @ white
-    _, sizes, vh = torch.linalg.svd(directions, full_matrices=False)
-    kept = vh[sizes > torch.finfo(sizes.dtype).eps * max(directions.shape) * max(1.0, float(sizes.max()))]
+    whitened = directions @ white
+    _, sizes, vh = torch.linalg.svd(whitened, full_matrices=False)
+    # In units of the spread: less is rounding, which would take out a direction that says nothing.
+    kept = vh[sizes > torch.finfo(sizes.dtype).eps ** 0.5 * max(1.0, float(sizes.max()))]
     if not len(kept):
         raise ValueError("moments: the groups have one mean already; there is nothing to erase")
     back = covariance @ white

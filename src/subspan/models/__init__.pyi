@@ -16,6 +16,7 @@ from .permute import permute_units
 from .preprocessing import ImagePreprocessing, image_tensor
 from .sequences import text_perplexity, token_sequences
 from .surgery import Site, Surgery, multiply_adds, replace
+from .text_states import TextStates, TextTokens, text_states, text_tokens
 from .tokens import SegmentTokens, TokenRoles, predicting_states
 from .untrained import random_blocks
 from .weight_files import RowBlocks, StoredWeights, weights_of, write_weights
@@ -40,6 +41,8 @@ __all__ = [
     "StoredWeights",
     "SubspaceMap",
     "Surgery",
+    "TextStates",
+    "TextTokens",
     "TokenRoles",
     "add_low_rank",
     "attended_representation",
@@ -71,6 +74,8 @@ __all__ = [
     "replace",
     "save_factored",
     "text_perplexity",
+    "text_states",
+    "text_tokens",
     "token_grid",
     "token_sequences",
     "weights_of",

@@ -16,7 +16,9 @@ from .code_parsing import ParsedCode, code_tree, code_trees
 from .convergent_learning import ConvergentLearning
 from .few_shot import CUTS, FewShotBatch, FewShotExample, FewShotPrompt, draw_examples
 from .icl_circuit import Ablation, Effect, ICLCircuit, correct
+from .linear_readings import Target, target_of
 from .probe_sweeps import RankScore, rank_sweep, transfer
+from .property_probe import ErasedReading, LayerReading, PropertyProbe, RankReading, property_subspace
 from .rate_profile import LayerRate, rate_profile
 from .retrieval_subspaces import ClassCentroids, retrieval_subspace, task_subspace
 from .safety_subspaces import SubspaceAudit
@@ -59,6 +61,7 @@ __all__ = [
     "Effect",
     "EncodeReport",
     "Epoch",
+    "ErasedReading",
     "Estimate",
     "FewShotBatch",
     "FewShotExample",
@@ -66,6 +69,7 @@ __all__ = [
     "HeldUpdate",
     "ICLCircuit",
     "LayerRate",
+    "LayerReading",
     "LayerScore",
     "Matching",
     "MergeReport",
@@ -74,6 +78,8 @@ __all__ = [
     "ParsedCode",
     "ProbeReading",
     "ProjectedUpdate",
+    "PropertyProbe",
+    "RankReading",
     "RankScore",
     "Reading",
     "RefusalRate",
@@ -83,6 +89,7 @@ __all__ = [
     "StructuralProbe",
     "SubspaceAudit",
     "SyntaxTree",
+    "Target",
     "TargetLikelihood",
     "TokenStates",
     "TreeScore",
@@ -105,12 +112,14 @@ __all__ = [
     "permuted_trees",
     "position_bias",
     "projected_update",
+    "property_subspace",
     "rank_sweep",
     "rate_profile",
     "retrieval_report",
     "retrieval_subspace",
     "right_branching",
     "subspace_overlaps",
+    "target_of",
     "task_subspace",
     "token_states",
     "transfer",

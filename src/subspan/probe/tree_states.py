@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from subspan.base import Progress, silent
-from subspan.base.modules import evaluation
-from subspan.models import SegmentTokens, capture, find_blocks, layer_names
+from subspan.models import SegmentTokens
+from subspan.models.block_states import block_numbers, block_states, leading_text
 
 from .syntax_trees import SyntaxTree
 
@@ -144,8 +144,9 @@ def token_states(
     >>> token_states(*load_language_model(), trees, [0, 12]).states.shape  # doctest: +SKIP
     torch.Size([2, 6, 576])
     """
-    numbers = _layer_numbers(model, layers)
-    head = _start(tokenizer)
+    numbers = block_numbers(model, layers)
+    # What stands in front is no token of the tree.
+    head = [(text, "start") for text in [leading_text(tokenizer)] if text]
     prompts = [[*head, *_pieces(tree)] for tree in trees]
     counted = [(number, _length(tokenizer, prompt, max_tokens)) for number, prompt in enumerate(prompts)]
     kept = [(number, length) for number, length in counted if length is not None]
@@ -159,7 +160,7 @@ def token_states(
         places = order[start : start + batch_size]
         own = [prompts[kept[place][0]] for place in places]
         tokens = SegmentTokens.from_segments(tokenizer, own, padding_side="right")
-        rows = _read(model, tokens, numbers)
+        rows = block_states(model, tokens.batch, numbers, partial(tokens.pool, role="token"))
         sizes = [len(trees[kept[place][0]]) for place in places]
         for place, states in zip(places, rows.split(sizes, 1)):
             if not bool(states.isfinite().all()):
@@ -170,25 +171,6 @@ def token_states(
     lengths = torch.tensor([len(trees[number]) for number, _ in kept])
     states = torch.cat([found[place] for place in range(len(kept))], 1)
     return TokenStates(states, lengths, tuple(numbers), tuple(number for number, _ in kept))
-
-
-def _layer_numbers(model: nn.Module, layers: Sequence[int] | None) -> list[int]:
-    count = len(list(model.get_submodule(find_blocks(model)).children())) + 1
-    numbers = list(range(count)) if layers is None else list(layers)
-    for number in numbers:
-        if not -count <= number < count:
-            raise ValueError(f"layers: from 0 (what goes into the first block) to {count - 1}, got {number}")
-    if not numbers:
-        raise ValueError("layers: at least one is needed")
-    return list(dict.fromkeys(number % count for number in numbers))
-
-
-def _start(tokenizer: Any) -> list[tuple[str, str]]:
-    """What is put in front, so that the first token is not the first position."""
-    first = tokenizer("a")["input_ids"][:1]
-    if first and first[0] in tokenizer.all_special_ids:
-        return []
-    return [(tokenizer.bos_token or "\n", "start")]
 
 
 def _pieces(tree: SyntaxTree) -> list[tuple[str, str]]:
@@ -202,18 +184,3 @@ def _length(tokenizer: Any, prompt: list[tuple[str, str]], most: int) -> int | N
     seen = set(tokens.segment[0].tolist())
     whole = all(number in seen for number, (_, role) in enumerate(prompt) if role == "token")
     return length if whole and length <= most else None
-
-
-@torch.no_grad()
-def _read(model: nn.Module, tokens: SegmentTokens, numbers: Sequence[int]) -> Float[Tensor, "l m d"]:
-    """States of all tokens of a batch, layer by layer."""
-    blocks = [f"{find_blocks(model)}.{number}".removeprefix(".") for number in range(max(*numbers, 1))]
-    pooled = partial(tokens.pool, role="token")
-    outputs = layer_names(model, [blocks[number - 1] for number in numbers if number] or blocks[:1])
-    with (
-        evaluation(model),
-        capture(model, blocks[:1], site="input", transform=pooled) as first,
-        capture(model, outputs, transform=pooled) as after,
-    ):
-        after.run(tokens.batch)
-        return torch.stack([after[blocks[n - 1]] if n else first[blocks[0]] for n in numbers]).cpu()
