@@ -77,7 +77,10 @@ class CodeProbing:
             sources = [entry.code for entry in stdlib_docstrings(kinds=("function",), min_length=1)]
         else:
             sources = list(read_texts(self.texts, column=self.text_column).texts)
-        found = code_trees(sources, min_tokens=_TOKENS[0], max_tokens=_TOKENS[1]).trees
+        try:
+            found = code_trees(sources, min_tokens=_TOKENS[0], max_tokens=_TOKENS[1]).trees
+        except ValueError as error:
+            raise ValueError(f"--texts: {str(error).removeprefix('sources: ')}") from None
         trees = list({tree.tokens: tree for tree in found}.values())
         if len(trees) < _FEWEST:
             raise ValueError(

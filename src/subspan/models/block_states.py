@@ -40,7 +40,7 @@ def block_site(model: nn.Module, number: int) -> tuple[str, Site]:
 def block_states(
     model: nn.Module, batch: Any, numbers: Sequence[int], pool: Callable[[Tensor], Tensor]
 ) -> Float[Tensor, "l *n d"]:
-    """What `pool` makes, (n, d) or more, of the states (b, t, d) of each layer, on the CPU; the pass ends behind the last of them."""
+    """What `pool` makes of the states (b, t, d) of each layer, on the CPU; the pass ends behind the last of them."""
     sites = [block_site(model, number) for number in numbers]
     first = block_site(model, 0)[0]
     outputs = layer_names(model, [name for name, site in sites if site == "output"] or [first])

@@ -18,6 +18,7 @@ def layers_figure(facts: dict[str, Any]) -> Figure:
     ]
     if rows[0]["shuffled"] is not None:
         data.append(line(numbers, _of(rows, "shuffled"), "shuffled labels", "third"))
+    data.append(_words(facts, numbers))
     shapes, words = _floors(facts)
     return {
         "data": data,
@@ -47,6 +48,7 @@ def ranks_figure(facts: dict[str, Any]) -> Figure:
         ),
         line(_of(rows, "rank"), _of(rows, "random"), "random dimensions", "second", markers=True),
         line(_of(known, "rank"), _of(known, "shuffled"), "shuffled labels", "third", markers=True),
+        _words(facts, _of(rows, "rank")),
     ]
     shapes, words = _floors(facts)
     marks = [rank for rank in _of(rows, "rank") if rank & (rank - 1) == 0]
@@ -81,13 +83,18 @@ def downstream_figure(facts: dict[str, Any]) -> Figure:
 
 
 def _floors(facts: dict[str, Any]) -> tuple[list[Figure], list[Figure]]:
-    """Lines for the words alone and for what is right by chance."""
+    """A line for what is right by chance; of numbers that is 0."""
     chance = {"labels": "commonest label", "numbers": "", "code": "right-branching trees"}[facts["kind"]]
-    lines = [rule(facts["words"]["value"], "the words alone", axis="y", role="fourth")]
-    if chance:
-        lines.append(rule(facts["chance"], chance, axis="y"))
+    if not chance:
+        return [], []
+    shape, words = rule(facts["chance"], chance, axis="y")
     # At the right, where the first points of the curves are not.
-    return [shape for shape, _ in lines], [words | {"x": 1, "xanchor": "right"} for _, words in lines]
+    return [shape], [words | {"x": 1, "xanchor": "right"}]
+
+
+def _words(facts: dict[str, Any], places: list[Any]) -> Figure:
+    ends = [places[0], places[-1]]
+    return line(ends, [facts["words"]["value"]] * 2, "the words alone", "fourth")
 
 
 def _score_axis(facts: dict[str, Any], lowest: list[float]) -> Figure:

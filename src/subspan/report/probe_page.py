@@ -41,15 +41,15 @@ def render_probe(facts: dict[str, Any]) -> str:
     tiles = [
         (_score(facts, facts["score"]["value"]), f"{_unit(facts)}, of {plural(facts['texts'], 'text', 'texts')}"),
         (_score(facts, facts["words"]["value"]), "by the words alone"),
-        (_between(facts), f"of {facts['blocks']}, {'layers' if _many(facts) else 'layer'}"),
-        (f"{facts['rank']} of {counted(facts['width'])}", "dimensions that read it"),
+        (_between(facts), f"{'layers' if _many(facts) else 'layer'} that read it best, of {facts['blocks']}"),
+        (f"{facts['rank']} of {counted(facts['width'])}", "dimensions are enough"),
     ]
     items = "".join(f"<li><strong>{value}</strong><span>{text}</span></li>" for value, text in tiles)
     top = (
         f'<p class="source">{escape(facts["property"])} in {escape(facts["model"])}, read from '
         f'{escape(facts["source"])}.</p><ul class="tiles">{items}</ul>'
     )
-    title = f"Where {facts['model']} keeps {facts['property']}"
+    title = f"Where {facts['model']} keeps “{facts['property']}”"
     return document(title, "subspan probe", top, links, body, facts)
 
 
@@ -128,10 +128,11 @@ def _ranks(facts: dict[str, Any]) -> str:
 
 
 def _erased(facts: dict[str, Any]) -> str:
+    several = any(row["name"] for row in facts["erased"])
     rows = [
         [
             _WAYS[row["way"]],
-            escape(row["name"] or facts["property"]),
+            *([escape(row["name"] or facts["property"])] if several else []),
             f"{row['score']:.3f}",
             ranging(row["low"], row["high"], lambda value: f"{value:.3f}"),
             f"{row['chance']:.3f}",
@@ -139,7 +140,8 @@ def _erased(facts: dict[str, Any]) -> str:
         ]
         for row in facts["erased"]
     ]
-    table = table_of(["Taken out", "read anew", "score", "interval", "chance", "by neighbours"], rows, numbers_from=2)
+    head = ["Taken out", *(["read anew"] if several else []), "score", "interval", "chance", "by neighbours"]
+    table = table_of(head, rows, numbers_from=1 + several)
     note = (
         "What is taken out is learnt on one half of the texts; probes are learnt anew and tested on the other half, so "
         "that what is left over from learning on few texts shows. In the texts that it is learnt on, nothing linear "
@@ -158,14 +160,18 @@ def _erased(facts: dict[str, Any]) -> str:
         parts.append(table_of(["Taken out at all tokens", "perplexity of neutral text", ""], cells))
     if facts["downstream"]:
         found = facts["downstream"]
-        parts.append(
-            figure_of(
-                "downstream",
-                figures.downstream_figure(facts),
-                f"Read anew from later layers while it is erased at layer {facts['layer']}, {found['texts']} texts",
-                f"At the end {found['subspace'][-1]:.2f}, as it is {found['nothing'][-1]:.2f}.",
-            )
-        )
+        what = f"Read anew from later layers while it is erased at layer {facts['layer']}, {found['texts']} texts"
+        if len(found["layers"]) > 2:
+            said = f"At the end {found['subspace'][-1]:.2f}, as it is {found['nothing'][-1]:.2f}."
+            parts.append(figure_of("downstream", figures.downstream_figure(facts), what, said))
+        else:
+            head = ["Layer", "as it is", "without the subspace", "without random dimensions"]
+            keys = ("nothing", "subspace", "random")
+            cells = [
+                [str(layer), *(f"{found[key][place]:.3f}" for key in keys)]
+                for place, layer in enumerate(found["layers"])
+            ]
+            parts.append(table_of(head, cells, caption=what))
         parts.append(
             f'<p class="note">What later layers tell was computed again by the blocks between, from what was not '
             f"linear. Of each text's ten nearest neighbours in layer {found['layers'][-1]}, "
