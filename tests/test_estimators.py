@@ -29,7 +29,7 @@ from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD, SubspaceDetector
 from subspan.edit import RobustSpikes
 from subspan.geometry import CoordinateSubspace, Subspace
-from subspan.probe import ConvergentLearning
+from subspan.probe import ConvergentLearning, TopKSAE
 from subspan.select import LeverageSelector
 
 DEEP: dict[str, Any] = {"encoder": "linear", "hidden": (8,), "pretrain_steps": 2, "max_steps": 4, "n_init": 1}
@@ -53,6 +53,7 @@ ALONE = [
     LeverageSelector(0.3, rank=4),
     represent.Matryoshka((4, 8)),
     represent.MatryoshkaIndex((4, 8), shortlist=20),
+    TopKSAE(n_atoms=12, k=3, epochs=1),
 ]
 PAIRED = [
     align.SpaceMap("ridge"),
@@ -78,9 +79,9 @@ STREAMED = {
 # No subspace is found here; of `SubspaceAligner` there is one a side.
 WITHOUT_SUBSPACE = {
     *("SpaceMap", "UpgradeMap", "LambdaOrthogonalAdapter", "SubspaceAligner", "ReAlign", "MeanShift", "C3"),
-    *("ConvergentLearning", "MatryoshkaIndex"),
+    *("ConvergentLearning", "MatryoshkaIndex", "TopKSAE"),
 }
-TRAINED = {"ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering"}
+TRAINED = {"ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering", "TopKSAE"}
 TRAINED |= {type(model).__name__ for model in LABELLED}
 ROWS, CLASSES = union_of_subspaces(noise=0.02, n=15)[:2]
 every = pytest.mark.parametrize("model", [*ALONE, *PAIRED, *LABELLED], ids=lambda model: type(model).__name__)
@@ -251,6 +252,7 @@ QUICK_CHECKS = [
     LeverageSelector(),
     represent.Matryoshka(),
     represent.MatryoshkaIndex(),
+    TopKSAE(n_atoms=4, k=2, epochs=1),
     align.SpaceMap(),
     align.SpaceMap("cca"),
     align.UpgradeMap(candidates=("none", "ridge"), alpha=0.1, folds=3, max_queries=20, max_gallery=50),

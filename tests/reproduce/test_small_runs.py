@@ -193,6 +193,15 @@ def decoupling(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Setting(2, 4, 4, 8, 1.0, 2, 12, (0, 3), 24, 1, 1e-3))
 
 
+def sae_manifolds(module: Any, patch: Any) -> None:
+    texts = ["".join(chr(97 + (i * j + 3 * j) % 26) for j in range(40)) for i in range(60)]
+    concepts = {"temperature": module.CONCEPTS["temperature"][:20], "years": module.CONCEPTS["years"][:30]}
+    patch(module, "load_language_model", lambda: small_language_model())
+    patch(module, "background", lambda: ("planted", texts))
+    patch(module, "CONCEPTS", concepts)
+    patch(module, "QUICK", module.Setting(1, 16, 32, 2000, 1500, 1, (2, 4), 1, 40, 32, 48, 6, 1, 400))
+
+
 def reglu(module: Any, patch: Any) -> None:
     patch(module, "load_language_model", lambda name: small_language_model())
     patch(module, "is_available", lambda name: False)
@@ -307,6 +316,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     dynamic_subspace_learners: {"metric learning beside none"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
+    sae_manifolds: {"model: PCA is the upper bound"},
 }
 
 

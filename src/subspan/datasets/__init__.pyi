@@ -4,6 +4,7 @@ from .features import cached_features, fingerprint
 from .graphs import GRAPHS, AttributedGraph, attributed_block_model, docstring_graph, load_graph, read_graph
 from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, is_anomaly_layout, open_image
 from .indexes import open_index, open_table
+from .manifolds import MANIFOLDS, ManifoldKind, ManifoldZoo, PlantedRows
 from .packages import WEIGHT_PACKAGES, image_preprocessing, install, is_installed, model_path
 from .pretrained import load_language_model, load_model, load_sentence_encoder
 from .rows import Rows
@@ -19,6 +20,10 @@ __all__ = [
     "GRAPHS",
     "ImageCollection",
     "ImageRecords",
+    "MANIFOLDS",
+    "ManifoldKind",
+    "ManifoldZoo",
+    "PlantedRows",
     "Rows",
     "SHARED",
     "Shapes",

@@ -8,6 +8,7 @@ from .compatibility import (
     compatibility_matrix,
 )
 from .disentanglement import DCI, dci_score, factor_vae_score
+from .intrinsic_dimension import two_nn
 from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
 from .kernels import RandomFeatures, gaussian_kernel, median_bandwidth, squared_distances
@@ -83,4 +84,5 @@ __all__ = [
     "spatial_structure",
     "squared_distances",
     "template_gallery",
+    "two_nn",
 ]

@@ -29,13 +29,16 @@ from .orthogonal import OrthogonalLinear, register_orthonormal
 from .paired_optimizer import WithRiemannian, with_riemannian
 from .penalties import ProjectionPenalty, orthonormality_penalty, projection_penalty, weight_projection_penalty
 from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD
+from .sae_files import SAE, PublishedSAE, SAEAdapter, load_sae
 from .self_expression import SelfExpression, SubspaceStructured
 from .simplex import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
 from .simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage
+from .sparse_autoencoder import ActiveAtoms, SparseAutoencoder
 from .spatial import PatchProjector, SpatialNorm, resize_tokens
 from .ulsam import SubspaceAttention, attention_entropy, shape_preserving_blocks
 
 __all__ = [
+    "ActiveAtoms",
     "AttentionPool2d",
     "Butterfly",
     "ButterflyFactors",
@@ -76,15 +79,19 @@ __all__ = [
     "OrthogonalLinear",
     "PatchProjector",
     "ProjectionPenalty",
+    "PublishedSAE",
     "Quantized",
     "ResidualConvBlock",
     "ResidualSimVQ",
     "RiemannianSGD",
+    "SAE",
+    "SAEAdapter",
     "SameConv2d",
     "SameConvTranspose2d",
     "SelfExpression",
     "SimVQ",
     "SimplexClassifier",
+    "SparseAutoencoder",
     "SpatialNorm",
     "StochasticGate",
     "SubspaceAttention",
@@ -103,6 +110,7 @@ __all__ = [
     "info_nce",
     "limit_orthogonality_defect",
     "load_published",
+    "load_sae",
     "multi_positive_info_nce",
     "nesting_weights",
     "npo_loss",

@@ -1,6 +1,8 @@
 from .ast_probe import ASTProbe, Epoch, LayerScore
+from .atom_groups import AtomGroup, AtomGroups
 from .audit_evidence import AuditReport, Change, Reading, Selectivity
 from .behaviours import ChoiceAccuracy, RefusalRate, TargetLikelihood
+from .capture_curves import CaptureCurve, capture_curve
 from .circuit_reading import CircuitReading
 from .circuit_reports import (
     EncodeReport,
@@ -16,11 +18,15 @@ from .code_parsing import ParsedCode, code_tree, code_trees
 from .convergent_learning import ConvergentLearning
 from .few_shot import CUTS, FewShotBatch, FewShotExample, FewShotPrompt, draw_examples
 from .icl_circuit import Ablation, Effect, ICLCircuit, correct
+from .ising import EBIC, IsingGraph
 from .linear_readings import Target, target_of
+from .manifold_diagnostics import Diagnostics, TuningCurves, manifold_diagnostics, tuning_curves
 from .probe_sweeps import RankScore, rank_sweep, transfer
 from .property_probe import ErasedReading, LayerReading, PropertyProbe, RankReading, property_subspace
 from .rate_profile import LayerRate, rate_profile
 from .retrieval_subspaces import ClassCentroids, retrieval_subspace, task_subspace
+from .sae_manifolds import GroupMatch, ManifoldCapture
+from .sae_training import TopKSAE, sparse_codes
 from .safety_subspaces import SubspaceAudit
 from .structural import ProbeReading, StructuralProbe, pairwise_rank_loss
 from .syntax_trees import (
@@ -50,14 +56,19 @@ from .update_geometry import (
 __all__ = [
     "ASTProbe",
     "Ablation",
+    "AtomGroup",
+    "AtomGroups",
     "AuditReport",
     "CUTS",
+    "CaptureCurve",
     "Change",
     "ChoiceAccuracy",
     "CircuitReading",
     "ClassCentroids",
     "Constituent",
     "ConvergentLearning",
+    "Diagnostics",
+    "EBIC",
     "Effect",
     "EncodeReport",
     "Epoch",
@@ -66,11 +77,14 @@ __all__ = [
     "FewShotBatch",
     "FewShotExample",
     "FewShotPrompt",
+    "GroupMatch",
     "HeldUpdate",
     "ICLCircuit",
+    "IsingGraph",
     "LayerRate",
     "LayerReading",
     "LayerScore",
+    "ManifoldCapture",
     "Matching",
     "MergeReport",
     "Overlap",
@@ -92,11 +106,14 @@ __all__ = [
     "Target",
     "TargetLikelihood",
     "TokenStates",
+    "TopKSAE",
     "TreeScore",
     "TreeTuple",
+    "TuningCurves",
     "UnitGroup",
     "UpdateComparison",
     "activation_overlap",
+    "capture_curve",
     "code_tree",
     "code_trees",
     "compare_updates",
@@ -106,6 +123,7 @@ __all__ = [
     "label_assignment",
     "label_recall",
     "layer_moments",
+    "manifold_diagnostics",
     "mean_agreement",
     "merge_report",
     "pairwise_rank_loss",
@@ -118,6 +136,7 @@ __all__ = [
     "retrieval_report",
     "retrieval_subspace",
     "right_branching",
+    "sparse_codes",
     "subspace_overlaps",
     "target_of",
     "task_subspace",
@@ -125,6 +144,7 @@ __all__ = [
     "transfer",
     "tree_score",
     "tree_to_tuple",
+    "tuning_curves",
     "tuple_to_tree",
     "weight_subspaces",
 ]
