@@ -71,6 +71,7 @@ PAIRED = [
 LABELLED = [
     represent.HydraProjector(8, 16, 16, embed_dim=8, gate_hidden=16, epochs=1),
     represent.DynamicSubspaceLearners(8, n_learners=2, epochs=2, final_epochs=1),
+    represent.XFactors(residual_dim=3, width=2, epochs=1),
 ]
 STREAMED = {
     *("SubspaceDetector", "LeverageSelector", "Matryoshka", "SpaceMap", "UpgradeMap", "SubspaceAligner", "ReAlign"),
@@ -193,7 +194,7 @@ def test_the_subspace_found_is_kept(model: Any) -> None:
         assert all(isinstance(found.subspaces_[i], Subspace) for i in range(3))
         assert isinstance(found.subspaces_, Subspace | tuple)
     elif model in LABELLED:
-        kind = CoordinateSubspace if isinstance(found, represent.HydraProjector) else Subspace
+        kind = Subspace if isinstance(found, represent.DynamicSubspaceLearners) else CoordinateSubspace
         assert all(isinstance(each, kind) for each in found.subspaces_)
     else:
         assert isinstance(found.subspace_, Subspace)

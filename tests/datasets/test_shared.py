@@ -152,6 +152,27 @@ def test_cifar100_keeps_the_fine_label(folder: Path) -> None:
     np.testing.assert_array_equal(loaded["y_train"], labels)
 
 
+def test_dsprites_as_distributed_without_its_pickled_part(folder: Path) -> None:
+    root = folder / "dsprites"
+    root.mkdir()
+    images = np.random.default_rng(0).integers(2, size=(5, 64, 64), dtype=np.uint8)
+    classes = np.arange(30).reshape(5, 6)
+    archive = {"metadata": np.array({"a": 1}), "imgs": images, "latents_classes": classes}
+    np.savez_compressed(root / original.DSPRITES, **archive)
+    loaded = load("dsprites")
+    np.testing.assert_array_equal(loaded["x"], images)
+    assert dict(zip(loaded["factor_names"].tolist(), loaded["factors"][1]))["x"] == 10
+    np.savez_compressed(root / original.DSPRITES, imgs=images, latents_classes=classes[:4])
+    with pytest.raises(ValueError, match=r"5 images and factors of shape \(4, 6\)"):
+        load("dsprites")
+    np.savez_compressed(root / original.DSPRITES, imgs=images)
+    with pytest.raises(ValueError, match="has no latents_classes"):
+        load("dsprites")
+    (root / original.DSPRITES).unlink()
+    with pytest.raises(ValueError, match=r"has no dsprites_ndarray"):
+        load("dsprites")
+
+
 def idx_bytes(array: np.ndarray) -> bytes:
     header = struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
     return header + array.astype(np.uint8).tobytes()

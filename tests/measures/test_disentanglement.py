@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from subspan.measures import dci_score, factor_vae_score
+from subspan.geometry import Blocks
+from subspan.measures import block_leakage, dci_score, factor_vae_score
 
 
 def data(n, seed, turn=False, latents=3):
@@ -64,3 +65,41 @@ def test_wrong_factors_are_refused():
         for score in (dci_score, factor_vae_score):
             with pytest.raises(ValueError, match=message):
                 score((rows, factors), (rows, wrong))
+
+
+def test_factors_that_are_not_chosen_count_as_one():
+    fit, test = data(800, 0), data(400, 1)
+    # Two factors in two latents that mix them: told apart not well, as one factor without fault.
+    (rows, factors), (held, held_factors) = fit, test
+    turn = np.array([[1, 1], [1, -1]]) / np.sqrt(2)
+    mixed = [(np.column_stack([x[:, 0], x[:, 1:] @ turn]), f) for x, f in ((rows, factors), (held, held_factors))]
+    every = factor_vae_score(*mixed, n_votes=400)
+    assert every < 0.9
+    assert factor_vae_score(*mixed, chosen=["c"], n_votes=400) == 1
+    assert factor_vae_score(*mixed, chosen=["a", "b", "c"], n_votes=400) == every
+    with pytest.raises(ValueError, match=r"chosen: there are no factors \['d'\]"):
+        factor_vae_score(fit, test, chosen=["d"])
+
+
+def test_a_planted_copy_is_found_in_the_block_that_holds_it_and_in_a_length():
+    random = np.random.default_rng(0)
+
+    def drawn(n):
+        factors = {name: random.integers(3, size=n) for name in "ab"}
+        angle, length = 2 * np.pi * factors["a"] / 3, 1 + factors["b"]
+        block = np.column_stack([np.cos(angle), np.sin(angle)]) * length[:, None]
+        residual = np.column_stack([factors["a"] + 0.01 * random.normal(size=n), random.normal(size=n)])
+        return np.hstack([residual, block]) + 0.01 * random.normal(size=(n, 4)), factors
+
+    found = block_leakage(drawn(600), drawn(300), Blocks({"rest": 2, "none": 0, "a": 2}))
+    assert list(found) == ["rest", "|rest|", "a", "|a|"]
+    assert found["rest"]["a"].score > 0.95
+    assert abs(found["rest"]["b"].score - found["rest"]["b"].chance) < 0.12
+    assert found["a"]["a"].score > 0.95
+    assert found["|a|"]["b"].score > 0.95  # hidden where directions do not show it
+    assert abs(found["|a|"]["a"].score - found["|a|"]["a"].chance) < 0.12
+    fit, test = drawn(50), drawn(50)
+    with pytest.raises(ValueError, match="test: must have the factors of fit, 'a', 'b'"):
+        block_leakage(fit, (test[0], {"a": test[1]["a"]}), Blocks({"rest": 4}))
+    with pytest.raises(ValueError, match="expected 5 columns"):
+        block_leakage(fit, test, Blocks({"rest": 5}))

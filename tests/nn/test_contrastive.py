@@ -52,6 +52,32 @@ def test_any_masks_agree_with_the_sum_written_out(seed, rivals, average):
     assert ours == pytest.approx(_by_hand(logits, positives, excluded, rivals, average), abs=1e-10)
 
 
+@pytest.mark.parametrize("average", ["anchors", "pairs"])
+def test_the_sum_inside_the_logarithm_is_written_out_and_asks_less(average):
+    generator = torch.Generator().manual_seed(3)
+    positives = torch.rand(5, 6, generator=generator) < 0.4
+    positives[4] = False
+    excluded = (torch.rand(5, 6, generator=generator) < 0.25) & ~positives
+    logits = _logits(5, 6, 3).requires_grad_()
+    masks = {"average": average}
+    ours = multi_positive_info_nce(logits, positives, excluded, combine="log-sum", **masks)
+    likelihoods = logits.masked_fill(excluded, -math.inf).softmax(-1).detach()
+    anchors = positives.any(-1)
+    terms = -(likelihoods * positives).sum(-1)[anchors].log()
+    weights = positives.sum(-1)[anchors].double() if average == "pairs" else torch.ones_like(terms)
+    assert ours.item() == pytest.approx(float((terms * weights).sum() / weights.sum()), abs=1e-10)
+    assert ours.item() < multi_positive_info_nce(logits, positives, excluded, **masks).item()
+    others = multi_positive_info_nce(logits, positives, excluded, rivals="negatives", combine="log-sum", **masks)
+    assert others.item() == ours.item()
+    ours.backward()
+    assert bool(logits.grad.isfinite().all())
+    assert not bool(logits.grad[4].any())
+    x = torch.randn(4, 3, dtype=torch.float64)
+    each = {"positives": torch.ones(4, 4, dtype=torch.bool), "combine": "log-sum", "symmetric": True}
+    assert info_nce(x, x + 1, **each).item() == pytest.approx(0, abs=1e-12)
+    assert info_nce(x, x + 1, **{**each, "combine": "mean-log"}).item() > 0.1
+
+
 def test_an_excluded_pair_has_no_influence_and_no_gradient():
     logits = _logits(4, 4).requires_grad_()
     excluded = torch.zeros(4, 4, dtype=torch.bool)

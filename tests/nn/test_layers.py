@@ -22,6 +22,8 @@ from subspan.nn import (
     ConcreteGate,
     ConvAutoencoder,
     ConvBlock,
+    ConvDecoder,
+    ConvEncoder,
     CRATEDecoderLayer,
     CRATELayer,
     GrassmannBlock,
@@ -132,6 +134,10 @@ LAYERS = {
     "MLP": Case(lambda: MLP((8, 6, 5), norm="layer"), (3, 4, 8), (3, 4, 7), half=False),
     "ConvBlock": Case(lambda: ConvBlock(4, 6), (3, 4, 5, 5), (3, 3, 5, 5), half=False),
     "ResidualConvBlock": Case(lambda: ResidualConvBlock(4, 6, stride=2), (3, 4, 6, 6), (3, 3, 6, 6), half=False),
+    "ConvEncoder": Case(lambda: ConvEncoder((2, 16, 16), 5, width=2), (3, 2, 16, 16), (3, 1, 16, 16), half=False),
+    "ConvDecoder": Case(
+        lambda: ConvDecoder(5, (2, 16, 16), width=2, block="plain"), (3, 5), (3, 4), half=False, bounded=True
+    ),
     "SameConv2d": Case(lambda: SameConv2d(4, 6, 3), (3, 4, 5, 5), (3, 3, 5, 5), onnx=False, half=False),
     "SameConvTranspose2d": Case(
         lambda: SameConvTranspose2d(4, 6, 3, (7, 7)), (3, 4, 4, 4), (3, 3, 4, 4), onnx=False, half=False

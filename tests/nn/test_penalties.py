@@ -7,6 +7,7 @@ from subspan.geometry import Subspace
 from subspan.nn.lambda_orthogonality import orthogonality_defect
 from subspan.nn.penalties import (
     ProjectionPenalty,
+    cross_correlation,
     orthonormality_penalty,
     projection_penalty,
     weight_projection_penalty,
@@ -125,3 +126,18 @@ def test_the_module_takes_another_subspace_and_keeps_it_in_a_file(space, states)
     half = projection_penalty(states.bfloat16(), space)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half.double(), projection_penalty(states, space), rtol=1e-2, atol=0)
+
+
+def test_correlations_between_two_parts():
+    a, b = torch.randn(30, 3), torch.randn(30, 2)
+    b[:, 0] = 100 - 5 * a[:, 1]
+    expected = torch.corrcoef(torch.cat([a, b], 1).T)[:3, 3:]
+    torch.testing.assert_close(cross_correlation(a, b), expected)
+    a[:, 2] = 7
+    a.requires_grad_()
+    found = cross_correlation(a, b)
+    assert found[2].abs().max() < 1e-6
+    found.norm().backward()
+    assert bool(a.grad.isfinite().all())
+    with pytest.raises(ValueError, match="2 paired rows are needed, got 1 and 1"):
+        cross_correlation(a[:1], b[:1])

@@ -12,7 +12,7 @@ pytest.importorskip("lightning", reason="the trainer is Lightning's (extra: trai
 from lightning import LightningModule
 
 from subspan.align import LambdaOrthogonalAdapter
-from subspan.nn.training import batch_rows, quiet_trainer
+from subspan.nn.training import batch_rows, keep_best, quiet_trainer
 
 
 class Line(LightningModule):
@@ -78,3 +78,20 @@ def test_an_adapter_whose_loss_overflows_names_the_step():
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=r"the loss is .* at step [1-9]"):
         LambdaOrthogonalAdapter("affine", learning_rate=1e30, epochs=3, random_state=0).fit(x, x)
+
+
+def test_the_weights_of_the_best_epoch_are_kept():
+    class Scheduled(Line):
+        def on_train_epoch_start(self):
+            torch.nn.init.constant_(self.layer.weight, self.current_epoch)
+
+        def training_step(self, batch, batch_index=0):
+            return 0 * self.layer(batch).sum()
+
+        def validation_step(self, batch, batch_index=0):
+            self.log("val_loss", [3.0, 1.0, 2.0][self.current_epoch])
+
+    module, rows = Scheduled(), torch.utils.data.DataLoader(torch.ones(4, 2), 4)
+    with quiet_trainer(max_epochs=3, callbacks=[keep_best(module.layer)]) as trainer:
+        trainer.fit(module, rows, rows)
+    assert module.layer.weight.unique().tolist() == [1.0]

@@ -297,6 +297,19 @@ def dynamic_subspace_learners(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(120, 60, 5, 1, 1, 1))
 
 
+def xfactors(module: Any, patch: Any) -> None:
+    def judge(self: Any, data: Any, epochs: int, seed: int) -> None:
+        self.values = data.sizes()
+
+    def agreement(self: Any, x: torch.Tensor, factors: Any) -> dict[str, float]:
+        return {name: float(x.mean() > 0) for name in factors}
+
+    patch(module, "WIDTH", 2)
+    patch(module.Judge, "__init__", judge)
+    patch(module.Judge, "agreement", agreement)
+    patch(module, "QUICK", module.Sizes(200, 120, 1, 1, 20, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -314,6 +327,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     concrete_merging: {"there is something to merge"},
     hydra: {"something is learnt"},
     dynamic_subspace_learners: {"metric learning beside none"},
+    xfactors: {"the judge knows the factors", "swapped factors follow"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
     sae_manifolds: {"model: PCA is the upper bound"},

@@ -32,6 +32,7 @@ class Estimator(BaseEstimator):
     """
 
     n_features_in_: int
+    _shape: tuple[int, ...]
     # As scikit-learn asks, it is not the constructor that checks the parameters: run-time type checkers leave it alone.
     __no_type_check__ = True
 
@@ -55,6 +56,22 @@ class Estimator(BaseEstimator):
         # Finite values are looked at once, in `check_matrix`, which names the row.
         options = {"dtype": _FLOATS, "ensure_min_samples": least, "ensure_all_finite": False, **options}
         return check_matrix(validate_data(self, X, reset=reset, **options), "X")
+
+    def _items(self, X: Any, *, reset: bool = False) -> Float[Tensor, "n c *p"]:
+        """X as `_rows`, or maps or images (n, c, h, w) in single precision; of the shape of the fit."""
+        if getattr(X, "ndim", 2) != 4:
+            if not reset and len(self._shape) == 3:
+                raise ValueError(f"X: expected items of shape {self._shape}, as in fit, got {np.shape(X)}")
+            items = self._rows(X, reset=reset)
+        else:
+            options: dict[str, Any] = {"dtype": np.float32, "allow_nd": True, "ensure_min_samples": 1 + reset}
+            items = torch.from_numpy(np.array(validate_data(self, in_numpy(X), reset=reset, **options)))
+        shape = tuple(items.shape[1:])
+        if not reset and shape != self._shape:
+            raise ValueError(f"X: expected items of shape {self._shape}, as in fit, got {shape}")
+        if reset:
+            self._shape = shape
+        return items
 
     def _batches(self, X: Any, *, reset: bool = False, size: int = _BATCH) -> Iterator[Float[Tensor, "n d"]]:
         """The same in blocks of `size` rows, also of what is read batch by batch (see `streams.batches`)."""

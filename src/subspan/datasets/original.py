@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from subspan.base.array_files import npz_headers
 from subspan.base.reading import check_memory, read_bytes, reading, text_lines
 
 _MAX_BYTES = 2**30
@@ -15,6 +16,9 @@ _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0
 _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
+
+DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
+_DSPRITES_FACTORS = ("color", "shape", "scale", "orientation", "x", "y")
 
 
 def cifar10(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -58,6 +62,23 @@ def mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def fashion_mnist(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Fashion-MNIST in the idx format, as `mnist`, with `classes`."""
     return mnist(folder) | {"classes": np.array(_FASHION_CLASSES)}
+
+
+def dsprites(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """dSprites as distributed: x (737280, 64, 64) uint8 of 0 and 1, factors (n, 6), factor_names.
+
+    The pickled metadata in the file is not read.
+    """
+    path = _present(Path(folder), DSPRITES)
+    headers = npz_headers(path)
+    if missing := {"imgs", "latents_classes"} - set(headers):
+        raise ValueError(f"folder: {str(path)!r} has no {' and '.join(sorted(missing))}")
+    check_memory(sum(math.prod(headers[name][0]) for name in ("imgs", "latents_classes")), f"folder: {str(path)!r}")
+    with reading(path, "folder"), np.load(path, allow_pickle=False) as archive:
+        images, classes = archive["imgs"], archive["latents_classes"]
+    if classes.shape != (len(images), len(_DSPRITES_FACTORS)):
+        raise ValueError(f"folder: {str(path)!r} has {len(images)} images and factors of shape {classes.shape}")
+    return {"x": images, "factors": classes, "factor_names": np.array(_DSPRITES_FACTORS)}
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:

@@ -19,12 +19,16 @@ from .texts import iterate_records
 
 @dataclass(frozen=True)
 class SharedDataset:
-    """What a data set is, on which terms, where it comes from, and what reads it as its authors distribute it."""
+    """What a data set is, on which terms, where it comes from, and what reads it as its authors distribute it.
+
+    original_file: the name of their file, where it looks like one that is read without their reader.
+    """
 
     title: str
     license: str
     source: str
     read_original: Callable[[str | os.PathLike[str]], Any] | None = None
+    original_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,13 @@ SHARED: dict[str, SharedDataset] = {
     ),
     "lpc_sprites": SharedDataset(
         "Sprites with known factors", "CC BY-SA 3.0, GPL-3.0", "https://github.com/YingzhenLi/Sprites"
+    ),
+    "dsprites": SharedDataset(
+        "dSprites: shapes with known factors",
+        "Apache-2.0",
+        "https://github.com/google-deepmind/dsprites-dataset",
+        original.dsprites,
+        original.DSPRITES,
     ),
     "uci_har": SharedDataset("UCI HAR, phone signals", "CC BY 4.0", "https://doi.org/10.24432/C54S4K"),
     "watch_har": SharedDataset("smartwatch signals of exercises", "BSD-3-Clause", "https://github.com/dmbee/seglearn"),
@@ -227,7 +238,7 @@ def load(name: str, folder: str | os.PathLike[str] | None = None) -> Any:
     if archives:
         return _load_images(archives[0], files)
     readable = {_stem(file): file for file in files.values() if _reader(file) is not None}
-    if not readable and about.read_original is not None:
+    if about.read_original is not None and (not readable or about.original_file in files):
         return about.read_original(root / top)
     if not readable:
         raise ValueError(f"name: {str(root / top)!r} holds nothing that can be read; it comes from {about.source}")

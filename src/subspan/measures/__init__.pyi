@@ -7,7 +7,7 @@ from .compatibility import (
     common_prefix,
     compatibility_matrix,
 )
-from .disentanglement import DCI, dci_score, factor_vae_score
+from .disentanglement import DCI, block_leakage, dci_score, factor_vae_score
 from .intrinsic_dimension import two_nn
 from .jackknife import jackknife
 from .kernel_alignment import gram_matrix, kernel_cka, local_kernel_cka
@@ -46,6 +46,7 @@ __all__ = [
     "average_accuracy",
     "average_compatibility",
     "backfill_curve",
+    "block_leakage",
     "clustering_accuracy",
     "common_prefix",
     "compatibility_matrix",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,9 @@ from sklearn.ensemble import RandomForestRegressor
 from sklearn.utils import check_random_state
 
 from subspan.base import check_matrix
+from subspan.geometry import Blocks
+
+from .probes import ProbeScore, probe_score
 
 Data = tuple[Any, Mapping[str, Any]]
 """Latents (n, d) and, by name, the value of each factor in each row (n,), as whole numbers."""
@@ -33,14 +36,14 @@ class DCI(NamedTuple):
     importance: Float[np.ndarray, "d k"]
 
 
-def _checked(data: Data, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _checked(data: Data, name: str, *, least: int = 2) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     rows = check_matrix(data[0], name).double().cpu().numpy()
     factors = {key: np.asarray(value.cpu() if hasattr(value, "cpu") else value) for key, value in data[1].items()}
     for key, values in factors.items():
         if values.shape != (len(rows),) or values.dtype.kind not in "iub":
             raise ValueError(f"{name}: factor {key!r} must be {len(rows)} whole numbers, got {values.dtype}")
-    if len(factors) < 2:
-        raise ValueError(f"{name}: expected at least 2 factors, got {len(factors)}")
+    if len(factors) < least:
+        raise ValueError(f"{name}: expected at least {least} factors, got {len(factors)}")
     return rows, factors
 
 
@@ -114,7 +117,13 @@ def _entropies(weights: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
 
 
 def factor_vae_score(
-    fit: Data, test: Data, *, n_votes: int = 2000, batch_size: int = 64, random_state: Any = 0
+    fit: Data,
+    test: Data,
+    *,
+    chosen: Sequence[str] | None = None,
+    n_votes: int = 2000,
+    batch_size: int = 64,
+    random_state: Any = 0,
 ) -> float:
     """Share of votes in which the latent that varies least tells which factor was held fixed; 1 is disentangled.
 
@@ -126,6 +135,9 @@ def factor_vae_score(
     ----------
     fit, test
         Latents (n, d), and the factors by name, (n,) whole numbers each; at least 2 factors.
+    chosen
+        Factors that are told apart; all others count as one, as where a representation keeps them together. Default:
+        every factor.
     n_votes
         Votes on each of the two; the authors take 10 000.
     batch_size
@@ -140,12 +152,12 @@ def factor_vae_score(
     Raises
     ------
     ValueError
-        For factors that are no whole numbers or that no two rows share a value of, a `test` that does not fit, or
-        latents that do not vary.
+        For factors that are no whole numbers or that no two rows share a value of, chosen ones that there are not, a
+        `test` that does not fit, or latents that do not vary.
 
     References
     ----------
-    Kim & Mnih (2018), arXiv 1802.05983.
+    Kim & Mnih (2018), arXiv 1802.05983. Chosen factors as in XFactors, arXiv 2601.21688.
 
     Examples
     --------
@@ -160,16 +172,21 @@ def factor_vae_score(
     (rows, factors), (held_rows, held) = _checked(fit, "fit"), _checked(test, "test")
     if list(factors) != list(held) or rows.shape[1] != held_rows.shape[1]:
         raise ValueError(f"test: must have the factors and the {rows.shape[1]} latents of fit, in their order")
+    if missing := set(chosen or ()) - set(factors):
+        raise ValueError(f"chosen: there are no factors {sorted(missing)}; there are {list(factors)}")
+    apart = list(factors) if chosen is None else list(chosen)
+    # The number of a factor among those told apart; one more for all others.
+    kinds = [apart.index(name) if name in apart else len(apart) for name in factors]
     spread = rows.var(0)
     alive = spread > 1e-12 * max(spread.max(), np.finfo(float).tiny)
     if not alive.any():
         raise ValueError("fit: no latent varies")
-    table = np.zeros((rows.shape[1], len(factors)))
+    table = np.zeros((rows.shape[1], len(apart) + 1))
     for latent, factor in _votes(rows, factors, spread, alive, n_votes, batch_size, random):
-        table[latent, factor] += 1
+        table[latent, kinds[factor]] += 1
     stands_for = table.argmax(1)
     votes = _votes(held_rows, held, spread, alive, n_votes, batch_size, random)
-    return float(np.mean([stands_for[latent] == factor for latent, factor in votes]))
+    return float(np.mean([stands_for[latent] == kinds[factor] for latent, factor in votes]))
 
 
 def _members(name: str, values: np.ndarray) -> list[np.ndarray]:
@@ -197,4 +214,62 @@ def _votes(
         same = members[factor][random.randint(len(members[factor]))]
         ratio = rows[same[random.randint(len(same), size=batch_size)]].var(0) / np.where(alive, spread, 1)
         found.append((int(np.where(alive, ratio, np.inf).argmin()), int(factor)))
+    return found
+
+
+def block_leakage(
+    fit: Data, test: Data, blocks: Blocks, *, kind: str = "logistic", **options: Any
+) -> dict[str, dict[str, ProbeScore]]:
+    """What each block of a representation, and its length alone, tell of each factor: probes scored on rows held out.
+
+    A loss on directions leaves the length of a block free, so that other factors may hide there. The length is read by
+    its 10 nearest neighbours, whatever the kind.
+
+    Parameters
+    ----------
+    fit, test
+        Latents (n, d), and the factors by name, (n,) whole numbers each.
+    blocks
+        The named blocks of the d coordinates.
+    kind, options
+        Of the probe of a whole block, see `make_probe`.
+
+    Returns
+    -------
+    `ProbeScore` by the name of a block, or that name between bars for its length, then by that of the factor.
+
+    Raises
+    ------
+    ValueError
+        For factors that are no whole numbers or do not vary, and a `test` or blocks that do not fit.
+
+    References
+    ----------
+    XFactors, arXiv 2601.21688, whose contrast sees directions; the measure is ours.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from subspan.geometry import Blocks
+    >>> from subspan.measures import block_leakage
+    >>> rows = np.random.default_rng(0).standard_normal((400, 4))
+    >>> far = {"far": (np.hypot(rows[:, 2], rows[:, 3]) > 1).astype(int)}
+    >>> found = block_leakage((rows, far), (rows, far), Blocks({"rest": 2, "hue": 2}))
+    >>> found["|hue|"]["far"].score > 0.9, found["hue"]["far"].score < 0.75
+    (True, True)
+    """
+    (rows, factors), (held_rows, held) = _checked(fit, "fit", least=1), _checked(test, "test", least=1)
+    if set(factors) != set(held):
+        raise ValueError(f"test: must have the factors of fit, {', '.join(map(repr, factors))}")
+    found: dict[str, dict[str, ProbeScore]] = {}
+    for name, size in blocks.sizes.items():
+        if not size:
+            continue
+        part, held_part = (blocks.coordinates(x, name) for x in (rows, held_rows))
+        length, held_length = (np.linalg.norm(x, axis=1, keepdims=True) for x in (part, held_part))
+        near: dict[str, Any] = {"kind": "knn", "metric": "euclidean"}
+        found[name], found[f"|{name}|"] = {}, {}
+        for factor, values in factors.items():
+            found[name][factor] = probe_score(part, values, kind=kind, test=(held_part, held[factor]), **options)
+            found[f"|{name}|"][factor] = probe_score(length, values, test=(held_length, held[factor]), **near)
     return found

@@ -15,6 +15,7 @@ from .gcr import GrassmannHead
 from .grassmann_mixing import GrassmannBlock, GrassmannLanguageModel, GrassmannMixing, MixingState
 from .grassmann_pair_head import GrassmannPairHead
 from .householder_projector import HouseholderFrame, HouseholderProjector
+from .image_coders import ConvDecoder, ConvEncoder
 from .influence import influence_loss
 from .lambda_orthogonality import (
     LambdaOrthogonality,
@@ -27,7 +28,13 @@ from .matryoshka import MatryoshkaAdapter, MatryoshkaLinear, MatryoshkaLogitLoss
 from .objective import Objective
 from .orthogonal import OrthogonalLinear, register_orthonormal
 from .paired_optimizer import WithRiemannian, with_riemannian
-from .penalties import ProjectionPenalty, orthonormality_penalty, projection_penalty, weight_projection_penalty
+from .penalties import (
+    ProjectionPenalty,
+    cross_correlation,
+    orthonormality_penalty,
+    projection_penalty,
+    weight_projection_penalty,
+)
 from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD
 from .sae_files import SAE, PublishedSAE, SAEAdapter, load_sae
 from .self_expression import SelfExpression, SubspaceStructured
@@ -53,6 +60,8 @@ __all__ = [
     "ContrastiveLoss",
     "ConvAutoencoder",
     "ConvBlock",
+    "ConvDecoder",
+    "ConvEncoder",
     "FlowTransformer",
     "GrassmannBlock",
     "GrassmannHead",
@@ -105,6 +114,7 @@ __all__ = [
     "butterfly_multiply",
     "code_usage",
     "cosine_matching_loss",
+    "cross_correlation",
     "gated_cosine",
     "influence_loss",
     "info_nce",

@@ -24,6 +24,7 @@ def multi_positive_info_nce(
     *,
     rivals: Literal["all", "negatives"] = "all",
     average: Literal["anchors", "pairs"] = "anchors",
+    combine: Literal["mean-log", "log-sum"] = "mean-log",
 ) -> Float[Tensor, ""]:
     """Mean of -log softmax of the positives of each anchor (row), in nats.
 
@@ -42,6 +43,9 @@ def multi_positive_info_nce(
         negatives alone ("negatives": Hydra).
     average
         Over "anchors", each with equal weight whatever its number of positives, or over all positive "pairs".
+    combine
+        Of an anchor's positives: the mean of their logarithms, which asks all of them to be near ("mean-log"), or the
+        logarithm of their sum, which one near positive satisfies ("log-sum"; `rivals` decides nothing then).
 
     Returns
     -------
@@ -54,7 +58,8 @@ def multi_positive_info_nce(
 
     References
     ----------
-    van den Oord et al. (2018); Khosla et al. (2020); Wu et al. (2024).
+    van den Oord et al. (2018); Khosla et al. (2020); Wu et al. (2024). The sum inside the logarithm as in XFactors,
+    arXiv 2601.21688.
 
     Examples
     --------
@@ -67,6 +72,8 @@ def multi_positive_info_nce(
         raise ValueError(f"rivals: expected 'all' or 'negatives', got {rivals!r}")
     if average not in ("anchors", "pairs"):
         raise ValueError(f"average: expected 'anchors' or 'pairs', got {average!r}")
+    if combine not in ("mean-log", "log-sum"):
+        raise ValueError(f"combine: expected 'mean-log' or 'log-sum', got {combine!r}")
     n, m = logits.shape
     if positives is None:
         if n != m:
@@ -76,19 +83,21 @@ def multi_positive_info_nce(
         if bool((positives & excluded).any()):
             raise ValueError("excluded: some pairs are both positive and excluded")
         logits = logits.masked_fill(excluded, -torch.inf)
-    if rivals == "all":
-        log_likelihood = logits.log_softmax(-1)
-    else:
-        negatives = logits.masked_fill(positives, -torch.inf).logsumexp(-1, keepdim=True)
-        log_likelihood = logits - torch.logaddexp(logits, negatives)
-    count = positives.sum(-1)
-    total = log_likelihood.masked_fill(~positives, 0).sum(-1)
-    anchors = count > 0
+    anchors = positives.any(-1)
     if not bool(anchors.any()):
         raise ValueError("positives: no anchor has one")
-    if average == "pairs":
-        return -total.sum() / count.sum()
-    return -(total[anchors] / count[anchors]).mean()
+    logits, positives = logits[anchors], positives[anchors]
+    count = positives.sum(-1)
+    if combine == "log-sum":
+        near = logits.masked_fill(~positives, -torch.inf).logsumexp(-1) - logits.logsumexp(-1)
+    else:
+        if rivals == "all":
+            log_likelihood = logits.log_softmax(-1)
+        else:
+            negatives = logits.masked_fill(positives, -torch.inf).logsumexp(-1, keepdim=True)
+            log_likelihood = logits - torch.logaddexp(logits, negatives)
+        near = log_likelihood.masked_fill(~positives, 0).sum(-1) / count
+    return -(near * count).sum() / count.sum() if average == "pairs" else -near.mean()
 
 
 def info_nce(
@@ -101,6 +110,7 @@ def info_nce(
     symmetric: bool = False,
     rivals: Literal["all", "negatives"] = "all",
     average: Literal["anchors", "pairs"] = "anchors",
+    combine: Literal["mean-log", "log-sum"] = "mean-log",
 ) -> Float[Tensor, ""]:
     """Multi-positive InfoNCE on the cosines of queries and keys.
 
@@ -108,7 +118,7 @@ def info_nce(
     ----------
     queries, keys
         Vectors (n, d) and (m, d), of any length.
-    positives, excluded, rivals, average
+    positives, excluded, rivals, average, combine
         As in `multi_positive_info_nce`.
     temperature
         Divides the cosines; > 0.
@@ -139,11 +149,12 @@ def info_nce(
     if not bool(torch.as_tensor(temperature).detach() > 0):
         raise ValueError(f"temperature: must be positive, got {temperature}")
     logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).mT / temperature
-    forward = multi_positive_info_nce(logits, positives, excluded, rivals=rivals, average=average)
+    forward = multi_positive_info_nce(logits, positives, excluded, rivals=rivals, average=average, combine=combine)
     if not symmetric:
         return forward
     turned = (None if mask is None else mask.mT for mask in (positives, excluded))
-    return (forward + multi_positive_info_nce(logits.mT, *turned, rivals=rivals, average=average)) / 2
+    back = multi_positive_info_nce(logits.mT, *turned, rivals=rivals, average=average, combine=combine)
+    return (forward + back) / 2
 
 
 class ContrastiveLoss(nn.Module):

@@ -165,6 +165,43 @@ def _projected(states: Tensor, basis: Tensor, mask: Tensor | None, power: int, r
         return total, len(rows)
 
 
+def cross_correlation(a: Float[Tensor, "n p"], b: Float[Tensor, "n q"]) -> Float[Tensor, "p q"]:
+    """Correlations over rows of each column of one matrix with each of another; 0 for columns that do not vary.
+
+    Parameters
+    ----------
+    a, b
+        Paired rows (n, p) and (n, q), n >= 2.
+
+    Returns
+    -------
+    Tensor (p, q), in [-1, 1], in float32 or wider. Its Frobenius norm is a penalty that keeps two parts of a
+    representation from telling the same, linearly.
+
+    Raises
+    ------
+    ValueError
+        For another number of rows in each, or fewer than two.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import cross_correlation
+    >>> rows = torch.tensor([[1.0, 2.0], [2.0, 2.0], [3.0, 2.0]])
+    >>> cross_correlation(rows, -rows[:, :1]).round(decimals=3)
+    tensor([[-1.],
+            [ 0.]])
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"a, b: at least 2 paired rows are needed, got {len(a)} and {len(b)}")
+    with torch.autocast(a.device.type, enabled=False):
+        left, right = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        left, right = (x - x.mean(0) for x in (left, right))
+        smallest = torch.finfo(left.dtype).eps
+        left, right = (x / torch.linalg.vector_norm(x, dim=0).clamp_min(smallest) for x in (left, right))
+        return left.mT @ right
+
+
 class ProjectionPenalty(nn.Module):
     """`projection_penalty` on a subspace that is saved with the module and may be set anew while training goes on.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from subspan.base import require
 
@@ -33,6 +33,23 @@ def finite_loss(loss: Tensor, step: int) -> Tensor:
             f"the loss is {float(loss.detach())} at step {step}: lower learning_rate, or look for NaN in the batch"
         )
     return loss
+
+
+def keep_best(model: nn.Module, monitor: str = "val_loss") -> Any:
+    """A callback of Lightning that ends a training with the weights of the epoch of least `monitor`, without files."""
+    callbacks = require("lightning.pytorch.callbacks", extra="train")
+    best: dict[str, Any] = {"value": float("inf"), "state": None}
+
+    def after(trainer: Any, module: Any) -> None:
+        value = float(trainer.callback_metrics[monitor])
+        if not trainer.sanity_checking and value < best["value"]:
+            best.update(value=value, state={name: held.clone() for name, held in model.state_dict().items()})
+
+    def end(trainer: Any, module: Any) -> None:
+        if best["state"] is not None:
+            model.load_state_dict(best["state"])
+
+    return callbacks.LambdaCallback(on_validation_end=after, on_fit_end=end)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from .nested_search import MatryoshkaIndex
 from .nested_training import NestedTraining
 from .subspace_embedding import SubspaceEmbedding, learner_separation
 from .truncation import Truncated, truncate
+from .xfactors import LatentPosterior, Reconstruction, XFactorsLoss, XFactorsVAE
+from .xfactors_training import XFactors
 
 __all__ = [
     "ArbitraryPairLoss",
@@ -20,6 +22,7 @@ __all__ = [
     "GrowthController",
     "HydraProjector",
     "HydraTraining",
+    "LatentPosterior",
     "MarginLoss",
     "Matryoshka",
     "MatryoshkaCascade",
@@ -28,10 +31,14 @@ __all__ = [
     "NearestNegativeSampler",
     "NestedTraining",
     "PairGate",
+    "Reconstruction",
     "Separation",
     "SubspaceEmbedding",
     "TaylorImportance",
     "Truncated",
+    "XFactors",
+    "XFactorsLoss",
+    "XFactorsVAE",
     "learner_separation",
     "pair_masks",
     "sign_agreement_gate",

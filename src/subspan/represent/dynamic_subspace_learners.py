@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from subspan.base import like
-from subspan.base.estimators import Estimator, in_numpy, validate_data
+from subspan.base.estimators import Estimator, in_numpy
 from subspan.base.parameters import Count, NonNegative, Positive, Seed, Share
 from subspan.nn.training import quiet_trainer
 
@@ -223,24 +223,10 @@ class DynamicSubspaceLearners(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         self.losses_ = list(objective.losses)
         network.cpu()
 
-    def _items(self, X: Any, *, reset: bool) -> Tensor:
-        if getattr(X, "ndim", 2) != 4:
-            if not reset and len(self._shape) == 3:
-                raise ValueError(f"X: expected maps of shape {self._shape}, as in fit, got {np.shape(X)}")
-            rows = self._rows(X, reset=reset)
-            self._shape = tuple(rows.shape[1:])
-            return rows
-        options: dict[str, Any] = {"dtype": np.float32, "allow_nd": True, "ensure_min_samples": 1 + reset}
-        maps = torch.from_numpy(np.array(validate_data(self, in_numpy(X), reset=reset, **options)))
-        if not reset and tuple(maps.shape[1:]) != self._shape:
-            raise ValueError(f"X: expected items of shape {self._shape}, as in fit, got {tuple(maps.shape[1:])}")
-        self._shape = tuple(maps.shape[1:])
-        return maps
-
     def transform(self, X: Any, learners: Sequence[int] | None = None) -> Any:
         """Slices (n, out_dim) of items X, each of unit length; of some learners alone where they are named."""
         check_is_fitted(self, "network_")
-        found = applied(self.network_, self._items(X, reset=False))
+        found = applied(self.network_, self._items(X))
         if learners is not None:
             if not len(learners):
                 raise ValueError("learners: name at least one")
@@ -252,7 +238,7 @@ class DynamicSubspaceLearners(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         check_is_fitted(self, "network_")
         if self.network_.pool is None:
             raise ValueError("X: the learners were fitted to vectors; there is attention on maps alone")
-        items = self._items(X, reset=False)
+        items = self._items(X)
         with torch.no_grad():
             found = torch.cat([self.network_.attention(part) for part in items.split(256)])
         return like(found, X)

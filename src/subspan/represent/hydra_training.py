@@ -314,9 +314,9 @@ def class_numbers(y: Any, count: int) -> tuple[np.ndarray, Tensor]:
 
 
 @torch.no_grad()
-def applied(module: nn.Module, rows: Tensor) -> Tensor:
-    """What a module in evaluation mode makes of rows, in the digits and on the device of the rows."""
+def applied(module: nn.Module, rows: Tensor, method: str = "__call__", *, size: int = _BLOCK) -> Tensor:
+    """What a module in evaluation mode makes of rows, in the digits and on the device of the rows, `size` at a time."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     # A copy in double precision where the rows are: the answer for a row must not depend on its block.
     module = copy.deepcopy(module).to(rows.device, wide)
-    return torch.cat([module(block.to(wide)) for block in rows.split(_BLOCK)]).to(rows.dtype)
+    return torch.cat([getattr(module, method)(block.to(wide)) for block in rows.split(size)]).to(rows.dtype)

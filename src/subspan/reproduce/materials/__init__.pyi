@@ -1,6 +1,7 @@
 from .disturbed_views import SHIFTS, Draw, Views, corrupt, drawn_views, named_pictures
 from .image_features import LabelledImages, PooledFeatures, cached_maps, image_encoder, labelled_images, pooled_features
 from .joint_spaces import JointSpace, classifier_rows, fitted_logit_scale, linear_space
+from .known_factors import FactorPictures, factor_pictures
 from .paired_worlds import World, code_world, shape_worlds
 from .pasted_defects import Scene, pasted_defects
 from .sentence_pairs import SentencePairs, TokenStates, docstring_pairs, labelled_pairs
@@ -14,6 +15,7 @@ __all__ = [
     "SHIFTS",
     "TEMPLATES",
     "Draw",
+    "FactorPictures",
     "FeatureDistance",
     "JointSpace",
     "LabelledImages",
@@ -37,6 +39,7 @@ __all__ = [
     "docstring_pairs",
     "drawn_views",
     "dual_encoder",
+    "factor_pictures",
     "fitted_logit_scale",
     "image_encoder",
     "labelled_images",
