@@ -302,7 +302,7 @@ def xfactors(module: Any, patch: Any) -> None:
         self.values = data.sizes()
 
     def agreement(self: Any, x: torch.Tensor, factors: Any) -> dict[str, float]:
-        return {name: float(x.mean() > 0) for name in factors}
+        return {name: float(bool(x.isfinite().all())) for name in factors}
 
     patch(module, "WIDTH", 2)
     patch(module.Judge, "__init__", judge)

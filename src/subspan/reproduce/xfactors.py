@@ -226,7 +226,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
             ),
             "Leakage is what a probe reads above the commonest value, 0 to 1, mean over factors: of the taught factors "
             "from the residual, and of all other factors from a factor's block (linear) and its length (neighbours).",
-            f"{DIRECTIONS}: one seed. Log variances of factors' blocks start at {INITIAL_LOG_VARIANCE:g} in place of 0.",
+            f"{DIRECTIONS}: one seed. Log variances of factors' blocks start at {INITIAL_LOG_VARIANCE:g}.",
         ],
     )
 
