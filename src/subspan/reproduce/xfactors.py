@@ -24,10 +24,10 @@ from .trials import Trials, spread
 class Sizes(NamedTuple):
     """Pictures to train and to test on, epochs, those of the judge, votes of the FactorVAE score, and seeds."""
 
-    train: int = 3000
+    train: int = 12000
     test: int = 1600
-    epochs: int = 25
-    judged: int = 8
+    epochs: int = 15
+    judged: int = 3
     votes: int = 1000
     seeds: int = 3
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from subspan.datasets import is_available, load
 
-_SIDE, _HANDS = 16, 3
+_SIDE, _HANDS = 16, 8
 # Of a digit: side of its 8 x 8 pixels on the canvas, shift of its centre of mass in pixels, brightness.
 _SCALES, _SHIFTS, _INKS = (7.0, 9.0, 11.0), (-2.55, -0.85, 0.85, 2.55), (0.4, 0.6, 0.8, 1.0)
 
