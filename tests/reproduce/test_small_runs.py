@@ -267,6 +267,36 @@ def ast_probe(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.QUICK._replace(load=lambda: (model, tokenizer), **small))
 
 
+def icl_circuit(module: Any, patch: Any) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    prompts = [module.WORDS, *module.SETS.values()]
+    own = {f"{prompt.template.replace('{label}', word)}" for prompt in prompts for word in prompt.words.values()}
+    words = [*" ".join(own).replace("{text}", " ").split(), *itertools.chain(*module.CATEGORIES.values())]
+    known = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "<u>", *words]))}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, "<u>"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", unk_token="<u>")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=len(known), **sizes, initializer_range=0.5)
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    class Encoder(SentenceEncoder):
+        def __init__(self, *_: Any) -> None: ...
+
+        def encode(self, texts: list[str]) -> np.ndarray:
+            return normal(len(texts), 8).numpy()
+
+    records = [{"text": f"a question of number {i}", "label": list(module.TREC)[i % 5]} for i in range(90)]
+    patch(module, "load_language_model", lambda: (model, tokenizer))
+    patch(module, "load_sentence_encoder", tuple)
+    patch(module, "SentenceEncoder", Encoder)
+    patch(module, "is_available", lambda name: True)
+    patch(module, "load", lambda name: records)
+    patch(module, "QUICK", module.QUICK._replace(few=6, neighbours=3))
+
+
 def labelled(n: int, classes: int, spread: float) -> LabelledImages:
     """Pictures whose class is where they are bright, and features of which some columns are the class's."""
     rows = np.arange(n)
@@ -331,6 +361,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
     sae_manifolds: {"model: PCA is the upper bound"},
+    icl_circuit: {"SmolLM2: and nowhere else"},
 }
 
 

@@ -117,7 +117,12 @@ def causal(name: str, model: Any, tokenizer: Any, setting: Setting, seed: int, p
             for cut, windows in ((OTHERS, ((0.0, 1.0),)), (MAIN, HALVES))
         ]
         further = Ablation(parts[0].effects + parts[1].effects, parts[0].targets, own["uncut"], None)
-        best = retrieval_report(even).best(5)
+        # At most half of a layer, so that as many others are left for the control.
+        most, best = even.retrieval.shape[2] // 2, []
+        for layer, number in retrieval_report(even).best(60):
+            if sum(at == layer for at, _ in best) < most:
+                best.append((layer, number))
+        best = best[:5]
         blind = [("five best induction heads", circuit.ablate_heads(some, best, controls=2, **own))]
     progress(f"{name}: inside subspaces", 0.9)
     inside, dims = within(circuit, examples[1::2][: setting.inside], head, seed)
@@ -162,7 +167,9 @@ def texts(name: str, setting: Setting, seed: int) -> tuple[list[FewShotExample],
     for source in (test, rest):
         records = [r for r in load(f"icl_text/{source}") if r["label"] in known and 15 < len(r["text"]) < 120]
         pools.append([records[i] for i in random.permutation(len(records))])
-    measured, other = pools[0][: setting.texts], pools[1][-1000:]
+    measured = pools[0][: setting.texts]
+    asked = {r["text"] for r in measured}
+    other = [r for r in pools[1] if r["text"] not in asked][:1000]
     fitted, shown = other[: setting.texts], other[setting.texts :]
 
     def drawn(queries: list[Any], offset: int) -> list[FewShotExample]:
@@ -231,6 +238,7 @@ def judged(found: Sequence[Causal], sets: Sequence[Represented]) -> list[Check]:
                 "share of attention, more than chance",
                 gone - each.retrieved.chance,
                 0.05,
+                quick=True,
             ),
         ]
     if sets:
