@@ -237,6 +237,16 @@ PUBLISHED = [
     Default(probe.ConvergentLearning, "method", "matching", "Li et al. (2016)"),
     Default(probe.ConvergentLearning, "sign", "auto", "Li et al. (2016) for ReLU units; magnitudes elsewhere are ours"),
     Default(measures.mutual_information, "bins", 10, "YixuanLi/convergent_learning, beside a bin of zeros"),
+    # probe: ICL circuit
+    Default(probe.draw_examples, "k", 4, "Cho et al. (2025)"),
+    Default(probe.encode_report, "neighbours", 64, "hc495/ICL_Circuit, of 512 prompts"),
+    Default(probe.merge_report, "neighbours", 64, "hc495/ICL_Circuit, of 512 prompts"),
+    Default(probe.merge_report, "threshold", 5.0, "Cho et al. (2025): 5 / tokens of the prompt"),
+    Default(probe.retrieval_report, "threshold", 5.0, "Cho et al. (2025): 5 / tokens of the prompt"),
+    Default(probe.ICLCircuit.ablate, "keep_self", True, "ours: rows without any key attend to all alike"),
+    Default(
+        probe.ICLCircuit.ablate, "include_query", False, "the note in hc495/ICL_Circuit; its loop has the query, too"
+    ),
     # align: ReAlign
     Default(align.ReAlign, "steps", ("anchor", "trace", "centroid"), "Yu et al. (2026)"),
     Default(align.ReAlign, "n_centroid", 1, "Yu et al. (2026)"),
