@@ -102,6 +102,35 @@ def test_random_labels_cost_what_labels_cost_and_planted_ones_less():
     assert VariationalProbe(**FAST, scale=False).fit(x / 256, y).code_length_ > 1.3 * planted.code_length_
 
 
+def test_classes_with_few_rows_count_alike_where_that_is_asked_for():
+    x, y = varieties(n=600, groups=2, shift=1.2)
+    rare = np.flatnonzero(y == "b")[30:]
+    x, y = np.delete(x, rare, 0), np.delete(y, rare)  # 300 to 30
+    plain, balanced = (VariationalProbe(**FAST, class_weight=kind).fit(x, y) for kind in (None, "balanced"))
+    found = [np.mean(probe.predict(x)[y == "b"] == "b") for probe in (plain, balanced)]
+    assert found[1] > found[0] + 0.2
+    assert plain.score(x, y) == np.mean(plain.predict(x) == y)
+    assert balanced.score(x, y) == pytest.approx((found[1] + np.mean(balanced.predict(x)[y == "a"] == "a")) / 2)
+    assert plain.chance(y) == pytest.approx((10 / 11, (10 / 11 / 11 / 330) ** 0.5))
+    assert balanced.chance(y) == pytest.approx((0.5, (0.25 / 300 + 0.25 / 30) ** 0.5 / 2))
+    # Labels are still coded as often as they are there.
+    assert balanced.code_length_ > plain.code_length_
+    with pytest.raises(ValueError, match="class_weight: expected"):
+        VariationalProbe(class_weight="even").fit(x, y)
+
+
+def test_a_probe_goes_on_from_another():
+    x, y = varieties()
+    first = VariationalProbe(**FAST).fit(x, y)
+    same = VariationalProbe(**{**FAST, "epochs": 1, "learning_rate": 1e-9}).fit(x, y, start=first)
+    assert same.coef_ == pytest.approx(first.coef_, abs=1e-4)
+    further = VariationalProbe(**{**FAST, "epochs": 1}).fit(x, y, start=first)
+    assert further.code_length_ < VariationalProbe(**{**FAST, "epochs": 1}).fit(x, y).code_length_
+    for rows, labels in ((x[:, :5], y), (x, np.where(y == "a", "z", y))):
+        with pytest.raises(ValueError, match=r"start: a probe of .* dimensions is needed, got one of"):
+            VariationalProbe(**FAST).fit(rows, labels, start=first)
+
+
 def test_the_dominant_subspace_is_the_planted_one():
     x, y = varieties(n=900, shift=5.0)
     probe = VariationalProbe(epochs=30, learning_rate=0.05, batch_size=150).fit(x, y)
@@ -264,6 +293,57 @@ def test_training_leaves_the_subspace_and_estimates_follow_the_steps(data):
     random, _ = trained(kind="random")
     assert random.subspace_.dim == online.subspace_.dim
     assert float(random.subspace_.overlap(online.subspace_)) < 0.7
+
+
+def test_shrinkage_is_the_penalty_on_all_directions(data):
+    x, y = data
+    model = network()
+    options = {"settings": FAST, "weight": 0.5, "relative": False, "kind": "shrinkage"}
+    with SubspaceDecoupling(model, "0", [x], y, "a", **options) as decoupling:
+        model(x)
+        torch.testing.assert_close(decoupling.penalty(), 0.5 * model[0](x).norm(dim=1).mean())
+
+
+def test_what_the_probe_before_says_of_states_that_have_moved(data):
+    x, y = data
+    model = network()
+    with SubspaceDecoupling(model, "0", [x], y, "a", settings=FAST, every=5) as decoupling:
+        decoupling.step(5)
+        with torch.no_grad():
+            model[0].weight.copy_(-model[0].weight)
+        decoupling.step(10)
+    first, same, moved = decoupling.history_
+    assert first.accuracy_before is None
+    assert same.accuracy_before == first.accuracy
+    assert moved.accuracy > 0.8
+    assert moved.accuracy_before < 0.4
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.last, self.reentrant = nn.Linear(12, 16), nn.Linear(16, 4), reentrant
+
+    def forward(self, x):
+        x = x.requires_grad_(self.training)
+        return self.last(torch.utils.checkpoint.checkpoint(self.first, x, use_reentrant=self.reentrant))
+
+
+def test_checkpointed_layers_are_seen_once_and_with_gradients_or_refused(data):
+    x, y = data
+    torch.manual_seed(0)
+    model = Checkpointed(False)
+    with SubspaceDecoupling(model, "first", [x.clone()], y, "a", settings=FAST) as decoupling:
+        model.train()(x.clone())
+        states = decoupling._states
+        decoupling.penalty().backward()  # in which the layer runs again
+        assert decoupling._states is states
+        assert bool(model.first.weight.grad.any())
+    model = Checkpointed(True)
+    with SubspaceDecoupling(model, "first", [x.clone()], y, "a", settings=FAST) as decoupling:
+        model.train()(x.clone())
+        with pytest.raises(ValueError, match="checkpoint activations with use_reentrant=False"):
+            decoupling.penalty()
 
 
 def test_a_probe_at_chance_is_said_and_penalises_nothing(data):

@@ -35,6 +35,7 @@ from .unlearning_checks import answer_log_likelihood, answer_scores, question_pr
 from .unlearning_data import PairedExamples, answer_examples
 from .variational_probe import VariationalLinear, VariationalProbe, dominant_subspace
 from .variety_report import VarietyReading, variety_report
+from .variety_tuning import decouple_finetune
 
 __all__ = [
     "Answers",
@@ -70,6 +71,7 @@ __all__ = [
     "collect_output_moments",
     "conformal_quantile",
     "contrast_subspace",
+    "decouple_finetune",
     "displacement_mixing",
     "displacements",
     "dominant_subspace",

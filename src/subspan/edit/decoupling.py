@@ -16,6 +16,8 @@ from subspan.base.parameters import Count, Positive, check_parameters
 from subspan.geometry import Subspace
 from subspan.models import iterate_representations, layer_names
 from subspan.models.capture import split_mask
+from subspan.models.checkpointing import is_detached, is_recomputing
+from subspan.models.layers import first_tensor
 from subspan.nn import ProjectionPenalty
 
 from .variational_probe import VariationalProbe, dominant_subspace
@@ -31,7 +33,11 @@ class Refresh:
     step
         Optimizer steps taken before it.
     accuracy, chance
-        Of the probe on rows that it was not fitted to, and of the commonest label there.
+        Of the probe on rows that it was not fitted to, and of the commonest label there; with balanced classes means
+        over classes.
+    accuracy_before
+        Of the probe before on the same rows, None for the first: where it is at chance and the new one is not, the
+        varieties have moved into other directions.
     bits
         Compression of the labels by the probe: above 1 it says something.
     angle
@@ -43,6 +49,7 @@ class Refresh:
     step: int
     accuracy: float
     chance: float
+    accuracy_before: float | None
     bits: float
     angle: float | None
     active: bool
@@ -62,7 +69,8 @@ class SubspaceDecoupling:
     model
         Any torch or transformers model.
     layer
-        As in `models.layer_names`; -1 the last.
+        As in `models.layer_names`; -1 the last block. The name of a model's body, such as "model", is its last
+        normalised state.
     batches
         Batches for the probe, looked at in each estimate; a list, or another iterable that can be read again.
     labels
@@ -74,7 +82,8 @@ class SubspaceDecoupling:
     every
         Optimizer steps between two estimates.
     kind
-        "variety"; or a control: "random", a subspace of the same rank drawn anew; "fixed", the first estimate.
+        "variety"; or a control: "random", a subspace of the same rank drawn anew; "fixed", the first estimate;
+        "shrinkage", all directions, so that states become short.
     probe
         "multiclass": the span of the differences of the dominant class's weights; "ovr": one direction against all
         others together.
@@ -83,7 +92,7 @@ class SubspaceDecoupling:
     pool
         How a sample's tokens become rows of the probe: "rows", every token; or "mean".
     settings
-        Of `VariationalProbe`.
+        Of `VariationalProbe`; {"class_weight": "balanced"} where varieties have very different numbers of rows.
     random_state
         Seed of the control and of the split.
 
@@ -127,7 +136,7 @@ class SubspaceDecoupling:
     dominant: Any
     weight: Positive = 0.01
     every: Count = 500
-    kind: Literal["variety", "random", "fixed"] = "variety"
+    kind: Literal["variety", "random", "fixed", "shrinkage"] = "variety"
     probe: Literal["multiclass", "ovr"] = "multiclass"
     relative: bool = True
     pool: Literal["rows", "mean"] = "rows"
@@ -145,6 +154,7 @@ class SubspaceDecoupling:
         self._penalty = ProjectionPenalty(power=1, relative=self.relative)
         self.history_: list[Refresh] = []
         self.subspace_: Subspace | None = None
+        self._probe: VariationalProbe | None = None
         self._states: Tensor | None = None
         self._mask: Tensor | None = None
         self._looking = False
@@ -170,7 +180,10 @@ class SubspaceDecoupling:
         counted: nonzero = this state counts, such as those of the other varieties alone; default: all but padding.
         """
         if self._states is None:
-            raise ValueError("penalty: no forward pass was seen; call the model inside the context first")
+            raise ValueError(
+                "penalty: no forward pass was seen; call the model inside the context first, and checkpoint "
+                "activations with use_reentrant=False"
+            )
         if counted is None and self._mask is not None and self._mask.shape == self._states.shape[:-1]:
             counted = self._mask
         return self.weight * self._penalty(self._states, counted)
@@ -181,7 +194,7 @@ class SubspaceDecoupling:
             self.refresh(step)
 
     def callback(self) -> Any:
-        """A callback of transformers' Trainer that calls `step`; add `penalty()` in its `compute_loss`."""
+        """A callback of transformers' Trainer that calls `step` after each optimizer step."""
         from subspan.base import require
 
         base = require("transformers", extra="llm").TrainerCallback
@@ -192,6 +205,35 @@ class SubspaceDecoupling:
                 decoupling.step(state.global_step)
 
         return Decouple()
+
+    def trainer(self, base: type[Any]) -> type[Any]:
+        """The class of a trainer with the penalty in its loss and the callback: transformers' Trainer or one like it.
+
+        base: `transformers.Trainer`, `trl.SFTTrainer`, … The penalty counts once an optimizer step, however many
+        batches are accumulated for it.
+        """
+        decoupling = self
+
+        class Decoupled(base):
+            def __init__(self, *args: Any, **options: Any) -> None:
+                super().__init__(*args, **options)
+                self.add_callback(decoupling.callback())
+
+            def compute_loss(
+                self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+            ) -> Any:
+                loss, outputs = super().compute_loss(
+                    model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+                )
+                if model.training:
+                    given = getattr(self, "loss_is_scaled_for_ga", None)
+                    by_tokens = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                    scaled = by_tokens or self.compute_loss_func is not None if given is None else given
+                    # What the trainer does not divide by the number of batches is divided here.
+                    loss = loss + decoupling.penalty() / (self.current_gradient_accumulation_steps if scaled else 1)
+                return (loss, outputs) if return_outputs else loss
+
+        return Decoupled
 
     def added_to(self, loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
         """A loss of `nn.Objective` with the penalty; `step` goes into its `after_step`."""
@@ -212,15 +254,18 @@ class SubspaceDecoupling:
         probe = VariationalProbe(**{"random_state": self.random_state, **self.settings}).fit(
             rows[fitted], labels[fitted]
         )
-        accuracy = probe.score(rows[held], labels[held])
-        chance = float(np.unique(labels[held], return_counts=True)[1].max() / len(held))
-        active = accuracy > chance + 2 * (chance * (1 - chance) / len(held)) ** 0.5
+        accuracy, (chance, error) = probe.score(rows[held], labels[held]), probe.chance(labels[held])
+        kept = None if self._probe is None else self._probe.score(rows[held], labels[held])
+        active = accuracy > chance + 2 * error
+        self._probe = probe
         before, self.subspace_ = self.subspace_, None
         if active:
             self.subspace_ = dominant_subspace(probe, True if self.probe == "ovr" else self.dominant)
             if self.kind == "random":
                 generator = torch.Generator().manual_seed(self.random_state + step)
                 self.subspace_ = Subspace.random(rows.shape[1], self.subspace_.dim, generator=generator)
+            elif self.kind == "shrinkage":
+                self.subspace_ = Subspace.span(torch.eye(rows.shape[1]))
         else:
             warnings.warn(
                 f"step {step}: the probe is at chance ({accuracy:.2f}, commonest label {chance:.2f}); no penalty now",
@@ -230,7 +275,7 @@ class SubspaceDecoupling:
         self._penalty.to(rows.device)
         both = before is not None and self.subspace_ is not None
         angle = float(self.subspace_.angles(before).mean()) if both else None  # pyright: ignore
-        self.history_.append(Refresh(step, accuracy, chance, probe.compression_, angle, active))
+        self.history_.append(Refresh(step, accuracy, chance, kept, probe.compression_, angle, active))
 
     # ------------------------------------------------------------------ states
 
@@ -255,11 +300,12 @@ class SubspaceDecoupling:
         return torch.cat(rows).float(), np.concatenate(labels)
 
     def _see(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if not self._looking:
-            self._states = output[0] if isinstance(output, tuple) else output
+        if not self._looking and not is_recomputing():
+            self._states = None if is_detached() else first_tensor(output)
 
     def _see_mask(self, module: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
-        self._mask = keywords.get("attention_mask")
+        if not self._looking:
+            self._mask = keywords.get("attention_mask")
 
     def _leave(self) -> None:
         for hook in self._hooks:

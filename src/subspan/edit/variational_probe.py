@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -120,6 +120,9 @@ class VariationalProbe:
         See `VariationalLinear`.
     scale
         Divide all rows by one number, their root mean square; the published probe does not.
+    class_weight
+        "balanced": in the fit and in `score` every class counts alike, however many rows it has. The code is of all
+        labels in either case, and longer then.
     random_state
         Seed.
 
@@ -171,10 +174,11 @@ class VariationalProbe:
     held_out: Share = 0.1
     clip_variance: Positive = 0.04
     scale: bool = True
+    class_weight: Literal["balanced"] | None = None
     random_state: int = 0
 
-    def fit(self, X: Any, y: Any) -> VariationalProbe:
-        """Fit to rows X (n, d) and their labels y (n,)."""
+    def fit(self, X: Any, y: Any, *, start: VariationalProbe | None = None) -> VariationalProbe:
+        """Fit to rows X (n, d) and their labels y (n,), from where another probe of the same classes has come to."""
         check_parameters(self)
         rows = check_matrix(as_tensor(X, "X").detach().float(), "X", min_rows=2)
         labels = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
@@ -190,6 +194,8 @@ class VariationalProbe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.random_state)
             self.layer_ = VariationalLinear(rows.shape[1], len(self.classes_), clip_variance=self.clip_variance)
+            if start is not None:
+                self._continue(start)
             self._train(self.layer_.to(rows.device), rows, target)
             self._measure(rows, target)
         self.coef_ = (self.layer_.weight_mean * self.layer_.gate_mean).detach().cpu().numpy()
@@ -216,8 +222,31 @@ class VariationalProbe:
         return self.classes_[self.decision_function(X).argmax(-1).numpy()]
 
     def score(self, X: Any, y: Any) -> float:
-        """Share of rows that get their label."""
-        return float((self.predict(X) == np.asarray(y)).mean())
+        """Share of rows that get their label; with balanced classes the mean of the shares of each class."""
+        labels = np.asarray(y)
+        right = self.predict(X) == labels
+        if self.class_weight is None:
+            return float(right.mean())
+        return float(np.mean([right[labels == each].mean() for each in np.unique(labels)]))
+
+    def chance(self, y: Any) -> tuple[float, float]:
+        """`score` on labels y of always giving one answer, the best one, and the standard error of such a score."""
+        counts = np.unique(np.asarray(y), return_counts=True)[1]
+        if self.class_weight is None:
+            share = float(counts.max() / counts.sum())
+            return share, float((share * (1 - share) / counts.sum()) ** 0.5)
+        share = 1 / len(counts)
+        return share, float((share * (1 - share) * (1 / counts).sum()) ** 0.5 / len(counts))
+
+    @torch.no_grad()
+    def _continue(self, start: VariationalProbe) -> None:
+        """Take over another probe's variables."""
+        if start.coef_.shape[1] != self.layer_.gate_mean.numel() or start.classes_.tolist() != self.classes_.tolist():
+            raise ValueError(
+                f"start: a probe of {self.classes_.tolist()} on {self.layer_.gate_mean.numel()} dimensions is needed, "
+                f"got one of {start.classes_.tolist()} on {start.coef_.shape[1]}"
+            )
+        self.layer_.load_state_dict(start.layer_.state_dict())
 
     @torch.enable_grad()
     def _train(self, layer: VariationalLinear, rows: Tensor, target: Int[Tensor, " n"]) -> None:
@@ -225,11 +254,14 @@ class VariationalProbe:
         order, held = torch.randperm(len(rows)).to(rows.device), round(self.held_out * len(rows))
         kept, trained = order[:held], order[held:]
         optimizer = torch.optim.Adam(layer.parameters(), self.learning_rate)
+        counts = torch.bincount(target, minlength=len(self.classes_))
+        # As many rows in all as there are, so that the divergence weighs what it did.
+        weight = None if self.class_weight is None else len(target) / (len(counts) * counts)
         best, bad, step = math.inf, 0, 0
         for _ in range(self.epochs):
             layer.train()
             for batch in trained[torch.randperm(len(trained)).to(rows.device)].split(self.batch_size):
-                loss = F.cross_entropy(layer(rows[batch]), target[batch], reduction="sum")
+                loss = F.cross_entropy(layer(rows[batch]), target[batch], weight, reduction="sum")
                 loss = finite_loss(loss + layer.kl() * (len(batch) / len(trained)), step)
                 optimizer.zero_grad()
                 loss.backward()
@@ -238,7 +270,7 @@ class VariationalProbe:
             if not held:
                 continue
             with torch.no_grad():
-                found = float(F.cross_entropy(layer.eval()(rows[kept]), target[kept]))
+                found = float(F.cross_entropy(layer.eval()(rows[kept]), target[kept], weight))
             best, bad = min(best, found), 0 if found < best else bad + 1
             if bad > 1:
                 return

@@ -27,7 +27,8 @@ class VarietyReading:
     layer, variety
         Which.
     accuracy, chance
-        Of a probe on rows that it was not fitted to, and of the commoner answer there.
+        Of a probe on rows that it was not fitted to, and of the commoner answer there; with
+        settings={"class_weight": "balanced"} the mean over both answers, and 0.5.
     compression
         Bits of the labels alone over bits by the probe (`VariationalProbe.compression_`): above that of the control
         the layer says something.
@@ -183,7 +184,7 @@ def _layer(
                 name,
                 variety,
                 probe.score(rows[held], mine[held]),
-                float(max(mine[held].mean(), 1 - mine[held].mean())),
+                probe.chance(mine[held])[0],
                 probe.compression_,
                 random.compression_,
                 *angles,

@@ -1,4 +1,5 @@
 from .anomaly_maps import aupro, auroc
+from .chrf import chrf, chrf_scores
 from .compatibility import (
     BackfillCurve,
     average_accuracy,
@@ -47,6 +48,8 @@ __all__ = [
     "average_compatibility",
     "backfill_curve",
     "block_leakage",
+    "chrf",
+    "chrf_scores",
     "clustering_accuracy",
     "common_prefix",
     "compatibility_matrix",
