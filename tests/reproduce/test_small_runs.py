@@ -178,7 +178,7 @@ def small_language_model(tied: bool = False) -> tuple[Any, Any]:
 
 def resrl(module: Any, patch: Any) -> None:
     patch(module, "load_language_model", lambda name: small_language_model(tied=True))
-    patch(module, "data_folder", lambda: None)
+    patch(module, "written", lambda: None)
     patch(module, "QUICK", module.Setting(6, 2, 1000))
 
 

@@ -10,6 +10,7 @@ from .pretrained import load_language_model, load_model, load_sentence_encoder
 from .rows import Rows
 from .shapes import Shapes, procedural_shapes
 from .shared import SHARED, ImageRecords, data_folder, is_available, load
+from .solutions import ModelSolutions, model_solutions
 from .texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MANIFOLDS",
     "ManifoldKind",
     "ManifoldZoo",
+    "ModelSolutions",
     "PlantedRows",
     "Rows",
     "SHARED",
@@ -52,6 +54,7 @@ __all__ = [
     "load_model",
     "load_sentence_encoder",
     "model_path",
+    "model_solutions",
     "open_image",
     "open_index",
     "open_table",

@@ -3,6 +3,7 @@ from .decoupling import Refresh, SubspaceDecoupling
 from .displacement import Displacement, lld
 from .eigenshield import EigenShield
 from .erasing import erase_subspace, steer_subspace
+from .group_policy import Rollouts, clipped_policy_loss, credit_by, group_advantages
 from .latents import displacement_mixing, displacements, latent_directions, orthogonalize_projections, path_length
 from .leace import erase_differences, leace
 from .low_rank_starts import importance_factors, squared_gradients, zero_factors
@@ -52,6 +53,7 @@ __all__ = [
     "Refresh",
     "ResidualCredit",
     "RobustSpikes",
+    "Rollouts",
     "SINGLE_TEMPLATE",
     "STSClassifier",
     "SpectralSteering",
@@ -68,9 +70,11 @@ __all__ = [
     "answer_examples",
     "answer_log_likelihood",
     "answer_scores",
+    "clipped_policy_loss",
     "collect_output_moments",
     "conformal_quantile",
     "contrast_subspace",
+    "credit_by",
     "decouple_finetune",
     "displacement_mixing",
     "displacements",
@@ -80,6 +84,7 @@ __all__ = [
     "erase_differences",
     "erase_subspace",
     "gaussian_blur",
+    "group_advantages",
     "head_interference",
     "hidden_reward_weights",
     "importance_factors",

@@ -27,6 +27,7 @@ from .partitions import (
     pairwise_f1,
     partition_scores,
 )
+from .pass_rates import pass_at_k
 from .probes import CodeLength, ProbeScore, leakage, make_probe, online_code_length, probe_score
 from .retrieval import RetrievalScores, prefix_retrieval_scores, retrieval_scores, template_gallery
 from .spatial import gram_agreement, spatial_structure
@@ -79,6 +80,7 @@ __all__ = [
     "paired_bootstrap",
     "pairwise_f1",
     "partition_scores",
+    "pass_at_k",
     "prefix_retrieval_scores",
     "probe_score",
     "recall_at_k",

@@ -6,7 +6,6 @@ after the other, each with the rate that lowers wrong solutions as far; then the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,7 +15,8 @@ from jaxtyping import Bool, Float
 from scipy.stats import spearmanr, wilcoxon
 from torch import Tensor, nn
 
-from subspan.datasets import data_folder, load, load_language_model
+from subspan.datasets import load_language_model, model_solutions
+from subspan.datasets.solutions import solutions_file
 from subspan.edit import ResidualCredit, entropy_mask, head_interference, hidden_reward_weights
 from subspan.measures import paired_bootstrap
 from subspan.models import Capture
@@ -27,8 +27,6 @@ from .protocol import Check, Outcome, Progress, Table
 ARMS = ("all alike (NSR)", "ResRL", "ResRL, shuffled", "ResRL, final states", "NTHR", "entropy, top 20 %")
 PLAIN, OURS, SHUFFLED, FINAL, HIDDEN, ENTROPY = ARMS
 CONSTANT = "one weight, as much in all"
-WRITERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
-_NOTES = re.compile(r"<<[^>]*>>")
 
 
 class Setting(NamedTuple):
@@ -53,14 +51,12 @@ class Problem(NamedTuple):
 
 def written() -> list[Problem] | None:
     """GSM8K's test problems with four models' solutions each, where that file is in the data folder."""
-    folder = data_folder()
-    if folder is None or not list((folder / "gsm8k").glob("example_model_solutions.jsonl*")):
+    if solutions_file() is None:
         return None
-    found = []
-    for row in load("gsm8k/example_model_solutions"):
-        judged = {_NOTES.sub("", row[name]["solution"]): row[name]["is_correct"] for name in WRITERS}
-        found.append(Problem(row["question"], list(judged), list(judged.values())))
-    return found
+    different = [
+        (each.question, {text: each.right[by] for by, text in each.solutions.items()}) for each in model_solutions()
+    ]
+    return [Problem(question, list(judged), list(judged.values())) for question, judged in different]
 
 
 def made() -> list[Problem]:
