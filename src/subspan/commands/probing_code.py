@@ -132,7 +132,12 @@ class CodeProbing:
         best = numbers.index(probe.layer_)
         own = [(part.layer(probe.layer_), those) for part, those in (learnt, held, test)]
         ranks = rank_sweep(
-            probe, *own, [k for k in _RANKS if k < rank], progress=lambda said, done: progress(said, 0.5 + 0.2 * done)
+            probe,
+            own[0],
+            own[1],
+            own[2],
+            [k for k in _RANKS if k < rank],
+            progress=lambda said, done: progress(said, 0.5 + 0.2 * done),
         )
         progress("controls", 0.7)
         controls = self._controls(probe, own)

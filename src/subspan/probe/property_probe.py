@@ -349,9 +349,12 @@ class PropertyProbe:
             spaces = Subspace.random(z.shape[1], min(rank, z.shape[1]), batch=(self.draws,), generator=generator)
             drawn = read_held_out(z @ spaces.basis.float(), [target], folds, shrinkages=[self.shrinkage_])
             place = own.index(rank) if rank in own else None
-            found = (None, None, None) if place is None else tuple(_interval(score[:, place]))
-            by_noise = None if place is None else float(1 - noise[place] / bases.mean())
-            self.ranks_.append(RankReading(rank, *found, float(drawn.scores().mean()), by_noise))
+            random_score = float(drawn.scores().mean())
+            if place is None:
+                self.ranks_.append(RankReading(rank, None, None, None, random_score, None))
+            else:
+                by_noise = float(1 - noise[place] / bases.mean())
+                self.ranks_.append(RankReading(rank, *_interval(score[:, place]), random_score, by_noise))
 
     def _coordinates(self, states: Float[Tensor, "n d"], target: Target) -> dict[str, list[float]]:
         z = self.subspace_.coordinates(states)
@@ -457,4 +460,4 @@ def _neighbours(states: Float[Tensor, "n d"], target: Target, rows: Tensor) -> f
     folds = min(5, int(np.unique(codes, return_counts=True)[1].min()))
     if folds < 2:
         return float("nan")
-    return float((cross_val_predict(probe, own.numpy(), codes, cv=folds) == codes).mean())
+    return float(np.mean(np.asarray(cross_val_predict(probe, own.numpy(), codes, cv=folds)) == codes))
