@@ -26,7 +26,7 @@ from subspan.commands.auditing import weight_facts
 from subspan.datasets import Rows
 from subspan.models import StateDelta
 from subspan.probe import compare_updates
-from subspan.report import render, render_audit
+from subspan.report import render, render_audit, render_probe
 from subspan.report.figures import affinity_figure
 from subspan.report.pieces import document, figure_of
 
@@ -283,6 +283,41 @@ def test_the_audit_page_is_whole_and_fits(browser: Browser, tmp_path: Path, widt
     assert browser.value("document.documentElement.scrollWidth") <= width
     assert (
         browser.value("[...document.querySelectorAll('.plot')].map(p => !!p.querySelector('.main-svg'))") == [True] * 5
+    )
+    assert browser.complaints() == []
+
+
+def facts_of_a_probe() -> dict[str, Any]:
+    """As `subspan probe` gives them, of a model of thirty blocks."""
+    near = {"score": 0.8, "low": 0.7, "high": 0.9}
+    value = {"value": 0.8, "low": 0.7, "high": 0.9}
+    erased = {"name": "", "way": "subspace", **near, "chance": 0.2, "neighbours": 0.3}
+    return {
+        "model": "a-model-with-a-long-name-of-some-words", "property": "label", "kind": "labels", "source": "texts.csv",
+        "classes": {"a": 50, "b": 50}, "read_at": "the mean over all tokens", "texts": 100, "left_out": {"copies": 2},
+        "cut": 1, "max_tokens": 128, "verdict": "kept", "reason": "kept in layer 3", "score": value, "chance": 0.2,
+        "words": value, "beyond_words": value, "layer": 3, "site": ["model.layers.2", "output"], "first_layer": 3,
+        "layers": [{"layer": layer, **near, "shuffled": 0.2} for layer in range(31)], "last_layer": 5, "blocks": 30,
+        "ranks": [{"rank": 1, **near, "random": 0.3, "shuffled": 0.2},
+                  {"rank": 256, "score": None, "low": None, "high": None, "random": 0.5, "shuffled": None}],
+        "rank": 1, "dimensions": 2, "width": 576, "coordinates": {"a": [0.1, 0.2]}, "seed": 0, "seconds": 1.0,
+        "erased": [erased | {"way": "nothing"}, erased, erased | {"name": "another column"}], "created": "now",
+        "perplexity": {"nothing": 40.0, "subspace": 41.0}, "versions": {"subspan": "0"},
+        "downstream": {"texts": 30, "layers": [4, 5, 6], "subspace_neighbours": 0.5, "random_neighbours": 0.9,
+                       **{way: [0.5, 0.4, 0.6] for way in ("nothing", "subspace", "random")}},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_probe_page_is_whole_and_fits(browser: Browser, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "probe.html"
+    path.write_text(render_probe(facts_of_a_probe()), encoding="utf-8")
+    browser.show(path, width, 900)
+    sections = browser.value("[...document.querySelectorAll('main section')].map(s => s.id)")
+    assert sections == ["verdict", "layers", "ranks", "erased", "use", "read"]
+    assert browser.value("document.documentElement.scrollWidth") <= width
+    assert (
+        browser.value("[...document.querySelectorAll('.plot')].map(p => !!p.querySelector('.main-svg'))") == [True] * 3
     )
     assert browser.complaints() == []
 
