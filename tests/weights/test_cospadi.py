@@ -1,6 +1,8 @@
 """CoSpaDi: one weight by every solver, and whole models."""
 
+import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -9,7 +11,15 @@ from torch import nn
 from subspan.geometry import Whitener
 from subspan.models import SparseDictLinear
 from subspan.statistics import Moments
-from subspan.weights import CoSpaDi, allocate, dictionary_sizes, error_curve, factorise, round_to_bits
+from subspan.weights import (
+    CoSpaDi,
+    allocate,
+    cospadi,
+    dictionary_sizes,
+    error_curve,
+    factorise,
+    round_to_bits,
+)
 
 SOLVERS = ("procrustes", "ksvd", "mod", "rocket", "svd", "2:4", "round")
 DICTIONARIES = SOLVERS[:4]
@@ -356,6 +366,34 @@ def test_passes_and_resuming_change_nothing(network, batches, tmp_path):
         assert sum(file.stat().st_mtime_ns == kept.get(file.name) for file in tmp_path.iterdir()) >= 3
         fresh = make().fit(network, batches)
         assert [r.error for r in again.report_] == [r.error for r in fresh.report_]
+
+
+def test_layers_side_by_side_in_threads(network, batches, monkeypatch):
+    alone = CoSpaDi(0.3, max_iter=2).fit(network, batches)
+    threads, together, inside = torch.get_num_threads(), threading.Barrier(2, timeout=60), []
+    own = cospadi.factorise
+
+    def both(*given, **options):
+        if len(inside) < 2:
+            inside.append(torch.get_num_threads())
+            together.wait()  # is passed only where two layers are worked on at the same time
+        return own(*given, **options)
+
+    monkeypatch.setattr(cospadi, "factorise", both)
+    torch.set_num_threads(2)
+    try:
+        found = CoSpaDi(0.3, max_iter=2).fit(network, batches)
+        assert torch.get_num_threads() == 2
+        broken = copy.deepcopy(network)
+        name = found.report_[3].name
+        broken.get_submodule(name).weight.data[0, 0] = math.nan
+        with pytest.raises(ValueError, match=f"{name}: weight"):
+            CoSpaDi(0.3, max_iter=2).fit(broken)
+    finally:
+        torch.set_num_threads(threads)
+    assert inside == [1, 1]
+    assert [layer.name for layer in found.report_] == [layer.name for layer in alone.report_]
+    assert [layer.error for layer in found.report_] == pytest.approx([layer.error for layer in alone.report_], rel=1e-4)
 
 
 def test_calibration_rows_that_are_not_finite_are_left_out():

@@ -26,7 +26,7 @@ from .neighbours import largest_product
 
 Progress = Callable[[float], None]
 # Numbers of the factors that a block of rows works on: what stays in a cache, and what a device is kept busy with.
-_CPU_BLOCK, _DEVICE_BLOCK = 1 << 21, 1 << 28
+_CPU_BLOCK, _DEVICE_BLOCK = 1 << 22, 1 << 28
 _ROWS = 512
 # Multiplications from which on it pays to load (the first time to make) compiled code.
 _WORTH_COMPILING = 1 << 26
