@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     ising_rows: int
 
 
-FULL = Setting(2, 64, 256, 100_000, 8000, 5, (3, 6, 12, 24), 3, 256, 128, 2304, 32, 6, 12_000)
+FULL = Setting(2, 64, 256, 60_000, 8000, 6, (3, 6, 12, 24), 3, 160, 128, 1152, 32, 6, 10_000)
 QUICK = Setting(1, 32, 96, 12_000, 3000, 3, (2, 8), 1, 24, 64, 256, 16, 2, 2000)
 MANIFOLDS_A_ROW = 3
 LEVEL = 0.9
@@ -202,7 +202,7 @@ def read(setting: Setting, data: Tokens, seed: int) -> Seen:
     captures, facts = {}, {"explained": 1 - float(left)}
     for concept, points in data.concepts.items():
         labels = [value for _, value in CONCEPTS[concept]]
-        found = ManifoldCapture(max_atoms=256, controls=3).fit(sae.sae_, points, labels)
+        found = ManifoldCapture(max_atoms=192, controls=3).fit(sae.sae_, points, labels)
         captures[concept] = found
         curve = found.statistical_.explained
         level = min(LEVEL, 0.95 * float(curve[-1])) if len(curve) else LEVEL
@@ -293,7 +293,7 @@ def judged(trials: Trials[str], groups: Sequence[dict[str, float]], model: Trial
 
 def curves(found: ManifoldCapture) -> Table:
     """The capture curves of a concept."""
-    geometric, n = found.geometric_, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
+    geometric, n = found.geometric_, [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192]
     series = {
         "PCA": geometric.pca,
         "geometric": geometric.explained,
