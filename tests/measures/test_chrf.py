@@ -27,6 +27,10 @@ def test_of_several_references_the_best_counts():
     assert chrf_scores(TEXTS, SEVERAL).tolist() == pytest.approx([59.217080, 44.253435, 65.374384, 0, 100], abs=1e-5)
 
 
+def test_orders_that_a_reference_is_too_short_for_and_marks_before_words():
+    assert chrf(["abcdefgh", "xyz (tuv"], ["abc", "xyz tuv here"]) == pytest.approx(25.237003309)
+
+
 def test_recall_weighs_more_than_precision_and_spaces_are_no_characters():
     assert chrf(["the cat sat here"], ["the cat"]) > chrf(["the cat"], ["the cat sat here"])
     assert chrf(["thecat"], ["the cat"], words=0) == 100
