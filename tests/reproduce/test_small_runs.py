@@ -189,8 +189,8 @@ def decoupling(module: Any, patch: Any) -> None:
     pairs = [(f"{word} xxx", f"{word} yyy") for word in words]
     patch(module, "load_language_model", lambda name: small_language_model(tied=True))
     patch(module, "material", lambda: module.Material("planted", varieties, (pairs[:40], pairs[40:])))
-    patch(module, "PROBE", {"epochs": 6, "learning_rate": 2e-2})
-    patch(module, "QUICK", module.Setting(2, 4, 4, 8, 1.0, 2, 12, (0, 3), 24, 1, 1e-3))
+    patch(module, "PROBE", {**module.PROBE, "epochs": 6, "learning_rate": 2e-2})
+    patch(module, "QUICK", module.Setting(2, 4, 4, 8, 1.0, 2, 12, (0, 3), 24, 1, 1e-3, 4))
 
 
 def sae_manifolds(module: Any, patch: Any) -> None:

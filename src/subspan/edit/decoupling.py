@@ -62,7 +62,8 @@ class SubspaceDecoupling:
     Inside the context the layer's states of each forward pass are seen, and `penalty()` is to be added to the loss:
     weight · mean over tokens of |h U| (over |h|, which does not count for the gradient, where `relative`). Every
     `every` optimizer steps a probe is fitted to states of `batches`, and U becomes what tells the dominant variety from
-    the others there. Where the probe is at chance, there is nothing to penalise until the next look.
+    the others there. Each probe starts from the one before. Where it is at chance, there is nothing to penalise until
+    the next look.
 
     Parameters
     ----------
@@ -252,7 +253,7 @@ class SubspaceDecoupling:
         order = np.random.default_rng(self.random_state).permutation(len(rows))
         held, fitted = order[: len(rows) // 4], order[len(rows) // 4 :]
         probe = VariationalProbe(**{"random_state": self.random_state, **self.settings}).fit(
-            rows[fitted], labels[fitted]
+            rows[fitted], labels[fitted], start=self._probe
         )
         accuracy, (chance, error) = probe.score(rows[held], labels[held]), probe.chance(labels[held])
         kept = None if self._probe is None else self._probe.score(rows[held], labels[held])
