@@ -190,7 +190,7 @@ def test_tables_copies_rare_classes_and_what_is_missing(folder, capsys):
     assert cli.run([*arguments, "--skip-nan", "--neutral", "neutral.txt", "--max-texts", "100"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["left_out"] == {
-        "with something missing": 1, "copies of earlier texts": 3, "in classes of fewer than 10 texts": 4,
+        "with something missing": 1, "copies of earlier texts": 3, "in classes of which fewer than 10 would be read": 4,
         "beyond the number that is read (--max-texts)": 60,
     }  # fmt: skip
     assert facts["texts"] == 100

@@ -187,3 +187,13 @@ def test_states_that_are_not_finite_are_refused():
     broken[3, 4] = torch.nan
     with pytest.raises(ValueError, match="states"):
         PropertyProbe().fit(states_of(broken), np.arange(N) % 2)
+
+
+def test_neighbours_are_not_asked_where_a_half_has_one_text_of_a_class():
+    labels = torch.arange(N) % 2
+    layer, _ = planted(2, labels, 1)
+    probe = PropertyProbe(random_state=0).fit(states_of(noise(0), layer), labels)
+    other = target_of(["rare" if place < 2 else "common" for place in range(N)])
+    found = {(row.name, row.way): row.neighbours for row in probe.erased(layer, {}, {"other": other})}
+    assert found["other", "nothing"] is None
+    assert found["", "nothing"] > 0.7

@@ -81,20 +81,22 @@ class PropertyTexts:
         return self.rows(first.values(), "copies of earlier texts")
 
     def drawn(self, most: int, seed: int) -> PropertyTexts:
-        """At most so many, drawn with the values in proportion; classes of fewer than ten texts are left out first.
+        """At most so many, drawn with the values in proportion, without classes of which there would be under ten.
 
         Raises ValueError where fewer than two classes, or than forty texts, are left.
         """
         found = self
         if not self.numeric:
             counts = Counter(self.values)
-            common = [place for place, value in enumerate(self.values) if counts[value] >= _FEWEST]
+            least = _FEWEST * max(1.0, len(self) / most)
+            common = [place for place, value in enumerate(self.values) if counts[value] >= least]
             if len({self.values[place] for place in common}) < 2:
                 shown = ", ".join(f"{quoted(name, 40)} ({count})" for name, count in counts.most_common(4))
                 raise ValueError(
-                    f"--label: two classes of {_FEWEST} texts each are the fewest, {self.name!r} has {shown}"
+                    f"--label: two classes of {_FEWEST} texts each among {min(most, len(self))} are the fewest, "
+                    f"{self.name!r} has {shown}"
                 )
-            found = self.rows(common, f"in classes of fewer than {_FEWEST} texts")
+            found = self.rows(common, f"in classes of which fewer than {_FEWEST} would be read")
         if len(found) < _FEWEST_TEXTS:
             raise ValueError(f"--texts: {_FEWEST_TEXTS} texts are the fewest, {len(found)} are left")
         if len(found) <= most:

@@ -95,7 +95,7 @@ class ErasedReading(NamedTuple):
     chance
         Without looking at the states.
     neighbours
-        Of the ten nearest neighbours; None for numbers.
+        Of the ten nearest neighbours; None for numbers, and where a half has one text of a class.
     """
 
     name: str
@@ -248,7 +248,9 @@ class PropertyProbe:
                 losses, bases, constant = (torch.cat([part[i][place] for part in parts]) for i in range(3))
                 near = None
                 if read[name].names:
-                    near = float(np.mean([_neighbours(changed, read[name], halves.split(h)[1]) for h in range(2)]))
+                    shares = [_neighbours(changed, read[name], halves.split(half)[1]) for half in range(2)]
+                known = [share for share in shares if share is not None]
+                near = float(np.mean(known)) if len(known) == 2 else None
                 chance = float(1 - constant.mean() / bases.mean())
                 result.append(ErasedReading(name, way, *_estimate(losses, bases), chance, near))
         return result
@@ -452,12 +454,12 @@ def _fold_scores(held: HeldOut, folds: Folds, number: int) -> Float[Tensor, " l"
     return -held.losses[0, 1:, folds.split(number)[1]].sum(1)
 
 
-def _neighbours(states: Float[Tensor, "n d"], target: Target, rows: Tensor) -> float:
-    """Share of a half's texts that their nearest neighbours in it tell right."""
+def _neighbours(states: Float[Tensor, "n d"], target: Target, rows: Tensor) -> float | None:
+    """Share of a half's texts that their nearest neighbours in it tell right; None where a class has one text there."""
     own = states[rows] - states[rows].mean(0)
     codes = target.values[rows].numpy()
     probe = make_probe("knn", n_neighbors=min(10, len(codes) // 2))
     folds = min(5, int(np.unique(codes, return_counts=True)[1].min()))
     if folds < 2:
-        return float("nan")
+        return None
     return float(np.mean(np.asarray(cross_val_predict(probe, own.numpy(), codes, cv=folds)) == codes))
