@@ -189,11 +189,22 @@ def test_states_that_are_not_finite_are_refused():
         PropertyProbe().fit(states_of(broken), np.arange(N) % 2)
 
 
-def test_neighbours_are_not_asked_where_a_half_has_one_text_of_a_class():
+def test_erasing_is_tried_on_other_texts_and_neighbours_only_where_classes_have_some():
     labels = torch.arange(N) % 2
     layer, _ = planted(2, labels, 1)
     probe = PropertyProbe(random_state=0).fit(states_of(noise(0), layer), labels)
     other = target_of(["rare" if place < 2 else "common" for place in range(N)])
-    found = {(row.name, row.way): row.neighbours for row in probe.erased(layer, {}, {"other": other})}
+    apart = []
+
+    def watching(rows, target):
+        def unchanged(tried):
+            apart.append(len(rows) == len(target) and not bool((rows.unsqueeze(1) == tried).all(2).any()))
+            return tried
+
+        return unchanged
+
+    read = probe.erased(layer, {"watched": watching}, {"other": other})
+    assert apart == [True, True]  # learnt on one half, tried on the other
+    found = {(row.name, row.way): row.neighbours for row in read}
     assert found["other", "nothing"] is None
     assert found["", "nothing"] > 0.7
