@@ -28,7 +28,8 @@ def test_of_several_references_the_best_counts():
 
 
 def test_orders_that_a_reference_is_too_short_for_and_marks_before_words():
-    assert chrf(["abcdefgh", "xyz (tuv"], ["abc", "xyz tuv here"]) == pytest.approx(25.237003309)
+    assert chrf(["abcdefghijkl", "xyztuvw here"], ["abc", "xyztuv there"]) == pytest.approx(39.187888313)
+    assert chrf(["xyz (tuv"], ["xyz tuv here"]) == pytest.approx(25.7658702045)
 
 
 def test_recall_weighs_more_than_precision_and_spaces_are_no_characters():
