@@ -26,7 +26,7 @@ def unlearn(
     ] = None,
     method: Annotated[
         Literal["reglu", "fila", "lora", "null-space", "gradient-difference", "npo", "simnpo"],
-        typer.Option(help="Where the update starts and what it minimises; the rivals of reglu are for comparison."),
+        typer.Option(help="Start and loss of the update. In our record fila lost less of what is kept than reglu."),
     ] = "reglu",
     merged: Annotated[
         bool, typer.Option("--merged", help="Write the whole checkpoint with changed weights, not an adapter.")
