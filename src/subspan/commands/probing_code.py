@@ -215,11 +215,11 @@ class CodeProbing:
             | {"random": float(controls.random.mean()), "shuffled": float(controls.permuted.mean())}
         )
         verdict = "not found" if above[1] <= 0 else "in the words" if beyond["low"] <= 0 else "kept"
-        layers = f"layers {numbers[first]} to {numbers[last]} of those read"
+        layers = f"layers {numbers[first]} to {numbers[last]}" if last > first else f"layer {numbers[best]}"
         said = {
             "not found": "no layer reads syntax above the labels' statistics",
             "in the words": "not found beyond the words themselves",
-            "kept": f"kept in {layers}, in {probe.subspace_.dim} dimensions",
+            "kept": f"kept in {layers} of those read, in {probe.subspace_.dim} dimensions",
         }[verdict]
         reason = (
             f"{said}: F1 {whole['score']:.2f} ({whole['low']:.2f} to {whole['high']:.2f}) in functions held out; "

@@ -90,11 +90,16 @@ def _layers(facts: dict[str, Any]) -> str:
             for row in rows
         ],
     )
+    chosen = (
+        "The verdict takes in every fold the layer that the other folds choose, so its score may lie a little below "
+        "the highest point."
+    )
+    if facts["kind"] == "code":
+        chosen = "The layer is chosen on functions that are neither learnt from nor tested on."
     note = (
         '<p class="note">Layer 0 is what goes into the first block; layer i is what the i-th block gives. The words '
         "alone: the mean over the words as they go in, which knows which words there are and not their order. "
-        "Intervals are 95\u202f%, over texts. The verdict takes in every fold the layer that the other folds choose, "
-        "so its score may lie a little below the highest point.</p>"
+        f"Intervals are 95\u202f%, over texts. {chosen}</p>"
     )
     return f"{figure}{note}{details_of('Every layer', table)}"
 
@@ -129,6 +134,7 @@ def _ranks(facts: dict[str, Any]) -> str:
 
 def _erased(facts: dict[str, Any]) -> str:
     several = any(row["name"] for row in facts["erased"])
+    near = any(row["neighbours"] is not None for row in facts["erased"])
     rows = [
         [
             _WAYS[row["way"]],
@@ -136,11 +142,18 @@ def _erased(facts: dict[str, Any]) -> str:
             f"{row['score']:.3f}",
             ranging(row["low"], row["high"], lambda value: f"{value:.3f}"),
             f"{row['chance']:.3f}",
-            "" if row["neighbours"] is None else f"{row['neighbours']:.3f}",
+            *(["" if row["neighbours"] is None else f"{row['neighbours']:.3f}"] if near else []),
         ]
         for row in facts["erased"]
     ]
-    head = ["Taken out", *(["read anew"] if several else []), "score", "interval", "chance", "by neighbours"]
+    head = [
+        "Taken out",
+        *(["read anew"] if several else []),
+        "score",
+        "interval",
+        "chance",
+        *(["by neighbours"] if near else []),
+    ]
     table = table_of(head, rows, numbers_from=1 + several)
     note = (
         "What is taken out is learnt on one half of the texts; probes are learnt anew and tested on the other half, so "
@@ -185,6 +198,7 @@ def _use(facts: dict[str, Any]) -> str:
     name, site = facts["site"]
     where = f'"{escape(name)}"' + (', site="input"' if site == "input" else "")
     lines = [
+        *(["import json", ""] if facts["coordinates"] else []),
         "from subspan.edit import erase_subspace, steer_subspace",
         "from subspan.geometry import AffineMap, Subspace",
         "from subspan.models import intervene",
@@ -200,9 +214,14 @@ def _use(facts: dict[str, Any]) -> str:
             "steer_subspace(space, toward).map  # set to it;  add=True, strength=2: push toward it",
             'AffineMap.load("eraser.safetensors").map  # erases it and moves states least',
         ]
+    parts = (
+        f"The first {facts['rank']} of the {facts['dimensions']} dimensions in the file read the property; all of them "
+        "together take it out."
+    )
+    if facts["kind"] == "code":
+        parts = f"The file holds the {facts['dimensions']} dimensions from which trees are read."
     return (
-        f"<p>The first {facts['rank']} of the {facts['dimensions']} dimensions in the file read the property; all of "
-        "them together take it out. Leave the first position as it is: its state is of another size.</p>"
+        f"<p>{parts} Leave the first position as it is: its state is of another size.</p>"
         f"<pre><code>{chr(10).join(lines)}</code></pre>"
     )
 
@@ -211,7 +230,11 @@ def _read(facts: dict[str, Any]) -> str:
     rows = [
         ["Texts", counted(facts["texts"])],
         *([[f"Left out, {escape(reason)}", counted(count)] for reason, count in facts["left_out"].items()]),
-        ["Read in part", f"{counted(facts['cut'])}, of more than {facts['max_tokens']} tokens"],
+        *(
+            [["Read in part", f"{counted(facts['cut'])}, of more than {facts['max_tokens']} tokens"]]
+            if facts["cut"]
+            else []
+        ),
         ["State of a text", escape(facts["read_at"])],
         ["Best layer", f"{facts['layer']} ({escape(facts['site'][1])} of <code>{escape(facts['site'][0])}</code>)"],
     ]
