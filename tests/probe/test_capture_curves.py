@@ -124,6 +124,9 @@ def test_what_must_work_works() -> None:
     first = capture_curve(x, atoms, codes, method="statistical", max_atoms=40, **PLAIN).order[0]
     silent = codes * (torch.arange(40) != first)
     assert first not in capture_curve(x, atoms, silent, method="statistical", max_atoms=40, **PLAIN).order
+    aside = torch.eye(8).double()[5:]  # no atom has any part in the circle
+    for method in ("geometric", "affine", "statistical"):
+        assert len(capture_curve(CIRCLE, aside, CODES[:, :3], method=method, max_atoms=3, **PLAIN).explained) == 0
     constant = capture_curve(torch.ones(20, 12), atoms, max_atoms=5)
     assert len(constant.order) == len(constant.explained) == constant.elbow == 0
     assert constant.atoms_needed() is None is constant.compactness()

@@ -389,6 +389,8 @@ def simultaneous_omp(
         share = share + along.square().sum() / total
         order.append(atom)
         shares.append(share)
+    if not order:  # no atom has any energy
+        return torch.zeros(0, dtype=torch.int64, device=rows.device), rows.new_zeros(0)
     return torch.stack(order), torch.stack(shares)
 
 
