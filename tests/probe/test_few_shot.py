@@ -97,6 +97,8 @@ def test_edges_are_those_of_the_masks_by_hand() -> None:
         assert edges(batch, "label_to_query", 0) == [(11, 3), (11, 7)]
         assert edges(batch, "forerunner_to_forerunner", 0) == [(6, 2), (11, 2), (11, 6)]
         assert edges(batch, "label_to_query", 1) == [(9, 2), (9, 6)]
+    started = PROMPT.build(examples(), trained("start"))
+    assert min(k for _, k in edges(started, "text_to_forerunner", 0)) == 1  # a start token is nobody's
     bare = prompt.build([e._replace(demonstrations=()) for e in given], tokenizer)
     assert bare.k == 0
     assert edges(bare, "query_to_forerunner", 0) == [(2, 0), (2, 1)]

@@ -11,6 +11,7 @@ import torch
 
 from subspan.edit import leace, random_subspaces
 from subspan.geometry import Subspace
+from subspan.measures import knn_overlap
 from subspan.models import capture, head_weights, intervene
 from subspan.probe import (
     CUTS,
@@ -223,6 +224,10 @@ def test_numbers_do_not_depend_on_padding_or_batches(kind: str) -> None:
         rtol=1e-4,
     )
     torch.testing.assert_close(cuts[0].uncut[7], single.logits[0, -1, right.label_ids], atol=2e-5, rtol=1e-4)
+    alone = PROMPT.build(given[7:8], own)
+    hidden = torch.stack([h[0] for h in single.hidden_states[:-1]])
+    cosines = torch.nn.functional.cosine_similarity(hidden[:, alone.forerunners[0]], hidden[:, alone.query], dim=-1)
+    torch.testing.assert_close(reading.similarity[7, :-1], cosines, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(reading.logits[7], cuts[1].uncut[7], atol=2e-5, rtol=1e-4)
 
 
@@ -289,6 +294,7 @@ def test_encoding_is_measured_against_a_reference_and_controls() -> None:
             nearest = NearestCentroid().fit(calibration.role(role)[layer].double(), calibration.targets)
             score = nearest.score(reading.role(role)[layer].double(), reading.targets)
             assert float(found.centroid_accuracy[row, layer]) == pytest.approx(score)
+    assert float(found.within_class[0, 1]) < 0.9
     assert len(found.records()) == 9
     assert found.records()[1]["ka"] == pytest.approx(1)
     with pytest.raises(ValueError, match="neighbours"):
@@ -304,6 +310,8 @@ def test_merging_aligns_a_label_with_the_forerunner_one_block_earlier(circuit: I
     reading = circuit.read(examples(30))
     found = merge_report(reading, neighbours=5)
     assert found.alignment.shape == (3, 30)
+    expected = knn_overlap(reading.role("forerunner")[1], reading.role("label")[2], 5)
+    assert torch.equal(found.alignment[1], expected)
     assert bool(found.wrong_counts.isnan().all())
     with pytest.raises(ValueError, match="append"):
         merge_report(circuit.read(examples(3), append=None), neighbours=1)
