@@ -202,7 +202,7 @@ def test_a_head_retrieves_in_its_subspace_and_nowhere_else(circuit: ICLCircuit) 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma"])
 def test_numbers_do_not_depend_on_padding_or_batches(kind: str) -> None:
     model, own = made(kind), words_tokenizer()
-    given = [*examples(5), *(e._replace(query=e.query + " a b c") for e in examples(4, seed=1))]
+    given = [*(e._replace(query=e.query + " a b c") for e in examples(4, seed=1)), *examples(5)]
     left, right = (
         ICLCircuit(model, own, PROMPT, batch_size=size, padding_side=side) for size, side in ((4, "left"), (9, "right"))
     )
