@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -105,6 +105,8 @@ def examples(n: int, k: int = 4, seed: int = 0) -> list[FewShotExample]:
     return found
 
 
+SIDES: tuple[Literal["key", "query"], ...] = ("key", "query")
+PADDED: tuple[tuple[int, Literal["left", "right"]], ...] = ((4, "left"), (9, "right"))
 PROMPT = FewShotPrompt(["X", "Y"], "{text} : {label} ; ")
 
 
@@ -187,7 +189,7 @@ def test_a_head_that_sees_itself_alone_breaks_the_circuit(circuit: ICLCircuit) -
 
 def test_a_head_retrieves_in_its_subspace_and_nowhere_else(circuit: ICLCircuit) -> None:
     given, model = examples(30), circuit.model
-    key, query = (retrieval_subspace(model, 2, 0, side=side) for side in ("key", "query"))
+    key, query = (retrieval_subspace(model, 2, 0, side=side) for side in SIDES)
     assert key.dim == V == query.dim
     for space, at in ((key, COPIED), (query, ENCODED)):
         planes = Subspace.span(torch.eye(D)[:, at])
@@ -203,9 +205,7 @@ def test_a_head_retrieves_in_its_subspace_and_nowhere_else(circuit: ICLCircuit) 
 def test_numbers_do_not_depend_on_padding_or_batches(kind: str) -> None:
     model, own = made(kind), words_tokenizer()
     given = [*(e._replace(query=e.query + " a b c") for e in examples(4, seed=1)), *examples(5)]
-    left, right = (
-        ICLCircuit(model, own, PROMPT, batch_size=size, padding_side=side) for size, side in ((4, "left"), (9, "right"))
-    )
+    left, right = (ICLCircuit(model, own, PROMPT, batch_size=size, padding_side=side) for size, side in PADDED)
     for one, two in zip(vars(left.read(given)).values(), vars(right.read(given)).values()):
         if isinstance(one, torch.Tensor):
             torch.testing.assert_close(one, two, atol=2e-5, rtol=1e-4)
@@ -265,10 +265,11 @@ def test_retrieval_subspaces_are_those_of_the_dense_product(kind: str) -> None:
             )
             torch.testing.assert_close(key, repeated[head])
         u, s, vh = torch.linalg.svd(query.mT @ key)
-        for side, vectors in (("key", vh.mT), ("query", u)):
+        for side, vectors in zip(SIDES, (vh.mT, u), strict=True):
             found = retrieval_subspace(model, 1, head, side=side)
             assert found.dim == len(key)
             assert float(found.angles(Subspace.span(vectors[:, : found.dim].float())).max()) < 1e-3
+            assert found.variances is not None
             torch.testing.assert_close(
                 found.variances.double() * len(key), s[: found.dim].square(), rtol=1e-4, atol=1e-5
             )

@@ -29,6 +29,7 @@ from subspan.probe import (
     retrieval_report,
     retrieval_subspace,
 )
+from subspan.probe.few_shot import Cut
 
 from .materials.gemma import has_gemma, load_gemma
 from .materials.word_categories import CATEGORIES, retrieval_examples
@@ -48,8 +49,8 @@ SETS = {
     "SST-2": FewShotPrompt({"negative": "negative", "positive": "positive"}, "review: {text} sentiment: {label}\n"),
 }
 BATCH = 32
-MAIN = ("forerunner_to_label", "label_to_query")
-OTHERS = ("text_to_forerunner", "query_to_forerunner", "forerunner_to_forerunner")
+MAIN: tuple[Cut, ...] = ("forerunner_to_label", "label_to_query")
+OTHERS: tuple[Cut, ...] = ("text_to_forerunner", "query_to_forerunner", "forerunner_to_forerunner")
 HALVES = ((0.0, 0.5), (0.5, 1.0))
 
 
