@@ -76,6 +76,7 @@ def test_factors_that_are_not_chosen_count_as_one():
     every = factor_vae_score(*mixed, n_votes=400)
     assert every < 0.9
     assert factor_vae_score(*mixed, chosen=["c"], n_votes=400) == 1
+    assert factor_vae_score(*mixed, chosen=["a"], n_votes=400) < 0.95
     assert factor_vae_score(*mixed, chosen=["a", "b", "c"], n_votes=400) == every
     with pytest.raises(ValueError, match=r"chosen: there are no factors \['d'\]"):
         factor_vae_score(fit, test, chosen=["d"])
