@@ -9,6 +9,7 @@ import torch
 from scipy import sparse
 from sklearn.metrics import adjusted_rand_score, mutual_info_score
 
+from subspan.edit import steer_subspace
 from subspan.geometry import Subspace
 from subspan.models import intervene
 from subspan.nn import SAEAdapter
@@ -142,8 +143,8 @@ def test_a_group_steers_and_erases_in_a_model() -> None:
         erased = sae.encode(model(x))
     assert float(erased[:, :3].max()) < 1e-4
     torch.testing.assert_close(erased[:, 3:], codes[:, 3:], atol=1e-4, rtol=0)
-    direction = space.basis[:, 0] * space.basis[:, 0].mean().sign()
-    with intervene(model, "0", lambda rows: rows + 2 * direction):
+    way = [2 * float(space.basis[:, 0].mean().sign()), *[0.0] * (space.dim - 1)]
+    with intervene(model, "0", steer_subspace(space, way, add=True).map):
         steered = sae.encode(model(x))
     torch.testing.assert_close(steered[:, 3:], codes[:, 3:], atol=1e-4, rtol=0)
     assert float((steered - codes)[:, :3].abs().max()) > 1
