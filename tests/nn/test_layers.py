@@ -43,6 +43,7 @@ from subspan.nn import (
     SameConvTranspose2d,
     SimplexClassifier,
     SimVQ,
+    SparseAutoencoder,
     SpatialNorm,
     StochasticGate,
     SubspaceAttention,
@@ -138,6 +139,7 @@ LAYERS = {
     "ConvDecoder": Case(
         lambda: ConvDecoder(5, (2, 16, 16), width=2, block="plain"), (3, 5), (3, 4), half=False, bounded=True
     ),
+    "SparseAutoencoder": Case(lambda: SparseAutoencoder(6, 12, 3), (7, 6), (7, 5), onnx=False, half=False),
     "SameConv2d": Case(lambda: SameConv2d(4, 6, 3), (3, 4, 5, 5), (3, 3, 5, 5), onnx=False, half=False),
     "SameConvTranspose2d": Case(
         lambda: SameConvTranspose2d(4, 6, 3, (7, 7)), (3, 4, 4, 4), (3, 3, 4, 4), onnx=False, half=False
@@ -175,6 +177,7 @@ OTHERS = {
         "HouseholderFrame",
         "GrassmannModule",
         "CodeUsage",
+        "PublishedSAE",
     ),
 }
 

@@ -249,8 +249,8 @@ class PropertyProbe:
                 near = None
                 if read[name].names:
                     shares = [_neighbours(changed, read[name], halves.split(half)[1]) for half in range(2)]
-                known = [share for share in shares if share is not None]
-                near = float(np.mean(known)) if len(known) == 2 else None
+                    known = [share for share in shares if share is not None]
+                    near = float(np.mean(known)) if len(known) == 2 else None
                 chance = float(1 - constant.mean() / bases.mean())
                 result.append(ErasedReading(name, way, *_estimate(losses, bases), chance, near))
         return result
