@@ -41,12 +41,12 @@ def test_floor_of_normal_samples_and_value_of_collapsed_ones():
     loss = SlicedGaussianLoss(num_proj=64)
     assert loss.floor == pytest.approx(1.0525, abs=1e-4)
     for n, d in ((8, 3), (64, 20)):
-        drawn = torch.stack([loss(torch.randn(40, n, d)) for _ in range(20)])
-        assert float(drawn.mean()) == pytest.approx(loss.floor, rel=0.03)
+        drawn = torch.stack([loss(torch.randn(40, n, d)) for _ in range(8)])
+        assert float(drawn.mean()) == pytest.approx(loss.floor, rel=0.04)
         assert float(loss(torch.zeros(n, d))) == pytest.approx(0.4020 * n, rel=1e-3)
     sub = SubspaceGaussianRegularizer(subspace_dim=5)
-    drawn = torch.stack([sub(torch.randn(40, 32, 20)) for _ in range(20)])
-    assert float(drawn.mean()) == pytest.approx(sub.floor, rel=0.03)
+    drawn = torch.stack([sub(torch.randn(40, 32, 20)) for _ in range(8)])
+    assert float(drawn.mean()) == pytest.approx(sub.floor, rel=0.04)
 
 
 def test_one_subspace_of_all_dimensions_is_the_whole_space_turned():

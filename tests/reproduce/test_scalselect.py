@@ -51,12 +51,12 @@ def test_collapse_needs_a_mean_that_is_large_against_the_spread():
 
 @pytest.mark.long
 def test_scaling_reads_the_same_rows_in_both_passes():
-    source = scalselect._Synthetic(12_000, 8)
+    source = scalselect._Synthetic(4000, 8)
     first, second = ([batch.clone() for batch in source] for _ in range(2))
-    assert sum(len(batch) for batch in first) == 12_000
+    assert sum(len(batch) for batch in first) == 4000
     assert all((a == b).all() for a, b in zip(first, second))
-    table, ratio, growth = scalselect._scaling((6000, 12_000), 8)
-    assert [row[0] for row in table.rows] == [6000, 12_000]
+    table, ratio, growth = scalselect._scaling((2000, 4000), 8)
+    assert [row[0] for row in table.rows] == [2000, 4000]
     assert ratio > 0
     assert abs(growth) < 32
 

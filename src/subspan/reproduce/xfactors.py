@@ -41,7 +41,7 @@ INITIAL_LOG_VARIANCE = -6.0
 # mean over 64 x 64 pixels.
 KL_WEIGHT = 10 * 1e-6 * 64 * 64
 OURS, DIRECTIONS, NONE, HEADS, PLAIN = "XFactors", "XFactors, directions", "no contrast", "supervised heads", "beta-VAE"
-ARMS = (OURS, DIRECTIONS, NONE, HEADS, PLAIN)
+ARMS: tuple[str, ...] = (OURS, DIRECTIONS, NONE, HEADS, PLAIN)
 # What stays in the residual; all other factors have a block.
 KEPT_OUT = ("ink", "orientation")
 
@@ -208,7 +208,7 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         "classifier (dSprites, one factor in the residual: FactorVAE score 0.999, D 0.85).",
         data=f"{data.name}, {' x '.join(map(str, data.x['train'].shape[2:]))} pixels: {sizes.train} pictures to train, "
         f"{sizes.test} to test; blocks for {', '.join(taught)}, in the residual "
-        f"{', '.join(set(data.sizes()) - set(taught))}",
+        f"{', '.join(name for name in data.sizes() if name not in taught)}",
         model=f"two encoders and a decoder with two hidden layers of {8 * WIDTH} units, {RESIDUAL_DIM} coordinates of "
         f"residual and {BLOCK_DIM} a factor, {sizes.epochs} epochs in batches of {BATCH}",
         metric=score,

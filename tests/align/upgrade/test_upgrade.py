@@ -523,7 +523,7 @@ def digits() -> torch.Tensor:
     return moments @ torch.linalg.svd(moments, full_matrices=False)[2][:24].mT
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_planted_rotation_of_real_rows_is_found_without_pairs(digits, monkeypatch):
     fits, fitted = [], unpaired._fit
     monkeypatch.setattr(unpaired, "_fit", lambda *arguments: fits.append(fitted(*arguments)) or fits[-1])
