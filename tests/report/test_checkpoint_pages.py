@@ -97,7 +97,7 @@ def test_what_they_say_is_what_was_measured():
     ("figures", "verdict"),
     [
         ({"gone": 0.5}, "Neither check brings it back."),
-        ({"gone": 0.5, "back": 0.2}, "some is back tuned on other texts (40 %)"),
+        ({"gone": 0.5, "back": 0.2}, "some is back after tuning (40 %)"),
         ({"gone": 0.5, "lost": 0.3}, "What is to be kept suffers more than half as much"),
         ({"gone": -0.1}, "Nothing was forgotten"),
     ],
@@ -107,5 +107,6 @@ def test_what_the_page_of_unlearning_concludes(figures, verdict):
     said = words(page)
     assert verdict in said
     assert f"{0.9 - figures['gone']:.2f} a token, 0.90 before" in said
+    assert "4 answers to be forgotten, 9 to be kept, and 1 to be kept that were not trained on" in said
     drawn = json.loads(re.search(r'id="figure-layers">(.*?)</script>', page, flags=re.DOTALL)[1])["data"][0]
     assert drawn["z"] == [pytest.approx([0.2, 0.6])]

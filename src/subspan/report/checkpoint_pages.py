@@ -238,7 +238,7 @@ _FIGURES = {
     "retain_probability": "to be kept",
     "held_out_probability": "to be kept, held out",
 }
-_STATES = {"before": "before", "after": "after", "in_4_bits": "in 4 bits", "tuned_on": "tuned on other texts"}
+_STATES = {"before": "before", "after": "after", "in_4_bits": "in 4 bits", "tuned_on": "after tuning"}
 # A fifth of what was forgotten.
 _BACK = 0.2
 
@@ -273,11 +273,11 @@ def _forgotten(facts: Mapping[str, Any]) -> str:
     )
     rows = [[words, *(f"{found[name]:.3f}" for found in states.values())] for name, words in names.items()]
     asked = plural(facts["forget"], "answer", "answers")
+    held = f", and {counted(facts['held_out'])} to be kept that were not trained on" if facts["held_out"] else ""
     note = (
-        f'<p class="note">Measured on {asked} to be forgotten and {counted(facts["retain"])} to be kept'
-        + (f", {counted(facts['held_out'])} of them not trained on" if facts["held_out"] else "")
-        + ". In 4 bits: all linear layers rounded. Tuned on other texts: a few steps on text about neither. Nothing "
-        "was asked in other words: do so before you rely on it.</p>"
+        f'<p class="note">Measured on {asked} to be forgotten, {counted(facts["retain"])} to be kept{held}; of many on '
+        "the first. In 4 bits: all linear layers rounded. After tuning: a few steps on text about neither. Nothing was "
+        "asked in other words: do so before you rely on it.</p>"
     )
     return f'<p class="lead">{lead} {verdict}</p>{figure}{table_of(["", *states], rows)}{note}'
 
