@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,24 @@ def _row_groups(source: Path) -> _Parquet | _Arrow:
 def arrow_kinds(source: Path) -> dict[str, Kind]:
     """What each column of a file holds."""
     return {entry.name: _arrow_kind(entry.type) for entry in _row_groups(source).schema}
+
+
+def arrow_columns(source: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Whole columns: numbers as float64, NaN where they are null; times as datetime64; anything else as objects."""
+    arrow, types = require("pyarrow", extra="tables"), require("pyarrow.types", extra="tables")
+    groups = _row_groups(source)
+    kinds = unrepeated([(entry.name, entry.type) for entry in groups.schema], source)
+    parts: dict[str, list[np.ndarray]] = {known_name(name, kinds, source): [] for name in names}
+    for index in range(len(groups.sizes)):
+        table = groups.load(index, list(parts))
+        for name, found in parts.items():
+            if _arrow_kind(kinds[name]) in ("real", "integer"):
+                found.append(table[name].cast(arrow.float64(), safe=False).to_numpy())
+            elif types.is_temporal(kinds[name]):
+                found.append(table[name].cast(arrow.timestamp("us"), safe=False).to_numpy().astype("datetime64[us]"))
+            else:
+                found.append(as_objects(table[name].to_pylist()))
+    return {name: np.concatenate(found) if found else np.empty(0) for name, found in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ Kind = Literal["list", "text list", "real", "integer", "other"]
 _ID_NAMES = frozenset({"id", "ids", "_id"})
 _LABEL_NAMES = frozenset({"label", "labels", "class", "target"})
 # What pandas makes of an index: in CSV a column without a name, read back and written again "Unnamed: 0".
-_INDEX_NAMES = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+INDEX_NAMES = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
 _FEW_ROWS, _FEW_WHOLE_ROWS = 3, 8
 
 
@@ -86,7 +86,7 @@ def choose_columns(
     """
     others = set(named)
     ids = [name for name in kinds if name.casefold() in _ID_NAMES and name not in others and name != column]
-    indexes = [name for name in kinds if _INDEX_NAMES.fullmatch(name) and name not in others and name != column]
+    indexes = [name for name in kinds if INDEX_NAMES.fullmatch(name) and name not in others and name != column]
     by_name = next(iter([*ids, *indexes]), None)
     if column is not None:
         return Columns((column,), kinds[column], by_name)

@@ -8,6 +8,7 @@ from .manifolds import MANIFOLDS, ManifoldKind, ManifoldZoo, PlantedRows
 from .packages import WEIGHT_PACKAGES, image_preprocessing, install, is_installed, model_path
 from .pretrained import load_language_model, load_model, load_sentence_encoder
 from .rows import Rows
+from .series import Series, read_series
 from .shapes import Shapes, procedural_shapes
 from .shared import SHARED, ImageRecords, data_folder, is_available, load
 from .solutions import ModelSolutions, model_solutions
@@ -27,6 +28,7 @@ __all__ = [
     "ModelSolutions",
     "PlantedRows",
     "Rows",
+    "Series",
     "SHARED",
     "Shapes",
     "Texts",
@@ -60,6 +62,7 @@ __all__ = [
     "open_table",
     "procedural_shapes",
     "read_graph",
+    "read_series",
     "read_texts",
     "stdlib_docstrings",
 ]
