@@ -24,7 +24,7 @@ from sklearn.utils import check_array
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from subspace_clusters import union_of_subspaces
-from subspan import align, cluster, represent
+from subspan import align, cluster, dynamics, represent
 from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD, SubspaceDetector
 from subspan.edit import RobustSpikes
@@ -73,6 +73,8 @@ LABELLED = [
     represent.DynamicSubspaceLearners(8, n_learners=2, epochs=2, final_epochs=1),
     represent.XFactors(residual_dim=3, width=2, epochs=1),
 ]
+# Rows, an action (here, made of the rows) and an outcome of each.
+ACTED = [dynamics.Rep4Ex(dim=1, hidden=(4,), max_steps=2, control=dynamics.ControlFunctionRegressor("linear"))]
 STREAMED = {
     *("SubspaceDetector", "LeverageSelector", "Matryoshka", "SpaceMap", "UpgradeMap", "SubspaceAligner", "ReAlign"),
     *("LambdaOrthogonalAdapter", "MeanShift", "C3", "BlockwiseCovariance", "RobustSpikes", "ConvergentLearning"),
@@ -83,9 +85,9 @@ WITHOUT_SUBSPACE = {
     *("ConvergentLearning", "MatryoshkaIndex", "TopKSAE"),
 }
 TRAINED = {"ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering", "TopKSAE"}
-TRAINED |= {type(model).__name__ for model in LABELLED}
+TRAINED |= {type(model).__name__ for model in LABELLED} | {"Rep4Ex", "Rep4ExWithActions"}
 ROWS, CLASSES = union_of_subspaces(noise=0.02, n=15)[:2]
-every = pytest.mark.parametrize("model", [*ALONE, *PAIRED, *LABELLED], ids=lambda model: type(model).__name__)
+every = pytest.mark.parametrize("model", [*ALONE, *PAIRED, *LABELLED, *ACTED], ids=lambda model: type(model).__name__)
 quietly = pytest.mark.filterwarnings("ignore")
 
 
@@ -98,11 +100,21 @@ def fitted(model: Any, x: Any, y: Any = None) -> Any:
         again.set_params(random_state=0)
     if type(model) in {type(each) for each in LABELLED}:
         return again.fit(x, CLASSES)
+    if type(model) in {type(each) for each in ACTED}:
+        return again.fit(x, acted(x), CLASSES.astype(float))
     return again.fit(x) if model in ALONE else again.fit(x, shifted(x) if y is None else y)
 
 
 def shifted(x: Any) -> Any:
     return [shifted(part) for part in x] if isinstance(x, list) else x * 0.9 + 0.1
+
+
+def acted(x: Any) -> Any:
+    """An action a row, which follows from the row alone."""
+    try:
+        return check_array(x, dtype=float, ensure_all_finite=False)[:, :1]
+    except (TypeError, ValueError):
+        return x
 
 
 def answer(model: Any, x: Any) -> Any:
@@ -180,7 +192,7 @@ def test_every_parameter_is_checked_by_fit(model: Any) -> None:
     for field in dataclasses.fields(model):
         again = clone(model).set_params(**{field.name: object()})
         with pytest.raises(ValueError, match=f"^{field.name}: expected .*, got <object"):
-            again.fit(ROWS, *([CLASSES] if model in LABELLED else [ROWS] * (model in PAIRED)))
+            again.fit(ROWS, *([CLASSES] if model in LABELLED else [ROWS] * (model in [*PAIRED, *ACTED])))
 
 
 @quietly
@@ -241,6 +253,18 @@ class C3WithTarget(WithTarget, align.C3): ...
 class BlockwiseWithTarget(WithTarget, align.BlockwiseCovariance): ...
 
 
+class Rep4ExWithActions(dynamics.Rep4Ex):
+    """With actions made of the rows, and the outcomes where they are looked for; so few rows as 10 are given twice."""
+
+    def fit(self, X: Any, y: Any = None) -> Any:
+        if isinstance(X, np.ndarray) and X.ndim == 2 and 10 <= len(X) < 20:
+            X, y = np.tile(X, (2, 1)), None if y is None else np.tile(y, 2)
+        return super().fit(X, acted(X), y)
+
+    def predict(self, X: Any) -> Any:
+        return super().predict(X, acted(X))
+
+
 QUICK_CHECKS = [
     cluster.LeastSquaresRepresentation(n_init=1, affine=True),
     cluster.OMPSubspaceClustering(n_init=1, affine=True),
@@ -266,6 +290,7 @@ QUICK_CHECKS = [
     RobustSpikes("bootstrap", on_empty="identity"),
     ConvergentLearning("sparse"),
     *LABELLED,
+    Rep4ExWithActions(dim=1, hidden=(4,), max_steps=2, control=dynamics.ControlFunctionRegressor("linear")),
 ]
 # Of the bases of those above, and costly.
 SLOW_CHECKS = [
@@ -320,6 +345,7 @@ EXCUSED = {
     "Estimator": "the base of all",
     "PairedEstimator": "the base of those with paired rows",
     "RowClusterer": "the base of the clusterers of rows",
+    "ControlFunctionRegressor": "states of no more columns than the actions that come with them; Rep4Ex is checked",
     "MatryoshkaCascade": "logits (sizes, rows, classes)",
     "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
     "ModalityMap": "the base of the maps between modalities, which are checked",
@@ -345,7 +371,7 @@ def test_every_estimator_is_checked() -> None:
     found = estimators()
     assert {"SubspaceDetector", "LeverageSelector", "ReAlign", "RobustSpikes", "SpaceMap"} <= found
     assert set(EXCUSED) <= found
-    assert {type(model).__name__ for model in [*ALONE, *PAIRED, *LABELLED]} == found - set(EXCUSED)
+    assert {type(model).__name__ for model in [*ALONE, *PAIRED, *LABELLED, *ACTED]} == found - set(EXCUSED)
     checked = [base.__name__ for model in [*QUICK_CHECKS, *SLOW_CHECKS] for base in type(model).__mro__]
     assert found - set(checked) - set(EXCUSED) == set()
 

@@ -1,3 +1,4 @@
+from .affine_recovery import affine_recovery
 from .anomaly_maps import aupro, auroc
 from .chrf import chrf, chrf_scores
 from .compatibility import (
@@ -42,6 +43,7 @@ __all__ = [
     "ProbeScore",
     "RandomFeatures",
     "RetrievalScores",
+    "affine_recovery",
     "attribute_modularity",
     "aupro",
     "auroc",

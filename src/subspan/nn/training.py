@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from subspan.base import require
@@ -84,3 +85,25 @@ def quiet_trainer(**options: Any) -> Iterator[Any]:
         finally:
             for logger, level in zip(loggers, levels):
                 logger.setLevel(level)
+
+
+class RowBatches:
+    """`steps` batches, each of `size` rows of tensors drawn without replacement; all rows in order where they fit.
+
+    For trainings of few columns, where gathering a batch row by row would take longer than the step.
+    """
+
+    def __init__(self, *tensors: Tensor, size: int, steps: int, generator: torch.Generator | None = None) -> None:
+        self.tensors, self.size, self.steps, self.generator = tensors, size, steps, generator
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        count = len(self.tensors[0])
+        for _ in range(self.steps):
+            if self.size >= count:
+                yield self.tensors
+            else:
+                chosen = torch.randperm(count, generator=self.generator)[: self.size]
+                yield tuple(each[chosen] for each in self.tensors)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from subspan.base import like
 from subspan.base.estimators import Estimator, in_numpy
+from subspan.base.modules import applied
 from subspan.base.parameters import Count, NonNegative, Positive, Seed, Share
 from subspan.nn.training import quiet_trainer
 
-from .hydra_training import applied, class_numbers
+from .hydra_training import class_numbers
 from .learner_growth import GrowthController
 from .learner_training import LearnerEpochs, LearnerNetwork
 from .margin import MarginLoss, NearestNegativeSampler

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from subspan.base import like
 from subspan.base.estimators import Estimator, in_numpy
+from subspan.base.modules import applied
 from subspan.base.parameters import Count, NonNegative, Positive, Seed
 from subspan.geometry import CoordinateSubspace
 from subspan.nn import MLP
@@ -27,8 +27,6 @@ from .hydra import ArbitraryPairLoss, PairGate, Pairing
 
 if TYPE_CHECKING:
     from subspan.nn import Objective
-
-_BLOCK = 8192
 
 
 class HydraTraining(nn.Module):
@@ -311,12 +309,3 @@ def class_numbers(y: Any, count: int) -> tuple[np.ndarray, Tensor]:
     if len(classes) < 2:
         raise ValueError(f"y: at least 2 classes are needed, got 1 class ({classes[0]!r})")
     return classes, torch.as_tensor(place)
-
-
-@torch.no_grad()
-def applied(module: nn.Module, rows: Tensor, method: str = "__call__", *, size: int = _BLOCK) -> Tensor:
-    """What a module in evaluation mode makes of rows, in the digits and on the device of the rows, `size` at a time."""
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    # A copy in double precision where the rows are: the answer for a row must not depend on its block.
-    module = copy.deepcopy(module).to(rows.device, wide)
-    return torch.cat([getattr(module, method)(block.to(wide)) for block in rows.split(size)]).to(rows.dtype)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Adam, Optimizer
 
+from subspan.base.modules import applied
 from subspan.nn import AttentionPool2d
 
-from .hydra_training import applied
 from .learner_growth import ClusterAssigner, GrowthController, TaylorImportance
 from .margin import MarginLoss
 from .subspace_embedding import SubspaceEmbedding

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from subspan.base import like
 from subspan.base.estimators import Estimator, in_numpy
+from subspan.base.modules import applied
 from subspan.base.parameters import Count, NonNegative, Positive, Seed, Share
 from subspan.measures import ProbeScore, block_leakage
 from subspan.nn.training import batch_rows, keep_best, quiet_trainer
 
-from .hydra_training import applied, class_numbers
+from .hydra_training import class_numbers
 from .xfactors import XFactorsLoss, XFactorsVAE
 
 _BLOCK = 256
