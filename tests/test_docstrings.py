@@ -30,6 +30,7 @@ ROOMS: tuple[str, ...] = (
     "solvers",
     "statistics",
     "weights",
+    "wireless",
 )
 
 

@@ -20,7 +20,8 @@ FLOORS = (
     {"measures"},
     {"models", "datasets"},
     {"nn"},
-    {"detect", "select", "cluster", "align", "edit", "probe", "represent", "dynamics", "weights", "wireless"},
+    {"detect", "select", "cluster", "align", "edit", "probe", "represent", "dynamics", "weights"},
+    {"wireless"},  # stands on the bank of `represent`
     {""},  # the package's own front page, `subspan/__init__.py`
     {"reproduce"},
     {"commands"},

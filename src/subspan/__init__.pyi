@@ -18,6 +18,7 @@ from . import (
     solvers,
     statistics,
     weights,
+    wireless,
 )
 from .geometry.affine import AffineMap
 from .geometry.angles import principal_angles
@@ -56,4 +57,5 @@ __all__ = [
     "solvers",
     "statistics",
     "weights",
+    "wireless",
 ]

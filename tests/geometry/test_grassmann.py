@@ -94,6 +94,23 @@ def test_chordal_mean_is_the_top_eigenspace_of_the_mean_projector():
     assert float(principal_angles(mean, exact.flip(1)[:, :4]).max()) < 1e-10
 
 
+@pytest.mark.parametrize("d", [4, 40], ids=["matrix", "factor"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_chordal_means_of_a_batch_are_those_of_its_members(d, dtype):
+    bases, weights = random_basis(d, 2, batch=(6, 5), dtype=dtype), torch.rand(6, 5, dtype=torch.float64)
+    spectra = torch.rand(6, 5, 2, dtype=torch.float64)
+    means, values = chordal_mean(bases, 3, weights=weights, spectra=spectra)
+    for place in range(6):
+        mean, value = chordal_mean(bases[place], 3, weights=weights[place], spectra=spectra[place])
+        torch.testing.assert_close(values[place], value)
+        assert float(principal_angles(means[place], mean).max()) < 1e-7
+        shares = weights[place] / weights[place].sum()
+        dense = torch.einsum(
+            "m,mdp,mp,mep->de", shares.to(dtype), bases[place], spectra[place].to(dtype), bases[place].conj()
+        )
+        torch.testing.assert_close(torch.linalg.eigvalsh(dense).flip(0)[:3], value)
+
+
 def test_orthonormalize_is_unique_and_polar_is_nearest():
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(3, 10, 4, generator=generator, dtype=torch.float64)

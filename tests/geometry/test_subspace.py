@@ -191,3 +191,48 @@ def test_bad_input_is_named(tmp_path):
     (tmp_path / "junk.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{}")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         Subspace.load(tmp_path / "junk.safetensors")
+
+
+def complex_plane() -> Subspace:
+    basis = random_basis(8, 2, dtype=torch.complex128)
+    return Subspace(basis, variances=torch.tensor([2.0, 1.0]).double(), center=basis @ torch.ones(2, 1).to(basis)[:, 0])
+
+
+def test_complex_planes_are_planes():
+    plane = complex_plane()
+    phase = torch.exp(1j * torch.tensor([0.3, 2.0], dtype=torch.float64))
+    turned = Subspace(plane.basis * phase)
+    assert float(plane.angles(turned).max()) < 1e-7
+    assert float(plane.distance(turned, metric="projection")) < 1e-7
+    assert float(plane.overlap(turned)) == pytest.approx(1)
+    torch.testing.assert_close(turned.projector, plane.projector)
+    torch.testing.assert_close(turned.rotate_onto(plane).basis, plane.basis)
+    rows = torch.randn(5, 8, dtype=torch.complex128)
+    inside = plane.project(rows)
+    torch.testing.assert_close(plane.project(inside), inside)
+    torch.testing.assert_close(plane.residual_energy(rows), (rows - inside).abs().square().sum(-1))
+    assert float((plane.complement().basis.mH @ plane.basis).abs().max()) < 1e-12
+    line = plane.truncate(1)
+    assert plane.union(line).dim == 2
+    assert float(plane.intersection(line).angles(line).max()) < 1e-7
+
+
+def test_complex_planes_keep_their_phases_in_another_precision_and_in_files(tmp_path):
+    plane = complex_plane()
+    single = plane.to(torch.float32)
+    assert (single.basis.dtype, single.variances.dtype) == (torch.complex64, torch.float32)
+    assert float(single.angles(Subspace(plane.basis)).max()) < 1e-6
+    assert plane.to(torch.complex64).variances.dtype == torch.float32
+    for each in (plane, single):
+        each.save(tmp_path / "plane.safetensors")
+        kept = Subspace.load(tmp_path / "plane.safetensors")
+        assert torch.equal(kept.basis, each.basis)
+        assert torch.equal(kept.variances, each.variances)
+
+
+def test_captured_energy_of_complex_directions_in_a_real_covariance():
+    plane, rows = complex_plane(), torch.randn(30, 8, dtype=torch.float64)
+    covariance = rows.mT @ rows
+    wide = covariance.to(torch.complex128)
+    torch.testing.assert_close(plane.captured_energy(covariance), plane.captured_energy(wide))
+    assert not Subspace.random(8, 2).captured_energy(wide).is_complex()

@@ -82,6 +82,13 @@ def saved_object(
         holds = found.pop("kind", "something else")
         if holds != kind:
             raise ValueError(f"path: {os.fspath(path)!r} holds {quoted(holds).strip(chr(39))}, expected {kind}")
+        double = found.pop("complex", [])
+        if not fits(double, list[str]):
+            raise ValueError("complex: expected names of tensors")
+        for name in double:
+            if name not in tensors or tensors[name].dtype != torch.float64 or tensors[name].shape[-1:] != (2,):
+                raise ValueError(f"{quoted(name)} is not stored as complex numbers")
+            tensors[name] = torch.view_as_complex(tensors[name])
         yield checked_arrays(tensors, arrays), _checked_facts(found, facts or {}, "")
 
 
@@ -211,9 +218,14 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, Te
     >>> sorted(load_file("map.safetensors"))
     ['weight']
     """
-    metadata = {"subspan": json.dumps({**facts, "kind": kind}, allow_nan=False)}
     # Copies, as the format refuses tensors that share memory (a subspace's variances are part of its spectrum).
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in arrays.items()}
+    # The format has complex numbers of single precision alone.
+    double = [name for name, value in copies.items() if value.dtype == torch.complex128]
+    copies |= {name: torch.view_as_real(copies[name].resolve_conj()) for name in double}
+    metadata = {
+        "subspan": json.dumps({**facts, **({"complex": double} if double else {}), "kind": kind}, allow_nan=False)
+    }
     with atomic_write(path) as temporary:
         try:
             save_file(copies, temporary, metadata=metadata)

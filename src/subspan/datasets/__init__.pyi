@@ -1,5 +1,6 @@
 from .bundled import BUNDLED
 from .cache import cache_entries, cache_folder, clear_cache
+from .channels import ChannelSite, street_canyon
 from .features import cached_features, fingerprint
 from .graphs import GRAPHS, AttributedGraph, attributed_block_model, docstring_graph, load_graph, read_graph
 from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, is_anomaly_layout, open_image
@@ -11,6 +12,7 @@ from .rows import Rows
 from .series import Series, read_series
 from .shapes import Shapes, procedural_shapes
 from .shared import SHARED, ImageRecords, data_folder, is_available, load
+from .sionna_sites import CITIES, SionnaSites
 from .solutions import ModelSolutions, model_solutions
 from .texts import Docstring, Texts, code_and_docstrings, iterate_records, read_texts, stdlib_docstrings
 
@@ -18,6 +20,8 @@ __all__ = [
     "AnomalyImages",
     "AttributedGraph",
     "BUNDLED",
+    "CITIES",
+    "ChannelSite",
     "Docstring",
     "GRAPHS",
     "ImageCollection",
@@ -31,6 +35,7 @@ __all__ = [
     "Series",
     "SHARED",
     "Shapes",
+    "SionnaSites",
     "Texts",
     "WEIGHT_PACKAGES",
     "anomaly_folder",
@@ -65,4 +70,5 @@ __all__ = [
     "read_series",
     "read_texts",
     "stdlib_docstrings",
+    "street_canyon",
 ]

@@ -180,30 +180,35 @@ def _area(uu: Tensor, vv: Tensor, uv: Tensor, floor: float) -> Tensor:
 
 
 def chordal_mean(
-    bases: Inexact[Tensor, "m d p"],
+    bases: Inexact[Tensor, "*b m d p"],
     k: int | None = None,
     *,
-    weights: Float[Tensor, " m"] | None = None,
-    spectra: Float[Tensor, "m p"] | None = None,
-) -> tuple[Inexact[Tensor, "d k"], Float[Tensor, " k"]]:
-    """Extrinsic mean: top eigenvectors of sum_j w_j U_j L_j U_j', in factored form; also their eigenvalues.
+    weights: Float[Tensor, "*b m"] | None = None,
+    spectra: Float[Tensor, "*b m p"] | None = None,
+) -> tuple[Inexact[Tensor, "*b d k"], Float[Tensor, "*b k"]]:
+    """Extrinsic mean: top eigenvectors of sum_j w_j U_j L_j U_j', from its factor or itself; also their eigenvalues.
 
-    `spectra` (default all ones) weighs the directions inside each subspace. No d x d matrix is built.
+    `spectra` (default all ones) weighs the directions inside each subspace. Where they have fewer than k directions
+    together, the rest is any complement, with eigenvalues 0. Not differentiable where eigenvalues are equal.
     """
-    m, d, p = bases.shape
+    *_, m, d, p = bases.shape
     k = p if k is None else k
     if not 1 <= k <= min(d, m * p):
         raise ValueError(f"k: must lie in [1, {min(d, m * p)}], got {k}")
-    scale = torch.ones(m, p, dtype=bases.real.dtype, device=bases.device) if spectra is None else spectra
+    scale = bases.real.new_ones((*bases.shape[:-2], p)) if spectra is None else spectra
     if weights is not None:
-        if bool((weights < 0).any()) or not bool(weights.sum() > 0):
+        if bool((weights < 0).any()) or not bool((weights.sum(-1) > 0).all()):
             raise ValueError("weights: must be non-negative with a positive sum")
-        scale = scale * (weights / weights.sum()).unsqueeze(-1)
+        scale = scale * (weights / weights.sum(-1, keepdim=True)).unsqueeze(-1)
     else:
         scale = scale / m
-    stacked = (bases * scale.sqrt().unsqueeze(-2)).movedim(0, 1).reshape(d, m * p)
+    stacked = (bases * scale.sqrt().unsqueeze(-2)).movedim(-3, -2).flatten(-2)
+    if d <= m * p:
+        # An eigendecomposition of d x d costs a fraction of the factor's SVD.
+        values, vectors = torch.linalg.eigh(stacked @ stacked.mH)
+        return vectors[..., -k:].flip(-1), values[..., -k:].flip(-1).clamp_min(0)
     u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
-    return u[:, :k], s[:k].square()
+    return u[..., :k], s[..., :k].square()
 
 
 def karcher_mean(

@@ -371,12 +371,13 @@ class Subspace:
         """Statistical leverage sum_i z_i^2 / s_i^2 of rows, equal to Mahalanobis over the degrees of freedom."""
         return self.mahalanobis(x) / self.degrees_of_freedom
 
-    def captured_energy(self, covariance: Inexact[Tensor, "*c d d"]) -> Float[Tensor, "*c"]:
+    def captured_energy(self, covariance: Inexact[Tensor, "*c d d"]) -> Float[Tensor, "*a"]:
         """Share tr(U' R U) / tr(R) of a covariance or second moment R inside the directions U, in [0, 1].
 
         Leading dimensions are broadcast against those of the subspace; differentiable. NaN where R is zero.
         """
-        basis = self.basis.to(covariance)
+        dtype = torch.promote_types(self.basis.dtype, covariance.dtype)
+        basis, covariance = self.basis.to(covariance.device, dtype), covariance.to(dtype)
         inside = (basis.conj() * (covariance @ basis)).sum((-2, -1)).real
         return inside / covariance.diagonal(dim1=-2, dim2=-1).sum(-1).real
 
@@ -466,8 +467,16 @@ class Subspace:
     # ------------------------------------------------------------------ moving and keeping
 
     def to(self, *args: Any, **kwargs: Any) -> Subspace:
-        """Move to a device or floating dtype, like `Tensor.to`; the basis is made orthonormal again."""
-        moved = {name: value.to(*args, **kwargs) for name, value in self.arrays().items()}
+        """Move to a device or floating dtype, like `Tensor.to`; the basis is made orthonormal again.
+
+        Of a dtype only the precision counts: what is complex stays so, and spectra stay real.
+        """
+        moved = {}
+        for name, value in self.arrays().items():
+            asked = torch.empty(0, dtype=value.dtype, device=value.device).to(*args, **kwargs)
+            moved[name] = value.to(
+                asked.device, asked.dtype.to_complex() if value.is_complex() else asked.dtype.to_real()
+            )
         if moved["basis"].dtype != self.basis.dtype:
             wide = self.basis.to(moved["basis"].device)
             target = moved["basis"].dtype

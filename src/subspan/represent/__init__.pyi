@@ -8,6 +8,7 @@ from .margin import MarginLoss, NearestNegativeSampler
 from .matryoshka import Matryoshka
 from .nested_search import MatryoshkaIndex
 from .nested_training import NestedTraining
+from .subspace_bank import SubspaceBank
 from .subspace_embedding import SubspaceEmbedding, learner_separation
 from .truncation import Truncated, truncate
 from .xfactors import LatentPosterior, Reconstruction, XFactorsLoss, XFactorsVAE
@@ -33,6 +34,7 @@ __all__ = [
     "PairGate",
     "Reconstruction",
     "Separation",
+    "SubspaceBank",
     "SubspaceEmbedding",
     "TaylorImportance",
     "Truncated",
