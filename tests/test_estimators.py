@@ -27,6 +27,7 @@ from subspace_clusters import union_of_subspaces
 from subspan import align, cluster, dynamics, represent
 from subspan.align import ModalityGap
 from subspan.detect import SubspaceAD, SubspaceDetector
+from subspan.dynamics import KoopmanAutoencoder, KoopmanOperator
 from subspan.edit import RobustSpikes
 from subspan.geometry import CoordinateSubspace, Subspace
 from subspan.probe import ConvergentLearning, TopKSAE
@@ -54,6 +55,8 @@ ALONE = [
     represent.Matryoshka((4, 8)),
     represent.MatryoshkaIndex((4, 8), shortlist=20),
     TopKSAE(n_atoms=12, k=3, epochs=1),
+    KoopmanOperator(6),
+    KoopmanAutoencoder(4, hidden=(8,), epochs=1),
 ]
 PAIRED = [
     align.SpaceMap("ridge"),
@@ -82,10 +85,10 @@ STREAMED = {
 # No subspace is found here; of `SubspaceAligner` there is one a side.
 WITHOUT_SUBSPACE = {
     *("SpaceMap", "UpgradeMap", "LambdaOrthogonalAdapter", "SubspaceAligner", "ReAlign", "MeanShift", "C3"),
-    *("ConvergentLearning", "MatryoshkaIndex", "TopKSAE"),
+    *("ConvergentLearning", "MatryoshkaIndex", "TopKSAE", "KoopmanOperator"),
 }
 TRAINED = {"ManifoldLinearizingClustering", "DeepSubspaceClustering", "DSCNetClustering", "TopKSAE"}
-TRAINED |= {type(model).__name__ for model in LABELLED} | {"Rep4Ex", "Rep4ExWithActions"}
+TRAINED |= {type(model).__name__ for model in LABELLED} | {"Rep4Ex", "Rep4ExWithActions", "KoopmanAutoencoder"}
 ROWS, CLASSES = union_of_subspaces(noise=0.02, n=15)[:2]
 every = pytest.mark.parametrize("model", [*ALONE, *PAIRED, *LABELLED, *ACTED], ids=lambda model: type(model).__name__)
 quietly = pytest.mark.filterwarnings("ignore")
@@ -289,6 +292,8 @@ QUICK_CHECKS = [
     BlockwiseWithTarget(),
     RobustSpikes("bootstrap", on_empty="identity"),
     ConvergentLearning("sparse"),
+    KoopmanOperator(),
+    KoopmanAutoencoder(2, hidden=(4,), epochs=1),
     *LABELLED,
     Rep4ExWithActions(dim=1, hidden=(4,), max_steps=2, control=dynamics.ControlFunctionRegressor("linear")),
 ]

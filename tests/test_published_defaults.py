@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from subspan import align, cluster, edit, measures, nn, probe, represent, select
+from subspan import align, cluster, dynamics, edit, measures, nn, probe, represent, select
 
 
 class Default(NamedTuple):
@@ -276,6 +276,24 @@ PUBLISHED = [
     Default(represent.HydraTraining, "hidden", 2048, "erow/vitookit"),
     Default(represent.HydraProjector, "out_dim", 256, "erow/vitookit"),
     Default(represent.HydraProjector, "gate_norm", "layer", "ours: batches of few classes have few pairs"),
+    # dynamics: Information Koopman
+    Default(dynamics.KoopmanAutoencoder, "alpha", 2.0, "Cheng et al. (2026), physical simulations"),
+    Default(dynamics.KoopmanAutoencoder, "beta", 0.0, "Cheng et al. (2026), physical simulations: none"),
+    Default(dynamics.KoopmanAutoencoder, "gamma", 0.1, "Cheng et al. (2026); their code has the other sign"),
+    Default(dynamics.KoopmanAutoencoder, "id_weight", 0.1, "Wenxuan52/InformationKoopman, cylinder"),
+    Default(dynamics.KoopmanAutoencoder, "neighbours", 3, "Cheng et al. (2026), physical simulations"),
+    Default(dynamics.KoopmanAutoencoder, "temperature", 0.1, "Wenxuan52/InformationKoopman, what its trainer takes"),
+    Default(dynamics.KoopmanAutoencoder, "negatives", "sequence", "Wenxuan52/InformationKoopman"),
+    Default(dynamics.KoopmanAutoencoder, "operator", "pooled", "ours: means of windows' operators are biased low"),
+    Default(dynamics.KoopmanAutoencoder, "ridge", 0.1, "Wenxuan52/InformationKoopman"),
+    Default(dynamics.KoopmanAutoencoder, "detach_operator", True, "Wenxuan52/InformationKoopman"),
+    Default(dynamics.KoopmanAutoencoder, "dropout", 0.0, "ours: 0.1 in their networks for fields"),
+    Default(dynamics.KoopmanAutoencoder, "window", 16, "Wenxuan52/InformationKoopman, cylinder"),
+    Default(dynamics.KoopmanAutoencoder, "epochs", 20, "ours: 300 there, of fewer windows"),
+    Default(dynamics.KoopmanAutoencoder, "batch_size", 16, "Wenxuan52/InformationKoopman, cylinder"),
+    Default(dynamics.KoopmanAutoencoder, "learning_rate", 1e-3, "Wenxuan52/InformationKoopman"),
+    Default(dynamics.KoopmanAutoencoder, "gradient_clip", 1.0, "Wenxuan52/InformationKoopman"),
+    Default(dynamics.VonNeumannEntropy, "eps", 1e-8, "Wenxuan52/InformationKoopman"),
     # represent: XFactors
     Default(represent.XFactors, "factor_dim", 2, "ICML26-anon/XFactors, whatever is asked for"),
     Default(represent.XFactors, "residual_dim", 126, "ICML26-anon/XFactors"),

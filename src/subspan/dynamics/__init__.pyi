@@ -1,21 +1,45 @@
 from .control_function import ControlFunctionRegressor, FirstStage, Interval, first_stage
+from .information_koopman import (
+    InformationKoopmanLoss,
+    KoopmanNetwork,
+    LatentSteps,
+    TemporalInfoNCE,
+    VonNeumannEntropy,
+    effective_dimension,
+    gaussian_latent_information,
+)
+from .koopman_operator import Forecast, KoopmanOperator
+from .koopman_training import KoopmanAutoencoder
 from .linear_invariance import InvarianceTest, LinearInvarianceLoss, linear_invariance_test
 from .rep4ex import Rep4Ex, Rep4ExAutoencoder, Rep4ExLoss
 from .sliced_gaussian import SlicedGaussianLoss, epps_pulley
 from .sub_jepa import SubspaceGaussianRegularizer
+from .trajectories import rollout_errors, seasonal_naive
 
 __all__ = [
     "ControlFunctionRegressor",
     "FirstStage",
+    "Forecast",
+    "InformationKoopmanLoss",
     "Interval",
     "InvarianceTest",
+    "KoopmanAutoencoder",
+    "KoopmanNetwork",
+    "KoopmanOperator",
+    "LatentSteps",
     "LinearInvarianceLoss",
     "Rep4Ex",
     "Rep4ExAutoencoder",
     "Rep4ExLoss",
     "SlicedGaussianLoss",
     "SubspaceGaussianRegularizer",
+    "TemporalInfoNCE",
+    "VonNeumannEntropy",
+    "effective_dimension",
     "epps_pulley",
     "first_stage",
+    "gaussian_latent_information",
     "linear_invariance_test",
+    "rollout_errors",
+    "seasonal_naive",
 ]

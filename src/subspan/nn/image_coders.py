@@ -84,7 +84,7 @@ class ConvEncoder(nn.Sequential):
 
 
 class ConvDecoder(nn.Module):
-    """Vectors (b, in_dim) → images (b, c, h, w) with values in [0, 1]: the mirror of `ConvEncoder`.
+    """Vectors (b, in_dim) → images (b, c, h, w): the mirror of `ConvEncoder`.
 
     Parameters
     ----------
@@ -94,6 +94,8 @@ class ConvDecoder(nn.Module):
         As in `ConvEncoder`.
     resize
         Sides that are no multiples of 8 are made from the next larger ones, bilinearly; without it they are refused.
+    unit_range
+        Values in [0, 1], by a sigmoid; False: any values, as of standardised fields.
 
     Raises
     ------
@@ -116,8 +118,10 @@ class ConvDecoder(nn.Module):
         width: int = 48,
         block: Literal["residual", "plain"] = "residual",
         resize: bool = False,
+        unit_range: bool = True,
     ) -> None:
         super().__init__()
+        self.unit_range = unit_range
         height, breadth = _smallest(image_shape)
         channels, *self.size = image_shape
         if not resize and any(side % 2**_HALVINGS for side in self.size):
@@ -139,4 +143,4 @@ class ConvDecoder(nn.Module):
         images = self.layers(z)
         if list(images.shape[2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False)
-        return images.sigmoid()
+        return images.sigmoid() if self.unit_range else images
