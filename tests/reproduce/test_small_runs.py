@@ -263,6 +263,7 @@ def ast_probe(module: Any, patch: Any) -> None:
         "rank": 12,
         "ranks": (8,),
         "epochs": 6,
+        "seeds": 2,
     }
     patch(module, "QUICK", module.QUICK._replace(load=lambda: (model, tokenizer), **small))
 
@@ -294,7 +295,7 @@ def icl_circuit(module: Any, patch: Any) -> None:
     patch(module, "SentenceEncoder", Encoder)
     patch(module, "is_available", lambda name: True)
     patch(module, "load", lambda name: records)
-    patch(module, "QUICK", module.QUICK._replace(few=6, neighbours=3))
+    patch(module, "QUICK", module.QUICK._replace(few=6, neighbours=3, seeds=2))
 
 
 def labelled(n: int, classes: int, spread: float) -> LabelledImages:

@@ -56,7 +56,7 @@ HALVES = ((0.0, 0.5), (0.5, 1.0))
 
 class Setting(NamedTuple):
     """Prompts of the cuts, of what is measured beside them, and inside subspaces; texts a set and their neighbours;
-    draws of controls; numbers of demonstrations compared."""
+    draws of controls; numbers of demonstrations compared; seeds of the cuts."""
 
     prompts: int
     few: int
@@ -65,11 +65,47 @@ class Setting(NamedTuple):
     neighbours: int
     controls: int
     demonstrations: tuple[int, ...]
+    seeds: int = 3
 
 
 FULL = Setting(200, 48, 24, 80, 10, 3, (0, 1, 4))
 SECOND = FULL._replace(prompts=80, few=0, controls=2)
-QUICK = Setting(16, 0, 8, 20, 4, 1, (0, 1))
+QUICK = Setting(16, 0, 8, 20, 4, 1, (0, 1), seeds=1)
+
+
+class Drawn(NamedTuple):
+    """Under one seed, of its own prompts and random edges: accuracy, uncut and of each cut, the dearest random edges'
+    cost, and the best head with what it has over the mean over heads."""
+
+    seed: int
+    accuracy: float
+    cut: list[float]
+    control: float
+    head: tuple[int, int]
+    gain: float
+
+    @property
+    def costs(self) -> list[float]:
+        """Accuracy lost by each cut."""
+        return [self.accuracy - each for each in self.cut]
+
+
+def drawn(circuit: ICLCircuit, setting: Setting, seed: int) -> tuple[Drawn, CircuitReading, Ablation]:
+    """Read and cut prompts of a seed; the best head is chosen on every other prompt and judged on the rest."""
+    examples = retrieval_examples(setting.prompts, random_state=seed)
+    reading = circuit.read(examples)
+    cuts = circuit.ablate(examples, MAIN, controls=setting.controls, random_state=seed, uncut=reading.logits)
+    even, odd = (retrieval_report(reading.part(slice(start, None, 2))) for start in (0, 1))
+    (head,) = even.best()
+    facts = Drawn(
+        seed,
+        cuts.accuracy(),
+        [effect.accuracy() for effect in cuts.effects],
+        max(effect.control_cost()[0] for effect in cuts.effects),
+        head,
+        odd.gain(*head)[0],
+    )
+    return facts, reading, cuts
 
 
 class Causal(NamedTuple):
@@ -89,28 +125,33 @@ class Causal(NamedTuple):
     inside: dict[str, float]
     dims: tuple[int, int]
     blind: list[tuple[str, Any]]
+    seeds: list[Drawn]
+
+    def mean(self, fact: str) -> float:
+        """Of a fact of the cuts, over seeds."""
+        return float(np.mean([getattr(each, fact) for each in self.seeds]))
 
     @property
-    def costs(self) -> list[tuple[float, float, float]]:
-        """Of the two cuts that the claim is about."""
-        return [effect.cost() for effect in self.cuts.effects]
+    def costs(self) -> list[float]:
+        """Of the two cuts that the claim is about, mean over seeds."""
+        return np.mean([each.costs for each in self.seeds], 0).tolist()
 
 
 def causal(name: str, model: Any, tokenizer: Any, setting: Setting, seed: int, progress: Progress) -> Causal:
     """Read, cut and project one model on words whose category is a letter."""
     circuit = ICLCircuit(model, tokenizer, WORDS, batch_size=BATCH)
     examples = retrieval_examples(setting.prompts, random_state=seed)
-    progress(f"{name}: reading", 0.0)
-    reading = circuit.read(examples)
-    progress(f"{name}: cutting", 0.15)
-    options: dict[str, Any] = {"random_state": seed, "uncut": reading.logits}
-    cuts = circuit.ablate(examples, MAIN, controls=setting.controls, **options)
-    even, odd = (reading.part(slice(start, None, 2)) for start in (0, 1))
-    (head,) = retrieval_report(even).best()
+    runs = []
+    for place in range(setting.seeds):
+        progress(f"{name}: cutting, seed {seed + place}", 0.7 * place / setting.seeds)
+        runs.append(drawn(circuit, setting, seed + place))
+    seeds, (_, reading, cuts), head = [facts for facts, _, _ in runs], runs[0], runs[0][0].head
+    odd = retrieval_report(reading.part(slice(1, None, 2)))
     merged, further, blind = merge_report(reading, neighbours=setting.neighbours), None, []
     if setting.few:
-        progress(f"{name}: further cuts and heads", 0.6)
-        some, own = examples[: setting.few], {**options, "uncut": reading.logits[: setting.few]}
+        progress(f"{name}: further cuts and heads", 0.7)
+        some = examples[: setting.few]
+        own: dict[str, Any] = {"random_state": seed, "uncut": reading.logits[: setting.few]}
         wrong = circuit.read(some, append="wrong")
         merged = merge_report(reading.part(slice(setting.few)), wrong, neighbours=setting.neighbours)
         parts = [
@@ -119,6 +160,7 @@ def causal(name: str, model: Any, tokenizer: Any, setting: Setting, seed: int, p
         ]
         further = Ablation(parts[0].effects + parts[1].effects, parts[0].targets, own["uncut"], None)
         # At most half of a layer, so that as many others are left for the control.
+        even = reading.part(slice(0, None, 2))
         most, best = even.retrieval.shape[2] // 2, []
         for layer, number in retrieval_report(even).best(60):
             if sum(at == layer for at, _ in best) < most:
@@ -129,7 +171,7 @@ def causal(name: str, model: Any, tokenizer: Any, setting: Setting, seed: int, p
     inside, dims = within(circuit, examples[1::2][: setting.inside], head, seed)
     return Causal(
         name, reading, merged, retrieval_report(reading), cuts, further, head,
-        retrieval_report(odd).gain(*head), inside, dims, blind,
+        odd.gain(*head), inside, dims, blind, seeds,
     )  # fmt: skip
 
 
@@ -220,15 +262,16 @@ def judged(found: Sequence[Causal], sets: Sequence[Represented]) -> list[Check]:
     """Every check but the main one."""
     checks = [] if len(found) < 2 else [costs(found[1])]
     for each in found:
-        control = max(effect.control_cost()[0] for effect in each.cuts.effects)
         whole = each.inside["whole state"]
         kept, gone = (each.inside[key] for key in ("directions of 0.9 of the energy", "without the subspace"))
         checks += [
-            Check.at_most(f"{each.name}: random edges cost little", "accuracy lost, larger of two", control, 0.05),
+            Check.at_most(
+                f"{each.name}: random edges cost little", "accuracy lost, larger of two", each.mean("control"), 0.05
+            ),
             Check.at_least(
                 f"{each.name}: the best head retrieves the right label",
                 "share of attention, more than the mean over heads",
-                each.gain[0],
+                each.mean("gain"),
                 0.15,
             ),
             Check.at_least(
@@ -283,8 +326,8 @@ def costs(each: Causal) -> Check:
     """What the weaker of the two cuts costs."""
     return Check.at_least(
         f"{each.name}: each cut damages the answers",
-        "calibrated accuracy lost, smaller of two cuts",
-        min(cost[0] for cost in each.costs),
+        f"calibrated accuracy lost, smaller of two cuts, mean of {len(each.seeds)} seeds",
+        min(each.costs),
         0.15,
     )
 
@@ -308,6 +351,20 @@ def tables(found: Sequence[Causal], sets: Sequence[Represented]) -> list[Table]:
                 f"{each.name}: cuts",
                 ["cut", "layers", "size", "n", "accuracy", "calibrated", "lost", "from", "to", "random", "s.e."],
                 rows,
+                3,
+            )
+        )
+        every.append(
+            Table.rounded(
+                f"{each.name}: by seed, other prompts and other random edges",
+                [
+                    "seed",
+                    "calibrated",
+                    *(f"without {cut.replace('_', ' ')}" for cut in MAIN),
+                    "random cost",
+                    "best head",
+                ],
+                [[r.seed, r.accuracy, *r.cut, r.control, f"{r.head[0]}.{r.head[1]}"] for r in each.seeds],
                 3,
             )
         )
@@ -379,19 +436,20 @@ def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
         del model
         found.append(causal("Gemma-3", *load_gemma(), SECOND, seed, lambda s, f: progress(s, 0.77 + 0.23 * f)))
     first = found[0]
-    effects = {effect.name.replace("_", " "): effect.accuracy() for effect in first.cuts.effects}
+    effects = dict(zip(MAIN, np.mean([each.cut for each in first.seeds], 0).tolist()))
     return Outcome(
         claim="A language model answers few-shot prompts in three steps: a text is encoded into the token before its "
         "label, labels copy from it, and the query retrieves the labels of like texts. Cutting the edges of a step "
         "damages the answers, cutting as many random edges does not.",
-        data=f"{first.cuts.targets.numel()} prompts of 8 words with a letter for their category, the query one of them"
+        data=f"{len(first.seeds)} draws of {first.cuts.targets.numel()} prompts of 8 words with a letter for their "
+        "category, the query one of them"
         + "".join(f"; {own.name}, {len(own.report.alignment[0, 0])} prompts of 4 demonstrations" for own in sets),
         model="SmolLM2-135M-Instruct" + (" and Gemma-3-270M" if two else ""),
         metric="accuracy of SmolLM2, labels' means taken off",
-        ours=first.cuts.accuracy(),
+        ours=first.mean("accuracy"),
         baselines={
-            **{f"without {name}": value for name, value in effects.items()},
-            "without as many random edges": first.cuts.effects[0].control_accuracy()[0],
+            **{f"without {name.replace('_', ' ')}": value for name, value in effects.items()},
+            "without as many random edges": first.mean("accuracy") - first.mean("control"),
             "without demonstrations": first.cuts.zero_shot_accuracy(),
         },
         main=costs(first),
