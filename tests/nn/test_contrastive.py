@@ -33,6 +33,13 @@ def _by_hand(logits, positives, excluded, rivals, average):
     return sum(w * x for w, x in zip(weights, losses)) / sum(weights)
 
 
+def test_classes_as_positives_are_the_loss_of_pytorch_metric_learning():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    z, labels, itself = _logits(40, 7), torch.arange(40) % 5, torch.eye(40, dtype=torch.bool)
+    found = info_nce(z, z, (labels[:, None] == labels) & ~itself, itself, temperature=0.3)
+    torch.testing.assert_close(found, losses.SupConLoss(0.3)(z, labels), atol=1e-9, rtol=0)
+
+
 def test_the_diagonal_is_the_cross_entropy_of_the_row_index():
     logits = _logits(7, 7)
     expected = F.cross_entropy(logits, torch.arange(7))

@@ -45,6 +45,16 @@ def test_the_margin_loss_is_a_double_loop():
         torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-5)
 
 
+def test_same_pairs_give_the_loss_of_pytorch_metric_learning():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pytorch-metric-learning is not installed")
+    z, labels = unit(60, 6), torch.arange(60) % 12
+    positives, negatives = NearestNegativeSampler()(torch.cdist(z, z), labels)
+    (anchors, near), (others, far) = positives.nonzero().T, negatives.nonzero().T
+    assert anchors.equal(others)
+    theirs = losses.MarginLoss(0.2, beta=1.2)(z, labels, (anchors, near, far))
+    torch.testing.assert_close(MarginLoss(1.2, 0.2)(z, labels), theirs, atol=1e-6, rtol=1e-6, check_dtype=False)
+
+
 def test_negatives_are_beyond_the_cutoff_and_no_more_than_positives():
     z, labels = unit(30, 2), torch.tensor([0] * 3 + [1] * 27)
     distances = torch.cdist(z, z)

@@ -54,11 +54,11 @@ class NearestNegativeSampler(nn.Module):
         same = labels[:, None] == labels
         positives = same.clone().fill_diagonal_(False)
         eligible = ~same & (distances >= self.cutoff)
-        order = distances.detach().masked_fill(~eligible, torch.inf).argsort(dim=-1, stable=True)
-        rank = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(len(order), device=order.device).expand_as(order)
-        )
-        return positives, eligible & (rank < positives.sum(-1, keepdim=True))
+        counts = positives.sum(-1, keepdim=True)
+        near = distances.detach().masked_fill(~eligible, torch.inf).topk(int(counts.max()), largest=False)
+        kept = torch.arange(near.indices.shape[-1], device=distances.device) < counts
+        negatives = torch.zeros_like(eligible).scatter_(-1, near.indices, kept & near.values.isfinite())
+        return positives, negatives
 
     def extra_repr(self) -> str:
         """Shown by print."""
@@ -111,14 +111,10 @@ class MarginLoss(nn.Module):
         """The loss of rows, usually of unit length, by their Euclidean distances."""
         square = z.square().sum(-1)
         squares = square[:, None] + square - 2 * z @ z.mT
-        distances = squares.clamp_min(_SMALLEST).sqrt()
-        positives, negatives = self.sampler(distances, labels)
-        missing = torch.cat(
-            [
-                (distances[positives] - self.beta + self.margin).relu(),
-                (self.beta - distances[negatives] + self.margin).relu(),
-            ]
-        )
+        positives, negatives = self.sampler(squares.detach().clamp_min(_SMALLEST).sqrt(), labels)
+        pairs = (positives | negatives).nonzero(as_tuple=True)
+        beyond = squares[pairs].clamp_min(_SMALLEST).sqrt() - self.beta
+        missing = (torch.where(positives[pairs], beyond, -beyond) + self.margin).relu()
         return missing.sum() / (missing > 0).sum().clamp_min(1)
 
     def extra_repr(self) -> str:
