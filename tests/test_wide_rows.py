@@ -22,10 +22,8 @@ VERBS = {
     "detect": ("wide", "detect {0} -o scores.csv"),
     "select": ("wide", "select {0} -m 5 -o rows.csv"),
     "shorten": ("wide", "shorten {0} --rank 5 -o short.npy"),
-    "report": ("wide", "report {0} -o report.html"),
     "report --against": ("wide", "report {0} --against {1} -o both.html"),
     "align --method ridge": ("mapped", "align {0} {1} --method ridge -o map.safetensors --apply moved.npy"),
-    "align --method scaled": ("mapped", "align {0} {1} --method scaled -o map.safetensors --apply moved.npy"),
     "align --method cca": ("mapped", "align {0} {1} --method cca -o map.safetensors --apply moved.npy"),
     "upgrade": ("mapped", "upgrade {0} {1} --report upgrade.html --backfill-order order.txt"),
 }

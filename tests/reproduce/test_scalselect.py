@@ -55,6 +55,10 @@ def test_scaling_reads_the_same_rows_in_both_passes():
     first, second = ([batch.clone() for batch in source] for _ in range(2))
     assert sum(len(batch) for batch in first) == 4000
     assert all((a == b).all() for a, b in zip(first, second))
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_in_processes_of_their_own():
     table, ratio, growth = scalselect._scaling((2000, 4000), 8)
     assert [row[0] for row in table.rows] == [2000, 4000]
     assert ratio > 0

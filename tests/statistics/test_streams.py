@@ -264,7 +264,7 @@ def _slow_block(block, path):
     return block
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_dask_recomputes_what_a_killed_worker_held(tmp_path, rows):
     distributed = pytest.importorskip("distributed", reason="Dask is an optional extra")
     import dask.array as da
