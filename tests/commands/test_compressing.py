@@ -7,6 +7,7 @@ import torch
 
 from subspan import cli
 from subspan.models import StoredWeights, load_factored, text_perplexity, token_sequences, write_weights
+from subspan.weights import CoSpaDi
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -70,6 +71,12 @@ def test_the_checkpoint_loads_in_transformers_and_the_factors_give_the_same(fold
     held = [{"input_ids": batch["input_ids"]} for batch in sequences(folder)][8:24]
     for name, network in (("perplexity_after", small), ("perplexity_before", whole_model(folder))):
         assert found[name] == pytest.approx(text_perplexity(network, held), rel=1e-4)
+    if solver == "round":
+        assert found["perplexity_rounded"] is None
+    else:
+        rival = CoSpaDi(0.3, "round").fit(model := whole_model(folder))
+        model.load_state_dict(rival.dense_weights(model), strict=False)
+        assert found["perplexity_rounded"] == pytest.approx(text_perplexity(model, held), rel=1e-4)
 
 
 def test_a_plan_writes_nothing(folder, capsys):

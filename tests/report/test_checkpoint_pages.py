@@ -21,7 +21,8 @@ def compression(**other):
     facts = {
         "solver": "procrustes", "base": NASTY, "calibration": NASTY, "sequences": 4, "tokens": 64, "saved": 0.3,
         "mean_error": 0.11, "megabytes_before": 10.0, "megabytes_after": 7.0, "held_sequences": 3,
-        "perplexity_before": 20.0, "perplexity_after": 25.0, "left_out": 0, "layers": layers,
+        "perplexity_before": 20.0, "perplexity_after": 25.0, "perplexity_rounded": 21.0, "left_out": 0,
+        "layers": layers,
     }  # fmt: skip
     return {**facts, **ABOUT, **other}
 
@@ -57,7 +58,11 @@ OVERLAPS = [
     ("page", "sections", "figures"),
     [
         (render_compression(compression()), ["outcome", "layers"], 1),
-        (render_compression(compression(perplexity_before=None, perplexity_after=None)), ["outcome", "layers"], 1),
+        (
+            render_compression(compression(perplexity_before=None, perplexity_after=None, perplexity_rounded=None)),
+            ["outcome", "layers"],
+            1,
+        ),
         (render_merge(merge(OVERLAPS)), ["overlaps", "written"], 1),
         (render_merge(merge([])), ["written"], 0),
         (render_unlearning(unlearning()), ["outcome", "layers", "course"], 3),
@@ -80,9 +85,13 @@ def words(page):
 def test_what_they_say_is_what_was_measured():
     said = words(render_compression(compression()))
     assert "perplexity goes from 20 to 25, 25 % more" in said
+    assert "Rounding each number to as many bits gives 21, which is less" in said
+    assert "which is less" not in words(render_compression(compression(perplexity_rounded=26.0)))
     assert "7 MB" in said
     assert "by 21 % of their size" in said
-    assert "was not measured" in words(render_compression(compression(perplexity_before=None, perplexity_after=None)))
+    assert "was not measured" in words(
+        render_compression(compression(perplexity_before=None, perplexity_after=None, perplexity_rounded=None))
+    )
     said = words(render_merge(merge(OVERLAPS)))
     assert "1 of 2" in said
     assert "0.61, where random directions of as many dimensions would have 0.10" in said

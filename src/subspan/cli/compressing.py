@@ -39,8 +39,9 @@ def compress(
     """Put the linear layers of a checkpoint into fewer bits on data, without training.
 
     Beside the weights: the factors, a table of the layers, a card, and `report.html`. Of a causal model the perplexity
-    on text that follows the calibration is measured before and after. Error: relative change of a layer's outputs on
-    the calibration texts. Embeddings and head stay as they are.
+    on text that follows the calibration is measured before, after, and by rounding each number to as many bits, which
+    costs nothing and is hard to beat. Error: relative change of a layer's outputs on the calibration texts. Embeddings
+    and head stay as they are.
 
     Examples:
 

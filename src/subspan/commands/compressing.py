@@ -50,7 +50,7 @@ class Compression:
         File of calibration texts; None: docstrings of Python's standard library.
     sequences, tokens
         Calibration sequences at most, and tokens of each. The sixteen that follow in the text, as far as it goes, are
-        held out: of a causal model the perplexity on them is measured before and after.
+        held out: of a causal model the perplexity on them is measured before, after, and by rounding to as many bits.
     """
 
     folder: Path
@@ -104,6 +104,7 @@ class Compression:
             if surgery is not None:
                 save_factored(model, factored)
                 surgery.undo()
+            rounded = None if before is None or self.solver == "round" else self._rounded(model, held)
             if before is not None:
                 model.load_state_dict(dense, strict=False)
             rows = [asdict(layer) for layer in job.report_]
@@ -122,6 +123,7 @@ class Compression:
                 "held_sequences": len(held),
                 "perplexity_before": before,
                 "perplexity_after": self._perplexity(model, held),
+                "perplexity_rounded": rounded,
                 "left_out": len(job.left_out_),
             }
 
@@ -152,6 +154,12 @@ class Compression:
         if not calibration:
             raise ValueError(f"--text: has too few tokens for one sequence of {self.tokens}")
         return calibration, list(islice(every, _HELD))
+
+    def _rounded(self, model: Any, held: list[dict[str, Tensor]]) -> float | None:
+        """The same with each number rounded to as many bits, the rival that costs nothing. The model is changed."""
+        rival = CoSpaDi(self.ratio, "round", exclude=self.exclude).fit(model)
+        model.load_state_dict(rival.dense_weights(model), strict=False)
+        return self._perplexity(model, held)
 
     def _perplexity(self, model: Any, held: list[dict[str, Tensor]]) -> float | None:
         """On the sequences that are held out; None without any, and for models that predict no next token."""

@@ -15,14 +15,20 @@ from .rep4ex import Rep4Ex, Rep4ExAutoencoder, Rep4ExLoss
 from .sliced_gaussian import SlicedGaussianLoss, epps_pulley
 from .sub_jepa import SubspaceGaussianRegularizer
 from .trajectories import rollout_errors, seasonal_naive
+from .planning import CEMPlanner, InverseDynamics
+from .world_model import ActionPredictor, JEPAWorldModel, straightness
 
 __all__ = [
+    "ActionPredictor",
+    "CEMPlanner",
     "ControlFunctionRegressor",
     "FirstStage",
     "Forecast",
     "InformationKoopmanLoss",
     "Interval",
     "InvarianceTest",
+    "InverseDynamics",
+    "JEPAWorldModel",
     "KoopmanAutoencoder",
     "KoopmanNetwork",
     "KoopmanOperator",
@@ -42,4 +48,5 @@ __all__ = [
     "linear_invariance_test",
     "rollout_errors",
     "seasonal_naive",
+    "straightness",
 ]

@@ -124,11 +124,14 @@ class FlowTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and a two-layer network, each shifted, scaled and gated by the condition."""
+    """Self-attention and a two-layer network, each shifted, scaled and gated by the condition.
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+    causal: tokens attend to those before them and to themselves. A condition is of all tokens, or one for each.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, causal: bool = False) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -137,11 +140,15 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Float[Tensor, "b t d"], condition: Float[Tensor, "b d"]) -> Float[Tensor, "b t d"]:
+    def forward(
+        self, x: Float[Tensor, "b t d"], condition: Float[Tensor, "b d"] | Float[Tensor, "b t d"]
+    ) -> Float[Tensor, "b t d"]:
         """Tokens to tokens."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, -1)
+        each = condition if condition.ndim == 3 else condition[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(each).chunk(6, -1)
         q, k, v = self.qkv(self.norm1(x) * (1 + scale1) + shift1).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=self.causal)
         x = x + gate1 * self.out(mixed.transpose(1, 2).flatten(2))
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 

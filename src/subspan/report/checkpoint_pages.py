@@ -94,7 +94,7 @@ def _page(
 
 
 def _cost(facts: dict[str, Any]) -> str:
-    before, after = facts["perplexity_before"], facts["perplexity_after"]
+    before, after, simple = (facts[f"perplexity_{name}"] for name in ("before", "after", "rounded"))
     if before is None:
         lead = "What the model says was not measured: no text was left for it, or it predicts no tokens."
     else:
@@ -103,11 +103,16 @@ def _cost(facts: dict[str, Any]) -> str:
             f"On {held} of the same text that it was not calibrated on, the perplexity goes from {rounded(before)} to "
             f"{rounded(after)}, {_more(after / before - 1)}."
         )
+    if simple is not None:
+        lead += f" Rounding each number to as many bits gives {rounded(simple)}" + (
+            ", which is less, and costs no time: <code>--solver round</code>." if simple < after else "."
+        )
     table = table_of(
         ["", "before", "after"],
         [
             ["Linear layers, MB", rounded(facts["megabytes_before"]), rounded(facts["megabytes_after"])],
             *([] if before is None else [["Perplexity, held-out text", rounded(before), rounded(after)]]),
+            *([] if simple is None else [["The same, by rounding to as many bits", "", rounded(simple)]]),
         ],
         caption="Sizes are the bits that are counted, before in 16-bit numbers; without embeddings and head.",
     )
