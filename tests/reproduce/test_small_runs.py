@@ -328,6 +328,10 @@ def dynamic_subspace_learners(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(120, 60, 5, 1, 1, 1))
 
 
+def sub_jepa(module: Any, patch: Any) -> None:
+    patch(module, "QUICK", module.QUICK._replace(episodes=(12, 8, 8), steps=4, pairs=4, budget=20, rounds=2))
+
+
 def xfactors(module: Any, patch: Any) -> None:
     def judge(self: Any, data: Any, epochs: int, seed: int) -> None:
         self.values = data.sizes()
@@ -359,6 +363,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     hydra: {"something is learnt"},
     dynamic_subspace_learners: {"metric learning beside none"},
     xfactors: {"the judge knows the factors", "swapped factors follow"},
+    sub_jepa: {"every goal can be reached"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
     sae_manifolds: {"model: PCA is the upper bound"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -10,9 +11,20 @@ from torch import Tensor, nn
 
 from subspan.nn import MLP
 
-from .world_model import JEPAWorldModel
-
 Cost = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class LatentWorld(Protocol):
+    """What is planned in: `JEPAWorldModel`, or any that says where actions lead and how far that is from a goal."""
+
+    def rollout(self, z: Tensor, actions: Tensor) -> Tensor:
+        """Latents (b, n, d) that actions (b, n, a) lead to from (b, t, d)."""
+        ...
+
+    def goal_cost(self, z: Tensor, goal: Tensor) -> Tensor:
+        """How far latents are from those of goals."""
+        ...
 
 
 class CEMPlanner:
@@ -97,7 +109,7 @@ class CEMPlanner:
 
     @torch.no_grad()
     def plan_to(
-        self, model: JEPAWorldModel, z: Float[Tensor, "b t d"], goal: Float[Tensor, "b d"], action_dim: int
+        self, model: LatentWorld, z: Float[Tensor, "b t d"], goal: Float[Tensor, "b d"], action_dim: int
     ) -> Float[Tensor, "b n a"]:
         """Plans whose last predicted latent is nearest to that of the goal, from latents of which the last is now."""
 
