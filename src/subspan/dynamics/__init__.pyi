@@ -11,11 +11,11 @@ from .information_koopman import (
 from .koopman_operator import Forecast, KoopmanOperator
 from .koopman_training import KoopmanAutoencoder
 from .linear_invariance import InvarianceTest, LinearInvarianceLoss, linear_invariance_test
+from .planning import CEMPlanner, InverseDynamics
 from .rep4ex import Rep4Ex, Rep4ExAutoencoder, Rep4ExLoss
 from .sliced_gaussian import SlicedGaussianLoss, epps_pulley
 from .sub_jepa import SubspaceGaussianRegularizer
 from .trajectories import rollout_errors, seasonal_naive
-from .planning import CEMPlanner, InverseDynamics
 from .world_model import ActionPredictor, JEPAWorldModel, straightness
 
 __all__ = [
