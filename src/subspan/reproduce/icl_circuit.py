@@ -332,88 +332,99 @@ def costs(each: Causal) -> Check:
     )
 
 
-def tables(found: Sequence[Causal], sets: Sequence[Represented]) -> list[Table]:
-    """Cuts, heads, shares inside subspaces, and the first step by layer."""
+def of_cuts(each: Causal) -> list[Table]:
+    """Of one model: what cuts cost, by seed too, and its heads."""
     every = []
-    for each in found:
-        rows = []
-        effects = [*each.cuts.effects, *(each.further.effects if each.further else ())]
-        for effect in [*effects, *(effect for _, effect in each.blind)]:
-            control = effect.control_accuracy() if len(effect.controls) else (None, None)
-            rows.append(
-                [
-                    effect.name.replace("_", " "), f"{effect.layers[0]}-{effect.layers[1] - 1}", round(effect.size, 1),
-                    len(effect.targets), effect.accuracy(calibrated=False), effect.accuracy(), *effect.cost(), *control,
-                ]
-            )  # fmt: skip
-        every.append(
-            Table.rounded(
-                f"{each.name}: cuts",
-                ["cut", "layers", "size", "n", "accuracy", "calibrated", "lost", "from", "to", "random", "s.e."],
-                rows,
-                3,
-            )
-        )
-        every.append(
-            Table.rounded(
-                f"{each.name}: by seed, other prompts and other random edges",
-                [
-                    "seed",
-                    "calibrated",
-                    *(f"without {cut.replace('_', ' ')}" for cut in MAIN),
-                    "random cost",
-                    "best head",
-                ],
-                [[r.seed, r.accuracy, *r.cut, r.control, f"{r.head[0]}.{r.head[1]}"] for r in each.seeds],
-                3,
-            )
-        )
-        records = {(r["layer"], r["head"]): r for r in each.retrieved.records()}
-        keys = ("induction", "correct_induction", "assignment", "head_average", "similarity")
-        every.append(
-            Table.rounded(
-                f"{each.name}: heads that retrieve",
-                ["layer", "head", *(key.replace("_", " ") for key in keys)],
-                [[*at, *(records[at][key] for key in keys)] for at in each.retrieved.best(6)],
-                3,
-            )
-        )
-        copies = {(r["layer"], r["head"]): r for r in each.merged.records()}
-        keys = ("count_right", "count_wrong", "count_any_token")
-        cells = [
-            [*at, *(None if np.isnan(copies[at][key]) else copies[at][key] for key in keys)]
-            for at in each.merged.heads()[:6]
-        ]
-        every.append(
-            Table.rounded(
-                f"{each.name}: heads that copy", ["layer", "head", "right label", "wrong label", "any token"], cells, 3
-            )
-        )
+    rows = []
+    effects = [*each.cuts.effects, *(each.further.effects if each.further else ())]
+    for effect in [*effects, *(effect for _, effect in each.blind)]:
+        control = effect.control_accuracy() if len(effect.controls) else (None, None)
+        rows.append(
+            [
+                effect.name.replace("_", " "), f"{effect.layers[0]}-{effect.layers[1] - 1}", round(effect.size, 1),
+                len(effect.targets), effect.accuracy(calibrated=False), effect.accuracy(), *effect.cost(), *control,
+            ]
+        )  # fmt: skip
     every.append(
         Table.rounded(
-            "attention of the best head to labels, share on the right one",
-            ["labels seen in", *(each.name for each in found)],
-            [[name, *(each.inside[name] for each in found)] for name in found[0].inside],
+            f"{each.name}: cuts",
+            ["cut", "layers", "size", "n", "accuracy", "calibrated", "lost", "from", "to", "random", "s.e."],
+            rows,
             3,
         )
     )
-    for own in sets:
-        at = own.report.roles.index("forerunner")
-        rows = [
-            [r["layer"], r["ka"], r["ka_unrelated"], r["ka_within_class"], r["centroid_acc"]]
-            for r in own.report.records()
-            if r["role"] == own.report.roles[at]
-        ]
-        titles = ["layer", "common neighbours", "unrelated", "exchanged in class", "class means"]
-        every.append(Table.rounded(f"{own.name}: the first step, {found[0].name}", titles, rows, 3))
-        pairs = [
-            [f"{few} and {many}", layer, float(same[layer]), float(other[layer])]
-            for (few, many), (same, other) in own.bias.items()
-            for layer in (len(same) // 4, len(same) // 2, 3 * len(same) // 4)
-        ]
-        titles = ["demonstrations", "layer", "same query", "others"]
-        every.append(Table.rounded(f"{own.name}: cosine of states by demonstrations", titles, pairs, 3))
+    every.append(
+        Table.rounded(
+            f"{each.name}: by seed, other prompts and other random edges",
+            [
+                "seed",
+                "calibrated",
+                *(f"without {cut.replace('_', ' ')}" for cut in MAIN),
+                "random cost",
+                "best head",
+            ],
+            [[r.seed, r.accuracy, *r.cut, r.control, f"{r.head[0]}.{r.head[1]}"] for r in each.seeds],
+            3,
+        )
+    )
+    records = {(r["layer"], r["head"]): r for r in each.retrieved.records()}
+    keys = ("induction", "correct_induction", "assignment", "head_average", "similarity")
+    every.append(
+        Table.rounded(
+            f"{each.name}: heads that retrieve",
+            ["layer", "head", *(key.replace("_", " ") for key in keys)],
+            [[*at, *(records[at][key] for key in keys)] for at in each.retrieved.best(6)],
+            3,
+        )
+    )
+    copies = {(r["layer"], r["head"]): r for r in each.merged.records()}
+    keys = ("count_right", "count_wrong", "count_any_token")
+    cells = [
+        [*at, *(None if np.isnan(copies[at][key]) else copies[at][key] for key in keys)]
+        for at in each.merged.heads()[:6]
+    ]
+    every.append(
+        Table.rounded(
+            f"{each.name}: heads that copy", ["layer", "head", "right label", "wrong label", "any token"], cells, 3
+        )
+    )
     return every
+
+
+def of_texts(own: Represented, model: str) -> list[Table]:
+    """Of one text set: the first step by layer, and positions."""
+    every = []
+    at = own.report.roles.index("forerunner")
+    rows = [
+        [r["layer"], r["ka"], r["ka_unrelated"], r["ka_within_class"], r["centroid_acc"]]
+        for r in own.report.records()
+        if r["role"] == own.report.roles[at]
+    ]
+    titles = ["layer", "common neighbours", "unrelated", "exchanged in class", "class means"]
+    every.append(Table.rounded(f"{own.name}: the first step, {model}", titles, rows, 3))
+    pairs = [
+        [f"{few} and {many}", layer, float(same[layer]), float(other[layer])]
+        for (few, many), (same, other) in own.bias.items()
+        for layer in (len(same) // 4, len(same) // 2, 3 * len(same) // 4)
+    ]
+    titles = ["demonstrations", "layer", "same query", "others"]
+    every.append(Table.rounded(f"{own.name}: cosine of states by demonstrations", titles, pairs, 3))
+    return every
+
+
+def tables(found: Sequence[Causal], sets: Sequence[Represented]) -> list[Table]:
+    """Cuts, heads, shares inside subspaces, and the first step by layer."""
+    shares = Table.rounded(
+        "attention of the best head to labels, share on the right one",
+        ["labels seen in", *(each.name for each in found)],
+        [[name, *(each.inside[name] for each in found)] for name in found[0].inside],
+        3,
+    )
+    return [
+        *(table for each in found for table in of_cuts(each)),
+        shares,
+        *(table for own in sets for table in of_texts(own, found[0].name)),
+    ]
 
 
 def protocol(*, quick: bool, seed: int, progress: Progress) -> Outcome:
