@@ -351,6 +351,7 @@ EXCUSED = {
     "PairedEstimator": "the base of those with paired rows",
     "RowClusterer": "the base of the clusterers of rows",
     "ControlFunctionRegressor": "states of no more columns than the actions that come with them; Rep4Ex is checked",
+    "FrameViews": "windows of 16 samples or more; blobs in a plane are none",
     "MatryoshkaCascade": "logits (sizes, rows, classes)",
     "ModalityGap": "two matrices of paired rows, and it neither transforms nor predicts",
     "ModalityMap": "the base of the maps between modalities, which are checked",

@@ -309,6 +309,23 @@ PUBLISHED = [
     Default(represent.XFactors, "batch_size", None, "ours: 128 in place of 32, so that rare values repeat"),
     Default(represent.XFactors, "decode_directions", False, "ICML26-anon/XFactors, which has no such choice"),
     # represent: dynamic subspace learners
+    Default(represent.FrameViews, "dim", 128, "Demirel & Holz (2025)"),
+    Default(represent.FrameViews, "width", 32, "Demirel & Holz (2025)"),
+    Default(represent.FrameViews, "n_scales", 48, "eth-siplab/Learning-with-FrameProjections"),
+    Default(represent.FrameViews, "mapper_hidden", 64, "Demirel & Holz (2025); their code has 1"),
+    Default(represent.FrameViews, "dropout", 0.5, "eth-siplab/Learning-with-FrameProjections"),
+    Default(represent.FrameViews, "temperature", 0.15, "eth-siplab/Learning-with-FrameProjections"),
+    Default(
+        represent.FrameViews, "mapper_weight", 1.0, "between 128 (paper) and 1 / batch (code); 128 keeps one point"
+    ),
+    Default(represent.FrameViews, "epochs", 256, "Demirel & Holz (2025), each stage"),
+    Default(
+        represent.FrameViews, "learning_rate", 1e-3, "eth-siplab/Learning-with-FrameProjections; 3e-3 in the paper"
+    ),
+    Default(represent.FrameViews, "batch_size", 256, "ours: 1024 in the paper, at a higher rate"),
+    Default(represent.FrameViews, "weight_decay", 1e-6, "eth-siplab/Learning-with-FrameProjections"),
+    Default(nn.MorletView, "scales", (1.0, 128.0), "eth-siplab/Learning-with-FrameProjections"),
+    Default(nn.MorletView, "norm", "l1", "ours: a tight frame; l2 is what PyWavelets and their code have"),
     Default(represent.DynamicSubspaceLearners, "out_dim", 128, "adigasu/Dynamic_subspace_learners"),
     Default(represent.DynamicSubspaceLearners, "patience", 10, "adigasu/Dynamic_subspace_learners"),
     Default(represent.DynamicSubspaceLearners, "threshold", 0.5, "adigasu/Dynamic_subspace_learners"),

@@ -32,7 +32,7 @@ from subspan.models import (
     load_factored,
     save_factored,
 )
-from subspan.represent import Matryoshka, MatryoshkaCascade, MatryoshkaIndex
+from subspan.represent import FrameViews, Matryoshka, MatryoshkaCascade, MatryoshkaIndex
 from subspan.select.shards import RepresentationShards, Shard
 from subspan.statistics import Moments
 
@@ -140,6 +140,14 @@ def matryoshka_cascade(path: Path) -> Load:
     return MatryoshkaCascade.load
 
 
+def frame_views(path: Path) -> Load:
+    pytest.importorskip("lightning", reason="the views train with Lightning (extra: train)")
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(36, 4))  # the usual one has very many fields
+    options: Any = {"dim": 4, "width": 2, "n_scales": 8, "mapper_hidden": 2, "epochs": 1, "encoder": encoder}
+    FrameViews(views=("fourier",), **options).fit(X.reshape(20, 36)).save(path)
+    return lambda path: FrameViews.load(path, encoder=encoder)
+
+
 def backward_compatible(path: Path) -> Load:
     from subspan.align import BackwardCompatibleModule, BT2Head, BT2Loss
 
@@ -178,7 +186,7 @@ MAKERS = (
     subspace, affine_map, moments, site_moments, subspaces_by_name, factored_layers, projected_affine, subspace_aligner,
     embedding_adapter, upgrade_map,
     lambda_orthogonal_adapter, detector, image_detector, matryoshka, matryoshka_with_heads, matryoshka_index,
-    matryoshka_cascade, backward_compatible, revision_projector, representation_shard,
+    matryoshka_cascade, frame_views, backward_compatible, revision_projector, representation_shard,
 )  # fmt: skip
 # Tables whose number of rows nothing else in the file says.
 FREE = {"subspace_aligner": {"held_out"}, "matryoshka_index": {"database"}}

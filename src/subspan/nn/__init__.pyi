@@ -4,7 +4,7 @@ from .blocks import MLP, ConvBlock, ResidualConvBlock
 from .butterfly import Butterfly
 from .butterfly_factors import ButterflyFactors, butterfly_factorize
 from .butterfly_products import butterfly_multiply
-from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce
+from .contrastive import ContrastiveLoss, info_nce, multi_positive_info_nce, nt_xent
 from .crate import ISTA, CRATEDecoderLayer, CRATELayer, SubspaceSelfAttention
 from .crate_models import CRATE, CRATEAutoencoder, CRATELanguageModel, load_published
 from .flow_transformer import FlowTransformer
@@ -38,6 +38,8 @@ from .penalties import (
 from .riemannian import GrassmannModule, GrassmannParameter, RiemannianSGD
 from .sae_files import SAE, PublishedSAE, SAEAdapter, load_sae
 from .self_expression import SelfExpression, SubspaceStructured
+from .series_encoders import LatentMapper, ScalogramEncoder, SeriesEncoder, SpectrumEncoder
+from .series_views import FourierView, FrameView, MorletView
 from .simplex import CompatibleCE, HOCLoss, SimplexClassifier, active_subspace, simplex_logits, simplex_vertices
 from .simvq import CodeUsage, GroupedSimVQ, Quantized, ResidualSimVQ, SimVQ, code_usage
 from .sparse_autoencoder import ActiveAtoms, SparseAutoencoder
@@ -63,6 +65,8 @@ __all__ = [
     "ConvDecoder",
     "ConvEncoder",
     "FlowTransformer",
+    "FourierView",
+    "FrameView",
     "GrassmannBlock",
     "GrassmannHead",
     "GrassmannLanguageModel",
@@ -77,6 +81,7 @@ __all__ = [
     "ISTA",
     "InverseHingeLoss",
     "LambdaOrthogonality",
+    "LatentMapper",
     "LinearAutoencoder",
     "MLP",
     "MatryoshkaAdapter",
@@ -84,6 +89,7 @@ __all__ = [
     "MatryoshkaLogitLoss",
     "MatryoshkaLoss",
     "MixingState",
+    "MorletView",
     "Objective",
     "OrthogonalLinear",
     "PatchProjector",
@@ -97,11 +103,14 @@ __all__ = [
     "SAEAdapter",
     "SameConv2d",
     "SameConvTranspose2d",
+    "ScalogramEncoder",
     "SelfExpression",
+    "SeriesEncoder",
     "SimVQ",
     "SimplexClassifier",
     "SparseAutoencoder",
     "SpatialNorm",
+    "SpectrumEncoder",
     "StochasticGate",
     "SubspaceAttention",
     "SubspaceSelfAttention",
@@ -124,6 +133,7 @@ __all__ = [
     "multi_positive_info_nce",
     "nesting_weights",
     "npo_loss",
+    "nt_xent",
     "orthogonality_defect",
     "orthonormality_penalty",
     "projection_penalty",

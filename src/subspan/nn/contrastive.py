@@ -157,6 +157,46 @@ def info_nce(
     return (forward + back) / 2
 
 
+def nt_xent(
+    x: Float[Tensor, "n d"], y: Float[Tensor, "m d"], *, temperature: float | Tensor = 0.1
+) -> Float[Tensor, ""]:
+    """Contrast of two views in which all other rows of both views are rivals: (2 n) anchors, 2 n - 2 rivals each.
+
+    Parameters
+    ----------
+    x, y
+        Vectors of the two views, row i of one with row i of the other, of any length; at least two rows.
+    temperature
+        Divides the cosines; > 0.
+
+    Returns
+    -------
+    Tensor, scalar, in nats; log(2 n - 1) where all rows are the same.
+
+    Raises
+    ------
+    ValueError
+        For one row, which has no rivals, other numbers of rows, and a temperature that is not positive.
+
+    References
+    ----------
+    Chen et al. (2020), SimCLR.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from subspan.nn import nt_xent
+    >>> round(nt_xent(torch.ones(4, 3), torch.ones(4, 3)).exp().item(), 3)
+    7.0
+    """
+    n = len(x)
+    if n < 2 or len(y) != n:
+        raise ValueError(f"x, y: at least two rows are needed, as many of one as of the other, got {n} and {len(y)}")
+    rows = torch.cat([x, y])
+    itself = torch.eye(2 * n, dtype=torch.bool, device=rows.device)
+    return info_nce(rows, rows, itself.roll(n, 0), itself, temperature=temperature)
+
+
 class ContrastiveLoss(nn.Module):
     """Symmetric multi-positive InfoNCE with a learnt temperature.
 

@@ -1,6 +1,15 @@
 from .cascade import MatryoshkaCascade
 from .causal_grassmann import CausalGrassmannConfig, CausalGrassmannForCausalLM
 from .dynamic_subspace_learners import DynamicSubspaceLearners, Separation
+from .frame_projections import (
+    CrossViewContrast,
+    FrameNetwork,
+    SeriesFeatures,
+    ViewGeometry,
+    mapping_loss,
+    view_geometry,
+)
+from .frame_training import FrameViews
 from .hydra import ArbitraryPairLoss, NearbyPartners, PairGate, pair_masks, sign_agreement_gate
 from .hydra_training import HydraProjector, HydraTraining
 from .learner_growth import ClusterAssigner, GrowthController, TaylorImportance
@@ -19,7 +28,10 @@ __all__ = [
     "CausalGrassmannConfig",
     "CausalGrassmannForCausalLM",
     "ClusterAssigner",
+    "CrossViewContrast",
     "DynamicSubspaceLearners",
+    "FrameNetwork",
+    "FrameViews",
     "GrowthController",
     "HydraProjector",
     "HydraTraining",
@@ -34,15 +46,19 @@ __all__ = [
     "PairGate",
     "Reconstruction",
     "Separation",
+    "SeriesFeatures",
     "SubspaceBank",
     "SubspaceEmbedding",
     "TaylorImportance",
     "Truncated",
+    "ViewGeometry",
     "XFactors",
     "XFactorsLoss",
     "XFactorsVAE",
     "learner_separation",
+    "mapping_loss",
     "pair_masks",
     "sign_agreement_gate",
     "truncate",
+    "view_geometry",
 ]
