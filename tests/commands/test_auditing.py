@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from subspan import cli
+from subspan.geometry import Subspace
 from subspan.models import StoredWeights, write_weights
 
 
@@ -43,6 +44,51 @@ def folders(tmp_path, monkeypatch):
 def said(capsys, *arguments):
     assert cli.run(["audit", *arguments]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
+
+
+@pytest.fixture
+def writers(tmp_path, monkeypatch):
+    """Checkpoints whose updates write into the first two directions of the states, elsewhere, and not at all."""
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+
+    def checkpoint(name, inside=0.0, outside=0.0, read=0.0):
+        tensors = {}
+        for layer in range(8):
+            change = torch.randn(12, 12, generator=generator)
+            change[:2] *= inside
+            change[2:] *= outside
+            tensors[f"layers.{layer}.self_attn.o_proj.weight"] = change
+            tensors[f"layers.{layer}.self_attn.q_proj.weight"] = read * torch.randn(12, 12, generator=generator)
+        write_checkpoint(name, tensors)
+
+    checkpoint("base")
+    checkpoint("aligned", read=1.0)
+    for name, parts in {"in": (1.0, 0.1), "out": (0.1, 1.0)}.items():
+        checkpoint(name, *parts)
+    Subspace(torch.eye(12)[:, :2]).save("found.safetensors")
+    return tmp_path
+
+
+def test_a_subspace_file_is_audited(writers, capsys):
+    options = ("--subspace", "found.safetensors", "--report", "page.html")
+    found = json.loads(said(capsys, "base", "aligned", "in", "out", *options, "--json"))["subspace"]
+    assert (found["verdict"], found["dimensions"], found["width"], found["matrices"]) == ("unequal", 2, 12, 8)
+    assert found["unmoved"] == ["aligned"]
+    assert found["chance"] == pytest.approx(1 / 6)
+    assert found["shares"]["in"] == pytest.approx(2 / (2 + 10 * 0.01), abs=0.02)
+    assert found["shares"]["out"] == pytest.approx(2 * 0.01 / 10, abs=0.002)
+    assert set(found["layers"]["in"]) == {f"layers.{layer}" for layer in range(8)}
+    page = (writers / "page.html").read_text()
+    assert "What is written into the subspace" in page
+    assert "Nothing is written by the update of aligned" in page
+    text = said(capsys, "base", "aligned", "in", *options[:2])
+    assert "found.safetensors, beyond chance: the subspace's 2 of 12 directions hold" in " ".join(text.split())
+    Subspace(torch.eye(5)[:, :2]).save("narrow.safetensors")
+    assert cli.run(["audit", "base", "aligned", "in", "--subspace", "narrow.safetensors"]) == 2
+    assert "has 5 dimensions, matrices that write states have 12 outputs" in capsys.readouterr().err
+    assert cli.run(["audit", "base", "aligned", "in", "--subspace", "none.safetensors"]) == 2
+    assert "--subspace: 'none.safetensors' is not a file" in capsys.readouterr().err
 
 
 def test_a_plan_reads_and_writes_nothing(folders, capsys):

@@ -270,7 +270,7 @@ def facts_of_an_audit() -> dict[str, Any]:
     origin = {"created": "now", "seed": 0, "seconds": 1.0, "versions": {"subspan": "0"}}
     judged = {"verdict": "not specific", "reason": "at most a little", "read_from": "behaviours", "fraction": 0.25}
     names = {"base": "base", "aligned": "aligned", "tuned": list(named)}
-    return {**judged, **names, "weights": weight_facts(found), "behaviours": behaviours, **origin}
+    return {**judged, **names, "weights": weight_facts(found), "behaviours": behaviours, "subspace": None, **origin}
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -27,6 +27,10 @@ def audit(
             "target. Without them weights alone are compared."
         ),
     ] = None,
+    subspace: Annotated[
+        Path | None,
+        typer.Option(help="A subspace of the states, from `subspan probe`: how much updates write into it."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the chat template of ALIGNED.")] = False,
     fraction: Annotated[float, typer.Option(help="Share of each tensor's directions that is judged.")] = 0.25,
     draws: Annotated[int, typer.Option(min=1, help="Random subspaces of each kind whose behaviour is read.")] = 3,
@@ -48,19 +52,21 @@ def audit(
 
     - `subspan audit llama-base llama-chat llama-math llama-harmful --report audit.html`
 
+    - `subspan audit llama-base llama-chat llama-math --subspace found/subspace.safetensors`
+
     - `subspan audit base chat math harmful --prompts refusing.jsonl --prompts solving.jsonl --chat --report audit.html`
     """
-    files = prompts or []
+    files = [*(prompts or []), *([] if subspace is None else [subspace])]
     outputs = Outputs(Output("--report", page, PAGES), inputs=(base, aligned, *tuned, *files))
     for name, path in (("BASE", base), ("ALIGNED", aligned), *(("TUNED", path) for path in tuned)):
         if not path.is_dir():
             raise ValueError(f"{name}: {str(path)!r} is not a folder")
     for path in files:
         if not path.is_file():
-            raise ValueError(f"--prompts: {str(path)!r} is not a file")
+            raise ValueError(f"{'--subspace' if path is subspace else '--prompts'}: {str(path)!r} is not a file")
     from subspan.commands.auditing import Audit
 
-    job = Audit(base, aligned, tuple(tuned), tuple(files), chat, fraction, draws, seed)
+    job = Audit(base, aligned, tuple(tuned), tuple(prompts or ()), chat, fraction, draws, seed, subspace)
     if plan:
         facts = job.plan()
         print_json(facts) if as_json else print_facts(facts)
@@ -115,6 +121,16 @@ def _print_audit(facts: dict[str, Any]) -> None:
             for row in weights["pairs"]
         ]
     )
+    if inside := facts["subspace"]:
+        print_line(f"{inside['file']}, {inside['verdict']}: {inside['reason']}")
+        print_table(
+            [
+                {"update of": name, "written into the subspace": share, "into a random one": inside["chance"]}
+                for name, share in inside["shares"].items()
+            ]
+        )
+        for name in inside["unmoved"]:
+            print_line(f"the update of {name} changes no matrix that writes into the states")
     if "report" in facts:
         print_line(f"report {facts['report']}")
 

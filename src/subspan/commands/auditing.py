@@ -15,8 +15,16 @@ import torch
 
 from subspan.base import Progress
 from subspan.base.reading import json_records
+from subspan.geometry import Subspace
 from subspan.models import SegmentTokens, StateDelta, StoredWeights, find_blocks, weights_of
-from subspan.probe import SubspaceAudit, TargetLikelihood, UpdateComparison, activation_overlap, compare_updates
+from subspan.probe import (
+    SubspaceAudit,
+    TargetLikelihood,
+    UpdateComparison,
+    activation_overlap,
+    compare_updates,
+    updates_in_subspace,
+)
 from subspan.probe.update_comparison import REFERENCE
 
 from .checkpoint_folders import check_tokenizer, load_checkpoint, load_tokenizer, stored_bytes, update_between
@@ -92,6 +100,8 @@ class Audit:
         Random subspaces of each kind whose behaviour is read.
     seed
         Of all draws.
+    subspace
+        File of a subspace of the states between blocks, as `subspan probe` writes: what updates write into it is told.
     """
 
     base: Path
@@ -102,6 +112,7 @@ class Audit:
     fraction: float = 0.25
     draws: int = 3
     seed: int = 0
+    subspace: Path | None = None
 
     def __post_init__(self) -> None:
         folders = [path.resolve() for path in (self.base, self.aligned, *self.tuned)]
@@ -179,8 +190,10 @@ class Audit:
     def run(self, progress: Progress) -> dict[str, Any]:
         """All that is found, as JSON values."""
         started = time.perf_counter()
+        space = None if self.subspace is None else Subspace.load(self.subspace)
         behaviours = self.behaviours()
         reference, deltas = self.updates()
+        inside = None if space is None else self._inside(space, {REFERENCE: reference, **deltas})
         share = 0.3 if behaviours else 1.0
         found = compare_updates(
             reference,
@@ -195,6 +208,7 @@ class Audit:
             "tuned": list(deltas),
             "fraction": self.fraction,
             "weights": weight_facts(found),
+            "subspace": inside,
             "behaviours": None,
         }
         if behaviours:
@@ -211,6 +225,23 @@ class Audit:
             "read_from": "behaviours" if behaviours else "weights",
             **facts,
             **origin(started, self.seed),
+        }
+
+    def _inside(self, space: Subspace, deltas: dict[str, StateDelta]) -> dict[str, Any]:
+        """What the updates write into a subspace."""
+        found = updates_in_subspace(deltas, space, random_state=self.seed)
+        return {
+            "file": "" if self.subspace is None else self.subspace.name,
+            "dimensions": space.dim,
+            "width": space.ambient_dim,
+            "matrices": len({row.tensor for row in found.held}),
+            "verdict": found.verdict,
+            "reason": found.reason,
+            "chance": found.chance,
+            "shares": found.shares,
+            "beyond": {name: each._asdict() for name, each in found.beyond.items()},
+            "layers": found.layers(),
+            "unmoved": list(found.unmoved),
         }
 
     def _behaviours(self, given: Sequence[Prompts], changed: Sequence[str], progress: Progress) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from .update_geometry import (
     subspace_overlaps,
     weight_subspaces,
 )
+from .updates_in_subspace import UpdatesInSubspace, updates_in_subspace
 
 __all__ = [
     "ASTProbe",
@@ -112,6 +113,7 @@ __all__ = [
     "TuningCurves",
     "UnitGroup",
     "UpdateComparison",
+    "UpdatesInSubspace",
     "activation_overlap",
     "capture_curve",
     "code_tree",
@@ -146,5 +148,6 @@ __all__ = [
     "tree_to_tuple",
     "tuning_curves",
     "tuple_to_tree",
+    "updates_in_subspace",
     "weight_subspaces",
 ]

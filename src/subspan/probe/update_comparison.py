@@ -270,8 +270,11 @@ def compare_updates(
         raise ValueError(f"deltas: the update of {empty[0]!r} is zero (is it the aligned model itself?)")
     if not any(row.rank for row in held):
         raise ValueError("reference: changes no tensor that an update changes (is the aligned model the base itself?)")
-    beyond, differences = _estimates(held, list(deltas), shares.index(fraction), level, resamples, random_state)
-    verdict, reason = _judged(beyond, differences, fraction, margin)
+    beyond, differences = shares_beyond_chance(
+        held, list(deltas), shares.index(fraction), level, resamples, random_state
+    )
+    where = f"the main directions ({fraction:g} of each tensor's)"
+    verdict, reason = judged_shares(beyond, differences, margin, where)
     return UpdateComparison(verdict, reason, shares, fraction, whole, tuple(held), tuple(pairs), beyond, differences)
 
 
@@ -307,7 +310,7 @@ def _paired(name: str, layer: str, spaces: Mapping[str, Subspace | None], rule: 
         yield PairedUpdates(name, layer, first, second, (a.dim, b.dim), *numbers)
 
 
-def _estimates(
+def shares_beyond_chance(
     held: Sequence[HeldUpdate], names: list[str], place: int, level: float, resamples: int, random_state: int
 ) -> tuple[dict[str, Estimate], dict[tuple[str, str], Estimate]]:
     """Shares beyond chance and their differences, with a bootstrap over layers, or tensors."""
@@ -341,10 +344,10 @@ def _estimates(
     return beyond, differences
 
 
-def _judged(
-    beyond: Mapping[str, Estimate], differences: Mapping[tuple[str, str], Estimate], fraction: float, margin: float
+def judged_shares(
+    beyond: Mapping[str, Estimate], differences: Mapping[tuple[str, str], Estimate], margin: float, where: str
 ) -> tuple[Any, str]:
-    where = f"the main directions ({fraction:g} of each tensor's)"
+    """The verdict of `compare_updates` on shares in some directions, and why; where: what holds them, plural."""
 
     def said(found: Estimate) -> str:
         return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"

@@ -26,6 +26,7 @@ def render_audit(facts: dict[str, Any]) -> str:
         "verdict": ("What is found", _verdict),
         **({"behaviours": ("What the directions carry", _behaviours)} if facts["behaviours"] else {}),
         "curves": ("What lies in the directions", _curves),
+        **({"subspace": ("What is written into the subspace", _subspace)} if facts["subspace"] else {}),
         "layers": ("Layer by layer", _layers),
         "pairs": ("How the updates lie to one another", _pairs),
         **({"states": ("What states of prompts share", _states)} if facts["behaviours"] else {}),
@@ -169,6 +170,37 @@ def _curves(facts: dict[str, Any]) -> str:
     )
     head = ["Update of", "of the directions", "main ones", "any of them", "random ones"]
     return f"{figure}{beyond}{note}{details_of('The curves as numbers', table_of(head, rows))}"
+
+
+def _subspace(facts: dict[str, Any]) -> str:
+    found = facts["subspace"]
+    rows = [
+        [
+            escape(name),
+            f"{share:.3f}",
+            f"{found['chance']:.3f}",
+            f"{found['beyond'][name]['value']:.3f}",
+            ranging(found["beyond"][name]["low"], found["beyond"][name]["high"], _signed),
+        ]
+        for name, share in found["shares"].items()
+    ]
+    lead = (
+        f'<p class="lead">{escape(found["file"])}: {escape(found["reason"])}.</p><p class="note">Of what updates of '
+        f"{plural(found['matrices'], 'matrix', 'matrices')} add to the states between blocks, the share in "
+        f"{counted(found['dimensions'])} of {counted(found['width'])} directions. A random subspace of as many holds "
+        "their share of the directions. Beyond chance: 0 is that, 1 is all. Weights say where updates write, not what "
+        "they do.</p>"
+    )
+    if found["unmoved"]:
+        lead += f'<p class="note">Nothing is written by the update of {", ".join(map(escape, found["unmoved"]))}.</p>'
+    table = table_of(["Update of", "in the subspace", "in a random one", "beyond chance", "interval"], rows)
+    names = list(found["layers"])
+    layers = list(dict.fromkeys(layer for name in names for layer in found["layers"][name]))
+    each = [
+        [escape(layer), *(_or_nothing(found["layers"][name].get(layer), "{:.3f}") for name in names)]
+        for layer in layers
+    ]
+    return f"{lead}{table}{details_of('Every layer', table_of(['Layer', *map(escape, names)], each))}"
 
 
 def _layers(facts: dict[str, Any]) -> str:
