@@ -216,6 +216,12 @@ def test_errors_of_rollouts_and_the_naive_forecast():
     assert rollout_errors(seasonal_naive(7), [x, x[:30]], [1, 10], history=7) == {1: 0.0, 10: 0.0}
     assert rollout_errors(seasonal_naive(1), [x], [7])[7] == 0.0
     assert rollout_errors(lambda h, steps: np.zeros((len(h), steps, 2)) + x.mean(0), [x], [1], starts=63)[1] < 1.01
+    fields = RNG.normal(size=(300, 2, 3, 4)) * np.array([1, 10])[:, None, None] + RNG.normal(size=(2, 3, 4))
+    fields[:, 1, 0] = 5.0
+    told = rollout_errors(
+        lambda h, steps: np.zeros((len(h), steps, 2, 3, 4)) + fields.mean(0), [fields], [2], starts=290
+    )
+    assert told[2] == pytest.approx(1, abs=0.03)
     assert KoopmanOperator(delays=7).fit(x).score(x, n_steps=10) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="none has the 101 rows"):
         rollout_errors(seasonal_naive(1), [x], [100])

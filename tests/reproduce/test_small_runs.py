@@ -345,6 +345,14 @@ def xfactors(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(200, 120, 1, 1, 20, 1))
 
 
+def information_koopman(module: Any, patch: Any) -> None:
+    turn, shape = torch.linspace(0, 12, 130), torch.randn(2, 2, 16, 16)
+    flow = (turn.cos().view(-1, 1, 1, 1) * shape[0] + turn.sin().view(-1, 1, 1, 1) * shape[1]).numpy()
+    patch(module, "vortex_street", lambda frames, progress: flow)
+    patch(module, "WAKE_WIDTH", 2)
+    patch(module, "QUICK", module.Sizes(4, 2, 70, 40, 60, 70, 2, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -368,6 +376,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     ast_probe: {"trees come back from their tuples"},
     sae_manifolds: {"model: PCA is the upper bound"},
     icl_circuit: {"SmolLM2: and nowhere else"},
+    information_koopman: {"more entropy, more directions"},
 }
 
 

@@ -23,7 +23,7 @@ from subspan.base.reading import read_json
 
 KINDS = (
     "features", "models", "dual-encoder", "point-network", "small-networks", "sts-views", "style-generators",
-    "taught-blocks", "channels",
+    "taught-blocks", "channels", "vortex-street",
 )  # fmt: skip
 """All that the library keeps in its cache; each kind has a folder there."""
 

@@ -63,8 +63,8 @@ def rollout_errors(
     forecast
         From histories (m, history, *state) and a number of steps to (m, steps, *state), such as ``model.predict``.
     trajectories
-        Arrays (n_i, *state); the deviation is that of all their rows, a channel (or pixel) at a time; what is constant
-        does not count.
+        Arrays (n_i, c) or fields (n_i, c, h, w); the deviation is that of all their rows, a channel at a time, of
+        fields about each pixel's mean; what is constant does not count.
     horizons
         Steps ahead.
     history
@@ -100,10 +100,11 @@ def rollout_errors(
     if not histories:
         raise ValueError(f"trajectories: none has the {history + steps} rows of a history and {steps} steps ahead")
     every = np.concatenate([np.asarray(part) for part in trajectories]).astype(np.float64)
-    deviation = every.std(axis=0)
-    moving = deviation > 1e-10 * np.abs(every).max(axis=0)
+    inner = tuple(range(1, every.ndim - 1))
+    deviation = np.sqrt(every.var(axis=0).mean(axis=inner))
+    moving = deviation > 1e-10 * np.abs(every).max(axis=(0, *(axis + 1 for axis in inner)))
     found = np.asarray(forecast(np.stack(histories), steps), dtype=np.float64)
-    apart = ((found - np.stack(futures)) / np.where(moving, deviation, 1))[:, :, moving]
+    apart = np.moveaxis(found - np.stack(futures), 2, -1)[..., moving] / deviation[moving]
     return {h: float(np.sqrt(np.mean(apart[:, h - 1] ** 2))) for h in horizons}
 
 

@@ -1,4 +1,5 @@
 from .disturbed_views import SHIFTS, Draw, Views, corrupt, drawn_views, named_pictures
+from .flows import lorenz, vortex_street
 from .image_features import LabelledImages, PooledFeatures, cached_maps, image_encoder, labelled_images, pooled_features
 from .joint_spaces import JointSpace, classifier_rows, fitted_logit_scale, linear_space
 from .known_factors import FactorPictures, factor_pictures
@@ -55,4 +56,6 @@ __all__ = [
     "small_network",
     "text_features",
     "trained_network",
+    "lorenz",
+    "vortex_street",
 ]
