@@ -85,6 +85,17 @@ def test_blocks_of_a_long_trajectory_count_every_pair_once(monkeypatch):
     np.testing.assert_allclose(blocks.operator_, whole.operator_, atol=1e-8)
 
 
+def test_moments_are_solved_again_without_the_rows():
+    _, _, parts, _ = planted()
+    model = KoopmanOperator(delays=2).fit(parts)
+    other = model.solved(rank=3, ridge=0.1, fit_intercept=False)
+    again = KoopmanOperator(3, ridge=0.1, delays=2, fit_intercept=False).fit(parts)
+    np.testing.assert_allclose(other.operator_, again.operator_)
+    assert (model.rank, model.operator_.shape) == (None, (10, 10))
+    with pytest.raises(ValueError, match="depend on delays and lift"):
+        model.solved(delays=3)
+
+
 def test_inputs_are_told_apart_from_the_dynamics():
     k, b, parts, acts = planted((200, 150), noise=0.0, inputs=2)
     model = KoopmanOperator(**PLAIN).fit(parts, inputs=acts)

@@ -14,6 +14,7 @@ from .clustering import cluster
 from .compressing import compress
 from .describing import report
 from .detecting import detect
+from .forecasting import forecast
 from .mapping import align, shorten, upgrade
 from .merging import merge
 from .probing import probe
@@ -34,8 +35,23 @@ models = typer.Typer(help="Pretrained models that are installed as packages.", n
 cache = typer.Typer(help="The folder of cached features, converted models and trained networks.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(cache, name="cache")
-for verb in (report, detect, select, cluster, shorten, align, upgrade, merge, compress, unlearn, audit, probe):
+for verb in (
+    report,
+    detect,
+    select,
+    cluster,
+    shorten,
+    align,
+    upgrade,
+    merge,
+    compress,
+    unlearn,
+    audit,
+    probe,
+    forecast,
+):
     app.command()(verb)
+app.command()(forecast)
 app.command("list")(list_systems)
 app.command()(reproduce)
 models.command("list")(list_models)

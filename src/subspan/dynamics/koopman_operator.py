@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -199,6 +200,19 @@ class KoopmanOperator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimat
         self._solve()
         return self
 
+    def solved(self, **parameters: Any) -> KoopmanOperator:
+        """Another operator from the same moments, of another rank, ridge or reduction: no row is read again.
+
+        Raises ValueError for parameters on which the moments depend.
+        """
+        check_is_fitted(self, "eigenvalues_")
+        if {"delays", "lift"} & set(parameters):
+            raise ValueError(f"parameters: the moments depend on delays and lift, got {list(parameters)}; fit again")
+        again = copy.copy(self).set_params(**parameters)
+        again._check_parameters()
+        again._solve()
+        return again
+
     def _add(self, part: Any, inputs: Any, *, first: bool, continues: bool, whole: bool = True) -> None:
         rows = self._rows(part, reset=first, min_rows=2 if whole and not continues else 1)
         if first:
@@ -336,23 +350,27 @@ class KoopmanOperator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimat
 
     # ------------------------------------------------------------------ use
 
-    def _coordinates(self, rows: Float[Tensor, "n c"]) -> Float[Tensor, "m q"]:
+    def _standing(self, lifted: Float[Tensor, "n q"]) -> Float[Tensor, "n q"]:
         """Lifted states, centred and scaled."""
         p = self._pairs.y.d
-        return (self._lifted(delayed(rows, self.delays)) - self._solution.mean[:p]) / self._solution.scale[:p]
+        return (lifted - self._solution.mean[:p]) / self._solution.scale[:p]
+
+    def _coordinates(self, rows: Float[Tensor, "n c"]) -> Float[Tensor, "m r"]:
+        """Of the states of a trajectory."""
+        return self._standing(self._lifted(delayed(rows, self.delays))) @ self._solution.basis
 
     def transform(self, X: Any) -> Any:
         """Coordinates (n - delays + 1, r) of the states of one trajectory X (n, c), in which `operator_` acts."""
         check_is_fitted(self, "eigenvalues_")
         rows = self._rows(X, min_rows=self.delays)
-        found = self._coordinates(in_double(rows, self._solution.basis.device)) @ self._solution.basis
+        found = self._coordinates(in_double(rows, self._solution.basis.device))
         return like(found.to(rows.dtype), X)
 
     def eigenfunctions(self, X: Any) -> Any:
         """Coordinates (n - delays + 1, r), complex, of X along the modes; a step multiplies each by its eigenvalue."""
         check_is_fitted(self, "eigenvalues_")
         z = in_double(self._rows(X, min_rows=self.delays), self._solution.basis.device)
-        z = self._coordinates(z) @ self._solution.basis
+        z = self._coordinates(z)
         shift = torch.linalg.lstsq(
             torch.eye(len(self._solution.shift)).to(z) - self._solution.operator, self._solution.shift[:, None]
         ).solution[:, 0]
@@ -379,8 +397,8 @@ class KoopmanOperator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimat
             histories = self._rows(X)[:, None]
         if histories.shape[1] < self.delays:
             raise ValueError(f"X: histories have {histories.shape[1]} rows, at least {self.delays} are needed")
-        states = in_double(histories[:, -self.delays :], self._solution.basis.device)
-        start = torch.cat([self._coordinates(state) for state in states])
+        states = in_double(histories[:, -self.delays :], self._solution.basis.device).flatten(1)
+        start = self._standing(self._lifted(states))
         return like(self._rolled(start, n_steps, inputs).to(histories.dtype), X)
 
     def _rolled(self, start: Float[Tensor, "n q"], n_steps: int, inputs: Any) -> Float[Tensor, "n s c"]:
