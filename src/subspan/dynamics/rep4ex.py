@@ -197,6 +197,9 @@ class Rep4Ex(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
         Weight of linear invariance; between 1 and 100 it hardly matters.
     kernel, n_features, bandwidth
         Of `LinearInvarianceLoss`; the bandwidth in standard deviations of the actions.
+    scaling
+        Columns of X are brought to unit variance, or ("common") all to one scale: principal components, whose variances
+        tell what matters. Images stay as they are.
     hidden, encoder, decoder
         Of `Rep4ExAutoencoder`; those given are trained as far as their parameters require gradients, in a copy.
     max_steps, batch_size, learning_rate, warmup
@@ -250,6 +253,7 @@ class Rep4Ex(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
     kernel: Kernel = "features"
     n_features: Count = 128
     bandwidth: Literal["median"] | Positive = "median"
+    scaling: Literal["columns", "common"] = "columns"
     hidden: Sequence[int] = (64, 64)
     encoder: nn.Module | None = None
     decoder: nn.Module | None = None
@@ -327,11 +331,13 @@ class Rep4Ex(ClassNamePrefixFeaturesOutMixin, TransformerMixin, Estimator):
             )
 
     def _set_scale(self, rows: Tensor) -> None:
-        """Rows are standardised by column, flat ones left at 0; images stay as they are."""
+        """Rows are centred and brought to unit variance, flat columns left at 0; images stay as they are."""
         self._mean, self._scale = torch.zeros(()), torch.ones(())
         if rows.ndim == 2:
             wide = rows.double()
             deviation = wide.std(0, correction=0)
+            if self.scaling == "common":
+                deviation = deviation.square().mean().sqrt().expand_as(deviation)
             flat = deviation <= 1e-10 * wide.abs().amax(0)
             self._mean, self._scale = wide.mean(0).float(), torch.where(flat, 1, deviation).float()
 

@@ -1,3 +1,4 @@
+from .acted_worlds import ActedWorld, acted_vectors, acted_windows
 from .disturbed_views import SHIFTS, Draw, Views, corrupt, drawn_views, named_pictures
 from .flows import lorenz, vortex_street
 from .image_features import LabelledImages, PooledFeatures, cached_maps, image_encoder, labelled_images, pooled_features
@@ -15,6 +16,7 @@ __all__ = [
     "DIGIT_NAMES",
     "SHIFTS",
     "TEMPLATES",
+    "ActedWorld",
     "Draw",
     "FactorPictures",
     "FeatureDistance",
@@ -33,6 +35,8 @@ __all__ = [
     "Views",
     "World",
     "accuracy",
+    "acted_vectors",
+    "acted_windows",
     "cached_maps",
     "classifier_rows",
     "code_world",
