@@ -332,6 +332,15 @@ def sub_jepa(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.QUICK._replace(episodes=(12, 8, 8), steps=4, pairs=4, budget=20, rounds=2))
 
 
+def rep4ex(module: Any, patch: Any) -> None:
+    def windows(count: int, seed: int) -> Any:
+        return module.acted_vectors(count, 2, seed)
+
+    patch(module, "acted_windows", windows)
+    patch(module, "LEVELS", {name: module.LEVELS[name] for name in ("strength 0", "noise 0.3")})
+    patch(module, "QUICK", module.Sizes(100, 60, 2, 2, (1, 2), 1))
+
+
 def xfactors(module: Any, patch: Any) -> None:
     def judge(self: Any, data: Any, epochs: int, seed: int) -> None:
         self.values = data.sizes()
@@ -375,6 +384,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},
     sae_manifolds: {"model: PCA is the upper bound"},
+    rep4ex: {"and the test says so"},
     icl_circuit: {"SmolLM2: and nowhere else"},
     information_koopman: {"more entropy, more directions"},
 }

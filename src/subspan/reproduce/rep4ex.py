@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     seeds: int = 3
 
 
-QUICK = Sizes(1500, 300, 150, 100, (2,), 1)
+QUICK = Sizes(1000, 200, 80, 80, (2,), 1)
 # Actions of one dimension along which effects are drawn.
 CURVE = np.linspace(-2, 2, 17)
 BATCH, RATE, RADII, CIRCLE, HIDDEN = 1024, 4e-3, (1.0, 1.5, 2.0), 16, (64, 64)
@@ -343,6 +343,7 @@ def _outcome(
             "share of seeds with a warning",
             failing.mean((NOTHING, OURS), "weak"),
             1,
+            quick=True,
         ),
         Check.at_least(WINDOWS, "R², mean over seeds", windows.mean(OURS, "recovery"), 0.97),
         Check.at_least(
