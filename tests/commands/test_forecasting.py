@@ -9,6 +9,7 @@ from subspan import cli
 from subspan.base import silent
 from subspan.commands.forecasting import forecast_series, part_inputs
 from subspan.datasets import Series
+from subspan.dynamics import KoopmanOperator
 from subspan.report import render_forecast
 
 T = np.arange(300)
@@ -45,13 +46,17 @@ def test_planted_waves_are_forecast_and_named(found):
     assert all(low < middle < high for low, middle, high in zip(*(columns[n] for n in ("lower", "forecast", "upper"))))
 
 
-def test_what_is_judged_was_not_fitted(found):
+def test_what_is_judged_was_not_fitted(found, monkeypatch):
     """Other values in the tail change its errors, and neither the choice nor the fit that is judged."""
+    fit, lengths = KoopmanOperator.fit, []
+    monkeypatch.setattr(KoopmanOperator, "fit", lambda self, x, **o: lengths.append(len(x[0])) or fit(self, x, **o))
     rows = waves()
     rows[-75:] = waves(seed=9)[-75:] + 5
     facts, _ = forecast_series(Series((rows,), ("a", "b"), 0.5), steps=24, progress=silent)
     assert facts["tried"] == found[0]["tried"]
     assert facts["error"]["operator"] > 4 * found[0]["error"]["operator"]
+    assert set(lengths[:-2]) == {300 - 75 - 60}
+    assert lengths[-2:] == [300 - 75, 300]
 
 
 def test_noise_is_not_forecast_better_than_by_its_mean():
