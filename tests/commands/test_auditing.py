@@ -81,7 +81,7 @@ def test_a_subspace_file_is_audited(writers, capsys):
     assert set(found["layers"]["in"]) == {f"layers.{layer}" for layer in range(8)}
     page = (writers / "page.html").read_text()
     assert "What is written into the subspace" in page
-    assert "Nothing is written by the update of aligned" in page
+    assert "No matrix that writes into the states is changed by the update of aligned" in page
     text = said(capsys, "base", "aligned", "in", *options[:2])
     assert "found.safetensors, beyond chance: the subspace's 2 of 12 directions hold" in " ".join(text.split())
     Subspace(torch.eye(5)[:, :2]).save("narrow.safetensors")

@@ -54,7 +54,7 @@ class CEMPlanner:
     --------
     >>> import torch
     >>> from subspan.dynamics import CEMPlanner
-    >>> planner = CEMPlanner(horizon=2, n_samples=64, n_iter=12, n_elites=8, generator=torch.Generator().manual_seed(0))
+    >>> planner = CEMPlanner(horizon=2, n_iter=12, generator=torch.Generator().manual_seed(0))
     >>> plans = planner.plan(lambda actions: (actions - 1.5).square().sum((-1, -2)), 1, 3)
     >>> plans.shape, bool((plans - 1.5).abs().max() < 0.1)
     (torch.Size([1, 2, 3]), True)

@@ -192,7 +192,8 @@ def _subspace(facts: dict[str, Any]) -> str:
         "they do.</p>"
     )
     if found["unmoved"]:
-        lead += f'<p class="note">Nothing is written by the update of {", ".join(map(escape, found["unmoved"]))}.</p>'
+        named = ", ".join(map(escape, found["unmoved"]))
+        lead += f'<p class="note">No matrix that writes into the states is changed by the update of {named}.</p>'
     table = table_of(["Update of", "in the subspace", "in a random one", "beyond chance", "interval"], rows)
     names = list(found["layers"])
     layers = list(dict.fromkeys(layer for name in names for layer in found["layers"][name]))
