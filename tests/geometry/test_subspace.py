@@ -193,6 +193,11 @@ def test_bad_input_is_named(tmp_path):
         Subspace.load(tmp_path / "junk.safetensors")
 
 
+def test_an_empty_batch_is_a_batch():
+    none = Subspace.random(5, 2, batch=(3,))[torch.zeros(3, dtype=torch.bool)]
+    assert (len(none), none.dim, none.projector.shape) == (0, 2, (0, 5, 5))
+
+
 def complex_plane() -> Subspace:
     basis = random_basis(8, 2, dtype=torch.complex128)
     return Subspace(basis, variances=torch.tensor([2.0, 1.0]).double(), center=basis @ torch.ones(2, 1).to(basis)[:, 0])

@@ -362,6 +362,13 @@ def information_koopman(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(4, 2, 70, 40, 60, 70, 2, 1))
 
 
+def sifo(module: Any, patch: Any) -> None:
+    patch(module, "GRID", (4, 2))
+    streets = tuple(module.street_canyon(users=60, grid=(4, 2), random_state=seed) for seed in range(2))
+    patch(module, "material", lambda quick, progress: ("planted", streets))
+    patch(module, "QUICK", module.Sizes(4, 16, 4, 120, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -387,6 +394,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     rep4ex: {"and the test says so"},
     icl_circuit: {"SmolLM2: and nowhere else"},
     information_koopman: {"more entropy, more directions"},
+    sifo: {"spectra of labels count", "digits: the bank beside one subspace for all"},
 }
 
 

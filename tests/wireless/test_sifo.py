@@ -96,6 +96,14 @@ def test_real_labels_are_a_case_of_complex_ones():
     )
 
 
+@pytest.mark.parametrize("is_complex", KINDS)
+def test_labels_are_read_as_energies_along_the_frame(is_complex):
+    frame, held = torch.randn(9, 6, dtype=dtype(is_complex)), labels(4, is_complex=is_complex)
+    made = InContextSubspaceRegressor(6, 2, 3, frame=frame, is_complex=is_complex, width=16)
+    each = ((frame.conj() @ held.basis).abs().square() * held.variances[:, None]).sum(-1)
+    torch.testing.assert_close(made.energies(label_covariances(held)), each / each.sum(1, keepdim=True))
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.complex128])
 def test_the_gradient_of_the_captured_energy_is_that_of_differences(kind):
     def hermitian(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +114,7 @@ def test_the_gradient_of_the_captured_energy_is_that_of_differences(kind):
 
 
 def test_a_prediction_without_a_gap_is_taught_by_energies_alone():
-    flat = torch.diag_embed(torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.5, 0.3, 0.15, 0.05]])).requires_grad_()
+    flat = torch.diag_embed(torch.tensor([[0.26, 0.25002, 0.25, 0.23998], [0.5, 0.3, 0.15, 0.05]])).requires_grad_()
     truth = torch.ones(2, 4, 4) / 4
     (gradient,) = torch.autograd.grad(lost_energy(flat, truth, 2), flat)
     assert bool((gradient[0] == 0).all())

@@ -75,7 +75,7 @@ class Subspace:
         defect = self.basis.mH @ self.basis - torch.eye(k, dtype=self.basis.dtype, device=self.basis.device)
         # `not <=` also catches NaN, which compares false with everything.
         tolerance = 100 * torch.finfo(self.basis.dtype).eps * max(1.0, k**0.5)
-        if not float(defect.detach().abs().max()) <= tolerance:
+        if defect.numel() and not float(defect.detach().abs().max()) <= tolerance:
             raise ValueError("basis: the columns are not orthonormal; use Subspace.span to orthonormalise vectors")
 
     # ------------------------------------------------------------------ construction

@@ -25,7 +25,7 @@ from .fingerprints import fingerprint_keys
 from .sifo_network import CaptureLoss, InContextSubspaceRegressor, Memory, label_covariances
 
 # What a pretraining tries for the bank: widths in dB, and pairs that the prior counts as.
-BANDWIDTHS, PRIOR_WEIGHTS = (2.0, 3.0, 4.0, 6.0, 9.0), (0.003, 0.03, 0.3)
+BANDWIDTHS, PRIOR_WEIGHTS = (3.0, 4.5, 6.0, 9.0), (0.003, 0.03)
 _TRIED, _ASKED = (10, 50), 100
 _QUERIES = 1024
 

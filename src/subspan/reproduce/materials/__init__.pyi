@@ -1,4 +1,5 @@
 from .acted_worlds import ActedWorld, acted_vectors, acted_windows
+from .digit_changes import digit_changes
 from .disturbed_views import SHIFTS, Draw, Views, corrupt, drawn_views, named_pictures
 from .flows import lorenz, vortex_street
 from .image_features import LabelledImages, PooledFeatures, cached_maps, image_encoder, labelled_images, pooled_features
@@ -41,6 +42,7 @@ __all__ = [
     "classifier_rows",
     "code_world",
     "corrupt",
+    "digit_changes",
     "docstring_pairs",
     "drawn_views",
     "dual_encoder",
