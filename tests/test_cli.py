@@ -76,7 +76,7 @@ def test_version(run: Callable[..., Ran]) -> None:
 @pytest.mark.parametrize(
     "verb",
     ["report", "detect", "select", "cluster", "shorten", "align", "upgrade", "list", "reproduce", "models list",
-     "models install", "cache info", "cache clear"],
+     "embed-series", "models install", "cache info", "cache clear"],
 )  # fmt: skip
 def test_every_verb_has_help_with_an_example(run: Callable[..., Ran], verb: str) -> None:
     ran = run(*verb.split(), "--help")

@@ -16,7 +16,7 @@ pytest.importorskip("lightning", reason="protocols train with Lightning (extra: 
 
 import itertools
 
-from subspan.datasets import attributed_block_model
+from subspan.datasets import LabelledWindows, attributed_block_model
 from subspan.models import SentenceEncoder
 from subspan.reproduce import Table
 from subspan.reproduce.materials import JointSpace, LabelledImages, Views
@@ -369,6 +369,23 @@ def sifo(module: Any, patch: Any) -> None:
     patch(module, "QUICK", module.Sizes(4, 16, 4, 120, 1))
 
 
+def frame_projections(module: Any, patch: Any) -> None:
+    rows, draws = np.arange(60), np.random.default_rng(0)
+    angle = (0.5 + 0.8 * (rows % 2))[:, None, None] * np.arange(32) + draws.uniform(0, 6, (60, 2, 1))
+    x = (np.sin(angle) + 0.1 * draws.normal(size=angle.shape)).astype(np.float32)
+
+    def planted(name: str) -> LabelledWindows:
+        y, classes = (60.0 + rows % 2, ()) if name == "troika_hr" else (rows % 2, ("slow", "fast"))
+        return LabelledWindows(x, y, rows // 6, None, ("a", "b"), classes, 25.0)
+
+    patch(module, "labelled_windows", planted)
+    patch(module, "find_spec", lambda name: None)
+    for name, size in {"DIM": 8, "WIDTH": 2, "SCALES": 6, "BATCH": 20}.items():
+        patch(module, name, size)
+    patch(module, "SHARES", {"1 %": (0.2, 1)})
+    patch(module, "QUICK", module.Sizes(("uci_har", "troika_hr"), 42, 18, 1, 1, 1))
+
+
 # Checks that hold on the planted data, whatever the seed.
 PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     simvq: {"more codes reconstruct better"},
@@ -387,6 +404,7 @@ PLANTED: dict[Callable[[Any, Any], None], set[str]] = {
     hydra: {"something is learnt"},
     dynamic_subspace_learners: {"metric learning beside none"},
     xfactors: {"the judge knows the factors", "swapped factors follow"},
+    frame_projections: {"activities can be read"},
     sub_jepa: {"every goal can be reached"},
     cospadi: {"lower errors than whitened SVD", "data are needed"},
     ast_probe: {"trees come back from their tuples"},

@@ -10,7 +10,6 @@ pytest.importorskip("lightning", reason="pretraining uses Lightning (extra: trai
 from subspan.datasets import ChannelSite, street_canyon
 from subspan.geometry import Subspace
 from subspan.geometry.grassmann import random_basis
-from subspan.represent import SubspaceBank
 from subspan.solvers import leading_eigenspace
 from subspan.wireless import (
     CaptureLoss,
@@ -135,8 +134,8 @@ def test_it_learns_what_neighbours_cannot_tell(is_complex):
         value, terms = loss(made, (keys, truth, keys[:2] + 9, truth[:2]))
         value.backward()
         optimizer.step()
-    assert terms["lost"].item() < 0.1
-    assert float(made.requires_grad_(False)(keys).captured_energy(truth).mean()) > 0.9
+    assert float(terms["lost"]) < 0.1
+    assert float(made(keys).captured_energy(truth).mean()) > 0.9
 
 
 def test_episodes_ask_about_others_than_they_show():
@@ -203,20 +202,6 @@ def test_the_prior_is_the_mean_of_the_sites(models, here):
     sites = [street_canyon(users=80, grid=GRID, random_state=seed) for seed in range(3)]
     mean = torch.stack([label_covariances(measured(site)[1]).mean(0) for site in sites]).mean(0)
     assert float(found[0].angles(leading_eigenspace(mean, 2)).max()) < 1e-3
-
-
-@pytest.mark.parametrize("method", ["bank", "in-context"])
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_files(models, here, tmp_path, method, calibrated):
-    model, (powers, found) = models[method].forget(), measured(here)
-    if calibrated:
-        model.calibrate(powers[:20], found[:20])
-    model.save(tmp_path / "model.safetensors")
-    other = SiFo.load(tmp_path / "model.safetensors")
-    assert torch.equal(other.predict(powers[20:]).basis, model.predict(powers[20:]).basis)
-    assert torch.equal(other.forget().predict(powers[20:]).basis, model.forget().predict(powers[20:]).basis)
-    with pytest.raises(ValueError, match="holds sifo, expected subspace bank"):
-        SubspaceBank.load(tmp_path / "model.safetensors")
 
 
 def test_one_wrong_label_does_little(models, here):

@@ -14,6 +14,7 @@ from .clustering import cluster
 from .compressing import compress
 from .describing import report
 from .detecting import detect
+from .embedding_series import embed_series
 from .forecasting import forecast
 from .mapping import align, shorten, upgrade
 from .merging import merge
@@ -49,9 +50,9 @@ for verb in (
     audit,
     probe,
     forecast,
+    embed_series,
 ):
     app.command()(verb)
-app.command()(forecast)
 app.command("list")(list_systems)
 app.command()(reproduce)
 models.command("list")(list_models)

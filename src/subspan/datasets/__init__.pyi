@@ -5,6 +5,7 @@ from .features import cached_features, fingerprint
 from .graphs import GRAPHS, AttributedGraph, attributed_block_model, docstring_graph, load_graph, read_graph
 from .images import AnomalyImages, ImageCollection, anomaly_folder, image_folder, is_anomaly_layout, open_image
 from .indexes import open_index, open_table
+from .labelled_windows import LABELLED_WINDOWS, LabelledWindows, labelled_windows
 from .manifolds import MANIFOLDS, ManifoldKind, ManifoldZoo, PlantedRows
 from .packages import WEIGHT_PACKAGES, image_preprocessing, install, is_installed, model_path
 from .pretrained import load_language_model, load_model, load_sentence_encoder
@@ -26,14 +27,16 @@ __all__ = [
     "GRAPHS",
     "ImageCollection",
     "ImageRecords",
+    "LABELLED_WINDOWS",
+    "LabelledWindows",
     "MANIFOLDS",
     "ManifoldKind",
     "ManifoldZoo",
     "ModelSolutions",
     "PlantedRows",
     "Rows",
-    "Series",
     "SHARED",
+    "Series",
     "Shapes",
     "SionnaSites",
     "Texts",
@@ -55,6 +58,7 @@ __all__ = [
     "is_available",
     "is_installed",
     "iterate_records",
+    "labelled_windows",
     "load",
     "load_graph",
     "load_language_model",

@@ -17,6 +17,8 @@ _FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 
+_HAR_CHANNELS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
+
 DSPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 _DSPRITES_FACTORS = ("color", "shape", "scale", "orientation", "x", "y")
 
@@ -79,6 +81,49 @@ def dsprites(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     if classes.shape != (len(images), len(_DSPRITES_FACTORS)):
         raise ValueError(f"folder: {str(path)!r} has {len(images)} images and factors of shape {classes.shape}")
     return {"x": images, "factors": classes, "factor_names": np.array(_DSPRITES_FACTORS)}
+
+
+def uci_har(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """UCI HAR's "Inertial Signals" (train and test folders of text), as distributed, with the people.
+
+    x_train (7352, 9, 128) float32, y_train from 0, people_train, x_test …, channels, classes, fs.
+    """
+    root = _subfolder(folder, "UCI HAR Dataset")
+    found: dict[str, np.ndarray] = {"channels": np.array(_HAR_CHANNELS), "fs": np.array(50)}
+    for split in ("train", "test"):
+        signals = [_numbers(root / split / "Inertial Signals" / f"{name}_{split}.txt") for name in _HAR_CHANNELS]
+        people, labels = (_numbers(root / split / f"{name}_{split}.txt")[:, 0] for name in ("subject", "y"))
+        if len({len(rows) for rows in (*signals, people, labels)}) > 1:
+            raise ValueError(f"folder: files of {split!r} in {str(root)!r} have different numbers of rows")
+        found |= {f"x_{split}": np.stack(signals, 1).astype(np.float32), f"y_{split}": labels.astype(np.int64) - 1}
+        found[f"people_{split}"] = people.astype(np.int64)
+    names = [line.split()[-1].lower() for line in _class_names(root / "activity_labels.txt")]
+    return found | {"classes": np.array(names)}
+
+
+def troika(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The training set of the IEEE Signal Processing Cup 2015 (DATA_01_TYPE01.mat and its …_BPMtrace.mat), as given.
+
+    sig_01_TYPE01 (6, n) float32, bpm_01_TYPE01 (m,), and so on.
+    """
+    from scipy.io import loadmat
+
+    root = _subfolder(folder, "Training_data")
+    files = sorted(path for path in root.glob("DATA_*_TYPE*.mat") if not path.stem.endswith("BPMtrace"))
+    if not files:
+        raise ValueError(f"folder: {str(root)!r} has no DATA_…_TYPE….mat")
+    found = {}
+    for path in files:
+        name = path.stem.removeprefix("DATA_")
+        for kind, key, file in (("sig", "sig", path), ("bpm", "BPM0", root / f"{path.stem}_BPMtrace.mat")):
+            with reading(file, "folder"):
+                found[f"{kind}_{name}"] = np.squeeze(loadmat(file)[key]).astype(np.float32)
+    return found
+
+
+def _numbers(path: Path) -> np.ndarray:
+    with reading(path, "folder"):
+        return np.loadtxt(path, ndmin=2)
 
 
 def read_idx(path: str | os.PathLike[str]) -> np.ndarray:

@@ -265,3 +265,60 @@ def _split(values: np.ndarray, offsets: np.ndarray, source: Path) -> list[np.nda
     if not good or offsets[0] != 0 or offsets[-1] != len(values):
         raise ValueError(f"array: the offsets of {str(source)!r} do not rise from 0 to its {len(values)} rows")
     return np.split(values, offsets[1:-1])
+
+
+# ---------------------------------------------------------------------- labels
+
+
+def channels_but(source: Path, left_out: str, wanted: Wanted) -> list[str] | None:
+    """The channels of a table without one column; None for arrays, whose channels have no columns."""
+    suffix = suffix_of(source)
+    if suffix in (".npy", ".npz"):
+        return None
+    if suffix in SEPARATED:
+        header = next(separated_rows(source, "\t" if ".tsv" in source.suffixes[-2:] else ","), (0, [""]))[1]
+    else:
+        header = list(arrow_kinds(source))
+    known_name(left_out, header, source)
+    return [name for name in _roles(header, wanted, source).channels if name != left_out]
+
+
+def stored_labels(source: Path, column: str, wanted: Wanted) -> list[np.ndarray]:
+    """Of each trajectory, the texts of a column (n,), or of an archive's array (one for each, or one a row)."""
+    suffix = suffix_of(source)
+    if suffix in (".npy", ".npz"):
+        return _array_labels(source, column, wanted)
+    if suffix in SEPARATED:
+        rows = separated_rows(source, "\t" if ".tsv" in source.suffixes[-2:] else ",")
+        header = next(rows, (0, [""]))[1]
+    else:
+        rows, header = None, list(arrow_kinds(source))
+    known_name(column, header, source)
+    # The label may be the only column beside time and id: it is asked for as a channel.
+    roles = _roles(header, wanted._replace(channels=[column]), source)
+    if rows is not None:
+        place, beside = header.index(column), None if roles.id is None else header.index(roles.id)
+        kept = [(row[place], "" if beside is None else row[beside]) for _, row in rows]
+        texts, ids = np.array([text for text, _ in kept]), np.array([name for _, name in kept])
+    else:
+        found = arrow_columns(source, [column] if roles.id is None else [column, roles.id])
+        texts = _id_texts(found[column])
+        ids = np.zeros(len(texts), dtype=str) if roles.id is None else _id_texts(found[roles.id])
+    order = {name: number for number, name in enumerate(dict.fromkeys(ids.tolist()))}
+    owner = np.array([order[name] for name in ids.tolist()])
+    return [texts[owner == number] for number in range(len(order))]
+
+
+def _array_labels(source: Path, name: str, wanted: Wanted) -> list[np.ndarray]:
+    arrays = read_arrays(source) if suffix_of(source) == ".npz" else {}
+    if name not in arrays or arrays[name].ndim != 1:
+        raise ValueError(
+            f"label: {str(source)!r} has no array {name!r} (n,) beside the series; it has {listed(arrays)}"
+        )
+    lengths = [len(part) for part in stored_series(source, wanted).values]
+    labels = arrays[name].astype(str)
+    if len(labels) == len(lengths):
+        return [np.repeat(label, length) for label, length in zip(labels, lengths)]
+    if len(labels) == sum(lengths):
+        return np.split(labels, np.cumsum(lengths)[:-1])
+    raise ValueError(f"label: {name!r} has {len(labels)} entries for {len(lengths)} series of {sum(lengths)} rows")

@@ -123,10 +123,15 @@ SHARED: dict[str, SharedDataset] = {
         original.dsprites,
         original.DSPRITES,
     ),
-    "uci_har": SharedDataset("UCI HAR, phone signals", "CC BY 4.0", "https://doi.org/10.24432/C54S4K"),
+    "uci_har": SharedDataset(
+        "UCI HAR, phone signals", "CC BY 4.0", "https://doi.org/10.24432/C54S4K", original.uci_har
+    ),
     "watch_har": SharedDataset("smartwatch signals of exercises", "BSD-3-Clause", "https://github.com/dmbee/seglearn"),
     "troika_hr": SharedDataset(
-        "TROIKA wrist PPG and heart rate", "research use", "https://doi.org/10.1109/TBME.2014.2359372"
+        "TROIKA wrist PPG and heart rate",
+        "research use",
+        "https://doi.org/10.1109/TBME.2014.2359372",
+        original.troika,
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ _REACH = 3.5
 _MULTIPLE = 8
 # Up to this length a product with the matrix of the transform is several times as fast as the frequency domain.
 _MATRIX_LENGTH = 256
+# Scales whose circle is as long as the largest of them needs.
+_TOGETHER = 8
 # Copies of the spectrum on either side that are folded back by sampling; the next ones are below 1e-20.
 _FOLDS = 3
 
@@ -249,8 +252,9 @@ class MorletView(FrameView):
         """Coefficients' magnitudes, or coefficients."""
         wide = _wide(_series(x))
         with torch.autocast(x.device.type, enabled=False):
-            found = self._transform(wide) if x.shape[-1] > _MATRIX_LENGTH else self._multiplied(wide)
-        return found.abs().to(x.dtype) if self.magnitude else found
+            parts = iter([self._multiplied(wide)]) if x.shape[-1] <= _MATRIX_LENGTH else self._parts(wide)
+            found = torch.cat([part.abs() if self.magnitude else part for part in parts], -2)
+        return found.to(x.dtype) if self.magnitude else found
 
     def _multiplied(self, x: Float[Tensor, "*b l"]) -> Complex[Tensor, "*b s t"]:
         """Coefficients by the matrix of the transform."""
@@ -263,19 +267,24 @@ class MorletView(FrameView):
         return torch.view_as_complex(both.unflatten(-1, (*matrix.shape[1:], 2)))
 
     def _transform(self, x: Float[Tensor, "*b l"]) -> Complex[Tensor, "*b s t"]:
-        """Coefficients by the frequency domain."""
-        length, stride, scales = x.shape[-1], self.time_stride, self.scales_of(x.shape[-1])
-        reach = math.ceil(_REACH * math.sqrt(self.bandwidth) * float(scales[-1]))
-        circle = length if self.boundary == "periodic" else _fast_length(length + reach)
-        spectrum = torch.fft.fft(F.pad(x, (0, circle - length)))
-        response = self.responses(circle, scales).conj().to(device=x.device, dtype=spectrum.dtype)
-        product = spectrum.unsqueeze(-2) * response
-        if circle % stride:
-            found = torch.fft.ifft(product)[..., ::stride]
-        else:
-            # Every stride-th place of a transform is the transform of its folded spectrum.
-            found = torch.fft.ifft(product.unflatten(-1, (stride, -1)).mean(-2))
-        return found[..., : math.ceil(length / stride)]
+        """Coefficients of all scales."""
+        return torch.cat(list(self._parts(x)), -2)
+
+    def _parts(self, x: Float[Tensor, "*b l"]) -> Iterator[Tensor]:
+        """Coefficients (…, s, t) of some scales after the others, by the frequency domain."""
+        length, stride = x.shape[-1], self.time_stride
+        for scales in self.scales_of(length).split(_TOGETHER):
+            reach = math.ceil(_REACH * math.sqrt(self.bandwidth) * float(scales[-1]))
+            circle = length if self.boundary == "periodic" else _fast_length(length + reach)
+            spectrum = torch.fft.fft(F.pad(x, (0, circle - length)))
+            response = self.responses(circle, scales).conj().to(device=x.device, dtype=spectrum.dtype)
+            product = spectrum.unsqueeze(-2) * response
+            if circle % stride:
+                found = torch.fft.ifft(product)[..., ::stride]
+            else:
+                # Every stride-th place of a transform is the transform of its folded spectrum.
+                found = torch.fft.ifft(product.unflatten(-1, (stride, -1)).mean(-2) if stride > 1 else product)
+            yield found[..., : math.ceil(length / stride)]
 
     def frame_bounds(self, length: int, band: tuple[float, float] | None = None) -> tuple[float, float]:
         """Bounds for real series of `length` samples that repeat and have frequencies of a band only.

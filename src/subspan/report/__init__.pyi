@@ -4,6 +4,7 @@ from .clusters_page import render_clusters
 from .forecast_page import render_forecast
 from .page import render
 from .probe_page import render_probe
+from .series_page import render_series
 from .upgrade_page import render_upgrade
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "render_forecast",
     "render_merge",
     "render_probe",
+    "render_series",
     "render_unlearning",
     "render_upgrade",
 ]

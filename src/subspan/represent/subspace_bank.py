@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from subspan.geometry.grassmann import chordal_mean
 from subspan.solvers import nearest
 
 METRICS = ("euclidean", "cosine", "inner")
-BANK_ARRAYS: dict[str, Any] = {
+_SAVED: dict[str, Any] = {
     "keys": optional(Float[Tensor, "n q"]),
     "basis": optional(Inexact[Tensor, "n d r"]),
     "variances": optional(Float[Tensor, "n r"]),
@@ -26,7 +25,7 @@ BANK_ARRAYS: dict[str, Any] = {
     "prior_basis": optional(Inexact[Tensor, "d p"]),
     "prior_variances": optional(Float[Tensor, " p"]),
 }
-BANK_FACTS: dict[str, Any] = {
+_FACTS: dict[str, Any] = {
     "n_components": int,
     "capacity": int | None,
     "metric": Literal["euclidean", "cosine", "inner"],
@@ -251,42 +250,29 @@ class SubspaceBank:
 
     # ------------------------------------------------------------------ files
 
-    def arrays(self) -> dict[str, Tensor]:
-        """Keys, weights, subspaces and the prior by name, as far as they are there: what a file holds."""
-        found: dict[str, Tensor] = {}
-        if self.keys is not None and self.subspaces is not None and self.weights is not None:
-            found = {"keys": self.keys, "weights": self.weights, **self.subspaces.arrays()}
-        if self.prior is not None:
-            found |= {f"prior_{name}": value for name, value in self.prior.arrays().items()}
-        return found
-
-    def facts(self) -> dict[str, Any]:
-        """The parameters but the prior, by name."""
-        return {name: getattr(self, name) for name in BANK_FACTS}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, Tensor], facts: Mapping[str, Any]) -> SubspaceBank:
-        """What `arrays` and `facts` returned as a bank again. Raises ValueError where they do not fit."""
-        found = {name.removeprefix("prior_"): value for name, value in arrays.items() if name.startswith("prior_")}
-        prior = Subspace.from_arrays(found, None) if found else None
-        bank = cls(**facts, prior=prior)
-        # Shares as they were, to the last digit.
-        bank.prior = prior
-        if "keys" in arrays:
-            held = Subspace(arrays["basis"], variances=arrays["variances"])
-            bank.add(arrays["keys"], held, weights=arrays["weights"])
-            bank.subspaces = held
-        return bank
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a safetensors file, whole or not at all."""
-        save_arrays(path, "subspace bank", self.arrays(), **self.facts())
+        arrays: dict[str, Tensor] = {}
+        if self.keys is not None and self.subspaces is not None and self.weights is not None:
+            arrays = {"keys": self.keys, "weights": self.weights, **self.subspaces.arrays()}
+        if self.prior is not None:
+            arrays |= {f"prior_{name}": value for name, value in self.prior.arrays().items()}
+        facts = {name: getattr(self, name) for name in _FACTS}
+        save_arrays(path, "subspace bank", arrays, **facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SubspaceBank:
         """Read a file written by `save`. Raises ValueError when it is not one."""
-        with saved_object(path, "subspace bank", BANK_ARRAYS, BANK_FACTS) as (arrays, facts):
-            return cls.from_arrays(arrays, facts)
+        with saved_object(path, "subspace bank", _SAVED, _FACTS) as (arrays, facts):
+            prior = {name.removeprefix("prior_"): arrays[name] for name in arrays if name.startswith("prior_")}
+            bank = cls(**facts, prior=Subspace.from_arrays(prior, None) if prior else None)
+            if bank.prior is not None:
+                bank.prior = Subspace.from_arrays(prior, None)  # as it was, to the last digit
+            if "keys" in arrays:
+                held = Subspace(arrays["basis"], variances=arrays["variances"])
+                bank.add(arrays["keys"], held, weights=arrays["weights"])
+                bank.subspaces = held
+            return bank
 
 
 def shares(subspace: Subspace) -> Subspace:

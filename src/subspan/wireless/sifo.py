@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from sklearn.utils import check_random_state
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from subspan.base import as_tensor, save_arrays, saved_object
+from subspan.base import as_tensor
 from subspan.base.parameters import Count, NonNegative, Positive, Seed, check_parameters
-from subspan.base.saved import optional, set_state
 from subspan.geometry import Subspace
 from subspan.nn.training import quiet_trainer
 from subspan.represent import SubspaceBank
-from subspan.represent.subspace_bank import BANK_ARRAYS, BANK_FACTS
 from subspan.solvers import leading_eigenspace
 
 from .fingerprints import fingerprint_keys
@@ -31,17 +28,6 @@ from .sifo_network import CaptureLoss, InContextSubspaceRegressor, Memory, label
 BANDWIDTHS, PRIOR_WEIGHTS = (3.0, 4.5, 6.0, 9.0), (0.003, 0.03)
 _TRIED, _ASKED = (10, 50), 100
 _QUERIES = 1024
-# What a file says of the parameters.
-_KEPT: dict[str, Any] = {
-    "n_components": int,
-    "method": Literal["bank", "in-context"],
-    "n_neighbors": int,
-    "level_weight": float,
-    "width": int,
-    "blocks": int,
-    "rank": int,
-    "capacity": int | None,
-}
 
 
 class Episodes(Dataset[Any]):
@@ -238,7 +224,7 @@ class SiFo:
         seed = int(check_random_state(self.random_state).randint(2**31))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = self._network(sites[0].keys.shape[1], mean, self.frame)
+            network = self._network(sites[0].keys.shape[1], mean)
             data = Episodes(sites, self.episodes, queries=self.queries, largest=self.largest_memory, seed=seed)
             objective = Objective(
                 network,
@@ -255,12 +241,12 @@ class SiFo:
         self.loss_ = objective.losses[-1]
         self.network_ = network.eval().requires_grad_(False).cpu()
 
-    def _network(self, features: int, mean: Tensor, frame: Tensor | None) -> InContextSubspaceRegressor:
+    def _network(self, features: int, mean: Tensor) -> InContextSubspaceRegressor:
         network = InContextSubspaceRegressor(
             len(mean),
             self.n_components,
             features,
-            frame=frame,
+            frame=self.frame,
             is_complex=mean.is_complex(),
             rank=self.rank,
             width=self.width,
@@ -301,31 +287,3 @@ class SiFo:
             parts = [self.network_(part, self.memory_.keys, self.memory_.subspaces) for part in keys.split(_QUERIES)]
         basis, variances = (torch.cat(each) for each in zip(*((part.basis, part.variances) for part in parts)))
         return Subspace(basis, variances=variances)
-
-    # ------------------------------------------------------------------ files
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write what was pretrained, and the memory, to a safetensors file, whole or not at all."""
-        arrays = {f"memory.{name}": value for name, value in self.memory_.arrays().items()}
-        if self.network_ is not None:
-            arrays |= {f"network.{name}": value for name, value in self.network_.state_dict().items()}
-        facts = {name: getattr(self, name) for name in _KEPT}
-        save_arrays(path, "sifo", arrays, memory=self.memory_.facts(), bandwidth=self.bandwidth_, **facts)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SiFo:
-        """Read a file written by `save`, to calibrate and predict. Raises ValueError when it is not one."""
-        schema = {f"memory.{name}": kind for name, kind in BANK_ARRAYS.items()}
-        schema["network.*"] = optional(Shaped[Tensor, "..."])
-        with saved_object(path, "sifo", schema, {"memory": BANK_FACTS, "bandwidth": float, **_KEPT}) as (arrays, facts):
-            memory, bandwidth = facts.pop("memory"), facts.pop("bandwidth")
-            model = cls(**facts, bandwidth=bandwidth, prior_weight=memory["prior_weight"])
-            held = {name.removeprefix("memory."): x for name, x in arrays.items() if name.startswith("memory.")}
-            model.memory_ = SubspaceBank.from_arrays(held, memory)
-            model.prior_ = model.memory_.prior
-            state = {name.removeprefix("network."): x for name, x in arrays.items() if name.startswith("network.")}
-            if state:
-                network = model._network(state["encoder.0.weight"].shape[1], state["prior"], state["frame"])
-                set_state(network, state)
-                model.network_ = network.eval().requires_grad_(False)
-        return model
