@@ -122,6 +122,15 @@ def test_the_same_seed_is_the_same_answer_in_the_kind_of_the_rows(dtype):
     np.testing.assert_allclose(tensors.predict_do(torch.from_numpy(a)).numpy(), one.predict_do(a), rtol=1e-5)
 
 
+def test_one_scale_for_all_columns_keeps_what_is_large():
+    x, a, _, _, _ = planted(100)
+    x = x * [1, 10, 100]
+    each, common = (Rep4Ex(scaling=scaling, **QUICK).fit(x, a) for scaling in ("columns", "common"))
+    np.testing.assert_allclose(each._scale, x.std(0), rtol=1e-5)
+    np.testing.assert_allclose(common._scale, np.sqrt((x.std(0) ** 2).mean()), rtol=1e-5)
+    assert common.inverse_transform(common.transform(x)).shape == x.shape
+
+
 def test_all_rows_teach_the_encoder_and_those_with_an_outcome_the_rest():
     x, a, y, _, _ = planted(200)
     y[:150] = np.nan
