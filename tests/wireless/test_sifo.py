@@ -174,7 +174,7 @@ def models() -> dict[str, SiFo]:
         "learning_rate": 3e-3,
         "random_state": 0,
     }
-    bank = SiFo(**options).pretrain(sites)
+    bank = SiFo(method="bank", **options).pretrain(sites)
     chosen = {"bandwidth": bank.bandwidth_, "prior_weight": bank.prior_weight_}
     return {"bank": bank, "in-context": SiFo(method="in-context", **options, **chosen).pretrain(sites)}
 
@@ -218,13 +218,13 @@ def test_one_wrong_label_does_little(models, here):
 
 def test_a_bank_needs_no_pretraining_and_a_network_does(here):
     powers, found = measured(here)
-    assert SiFo(n_components=2).calibrate(powers[:3], found[:3]).predict(powers[3:5]).batch_shape == (2,)
-    capped = SiFo(n_components=2, capacity=4).calibrate(powers[:6], found[:6])
+    assert SiFo(n_components=2, method="bank").calibrate(powers[:3], found[:3]).predict(powers[3:5]).batch_shape == (2,)
+    capped = SiFo(n_components=2, method="bank", capacity=4).calibrate(powers[:6], found[:6])
     assert len(capped.memory_) == 4
     with pytest.raises(ValueError, match="call pretrain first"):
         SiFo(method="in-context").predict(powers)
     with pytest.raises(ValueError, match="empty"):
-        SiFo().predict(powers)
+        SiFo(method="bank").predict(powers)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_bank_needs_no_pretraining_and_a_network_does(here):
         (lambda p, f: SiFo(method="nearest"), "method"),
         (lambda p, f: SiFo(bandwidth=0.0), "bandwidth"),
         (lambda p, f: SiFo().calibrate(p * torch.nan, f), "NaN"),
-        (lambda p, f: SiFo(n_components=2).calibrate(p, f).predict(p[:, :3]), "keys"),
+        (lambda p, f: SiFo(n_components=2, method="bank").calibrate(p, f).predict(p[:, :3]), "keys"),
         (lambda p, f: InContextSubspaceRegressor(4, 5, 2), "n_components"),
         (lambda p, f: InContextSubspaceRegressor(4, 2, 2, width=18), "multiple of 4"),
         (lambda p, f: InContextSubspaceRegressor(4, 2, 2, frame=torch.eye(3)), "frame"),

@@ -117,11 +117,11 @@ class World:
         sources = [self.places[site.name] for site in self.sites if site.city != city]
         given = [(each.powers, each.labels) for each in sources]
         options: Any = {"n_components": RANK, "width": self.sizes.width, "random_state": self.seed}
-        bank = SiFo(**options).pretrain(given)
+        bank = SiFo(method="bank", **options).pretrain(given)
         options |= {"bandwidth": bank.bandwidth_, "prior_weight": bank.prior_weight_, "learning_rate": RATE}
         options |= {"frame": dft_dictionary(*GRID, oversampling=2, dtype=torch.complex64).flatten(0, 1)}
         both = given + [mirrored(*each, GRID) for each in given]
-        network = SiFo(method="in-context", episodes=self.sizes.episodes, **options).pretrain(both)
+        network = SiFo(episodes=self.sizes.episodes, **options).pretrain(both)
         return {BANK: bank, OURS: network}
 
     def predicted(self, arm: str, site: ChannelSite, count: int) -> Subspace | None:

@@ -76,8 +76,8 @@ class SiFo:
     n_components
         Dimension of what is predicted.
     method
-        "bank": the mean covariance of neighbours in the space of fingerprints (`SubspaceBank`), with a prior and a
-        bandwidth from the sites of the pretraining, where there was one. "in-context": the pretrained network.
+        "in-context": the pretrained network. "bank", which needs no pretraining: the mean covariance of neighbours in
+        the space of fingerprints (`SubspaceBank`), with a prior and a bandwidth from other sites where there are any.
     capacity
         Users in the memory, at most; the oldest go first. None: all.
     n_neighbors, bandwidth, prior_weight
@@ -124,7 +124,8 @@ class SiFo:
     ...     return rsrp(site.channels, beams, gains=site.gains), channel_subspaces(site.channels)
     >>> here = street_canyon(users=120, random_state=9)
     >>> powers, labels = measured(here)
-    >>> model = SiFo(n_components=4).pretrain([measured(street_canyon(users=60, random_state=s)) for s in range(2)])
+    >>> others = [measured(street_canyon(users=60, random_state=seed)) for seed in range(2)]
+    >>> model = SiFo(n_components=4, method="bank").pretrain(others)
     >>> prior = model.predict(powers[60:])
     >>> found = model.calibrate(powers[:60], labels[:60]).predict(powers[60:])
     >>> truth = channel_covariance(here.channels[60:])
@@ -136,7 +137,7 @@ class SiFo:
     __no_type_check__ = True
 
     n_components: Count = 4
-    method: Literal["bank", "in-context"] = "bank"
+    method: Literal["bank", "in-context"] = "in-context"
     capacity: Count | None = None
     n_neighbors: Count = 8
     bandwidth: Positive | None = None
