@@ -172,7 +172,8 @@ def test_every_extra_is_named_by_the_error_that_needs_it(project: dict) -> None:
 def test_all_holds_every_extra_but_the_documentation(project: dict) -> None:
     extras = project["project"]["optional-dependencies"]
     (everything,) = map(Requirement, extras["all"])
-    assert everything.extras == set(extras) - {"all", "docs"}
+    # A ray tracer with a compiler below it is asked for by its name.
+    assert everything.extras == set(extras) - {"all", "docs", "wireless"}
 
 
 def test_no_tracked_file_names_a_package_index() -> None:
