@@ -124,7 +124,8 @@ def test_what_is_imported_is_declared(project: dict) -> None:
     extras = {name: distributions(lines) for name, lines in project["project"]["optional-dependencies"].items()}
     anything = always.union(*extras.values())
     # Protocols measure against other libraries, which only those who run them need.
-    measured_against = distributions(project["dependency-groups"]["dev"])
+    groups = project["dependency-groups"]
+    measured_against = distributions([*groups["dev"], *groups["rivals"]])
     missing = {}
     for path, source in source_files().items():
         for package, extra in imported_packages(source):
