@@ -27,7 +27,10 @@ Label = Annotated[
 ]
 Model = Annotated[Path | None, typer.Option(metavar="SAVED", help="Use what --save wrote, and train nothing.")]
 Save = Annotated[Path | None, typer.Option(help="Write the trained model: .safetensors.")]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the windows.")]
+Epochs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Passes over the windows. Default: 30, of few windows more.", show_default=False),
+]
 Width = Annotated[int, typer.Option(min=2, help="Of the encoders; features are 12 times as many.")]
 PerWindow = Annotated[
     bool, typer.Option("--per-window", help="Level and strength of a window count for nothing (pulse, sound).")
@@ -64,7 +67,7 @@ def embed_series(
     label: Label = None,
     model: Model = None,
     save: Save = None,
-    epochs: Epochs = 30,
+    epochs: Epochs = None,
     width: Width = 16,
     per_window: PerWindow = False,
     channels: Channels = None,

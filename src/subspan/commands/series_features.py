@@ -116,15 +116,20 @@ def embed_windows(
     *,
     model: Path | None = None,
     save: Path | None = None,
-    epochs: int = 30,
+    epochs: int | None = None,
     width: int = 16,
     per_window: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     progress: Progress,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Features of all windows by a saved model, or by one that is trained on them, and the facts."""
+    """Features of all windows by a saved model, or by one that is trained on them, and the facts.
+
+    epochs: None for 30, and of few windows more, until they are 600 steps or 200 epochs.
+    """
     started = time.perf_counter()
+    if epochs is None:
+        epochs = min(200, max(30, -(-600 // max(1, len(windows.x) // batch_size))))
     progress("training", 0.05)
     if model is not None:
         views = FrameViews.load(model)

@@ -107,17 +107,18 @@ def _probe(facts: dict[str, Any]) -> str:
     )
     if best != "features" and few != "features":
         lead += " The learnt features are no better here: take the plain ones, or train longer."
+    told = probe["told"][0].upper() + probe["told"][1:]
     chance = f" The commonest label alone: {show(probe['chance'])}." if probe["told"] == "accuracy" else ""
     cells = [[f"{row['share']:.0%}", str(row["windows"]), *(show(row[name]) for name in _NAMES)] for row in rows]
     table = table_of(["Labels", "windows", *_NAMES.values()], cells)
     note = (
-        f'<p class="note">{probe["told"]} in {escape(probe["how"])} ({counted(probe["held"])} windows), which the '
+        f'<p class="note">{told} in {escape(probe["how"])} ({counted(probe["held"])} windows), which the '
         f"probe did not learn from, means over draws of the labels.{chance} The training of the features saw those "
         "windows, without labels.</p>"
     )
     if facts["model"] is not None:
         note = note.replace(" The training of the features saw those windows, without labels.", "")
-    words = f"{probe['told']} by share of the labels, for learnt features, the spectrum and the samples."
+    words = f"{told} by share of the labels, for learnt features, the spectrum and the samples."
     return f'<p class="lead">{lead}</p>{figure_of("probe", figure, words, words)}{table}{note}'
 
 
