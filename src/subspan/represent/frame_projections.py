@@ -85,7 +85,7 @@ class SeriesFeatures(nn.Module):
         mean = (x * kept).sum(-1, keepdim=True) / count
         deviation = (((x - mean) * kept).square().sum(-1, keepdim=True) / count).sqrt()
         flat = deviation <= _FLAT * (x * kept).abs().amax(-1, keepdim=True)
-        return (x - mean) / torch.where(flat, 1, deviation) * kept * ~flat
+        return (x - mean) / torch.where(flat, 1, deviation) * kept
 
     def encode(self, x: Float[Tensor, "b c l"], mask: Bool[Tensor, "b l"] | None = None) -> Float[Tensor, "b d"]:
         """The encoder's vectors of series that are standardised."""
