@@ -50,8 +50,6 @@ RAW, SPECTRUM, ROCKET = "samples", "spectrum", "MiniRocket"
 ARMS = (OURS, ALONE, RIDGE, TURNED, ALL, FOURIER, MORLET, RANDOM, RANDOM_ALL, SIMCLR, SIGREG, RAW, SPECTRUM, ROCKET)
 # On the second and the third set only these are run.
 EVERYWHERE = (OURS, ALONE, RANDOM, SIMCLR, RAW, SPECTRUM, ROCKET)
-# Measured where it is installed; nothing here depends on it.
-MINIROCKET = "aeon.transformations.collection.convolution_based"
 # Shares of the labels, and draws of each.
 SHARES = {"1 %": (0.01, 5), "5 %": (0.05, 5), "20 %": (0.2, 2)}
 
@@ -170,7 +168,9 @@ def mapped(model: FrameViews, data: Data, kind: str) -> list[np.ndarray]:
 
 def rocket(data: Data, seed: int) -> list[np.ndarray]:
     """aeon's MiniRocket with a quarter of its kernels, as many as there are windows."""
-    made = import_module(MINIROCKET).MiniRocket(n_kernels=2500, random_state=seed)
+    made = import_module("aeon.transformations.collection.convolution_based").MiniRocket(
+        n_kernels=2500, random_state=seed
+    )
     return [
         np.asarray(rows, np.float64) for rows in (made.fit_transform(data.x.numpy()), made.transform(data.held.numpy()))
     ]
