@@ -32,6 +32,7 @@ from subspan.nn import (
     GrassmannPairHead,
     GroupedSimVQ,
     HouseholderProjector,
+    LatentMapper,
     LinearAutoencoder,
     MatryoshkaAdapter,
     MatryoshkaLinear,
@@ -41,10 +42,13 @@ from subspan.nn import (
     ResidualSimVQ,
     SameConv2d,
     SameConvTranspose2d,
+    ScalogramEncoder,
+    SeriesEncoder,
     SimplexClassifier,
     SimVQ,
     SparseAutoencoder,
     SpatialNorm,
+    SpectrumEncoder,
     StochasticGate,
     SubspaceAttention,
     SubspaceSelfAttention,
@@ -139,6 +143,17 @@ LAYERS = {
     "ConvDecoder": Case(
         lambda: ConvDecoder(5, (2, 16, 16), width=2, block="plain"), (3, 5), (3, 4), half=False, bounded=True
     ),
+    "SeriesEncoder": Case(
+        lambda: SeriesEncoder(2, 5, width=2, dropout=0.0), (3, 2, 32), (3, 1, 32), onnx=False, half=False
+    ),
+    "SpectrumEncoder": Case(
+        lambda: SpectrumEncoder((2, 2, 17), 5, width=2), (3, 2, 2, 17), (3, 2, 1, 17), onnx=False, half=False
+    ),
+    "ScalogramEncoder": Case(
+        lambda: ScalogramEncoder((2, 8, 16), 5, width=2), (3, 2, 8, 16), (3, 1, 8, 16), onnx=False, half=False
+    ),
+    # One bias of all outputs, whose weights in the loss here add up to 0.
+    "LatentMapper": Case(lambda: LatentMapper(8, 4), (3, 8), None, onnx=False, half=False, void=("outward.bias",)),
     "SparseAutoencoder": Case(lambda: SparseAutoencoder(6, 12, 3), (7, 6), (7, 5), onnx=False, half=False),
     "SameConv2d": Case(lambda: SameConv2d(4, 6, 3), (3, 4, 5, 5), (3, 3, 5, 5), onnx=False, half=False),
     "SameConvTranspose2d": Case(
@@ -165,7 +180,8 @@ LAYERS = {
     "TopKGate": Case(lambda: TopKGate(3), (3, 8), (3, 2)),
 }
 
-# Whole models, made of these layers; losses and penalties, which have no output of rows; what has no input.
+# Whole models, made of these layers; losses and penalties, which have no output of rows; what has no input; views,
+# which have no parameters.
 OTHERS = {
     *("CRATE", "CRATEAutoencoder", "CRATELanguageModel", "FlowTransformer", "GrassmannLanguageModel", "Objective"),
     *("CompatibleCE", "ContrastiveLoss", "HOCLoss", "LambdaOrthogonality", "MatryoshkaLogitLoss", "MatryoshkaLoss"),
@@ -178,6 +194,9 @@ OTHERS = {
         "GrassmannModule",
         "CodeUsage",
         "PublishedSAE",
+        "FrameView",
+        "FourierView",
+        "MorletView",
     ),
 }
 

@@ -41,7 +41,7 @@ class SionnaSites:
 
     Of each city the roofs at a street that see most of it in a sector of 120° carry a panel; users stand outdoors at
     random places of that sector, and those that no path reaches are left out. What was traced is kept in
-    `cache_folder()`, and later calls with the same parameters need no ray tracer.
+    the cache folder, and later calls with the same parameters need no ray tracer.
 
     Parameters
     ----------
