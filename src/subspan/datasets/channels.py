@@ -103,7 +103,8 @@ class ChannelSite:
         facts = {"name": str, "city": str, "grid": tuple[int, int], "azimuth": float}
         with saved_object(path, "channels", _SAVED, facts) as (arrays, found):
             channels = torch.view_as_complex(arrays.pop("channels").float())
-            return cls(**{**found, "grid": tuple(found["grid"])}, channels=channels, **arrays)
+            given: dict[str, Any] = {**found, **arrays, "grid": tuple(found["grid"]), "channels": channels}
+            return cls(**given)
 
 
 def unit_channels(
